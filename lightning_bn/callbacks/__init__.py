@@ -1,0 +1,1 @@
+"""One file a callback: when to act, and one call into the rooms below."""

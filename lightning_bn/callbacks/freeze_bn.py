@@ -1,0 +1,286 @@
+"""FrozenBN for the last epochs: training and evaluation use the same, constant statistics (paper, Sec. 4.3)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import SyncBatchNorm
+from torch.optim import Optimizer
+
+from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.engine.batches import Source
+from lightning_bn.engine.logging import log_figures, may_log
+from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
+from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
+from lightning_bn.functional.precise import Count, samples_in
+from lightning_bn.functional.warm_up import WarmUp
+from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.find import Layers, storing_layers
+
+_HURTS_FROM = 16
+"""Normalization batch size from which the paper found freezing to cost accuracy (Fig. 5 and 6)."""
+
+
+class FreezeBNCallback(BatchNormCallback):
+    """Switch BatchNorm to FrozenBN for the rest of a fit: constant population statistics in training, too (Sec. 4.3).
+
+    At the switch the statistics are recomputed by a PreciseBN pass, then frozen; layers normalise with them whatever
+    ``train()`` calls follow, and the learning rate warms up linearly for one epoch, as in the paper. Layers thaw at
+    the end of the fit.
+
+    When it helps: the normalization batch holds 8 samples or fewer (validation error 32.5 -> 25.2 % at 2, 26.4 ->
+    24.3 at 4, both against PreciseBN), and in fine-tuning. When it does not: from 16 samples on it costs accuracy
+    (23.5 -> 23.9 at 16, 23.7 -> 24.5 at 1024; Fig. 5 and 6), of which it warns; and a network does not train from
+    the start with frozen statistics, of which it warns as well.
+
+    Cost: one pass at the switch; steps get cheaper after it.
+
+    Args:
+        last_n_epochs: Freeze for so many last epochs; the paper took 20 of 100. Exactly one of the first four is given.
+        start_epoch: Freeze from the start of this epoch (the first is 0).
+        start_step: Freeze from this optimizer step (``trainer.global_step``) on.
+        start_fraction: Freeze from this fraction of the fit on, by its epochs or its steps, whichever end it sooner.
+        statistics: ``"precise"`` recomputes them at the switch, ``"ema"`` keeps the running statistics.
+        affine: Freeze ``weight`` and ``bias`` as well: their gradients are dropped before clipping and stepping, and
+            ``requires_grad`` stays as it is.
+        warmup_epochs: Length of the learning-rate warm-up after the switch; 0 for none.
+        warmup_steps: The same in steps of each optimizer, for epochs of unknown length.
+        num_samples: Samples of the pass; see `PreciseBNCallback`, as for the next three.
+        source: Where the pass gets batches from.
+        forward: How the pass shows them to the module.
+        count: Number of samples in a batch.
+        layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
+
+    Raises:
+        ValueError: At construction or fit start, naming the way out, if the switch cannot be placed or made.
+        TypeError: At fit start, if ``affine`` and an optimizer is LBFGS.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bn import FreezeBNCallback
+        >>> trainer = Trainer(
+        ...     max_epochs=100, callbacks=[FreezeBNCallback(last_n_epochs=20)], logger=False, enable_checkpointing=False
+        ... )
+
+        As YAML for LightningCLI:
+
+        ```yaml
+        trainer:
+          callbacks:
+            - class_path: lightning_bn.FreezeBNCallback
+              init_args: {last_n_epochs: 20, affine: false}
+        ```
+    """
+
+    def __init__(
+        self,
+        last_n_epochs: int | None = None,
+        start_epoch: int | None = None,
+        start_step: int | None = None,
+        start_fraction: float | None = None,
+        statistics: Literal["precise", "ema"] = "precise",
+        affine: bool = False,
+        warmup_epochs: float = 1.0,
+        warmup_steps: int | None = None,
+        num_samples: int = 1000,
+        source: Source = "train_dataloader",
+        forward: Forward = "training_step",
+        count: Count | None = None,
+        layers: Layers = None,
+    ) -> None:
+        given = {
+            "last_n_epochs": last_n_epochs,
+            "start_epoch": start_epoch,
+            "start_step": start_step,
+            "start_fraction": start_fraction,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "Say when to freeze by exactly one of last_n_epochs, start_epoch, start_step and start_fraction; "
+                f"given: {', '.join(given) or 'none'}."
+            )
+        (name, value), *_ = given.items()
+        if value < 0 or (name == "last_n_epochs" and value < 1) or (name == "start_fraction" and value >= 1):  # type: ignore[operator]
+            raise ValueError(f"{name}={value} does not place the switch within a fit.")
+        if statistics not in ("precise", "ema"):
+            raise ValueError(f"statistics must be 'precise' or 'ema' but is {statistics!r}.")
+        if warmup_epochs < 0 or (warmup_steps is not None and warmup_steps < 0):
+            raise ValueError(
+                f"A warm-up cannot be negative: warmup_epochs={warmup_epochs}, warmup_steps={warmup_steps}."
+            )
+        self.last_n_epochs = last_n_epochs
+        self.start_epoch = start_epoch
+        self.start_step = start_step
+        self.start_fraction = start_fraction
+        self.statistics = statistics
+        self.affine = affine
+        self.warmup_epochs = warmup_epochs
+        self.warmup_steps = warmup_steps
+        self.layers = layers
+        self._count = count or samples_in
+        self._pass = PopulationPass(num_samples, source, forward, layers, count, True, REPLAY_BYTES)
+        self._state: dict[str, Any] | None = None
+        self._handle: Handle | None = None
+        self._warm_up: WarmUp | None = None
+        self._affine: list[Tensor] = []
+        self._checked_batch_size = False
+
+    def should_freeze(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether training has come to the switch; override to decide otherwise."""
+        if self.start_step is not None:
+            return trainer.global_step >= self.start_step
+        if self.start_fraction is not None:
+            batches = trainer.num_training_batches
+            epochs = trainer.current_epoch + (batch_idx / batches if batches else 0)
+            last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps
+            by_epoch = epochs / last_epoch if last_epoch > 0 else 0.0
+            by_step = trainer.global_step / last_step if last_step > 0 else 0.0
+            return max(by_epoch, by_step) >= self.start_fraction
+        first = self.start_epoch
+        if first is None:
+            assert self.last_n_epochs is not None and trainer.max_epochs is not None  # on_fit_start saw to it
+            first = trainer.max_epochs - self.last_n_epochs
+        return trainer.current_epoch >= first
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint is restored after this."""
+        if stage == "fit":
+            self._state = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now what could not be done later."""
+        super().on_fit_start(trainer, pl_module)
+        endless = (trainer.max_epochs or -1) < 0
+        if endless and (self.last_n_epochs is not None or (self.start_fraction is not None and trainer.max_steps < 0)):
+            raise ValueError(
+                f"The Trainer has max_epochs={trainer.max_epochs}, so there is no last epoch to count from: pass "
+                "start_epoch or start_step."
+            )
+        self._affine = affine_of(storing_layers(pl_module, self.layers).values()) if self.affine else []
+        if self.affine:
+            for optimizer in trainer.optimizers:
+                refuse_lbfgs(optimizer)
+        if self.statistics == "precise":
+            self._pass.check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze again what was frozen when the checkpoint was written; its statistics are in there."""
+        if self.statistics == "precise":
+            self._pass.check_loader(trainer)
+        self._warmup_length(trainer)
+        if self._state is not None:
+            self._freeze(trainer, pl_module)
+        self._switch_if_due(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the switch, if it falls on this epoch."""
+        self._switch_if_due(trainer, pl_module, 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Make the switch, if it falls on this step; then see how many samples are normalised together."""
+        if self._state is None:
+            if self.statistics == "precise":
+                self._pass.keep(batch)
+            self._switch_if_due(trainer, pl_module, batch_idx)
+        if self._state is not None and not self._checked_batch_size:
+            self._checked_batch_size = True
+            self._warn_of_large_batches(pl_module, self._count(batch))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Drop the gradients of a frozen affine, before they are clipped together with the others."""
+        if self._handle is not None:
+            drop_gradients(optimizer, self._affine)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Log the factor on the learning rate while it warms up."""
+        if self._warm_up is not None and not self._warm_up.over and may_log(trainer):
+            log_figures(trainer, "freeze_bn", {"lr_factor": self._warm_up.factor(0)})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Thaw, and leave no learning rate scaled."""
+        self._thaw()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Thaw."""
+        self._thaw()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the switch, and how far each optimizer's warm-up has come."""
+        if self._state is None:
+            return {}
+        return {
+            **self._state,
+            "warmup_done": list(self._warm_up.done) if self._warm_up else self._state["warmup_done"],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back; on_train_start freezes."""
+        self._state = dict(state_dict) or None
+
+    def _switch_if_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
+        if self._state is not None or not self.should_freeze(trainer, batch_idx):
+            return
+        self._warn_of_untrained(module)
+        if self.statistics == "precise":
+            reason = self._pass.nothing_to_do(trainer, module)
+            if reason:
+                rank_zero_warn(f"FreezeBNCallback freezes the running statistics as they are: {reason}.")
+            else:
+                _, figures = self._pass.run(trainer, module)
+                log_figures(trainer, "freeze_bn", figures)
+        self._state = {"step": trainer.global_step, "warmup_done": [0] * len(trainer.optimizers)}
+        self._freeze(trainer, module)
+
+    def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._state is not None
+        self._handle = freeze_bn(module, layers=self.layers)
+        length = self._warmup_length(trainer)
+        if length:
+            self._warm_up = WarmUp(trainer.optimizers, length, self._state["warmup_done"])
+
+    def _thaw(self) -> None:
+        if self._state is not None:
+            self._state = self.state_dict()
+        for undone in (self._handle, self._warm_up):
+            if undone is not None:
+                undone.undo()
+        self._handle = self._warm_up = None
+
+    def _warmup_length(self, trainer: Trainer) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if not self.warmup_epochs:
+            return 0
+        if trainer.num_training_batches == float("inf"):
+            raise ValueError(
+                "An epoch has no known length, so warmup_epochs cannot be counted in steps: pass warmup_steps."
+            )
+        return max(1, round(self.warmup_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches))
+
+    def _warn_of_untrained(self, module: LightningModule) -> None:
+        untrained = [
+            name
+            for name, layer in storing_layers(module, self.layers).items()
+            if not layer.running_mean.any() and (layer.running_var == 1).all()  # type: ignore[union-attr]
+        ]
+        if untrained:
+            rank_zero_warn(
+                "FreezeBNCallback freezes statistics that were never trained (mean 0 and variance 1 in "
+                f"{len(untrained)} layers, {untrained[0]!r} first). A network does not train from the start with "
+                "frozen statistics (Sec. 4.3): freeze later, or load trained weights."
+            )
+
+    def _warn_of_large_batches(self, module: LightningModule, samples: int) -> None:
+        layers = storing_layers(module, self.layers).values()
+        size = samples * (num_ranks() if any(isinstance(layer, SyncBatchNorm) for layer in layers) else 1)
+        if size >= _HURTS_FROM:
+            rank_zero_warn(
+                f"FreezeBNCallback froze layers whose normalization batch holds {size} samples. In the paper "
+                "FrozenBN helps up to 8 and costs accuracy from 16 on (validation error 23.5 -> 23.9 % at 16, 23.7 "
+                "-> 24.5 at 1024; Fig. 5 and 6)."
+            )

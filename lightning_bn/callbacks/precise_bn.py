@@ -1,0 +1,182 @@
+"""PreciseBN: evaluation uses the population statistics of the weights it evaluates (paper, Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
+from lightning_bn.engine.batches import Source
+from lightning_bn.engine.logging import log_figures
+from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
+from lightning_bn.functional.precise import Count
+from lightning_bn.layers.find import Layers
+from lightning_bn.statistics.population import PopulationStatistics
+
+
+class PreciseBNCallback(BatchNormCallback):
+    """Recompute population statistics before each validation, instead of using the EMA (Sec. 3.2).
+
+    Runs right before the first validation batch of a fit (after every hook that swaps weights: weight averaging,
+    schedule-free optimizers), and at an epoch's end where no validation followed the last update, before checkpoints
+    are written. So ``best`` and ``last`` checkpoints, loaded into the plain model, give the metric that was logged.
+    Never in the sanity check. Weights, data order, random numbers and the module's metrics are bit for bit those of
+    a run without it.
+
+    When it helps: validation is noisy or spikes, because the EMA is stale: large batches, large learning rates, early
+    epochs (ImageNet at batch 8192, epoch 30: 52.8 % error with EMA, 39.4 with PreciseBN; Table 1). When it does not:
+    at the end of a converged training with i.i.d. batches of decent size (24.0 against 23.7). Batches of much fewer
+    than 100 samples give wrong statistics in depth whatever their number (28.8 % at 2 against 23.5 at 100; Table 2).
+
+    Cost: one forward without gradients over ``num_samples`` samples; no second read of the activations.
+
+    Step-interval checkpoints (``every_n_train_steps``) are written outside validation and hold the EMA.
+
+    Args:
+        num_samples: Samples of all ranks together, in whole batches; fewer if the train dataloader has fewer. 1000 lies
+            within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
+        every_n: Run at every n-th occasion only.
+        source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
+            memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
+        forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
+            is a tuple or list, or with it as keywords if it is a mapping), everything but BatchNorm in eval mode; or
+            a function of module and batch. Manual optimization needs one of the latter two.
+        before: Run before ``trainer.validate``, ``"test"`` or ``"predict"`` as well, outside of a fit. Training data
+            then come from the (data) module's ``train_dataloader`` or from the ``source`` function.
+        layers: Glob patterns over qualified layer names, such as ``"backbone.*"``; None for every layer that is not
+            frozen.
+        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        shard: Whether ranks share the batches of a ``source`` function out, or each shows all of them.
+        replay_bytes: What replayed batches may take in main memory on each rank.
+
+    Attributes:
+        result: What the last pass measured, or None.
+
+    Raises:
+        ValueError: At fit start, naming the way out: no layer to estimate, a module or loader that cannot be shown
+            batches neutrally, another PreciseBNCallback on the same layers, weight averaging listed after this
+            callback.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bn import PreciseBNCallback
+        >>> trainer = Trainer(callbacks=[PreciseBNCallback(num_samples=1000)], logger=False, enable_checkpointing=False)
+
+        As YAML for LightningCLI:
+
+        ```yaml
+        trainer:
+          callbacks:
+            - class_path: lightning_bn.PreciseBNCallback
+              init_args: {num_samples: 1000, layers: "backbone.*"}
+        ```
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 1000,
+        every_n: int = 1,
+        source: Source = "train_dataloader",
+        forward: Forward = "training_step",
+        before: Sequence[Literal["validate", "test", "predict"]] = (),
+        layers: Layers = None,
+        count: Count | None = None,
+        shard: bool = True,
+        replay_bytes: int = REPLAY_BYTES,
+    ) -> None:
+        if every_n < 1:
+            raise ValueError(f"every_n must be at least 1 but is {every_n}.")
+        unknown = set(before) - {"validate", "test", "predict"}
+        if isinstance(before, str) or unknown:
+            raise ValueError(f"before must be a list of 'validate', 'test' and 'predict' but is {before!r}.")
+        self.layers = layers
+        self.every_n = every_n
+        self.before = tuple(before)
+        self.result: PopulationStatistics | None = None
+        self._pass = PopulationPass(num_samples, source, forward, layers, count, shard, replay_bytes)
+        self._occasions = 0
+        self._evaluated: tuple[int, ...] | None = None
+        self._due = False
+
+    def should_run(self, trainer: Trainer) -> bool:
+        """Whether to run at this occasion; override to decide otherwise."""
+        return self._occasions % self.every_n == 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now what could not be done later."""
+        super().on_fit_start(trainer, pl_module)
+        refuse_before_averaging(trainer, self)
+        self._pass.check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a loader that cannot be read a second time; it did not exist before."""
+        self._pass.check_loader(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch, if batches are to be replayed."""
+        self._pass.keep(batch)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that an occasion has come; the pass waits for the other hooks of this moment, which may swap weights."""
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit":
+            self._evaluated = weights_version(trainer)
+            self._due = self._occasion(trainer)
+        else:
+            self._due = "validate" in self.before
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether ``trainer.test`` asks for a pass."""
+        self._due = "test" in self.before
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whether ``trainer.predict`` asks for a pass."""
+        self._due = "predict" in self.before
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Run, before the first batch is evaluated."""
+        self._run_if_due(trainer, pl_module)
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The same before ``trainer.test``."""
+        self._run_if_due(trainer, pl_module)
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The same before ``trainer.predict``."""
+        self._run_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run, before checkpoints are written, if no validation has seen the weights as they are now."""
+        if self._evaluated != weights_version(trainer) and self._occasion(trainer):
+            with averaged_weights(trainer, pl_module):
+                self._run(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of occasions so far."""
+        return {"occasions": self._occasions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the number of occasions back."""
+        self._occasions = state_dict["occasions"]
+
+    def _occasion(self, trainer: Trainer) -> bool:
+        self._occasions += 1
+        return self.should_run(trainer)
+
+    def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._due:
+            self._due = False
+            self._run(trainer, module)
+
+    def _run(self, trainer: Trainer, module: LightningModule) -> None:
+        reason = self._pass.nothing_to_do(trainer, module)
+        if reason:
+            rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
+            return
+        self.result, figures = self._pass.run(trainer, module)
+        log_figures(trainer, "precise_bn", figures)

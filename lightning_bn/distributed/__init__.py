@@ -1,0 +1,1 @@
+"""What ranks do together: merge moments, agree on numbers."""

@@ -1,0 +1,237 @@
+"""Batches for a pass: of the train dataloader behind its live iterator's back, replayed, or of the user's loader."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
+
+from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
+
+Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
+"""Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
+
+
+@contextmanager
+def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterator[Any]]:
+    """This rank's batches of the train dataloader, from a fresh iterator, on the device.
+
+    In a fit the Trainer's own loader is read, with its sampler and limits. Outside one there is none: the module's
+    or data module's is, shared out over ranks.
+
+    Raises:
+        ValueError: If reading the loader would disturb the training, or if there is none.
+    """
+    if trainer.state.fn != "fit":
+        with loader_batches(trainer, module, own_train_dataloader(trainer, module), shard=True) as batches:
+            yield batches
+        return
+    live = (
+        trainer.fit_loop._combined_loader
+    )  # the public train_dataloader does not know the mode in which loaders combine
+    assert live is not None
+    fresh = CombinedLoader(tree_map(_Fresh, live.iterables), live._mode)
+    fresh.limits = live.limits
+    refuse_unprotectable(live.flattened)
+    with _loaders_kept(live.flattened):
+        try:
+            yield (_to_device(trainer, module, batch) for batch, *_ in fresh)
+        finally:
+            fresh.reset()  # ends the workers
+
+
+@contextmanager
+def loader_batches(
+    trainer: Trainer, module: LightningModule, loader: Iterable[Any], shard: bool
+) -> Iterator[Iterator[Any]]:
+    """This rank's batches of a loader of the user, on the device.
+
+    Args:
+        trainer: The Trainer, whose ranks share the batches.
+        module: Its module, whose batch transfer hooks run.
+        loader: Any iterable of batches.
+        shard: Whether each rank takes every n-th batch (all start from the same random seed), or all of them.
+    """
+    ranks = num_ranks() if shard else 1
+    if ranks > 1:
+        seed, *_ = sum_over_ranks([random.getrandbits(31) if own_rank() == 0 else 0], module.device)
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(seed)
+    with _loaders_kept([loader]):
+        batches = iter(_Fresh(loader)) if isinstance(loader, DataLoader) else iter(loader)
+        own = itertools.islice(batches, own_rank() if ranks > 1 else 0, None, ranks)
+        yield (_to_device(trainer, module, batch) for batch in own)
+
+
+def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+    """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``."""
+    for owner in (getattr(trainer, "datamodule", None), module):
+        if owner is not None and is_overridden("train_dataloader", owner):
+            loader: Iterable[Any] = owner.train_dataloader()
+            return loader
+    raise ValueError(
+        f"trainer.{trainer.state.fn} has no training data to recompute population statistics from: define "
+        "train_dataloader in the LightningModule or DataModule, or pass source=, a function from the trainer to a "
+        "loader."
+    )
+
+
+class Replay:
+    """The last training batches, kept on the CPU, as many as hold a number of samples.
+
+    Args:
+        num_samples: Samples to hold on this rank.
+        max_bytes: What they may take.
+    """
+
+    def __init__(self, num_samples: int, max_bytes: int) -> None:
+        self.num_samples = num_samples
+        self.max_bytes = max_bytes
+        self._batches: deque[tuple[Any, int]] = deque()
+
+    @property
+    def held(self) -> int:
+        """Samples held at the moment."""
+        return sum(samples for _, samples in self._batches)
+
+    def keep(self, batch: Any, samples: int) -> None:
+        """Keep a copy of a batch, before the training step can change it, and let go of the oldest that is not needed.
+
+        Raises:
+            ValueError: If so many samples of this size do not fit.
+        """
+        needed = _bytes_of(batch) * max(self.num_samples / samples, 1)
+        if needed > self.max_bytes:
+            raise ValueError(
+                f"source='replay': {self.num_samples} samples a rank of {_bytes_of(batch) / samples:,.0f} bytes "
+                f"take {needed:,.0f} bytes, more than replay_bytes={self.max_bytes:,}. Raise replay_bytes, or lower "
+                "num_samples."
+            )
+        self._batches.append((move_data_to_device(copy.deepcopy(batch), torch.device("cpu")), samples))
+        while self.held - self._batches[0][1] >= self.num_samples:
+            self._batches.popleft()
+
+    def batches(self, device: torch.device) -> Iterator[Any]:
+        """Copies of the batches held, newest first, on a device."""
+        for batch, _ in reversed(self._batches):
+            yield move_data_to_device(copy.deepcopy(batch), device)
+
+
+def refuse_unprotectable(loaders: Sequence[Any]) -> None:
+    """Raise for a loader that cannot be read a second time while it is being read.
+
+    Raises:
+        ValueError: Naming the loader, why, and the way out.
+    """
+    way_out = "Use source='replay', or source= a function from the trainer to a loader of its own."
+    for loader in loaders:
+        name = type(loader).__name__
+        parts = [getattr(loader, part, None) for part in ("sampler", "batch_sampler", "dataset")]
+        stateful = [
+            type(p).__name__ for p in (loader, *parts) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")
+        ]
+        if stateful:
+            raise ValueError(
+                f"The train dataloader is stateful ({stateful[0]}): another pass would move it on. {way_out}"
+            )
+        spent = [type(p).__name__ for p in (loader, *parts) if isinstance(p, Iterator)]
+        if spent:
+            raise ValueError(f"The train dataloader's {spent[0]} is an iterator: a pass would use it up. {way_out}")
+        if not isinstance(loader, (DataLoader, Sequence)):
+            raise ValueError(
+                f"The train dataloader is a {name}, which we do not know how to iterate neutrally. {way_out}"
+            )
+
+
+class _Fresh:
+    """A loader whose every iteration is a new one: ``iter()`` would reset the live one of persistent workers."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        if not isinstance(self.loader, DataLoader):
+            return iter(self.loader)
+        iterator: Iterator[Any] = self.loader._get_iterator()
+        return iterator
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """The way a batch takes in Lightning's own loops: precision, transfer hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _bytes_of(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
+    return sum(sizes)
+
+
+@contextmanager
+def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
+    """Give samplers, datasets and collate functions their counters, orders and random numbers back on leaving."""
+    parts = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
+    restore = [_restorer(o) for o in _reachable([getattr(loader, part, None) for loader in loaders for part in parts])]
+    try:
+        yield
+    finally:
+        for give_back in restore:
+            give_back()
+
+
+def _reachable(roots: Sequence[Any], depth: int = 3) -> list[Any]:
+    """Objects with state of their own, from ``roots`` down a few attributes and through short containers."""
+    found: dict[int, Any] = {}
+    layer = list(roots)
+    for _ in range(depth + 1):
+        following: list[Any] = []
+        for o in layer:
+            o = getattr(o, "__self__", o)
+            if id(o) in found or o is None or isinstance(o, (*_NOT_OURS, type)):
+                continue
+            if isinstance(o, (list, tuple, dict)):
+                following += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()
+            elif isinstance(o, _GENERATORS) or hasattr(o, "__dict__"):
+                found[id(o)] = o
+                following += vars(o).values() if hasattr(o, "__dict__") else ()
+        layer = following
+    return list(found.values())
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_NOT_OURS = (Tensor, np.ndarray, nn.Module, Trainer, FunctionType, ModuleType, Iterator)
+
+
+def _restorer(o: Any) -> Callable[[], Any]:
+    """A function that puts an object back into the state it has now."""
+    if isinstance(o, torch.Generator):
+        return partial(o.set_state, o.get_state())
+    if isinstance(o, np.random.RandomState):
+        return partial(o.set_state, o.get_state())
+    if isinstance(o, random.Random):
+        return partial(o.setstate, o.getstate())
+    if isinstance(o, np.random.Generator):
+        return partial(setattr, o.bit_generator, "state", o.bit_generator.state)
+    return partial(vars(o).update, vars(o).copy())

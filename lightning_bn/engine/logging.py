@@ -1,0 +1,28 @@
+"""Logging figures of our own on the step axis that `self.log` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import Trainer
+
+
+def log_figures(trainer: Trainer, prefix: str, figures: Mapping[str, float]) -> None:
+    """Log figures to every logger, one row each, under ``prefix/``.
+
+    The step is Lightning's own for `self.log`, kept in a private field (2.5 to 2.6): ``trainer.global_step`` is
+    ahead of it by one at a batch's end. At an epoch's end it has already moved on to the next batch, and Lightning
+    logs to the one before.
+    """
+    if not trainer.loggers:
+        return
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if not trainer.validating and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        step = max(step - 1, 0)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{prefix}/{key}": value for key, value in figures.items()}, step=step)
+
+
+def may_log(trainer: Trainer) -> bool:
+    """Whether this batch is one of every ``log_every_n_steps``."""
+    return bool(trainer._logger_connector.should_update_logs)

@@ -1,0 +1,32 @@
+"""Modes: which modules are in training mode while batches are shown to a fixed model."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+
+def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
+    """The mode each module had at the last training batch.
+
+    While a fit validates, every module is in eval; the modes of training then sit in a private field of the
+    validation loop (Lightning 2.5 to 2.6). Outside a fit nothing was trained: all count as in training mode.
+    """
+    if trainer.state.fn != "fit":
+        return dict.fromkeys(module.modules(), True)
+    if not trainer.validating:
+        return {m: m.training for m in module.modules()}
+    recorded = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    return {m: recorded.get(name, m.training) for name, m in module.named_modules()}
+
+
+def set_modes(modes: dict[nn.Module, bool], like_training: bool) -> None:
+    """Put modules into the modes for a pass: eval, but for what a training step needs.
+
+    A training step may return other things in eval mode (torchvision's detectors do), and that is decided by modules
+    that contain others. These keep the mode they had; modules that contain none, Dropout and DropPath and
+    StochasticDepth of whatever make among them, go to eval, as does attention, whose dropout is its own.
+    """
+    for m, mode in modes.items():
+        contains = next(m.children(), None) is not None and not isinstance(m, nn.MultiheadAttention)
+        m.training = mode and like_training and (contains or isinstance(m, LightningModule))

@@ -1,0 +1,115 @@
+"""A neutral zone: what a forward does in here to module, Trainer and random numbers is undone on leaving.
+
+Modules work on scratch copies of what they own (buffers, metric states, lists, counters), and get the originals
+back; so nothing has to be copied back, and an exception leaves nothing half done. Parameters are not copied, that
+would double the
+memory: a forward that changes them in place is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor, nn
+
+_TORCH_OWN = set(vars(nn.Module())) - {"_buffers"}
+"""What `nn.Module` keeps for itself: parameters, submodules, hooks. All else is its author's."""
+
+
+@contextmanager
+def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Run forwards of ``module`` as in training, eagerly and without gradients, and leave no trace of them.
+
+    Logging is muted (`self.log`, the Trainer's loggers), the stage reads as training, and these get back what they had:
+    modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the random
+    number generators of Python, NumPy and torch on every device.
+
+    Raises:
+        RuntimeError: On leaving, if a parameter was changed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(random_numbers_kept())
+        stack.enter_context(_muted(trainer))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_parameters_untouched(module))
+        stack.enter_context(_modules_kept(module))
+        yield
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Restore the global random number generators on leaving."""
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _muted(trainer: Trainer) -> Iterator[None]:
+    """Loggers that swallow everything, and a stage that reads as training (augmentation on the device asks for it)."""
+    loggers, stage = trainer.loggers, trainer.state.stage
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.state.stage = RunningStage.TRAINING
+        yield
+    finally:
+        trainer.loggers, trainer.state.stage = loggers, stage
+
+
+@contextmanager
+def _modules_kept(module: LightningModule) -> Iterator[None]:
+    kept = {m: vars(m).copy() for m in module.modules()}
+    try:
+        for m, own in kept.items():
+            vars(m).update({key: _scratch(value) for key, value in own.items() if key not in _TORCH_OWN})
+            if isinstance(m, LightningModule):
+                vars(m).update(log=_swallow, log_dict=_swallow)
+        yield
+    finally:
+        for m, own in kept.items():
+            vars(m).clear()
+            vars(m).update(own)
+
+
+def _scratch(value: Any) -> Any:
+    """A copy that a forward may change in place: of tensors, and of containers and the tensors right in them."""
+    if type(value) is dict:
+        return {key: v.clone() if isinstance(v, Tensor) else v for key, v in value.items()}
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, (dict, list, set, deque)) else value
+
+
+def _swallow(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``self.log`` and ``self.log_dict``."""
+
+
+@contextmanager
+def _parameters_untouched(module: LightningModule) -> Iterator[None]:
+    before = {name: (p._version, p.data_ptr()) for name, p in module.named_parameters()}
+    yield
+    changed = [name for name, p in module.named_parameters() if (p._version, p.data_ptr()) != before.get(name)]
+    if changed:
+        raise RuntimeError(
+            f"The forward over training batches changed parameters of {type(module).__name__} ({changed[0]} and "
+            f"{len(changed) - 1} more): this cannot be undone. Pass forward='forward' or a function that leaves "
+            "them alone."
+        )

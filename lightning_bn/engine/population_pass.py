@@ -1,0 +1,208 @@
+"""The population pass: show training batches to the fixed model of a Trainer, neutrally, and write what its layers saw.
+
+This is `precise_bn` inside a Trainer: the same measurement, with batches, forward, modes and restoration as a running
+training needs them. The callbacks decide when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.engine.batches import (
+    Replay,
+    Source,
+    loader_batches,
+    refuse_unprotectable,
+    train_batches,
+)
+from lightning_bn.engine.modes import modes_of_training, set_modes
+from lightning_bn.engine.neutral import neutral
+from lightning_bn.engine.progress import progress_of
+from lightning_bn.functional.precise import Count, call_model, estimable_layers, measure, samples_in, write
+from lightning_bn.layers.find import Layers, find_bn
+from lightning_bn.statistics.gaps import mean_gap, var_gap
+from lightning_bn.statistics.population import PopulationStatistics
+
+Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
+"""How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
+
+REPLAY_BYTES = 2**30
+"""What replayed batches may take by default: 1700 images of 224 px in float32."""
+
+
+@dataclass
+class PopulationPass:
+    """What a pass shows to the model.
+
+    Attributes:
+        num_samples: Samples to show, of all ranks together, in whole batches.
+        source: Where batches come from.
+        forward: How a batch reaches the model.
+        layers: Glob patterns over the layers to estimate.
+        count: Samples in a batch; None takes the length of its first tensor.
+        shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
+        replay_bytes: What the replayed batches may take on each rank.
+    """
+
+    num_samples: int
+    source: Source
+    forward: Forward
+    layers: Layers
+    count: Count | None
+    shard: bool
+    replay_bytes: int
+    _replay: Replay | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1 but is {self.num_samples}.")
+        if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
+            raise ValueError(
+                f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
+            )
+        if not callable(self.forward) and self.forward not in ("training_step", "forward"):
+            raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {self.forward!r}.")
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse at the start what could not be done later, naming the way out.
+
+        Raises:
+            ValueError: For a model, module or loader that cannot be shown batches neutrally.
+            RuntimeError: For a strategy that shards the model.
+        """
+        find_bn(module, self.layers)
+        sharding = {c.__name__ for c in type(trainer.strategy).__mro__} & {
+            "FSDPStrategy",
+            "DeepSpeedStrategy",
+            "ModelParallelStrategy",
+        }
+        if sharding:
+            raise RuntimeError(
+                f"{sharding.pop()} shards the model over ranks, which lightning_bn does not support: use DDP."
+            )
+        if self.forward == "training_step":
+            if not module.automatic_optimization:
+                raise ValueError(
+                    f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
+                    "pass forward='forward' or a function of module and batch."
+                )
+            if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+                raise ValueError(
+                    f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
+                    "forward='forward' or a function of module and batch."
+                )
+
+    def check_loader(self, trainer: Trainer) -> None:
+        """Refuse, as soon as it exists, a train dataloader that cannot be read a second time.
+
+        Raises:
+            ValueError: Naming the loader and the way out.
+        """
+        if self.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
+            refuse_unprotectable(trainer.fit_loop._combined_loader.flattened)
+
+    def keep(self, batch: Any) -> None:
+        """Keep a training batch that is about to be used, if batches are to be replayed."""
+        if self.source == "replay":
+            if self._replay is None:
+                self._replay = Replay(-(-self.num_samples // num_ranks()), self.replay_bytes)
+            self._replay.keep(batch, (self.count or samples_in)(batch))
+
+    def run(self, trainer: Trainer, module: LightningModule) -> tuple[PopulationStatistics, dict[str, float]]:
+        """Recompute the statistics of the model as it is, and write them into its layers.
+
+        Returns:
+            What was measured; and figures of it for loggers: duration, samples, and by how much each layer's
+            statistics moved.
+
+        Raises:
+            ValueError: If no batch came, or a layer received non-finite values.
+            RuntimeError: If the training step needs gradients, changes parameters, or raises StopIteration.
+        """
+        started = time.perf_counter()
+        modes = modes_of_training(trainer, module)
+        layers = estimable_layers(module, self.layers, modes.__getitem__)
+        try:
+            with neutral(trainer, module), self._batches(trainer, module) as batches:
+                set_modes(modes, like_training=self.forward == "training_step")
+                statistics = measure(
+                    layers,
+                    batches,
+                    run=self._runner(trainer, module),
+                    num_samples=self.num_samples,
+                    count=self.count,
+                    progress=progress_of(trainer),
+                )
+        except StopIteration as error:  # would end Lightning's epoch without a word
+            raise RuntimeError("The forward over training batches raised StopIteration.") from error
+        moved = _moved(layers, statistics)
+        write(layers, statistics)
+        seconds = time.perf_counter() - started
+        return statistics, {"seconds": seconds, "num_samples": float(statistics.num_samples), **moved}
+
+    def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
+        if callable(self.source):
+            return loader_batches(trainer, module, self.source(trainer), self.shard)
+        return self._replayed(module) if self.source == "replay" else train_batches(trainer, module)
+
+    def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
+        """Why a pass would be pointless now; empty if it would not. Says so as well where a replay is not yet full."""
+        if not estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__):
+            return "all of its layers are frozen"
+        if self.source == "replay":
+            held = self._replay.held if self._replay else 0
+            if not held:
+                return "there are no batches to replay before the first training batch, nor right after a resume"
+            if held * num_ranks() < self.num_samples:
+                rank_zero_info(
+                    f"PreciseBN: the replay holds {held * num_ranks()} of {self.num_samples} samples so far, and "
+                    "uses those."
+                )
+        return ""
+
+    @contextmanager
+    def _replayed(self, module: LightningModule) -> Iterator[Iterator[Any]]:
+        assert self._replay is not None  # nothing_to_do saw to it
+        yield self._replay.batches(module.device)
+
+    def _runner(self, trainer: Trainer, module: LightningModule) -> Callable[[Any], None]:
+        number = iter(range(2**63))
+        with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+        def run(batch: Any) -> None:
+            if self.forward == "training_step":
+                with trainer.precision_plugin.train_step_context():
+                    try:
+                        module.training_step(*((batch, next(number)) if with_index else (batch,)))
+                    except RuntimeError as error:
+                        if "does not require grad" in str(error):
+                            raise RuntimeError(
+                                f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
+                                "without: pass forward='forward' or a function of module and batch."
+                            ) from error
+                        raise
+            else:
+                with trainer.precision_plugin.forward_context():
+                    (self.forward if callable(self.forward) else call_model)(module, batch)
+
+        return run
+
+
+def _moved(layers: dict[str, _BatchNorm], statistics: PopulationStatistics) -> dict[str, float]:
+    """By how much each layer's statistics are about to move: mean gap and variance gap, in the layers' order."""
+    moved = {}
+    for name, measured in statistics.items():
+        layer, key = layers[name], name.replace(".", "_")
+        moved[f"mean_gap/{key}"] = float(mean_gap(measured.mean, layer.running_mean, layer.running_var))  # type: ignore[arg-type]
+        moved[f"var_gap/{key}"] = float(var_gap(measured.var, layer.running_var))  # type: ignore[arg-type]
+    return moved

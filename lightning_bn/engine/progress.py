@@ -1,0 +1,39 @@
+"""A pass in the Trainer's own progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_bn.functional.precise import Progress
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """A display that adds a line to the Trainer's bar while a pass runs; nothing where there is no bar."""
+
+    @contextmanager
+    def show(total: int | None) -> Iterator[Callable[[int], None]]:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            with Tqdm(
+                desc="PreciseBN", total=total, unit="sample", position=2, leave=False, dynamic_ncols=True
+            ) as line:
+
+                def advance(samples: int) -> None:
+                    line.update(samples)
+
+                yield advance
+        elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+            progress, task = bar.progress, bar._add_task(total or 0, "PreciseBN")
+            try:
+                yield lambda samples: progress.advance(task, samples)
+            finally:
+                progress.remove_task(task)
+        else:
+            yield lambda samples: None
+
+    return show

@@ -1,0 +1,116 @@
+"""Behaviours: a layer that is told to do something else for a while, and stays the layer it is.
+
+No module, parameter or buffer is replaced. A layer's class becomes one derived from its own, whose forward asks the
+layer's behaviours, innermost first; each may lend the layer other values *while its own forward runs* and no longer. So
+between forwards nothing of ours can be seen in the layer: `train()` and `eval()` mean what they always did, the state
+dict is the plain model's, a pickle or a deep copy holds the plain layer, and handles can be undone in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
+
+_LIST = "_behaviours"
+
+
+class Behaviour(ABC):
+    """What a layer does differently: wraps the forward of every layer it is given to."""
+
+    name: str
+    """Shown in ``repr(model)`` behind the layer's own description."""
+
+    @abstractmethod
+    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """Run the layer's own ``forward`` on ``input``, under whatever this behaviour changes."""
+
+
+def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
+    """The behaviours a layer has at the moment, in the order in which it was given them."""
+    return tuple(vars(layer).get(_LIST, ()))
+
+
+def give(layer: nn.Module, behaviour: Behaviour) -> None:
+    """Give a layer a behaviour, on top of those it has."""
+    if not behaviours_of(layer):
+        layer.__class__ = _derived(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
+    vars(layer)[_LIST] = (*behaviours_of(layer), behaviour)
+
+
+def take_back(layer: nn.Module, behaviour: Behaviour) -> None:
+    """Take a behaviour back; without any left, the layer's class is its own again."""
+    left = tuple(b for b in behaviours_of(layer) if b is not behaviour)
+    vars(layer)[_LIST] = left
+    if not left:
+        del vars(layer)[_LIST]
+        layer.__class__ = type(layer).__bases__[1]
+
+
+class Handle:
+    """The one way back: takes a behaviour back from the layers it was given to.
+
+    A context manager; leaving it is ``undo()``. A second ``undo()`` does nothing.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], behaviour: Behaviour, also: Iterable[Callable[[], Any]] = ()
+    ) -> None:
+        self._undo: list[Callable[[], Any]] = list(also)
+        for layer in layers:
+            give(layer, behaviour)
+            self._undo.append(functools.partial(take_back, layer, behaviour))
+
+    def undo(self) -> None:
+        """Take the behaviour back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+class _Behaving(_BatchNorm):
+    """First base of every derived class."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own_forward = super().forward
+
+        def forward(input: Tensor) -> Tensor:
+            return own_forward(input, *args, **kwargs)
+
+        for behaviour in behaviours_of(self):
+            forward = functools.partial(behaviour.forward, self, forward)
+        return forward(input)
+
+    def extra_repr(self) -> str:
+        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return ", ".join([own, *(b.name for b in behaviours_of(self))])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, copied: as the plain layer."""
+        plain: nn.Module = object.__new__(type(self).__bases__[1])
+        vars(plain).update({key: value for key, value in vars(self).items() if key != _LIST})
+        rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
+        # pickle takes copyreg's __newobj__ only for the very class of the object it was asked to pickle
+        return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
+
+
+@functools.cache
+def _derived(original: type[nn.Module]) -> type[nn.Module]:
+    return type(
+        original.__name__,
+        (_Behaving, original),
+        {"__module__": original.__module__, "__doc__": original.__doc__},
+    )

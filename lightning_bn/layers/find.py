@@ -1,0 +1,72 @@
+"""Finding the BatchNorm layers of a model by qualified name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+Layers: TypeAlias = str | Sequence[str] | None
+"""Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every BatchNorm layer."""
+
+
+def find_bn(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of a model: `BatchNorm1d/2d/3d`, `SyncBatchNorm` and their subclasses.
+
+    Args:
+        model: Any module. A layer that is registered under several names is listed under the first.
+        layers: Glob pattern or patterns over qualified names (``"backbone.*"``, ``"*.bn1"``). None takes every layer.
+
+    Returns:
+        Qualified name -> layer, in the order of ``model.named_modules()``.
+
+    Raises:
+        ValueError: If there is no BatchNorm layer, if a pattern matches none, or if a lazy layer has not yet seen data.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_bn import find_bn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.BatchNorm2d(8)))
+        >>> list(find_bn(model)), list(find_bn(model, "2.*"))
+        (['1', '2.0'], ['2.0'])
+    """
+    everything = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if not everything:
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm layer (BatchNorm1d/2d/3d, SyncBatchNorm or a subclass)."
+        )
+    patterns = as_patterns(layers)
+    found = {n: m for n, m in everything.items() if any(fnmatchcase(n, p) for p in patterns)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"layers={pattern!r} matches no BatchNorm layer of {type(model).__name__}. There are: "
+                f"{', '.join(everything)}."
+            )
+    for name, layer in found.items():
+        if isinstance(layer, _LazyNormBase) and layer.has_uninitialized_params():
+            raise ValueError(f"Layer {name!r} is lazy and has not seen data: run one forward before lightning_bn.")
+    return found
+
+
+def as_patterns(layers: Layers) -> tuple[str, ...]:
+    """The patterns that ``layers`` stands for."""
+    if layers is None:
+        return ("*",)
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
+    """Those found by `find_bn` that store population statistics.
+
+    Raises:
+        ValueError: If a layer chosen by ``layers`` stores none (``track_running_stats=False``), or no layer does.
+    """
+    found = find_bn(model, layers)
+    without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
+    if without and (layers is not None or len(without) == len(found)):
+        raise ValueError(f"{', '.join(without)}: track_running_stats=False, so there are no population statistics.")
+    return {name: layer for name, layer in found.items() if name not in without}

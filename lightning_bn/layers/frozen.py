@@ -1,0 +1,34 @@
+"""FrozenBN: the layer normalises with its stored statistics, whatever mode it is in (paper, Sec. 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.layers.behaviour import Behaviour, behaviours_of
+
+
+class Frozen(Behaviour):
+    """Stored statistics in training, too: the layer runs its own forward in eval mode.
+
+    Written without a context manager, so that torch.compile traces through it.
+    """
+
+    name = "frozen"
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """Normalise ``input`` with the stored statistics."""
+        asked = layer.training
+        layer.training = False
+        try:
+            return forward(input)
+        finally:
+            layer.training = asked
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether statistics are frozen: by us, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
+    by_us = any(isinstance(b, Frozen) for b in behaviours_of(layer))
+    return by_us or (getattr(layer, "running_mean", None) is not None and not layer.track_running_stats)

@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: moments and their merge, population statistics, gaps."""

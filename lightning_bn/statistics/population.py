@@ -1,0 +1,153 @@
+"""Population statistics: the moments of all batches a fixed model was shown, layer by layer.
+
+Batches are added up with one fused merge each: the moments of all layers lie side by side in one long vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bn.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one layer was shown.
+
+    Attributes:
+        mean: Mean of each channel over all batches, ``(C,)`` float64.
+        var: Biased variance of each channel over all batches, between-batch variance included, ``(C,)`` float64.
+        count: Values per channel (rows x space) that went into them.
+        calls: How often the layer was called.
+        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the batches' own
+            means; NaN when there was a single call.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int
+    calls: int
+    standard_error: Tensor
+
+
+class PopulationStatistics(Mapping[str, LayerStatistics]):
+    """Qualified layer name -> [`LayerStatistics`][lightning_bn.LayerStatistics], for the layers that were reached.
+
+    Attributes:
+        num_samples: Samples seen, those of all ranks together.
+        num_batches: Batches seen, likewise.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerStatistics], num_samples: int, num_batches: int) -> None:
+        self._layers = dict(layers)
+        self.num_samples = num_samples
+        self.num_batches = num_batches
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"PopulationStatistics({len(self)} layers, {self.num_samples} samples in {self.num_batches} batches)"
+
+
+class Accumulator:
+    """Adds up the statistics of every call of every layer, all layers side by side in one vector.
+
+    A call's statistics are written, by whoever has them, into a *slot*: two scratch tensors that a batch-norm kernel
+    can fill as if they were running statistics.
+
+    Attributes:
+        values: Moments of the layers' values.
+        call_means: Moments of the means of their calls, each weighted by its squared count, since the squared error
+            of a weighted mean is the sum of the squared, weighted deviations.
+        calls: Layer name -> number of calls.
+
+    Example:
+        >>> seen = Accumulator({"bn": 1})
+        >>> for mean, unbiased_var, count in ((1.0, 0.0, 2), (4.0, 0.0, 1)):
+        ...     slot = seen.slot("bn", count)
+        ...     slot[0].fill_(mean), slot[1].fill_(unbiased_var)
+        ...     seen.end_of_batch()
+        (tensor([1.]), tensor([0.]))
+        (tensor([4.]), tensor([0.]))
+        >>> seen.statistics()["bn"].mean
+        tensor([2.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        channels: Mapping[str, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._channels = dict(channels)
+        self._empty = torch.empty(0, device=device, dtype=dtype)
+        self._rounds: list[_Round] = []
+        # not every device has float64
+        total = sum(channels.values())
+        self.values = self.call_means = Moments.empty(total, "cpu" if torch.device(device).type == "mps" else device)
+        self.calls = dict.fromkeys(channels, 0)
+
+    def slot(self, name: str, count: int) -> tuple[Tensor, Tensor]:
+        """Where to put mean and *unbiased* variance, ``(C,)`` each, of a layer's next call, of ``count`` values."""
+        self.calls[name] += 1
+        for calls in self._rounds:
+            if name not in calls.counts:
+                break
+        else:
+            calls = _Round.of(self._channels, self._empty.new_zeros(2, sum(self._channels.values())))
+            self._rounds.append(calls)
+        calls.counts[name] = count
+        return calls.means[name], calls.variances[name]
+
+    def end_of_batch(self) -> None:
+        """Merge the slots filled since the last batch: first calls of all layers at once, then second calls."""
+        for calls in self._rounds:
+            if not calls.counts:
+                break
+            device = self.values.mean.device
+            count = torch.tensor([float(calls.counts.get(name, 0)) for name in self._channels], dtype=torch.float64)
+            count = count.repeat_interleave(torch.tensor(list(self._channels.values()))).to(device)
+            mean, var = calls.scratch.to(device).double()
+            self.values += Moments(count, mean, var * (count - 1).clamp(min=0))
+            self.call_means += Moments(count.square(), mean, torch.zeros_like(mean))
+            calls.counts.clear()
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What each layer was shown, layers that were not called left out."""
+        mean, var, count = self.values.mean, self.values.var, self.values.count
+        squared = self.call_means.m2 + self.call_means.count * (self.call_means.mean - mean).square()
+        sizes = list(self._channels.values())
+        per_layer = zip(*(v.split(sizes) for v in (mean, var, count, squared)), strict=True)
+        found = {}
+        for (name, calls), (m, v, n, sq) in zip(self.calls.items(), per_layer, strict=True):
+            if calls:
+                correction = calls / (calls - 1) if calls > 1 else torch.nan
+                error = (sq * correction / (v * n.square())).sqrt()
+                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), calls, error)
+        return found
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Slots for one call of every layer."""
+
+    scratch: Tensor
+    means: dict[str, Tensor]
+    variances: dict[str, Tensor]
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, channels: Mapping[str, int], scratch: Tensor) -> _Round:
+        means, variances = (dict(zip(channels, row.split(list(channels.values())), strict=True)) for row in scratch)
+        return cls(scratch, means, variances, {})
