@@ -17,7 +17,6 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -83,7 +82,8 @@ def loader_batches(
 def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
     """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``."""
     for owner in (getattr(trainer, "datamodule", None), module):
-        if owner is not None and is_overridden("train_dataloader", owner):
+        # not by Lightning's is_overridden, which does not know pytorch_lightning's modules
+        if owner is not None and not type(owner).train_dataloader.__qualname__.startswith("DataHooks."):
             loader: Iterable[Any] = owner.train_dataloader()
             return loader
     raise ValueError(

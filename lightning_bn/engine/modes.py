@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lightning_bn.engine.neutral import is_lightning_module
+
 
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
     """The mode each module had at the last training batch.
@@ -29,4 +31,4 @@ def set_modes(modes: dict[nn.Module, bool], like_training: bool) -> None:
     """
     for m, mode in modes.items():
         contains = next(m.children(), None) is not None and not isinstance(m, nn.MultiheadAttention)
-        m.training = mode and like_training and (contains or isinstance(m, LightningModule))
+        m.training = mode and like_training and (contains or is_lightning_module(m))

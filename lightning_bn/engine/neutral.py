@@ -28,7 +28,7 @@ _TORCH_OWN = set(vars(nn.Module())) - {"_buffers"}
 
 @contextmanager
 def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Run forwards of ``module`` as in training, eagerly and without gradients, and leave no trace of them.
+    """Run forwards of ``module`` as in training, without gradients, and leave no trace of them.
 
     Logging is muted (`self.log`, the Trainer's loggers), the stage reads as training, and these get back what they had:
     modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the random
@@ -42,7 +42,6 @@ def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         stack.enter_context(_muted(trainer))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_parameters_untouched(module))
         stack.enter_context(_modules_kept(module))
         yield
@@ -80,13 +79,18 @@ def _modules_kept(module: LightningModule) -> Iterator[None]:
     try:
         for m, own in kept.items():
             vars(m).update({key: _scratch(value) for key, value in own.items() if key not in _TORCH_OWN})
-            if isinstance(m, LightningModule):
+            if is_lightning_module(m):
                 vars(m).update(log=_swallow, log_dict=_swallow)
         yield
     finally:
         for m, own in kept.items():
             vars(m).clear()
             vars(m).update(own)
+
+
+def is_lightning_module(m: nn.Module) -> bool:
+    """By its methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
+    return callable(getattr(m, "training_step", None)) and callable(getattr(m, "log_dict", None))
 
 
 def _scratch(value: Any) -> Any:

@@ -29,7 +29,7 @@ from lightning_bn.engine.modes import modes_of_training, set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.progress import progress_of
 from lightning_bn.functional.precise import Count, call_model, estimable_layers, measure, samples_in, write
-from lightning_bn.layers.find import Layers, find_bn
+from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.population import PopulationStatistics
 
@@ -80,7 +80,7 @@ class PopulationPass:
             ValueError: For a model, module or loader that cannot be shown batches neutrally.
             RuntimeError: For a strategy that shards the model.
         """
-        find_bn(module, self.layers)
+        storing_layers(module, self.layers)
         sharding = {c.__name__ for c in type(trainer.strategy).__mro__} & {
             "FSDPStrategy",
             "DeepSpeedStrategy",

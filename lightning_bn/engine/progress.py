@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_bn.functional.precise import Progress
@@ -17,8 +17,9 @@ def progress_of(trainer: Trainer) -> Progress:
 
     @contextmanager
     def show(total: int | None) -> Iterator[Callable[[int], None]]:
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        bar: Any = trainer.progress_bar_callback
+        kind = {c.__name__ for c in type(bar).__mro__}  # by name: pytorch_lightning has bars of its own
+        if "TQDMProgressBar" in kind and bar.is_enabled:
             with Tqdm(
                 desc="PreciseBN", total=total, unit="sample", position=2, leave=False, dynamic_ncols=True
             ) as line:
@@ -27,7 +28,7 @@ def progress_of(trainer: Trainer) -> Progress:
                     line.update(samples)
 
                 yield advance
-        elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        elif "RichProgressBar" in kind and bar.is_enabled and bar.progress is not None:
             progress, task = bar.progress, bar._add_task(total or 0, "PreciseBN")
             try:
                 yield lambda samples: progress.advance(task, samples)

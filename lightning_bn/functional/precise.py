@@ -55,7 +55,8 @@ def precise_bn(
 
     Args:
         model: The model. ``DistributedDataParallel`` is looked through: its buffer broadcast must not run here.
-        batches: Any iterable of batches. Under torch.distributed each rank brings its own, in any number.
+        batches: Any iterable of batches. Under torch.distributed every rank calls this, each with its own batches,
+            in any number.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Take whole batches until so many samples were seen, on all ranks together. 1e3 to 1e4 suffice
@@ -91,7 +92,7 @@ def precise_bn(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen (by freeze_bn or BaseFinetuning, or "
             "in eval mode while the model is in train mode): there are no statistics to recompute."
         )
-    with _everything_in_eval(model), torch.inference_mode(False), torch.no_grad():
+    with _everything_in_eval(model):
         statistics = measure(
             chosen,
             batches,
@@ -136,7 +137,7 @@ def measure(
     count: Count | None = None,
     progress: Progress | None = None,
 ) -> PopulationStatistics:
-    """Run batches with ``layers`` in batch mode and return what they were shown, on all ranks together. Writes nothing.
+    """Run batches, eagerly and without gradients, and return what ``layers`` were shown. Writes nothing.
 
     Every rank runs as many forwards as the one with most batches, so that collectives inside the model match: a rank
     that has run out repeats its last batch, which then counts for nothing.
@@ -159,7 +160,12 @@ def measure(
     batch_mode = BatchMode(layers, seen)
     samples = taken = 0
     batch = missing = object()
-    with Handle(layers.values(), batch_mode), (progress or _no_progress)(num_samples) as advance:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(Handle(layers.values(), batch_mode))
+        advance = stack.enter_context((progress or _no_progress)(num_samples))
         iterator = iter(batches)
         while num_samples is None or samples < num_samples:
             fresh = next(iterator, missing)
@@ -174,17 +180,30 @@ def measure(
                 seen.end_of_batch()
             samples, taken = samples + more, taken + ready
             advance(more)
-    return PopulationStatistics(_of_all_ranks(seen, device), samples, taken)
+        return PopulationStatistics(_of_all_ranks(seen, device), samples, taken)
 
 
 def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
-    """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype."""
+    """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype.
+
+    Raises:
+        ValueError: If a variance is too large for that dtype; nothing is then written.
+    """
     with torch.no_grad():
+        writes = []
         for name, measured in statistics.items():
-            buffers = layers[name].running_mean, layers[name].running_var
-            for buffer, value in zip(buffers, (measured.mean, measured.var), strict=True):
-                assert isinstance(buffer, Tensor)  # estimated_layers saw to it
-                buffer.copy_(value)
+            for buffer, value in (("running_mean", measured.mean), ("running_var", measured.var)):
+                stored = layers[name]._buffers[buffer]
+                assert stored is not None  # storing_layers saw to it
+                rounded = value.to(stored.dtype)
+                if not rounded.isfinite().all():
+                    largest = float(value.abs().max())
+                    raise ValueError(
+                        f"{buffer} of layer {name!r} reaches {largest:.3g}: {stored.dtype} cannot hold it."
+                    )
+                writes.append((stored, rounded))
+        for stored, rounded in writes:
+            stored.copy_(rounded)
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
