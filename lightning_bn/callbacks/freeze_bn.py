@@ -15,6 +15,7 @@ from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_figures, may_log
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
+from lightning_bn.engine.switch_point import SwitchPoint
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
 from lightning_bn.functional.precise import Count, samples_in
 from lightning_bn.functional.warm_up import WarmUp
@@ -92,31 +93,13 @@ class FreezeBNCallback(BatchNormCallback):
         count: Count | None = None,
         layers: Layers = None,
     ) -> None:
-        given = {
-            "last_n_epochs": last_n_epochs,
-            "start_epoch": start_epoch,
-            "start_step": start_step,
-            "start_fraction": start_fraction,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                "Say when to freeze by exactly one of last_n_epochs, start_epoch, start_step and start_fraction; "
-                f"given: {', '.join(given) or 'none'}."
-            )
-        (name, value), *_ = given.items()
-        if value < 0 or (name == "last_n_epochs" and value < 1) or (name == "start_fraction" and value >= 1):  # type: ignore[operator]
-            raise ValueError(f"{name}={value} does not place the switch within a fit.")
         if statistics not in ("precise", "ema"):
             raise ValueError(f"statistics must be 'precise' or 'ema' but is {statistics!r}.")
         if warmup_epochs < 0 or (warmup_steps is not None and warmup_steps < 0):
             raise ValueError(
                 f"A warm-up cannot be negative: warmup_epochs={warmup_epochs}, warmup_steps={warmup_steps}."
             )
-        self.last_n_epochs = last_n_epochs
-        self.start_epoch = start_epoch
-        self.start_step = start_step
-        self.start_fraction = start_fraction
+        self.switch_point = SwitchPoint(last_n_epochs, start_epoch, start_step, start_fraction)
         self.statistics = statistics
         self.affine = affine
         self.warmup_epochs = warmup_epochs
@@ -132,20 +115,7 @@ class FreezeBNCallback(BatchNormCallback):
 
     def should_freeze(self, trainer: Trainer, batch_idx: int) -> bool:
         """Whether training has come to the switch; override to decide otherwise."""
-        if self.start_step is not None:
-            return trainer.global_step >= self.start_step
-        if self.start_fraction is not None:
-            batches = trainer.num_training_batches
-            epochs = trainer.current_epoch + (batch_idx / batches if batches else 0)
-            last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps
-            by_epoch = epochs / last_epoch if last_epoch > 0 else 0.0
-            by_step = trainer.global_step / last_step if last_step > 0 else 0.0
-            return max(by_epoch, by_step) >= self.start_fraction
-        first = self.start_epoch
-        if first is None:
-            assert self.last_n_epochs is not None and trainer.max_epochs is not None  # on_fit_start saw to it
-            first = trainer.max_epochs - self.last_n_epochs
-        return trainer.current_epoch >= first
+        return self.switch_point.reached(trainer, batch_idx)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; a checkpoint is restored after this."""
@@ -155,12 +125,7 @@ class FreezeBNCallback(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
-        endless = (trainer.max_epochs or -1) < 0
-        if endless and (self.last_n_epochs is not None or (self.start_fraction is not None and trainer.max_steps < 0)):
-            raise ValueError(
-                f"The Trainer has max_epochs={trainer.max_epochs}, so there is no last epoch to count from: pass "
-                "start_epoch or start_step."
-            )
+        self.switch_point.check(trainer)
         self._affine = affine_of(storing_layers(pl_module, self.layers).values()) if self.affine else []
         if self.affine:
             for optimizer in trainer.optimizers:

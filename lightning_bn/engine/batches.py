@@ -18,11 +18,12 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
+from lightning_bn.engine.neutral import is_lightning_module
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
@@ -191,37 +192,50 @@ def _bytes_of(batch: Any) -> int:
 
 @contextmanager
 def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
-    """Give samplers, datasets and collate functions their counters, orders and random numbers back on leaving."""
+    """Give samplers, datasets and collate functions their counters, orders and random numbers back on leaving.
+
+    Meanwhile they have copies of their lists, which may be orders that they shuffle in place; samplers also of their
+    arrays. A dataset's arrays are its data, and too large to copy.
+    """
     parts = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
-    restore = [_restorer(o) for o in _reachable([getattr(loader, part, None) for loader in loaders for part in parts])]
+    owners = _reachable([getattr(loader, part, None) for loader in loaders for part in parts])
+    data = {id(getattr(loader, "dataset", None)) for loader in loaders}
+    restore = [_restorer(o) for o in owners]
     try:
+        for o in owners:
+            kinds = (*_CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else _CONTAINERS
+            own = vars(o) if hasattr(o, "__dict__") else {}
+            own.update({k: copy.copy(v) for k, v in own.items() if isinstance(v, kinds) and id(v) not in data})
         yield
     finally:
         for give_back in restore:
             give_back()
 
 
-def _reachable(roots: Sequence[Any], depth: int = 3) -> list[Any]:
+def _reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
     """Objects with state of their own, from ``roots`` down a few attributes and through short containers."""
-    found: dict[int, Any] = {}
+    found: list[Any] = []
+    seen: set[int] = set()
     layer = list(roots)
     for _ in range(depth + 1):
         following: list[Any] = []
         for o in layer:
             o = getattr(o, "__self__", o)
-            if id(o) in found or o is None or isinstance(o, (*_NOT_OURS, type)):
+            if o is None or id(o) in seen or isinstance(o, _NOT_OURS) or is_lightning_module(o):
                 continue
-            if isinstance(o, (list, tuple, dict)):
-                following += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()
+            seen.add(id(o))
+            if isinstance(o, (*_CONTAINERS, tuple)):
+                layer += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()  # still being read
             elif isinstance(o, _GENERATORS) or hasattr(o, "__dict__"):
-                found[id(o)] = o
+                found.append(o)
                 following += vars(o).values() if hasattr(o, "__dict__") else ()
         layer = following
-    return list(found.values())
+    return found
 
 
+_CONTAINERS = (list, dict, set, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_NOT_OURS = (Tensor, np.ndarray, nn.Module, Trainer, FunctionType, ModuleType, Iterator)
+_NOT_OURS = (Tensor, np.ndarray, Trainer, FunctionType, ModuleType, Iterator, type)
 
 
 def _restorer(o: Any) -> Callable[[], Any]:

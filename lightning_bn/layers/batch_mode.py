@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.moments import merge_over_ranks, num_ranks
+from lightning_bn.distributed.moments import merge_over_ranks
 from lightning_bn.layers.behaviour import Behaviour
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
@@ -41,8 +41,8 @@ class BatchMode(Behaviour):
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Normalise ``input`` with its own statistics; an input without rows has none, and needs none."""
         count = input.numel() // layer.num_features
-        group = cast("ProcessGroup | None", getattr(layer, "process_group", None))
-        synced = isinstance(layer, SyncBatchNorm) and num_ranks(group) > 1
+        group = cast("ProcessGroup | None", layer.process_group) if isinstance(layer, SyncBatchNorm) else None
+        synced = isinstance(layer, SyncBatchNorm)  # in train mode its own forward insists on CUDA and a batch counter
         slot = self._seen.slot(self._names[layer], count) if self.counts and count else None
         stored = cast(Tensor, layer._buffers["running_mean"])
         if slot and count > 1 and slot[0].dtype == stored.dtype and not synced and may_use_kernel(input):

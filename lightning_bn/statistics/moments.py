@@ -103,8 +103,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     pieces = rows.split(_ROWS_AT_ONCE) if len(rows) > _ROWS_AT_ONCE else (rows,)
     mean, var = _pooled(pieces)
     if _is_large(mean, var):
-        origin = mean.to(x.dtype)
-        mean, var = _pooled([piece - origin for piece in pieces])
+        origin = mean.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = _pooled(pieces, origin)
         mean = mean + origin
     return mean, var
 
@@ -123,11 +123,12 @@ def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x.float() if x.element_size() == 2 else x, None, None, 0.0)
 
 
-def _pooled(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Statistics of values that come in pieces."""
+def _pooled(pieces: Sequence[Tensor], origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Statistics of values that come in pieces, relative to ``origin``: one piece at a time is copied for that."""
+    found = [_kernel(piece if origin is None else piece - origin) for piece in pieces]
     if len(pieces) == 1:
-        return _kernel(pieces[0])
-    means, variances = (torch.stack(s).double() for s in zip(*map(_kernel, pieces), strict=True))
+        return found[0]
+    means, variances = (torch.stack(s).double() for s in zip(*found, strict=True))
     share = torch.tensor([[p.numel()] for p in pieces], dtype=torch.float64)
     share /= share.sum()
     mean = (share * means).sum(0)
