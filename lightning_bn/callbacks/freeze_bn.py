@@ -121,6 +121,7 @@ class FreezeBNCallback(BatchNormCallback):
         """Forget an earlier fit; a checkpoint is restored after this."""
         if stage == "fit":
             self._state = None
+            self._checked_batch_size = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
@@ -129,7 +130,7 @@ class FreezeBNCallback(BatchNormCallback):
         self._affine = affine_of(storing_layers(pl_module, self.layers).values()) if self.affine else []
         if self.affine:
             for optimizer in trainer.optimizers:
-                refuse_lbfgs(optimizer)
+                refuse_lbfgs(optimizer, self._affine)
         if self.statistics == "precise":
             self._pass.check(trainer, pl_module)
 
@@ -140,7 +141,6 @@ class FreezeBNCallback(BatchNormCallback):
         self._warmup_length(trainer)
         if self._state is not None:
             self._freeze(trainer, pl_module)
-        self._switch_if_due(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the switch, if it falls on this epoch."""
@@ -162,9 +162,10 @@ class FreezeBNCallback(BatchNormCallback):
             drop_gradients(optimizer, self._affine)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Log the factor on the learning rate while it warms up."""
-        if self._warm_up is not None and not self._warm_up.over and may_log(trainer):
-            log_figures(trainer, "freeze_bn", {"lr_factor": self._warm_up.factor(0)})
+        """Log the factor on the (first optimizer's) learning rate in this batch's step, while it warms up."""
+        warm_up = self._warm_up
+        if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and may_log(trainer):
+            log_figures(trainer, "freeze_bn", {"lr_factor": warm_up.done[0] / warm_up.steps})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Thaw, and leave no learning rate scaled."""
@@ -187,6 +188,10 @@ class FreezeBNCallback(BatchNormCallback):
         """Take them back; on_train_start freezes."""
         self._state = dict(state_dict) or None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the state, not the hold on layers and optimizers."""
+        return {**vars(self), "_state": self.state_dict() or None, "_handle": None, "_warm_up": None, "_affine": []}
+
     def _switch_if_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
         if self._state is not None or not self.should_freeze(trainer, batch_idx):
             return
@@ -203,7 +208,8 @@ class FreezeBNCallback(BatchNormCallback):
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._state is not None
-        self._handle = freeze_bn(module, layers=self.layers)
+        # affine: for optimizers that the user steps past Lightning; on_before_optimizer_step comes before clipping
+        self._handle = freeze_bn(module, layers=self.layers, affine=self.affine)
         length = self._warmup_length(trainer)
         if length:
             self._warm_up = WarmUp(trainer.optimizers, length, self._state["warmup_done"])
@@ -225,7 +231,8 @@ class FreezeBNCallback(BatchNormCallback):
             raise ValueError(
                 "An epoch has no known length, so warmup_epochs cannot be counted in steps: pass warmup_steps."
             )
-        return max(1, round(self.warmup_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches))
+        steps_an_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        return max(1, round(self.warmup_epochs * steps_an_epoch))
 
     def _warn_of_untrained(self, module: LightningModule) -> None:
         untrained = [

@@ -101,10 +101,17 @@ class PreciseBNCallback(BatchNormCallback):
         self._occasions = 0
         self._evaluated: tuple[int, ...] | None = None
         self._due = False
+        self._said = ""
 
     def should_run(self, trainer: Trainer) -> bool:
         """Whether to run at this occasion; override to decide otherwise."""
         return self._occasions % self.every_n == 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint is restored after this."""
+        self._said = ""
+        if stage == "fit":
+            self._occasions, self._evaluated = 0, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
@@ -157,12 +164,12 @@ class PreciseBNCallback(BatchNormCallback):
                 self._run(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of occasions so far."""
-        return {"occasions": self._occasions}
+        """The number of occasions so far, and the version of the weights at the last one."""
+        return {"occasions": self._occasions, "evaluated": self._evaluated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the number of occasions back."""
-        self._occasions = state_dict["occasions"]
+        """Take both back."""
+        self._occasions, self._evaluated = state_dict["occasions"], state_dict["evaluated"]
 
     def _occasion(self, trainer: Trainer) -> bool:
         self._occasions += 1
@@ -176,7 +183,9 @@ class PreciseBNCallback(BatchNormCallback):
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
         reason = self._pass.nothing_to_do(trainer, module)
         if reason:
-            rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
+            if reason != self._said:
+                rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
+            self._said = reason
             return
         self.result, figures = self._pass.run(trainer, module)
         log_figures(trainer, "precise_bn", figures)

@@ -88,7 +88,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
             loader: Iterable[Any] = owner.train_dataloader()
             return loader
     raise ValueError(
-        f"trainer.{trainer.state.fn} has no training data to recompute population statistics from: define "
+        f"trainer.{trainer.state.fn.value} has no training data to recompute population statistics from: define "
         "train_dataloader in the LightningModule or DataModule, or pass source=, a function from the trainer to a "
         "loader."
     )

@@ -16,13 +16,17 @@ def log_figures(trainer: Trainer, prefix: str, figures: Mapping[str, float]) -> 
     """
     if not trainer.loggers:
         return
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    if not trainer.validating and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+    step, progress = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.fit_loop.epoch_loop.batch_progress
+    batch_is_over = progress.current.completed == progress.current.ready
+    if not trainer.validating and progress.is_last_batch and batch_is_over:
         step = max(step - 1, 0)
     for logger in trainer.loggers:
         logger.log_metrics({f"{prefix}/{key}": value for key, value in figures.items()}, step=step)
 
 
 def may_log(trainer: Trainer) -> bool:
-    """Whether this batch is one of every ``log_every_n_steps``."""
-    return bool(trainer._logger_connector.should_update_logs)
+    """Whether `self.log` reaches the loggers at this batch's end: every ``log_every_n_steps``, if it made a step."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return bool(
+        trainer._logger_connector.should_update_logs and not (automatic and trainer.fit_loop._should_accumulate())
+    )

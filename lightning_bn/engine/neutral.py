@@ -95,11 +95,22 @@ def is_lightning_module(m: nn.Module) -> bool:
 
 def _scratch(value: Any) -> Any:
     """A copy that a forward may change in place: of tensors, and of containers and the tensors right in them."""
-    if type(value) is dict:
-        return {key: v.clone() if isinstance(v, Tensor) else v for key, v in value.items()}
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        twin.update({key: _copied(v) for key, v in value.items()})
+        return twin
+    if type(value) in (list, deque):
+        twin = copy.copy(value)
+        for i, v in enumerate(value):
+            twin[i] = _copied(v)
+        return twin
+    return copy.copy(value) if isinstance(value, (list, set, deque)) else _copied(value)
+
+
+def _copied(value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return value.clone()
-    return copy.copy(value) if isinstance(value, (dict, list, set, deque)) else value
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _swallow(*args: Any, **kwargs: Any) -> None:
@@ -108,12 +119,22 @@ def _swallow(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def _parameters_untouched(module: LightningModule) -> Iterator[None]:
-    before = {name: (p._version, p.data_ptr()) for name, p in module.named_parameters()}
+    before = _fingerprints(module)
     yield
-    changed = [name for name, p in module.named_parameters() if (p._version, p.data_ptr()) != before.get(name)]
+    changed = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
     if changed:
         raise RuntimeError(
             f"The forward over training batches changed parameters of {type(module).__name__} ({changed[0]} and "
             f"{len(changed) - 1} more): this cannot be undone. Pass forward='forward' or a function that leaves "
             "them alone."
         )
+
+
+def _fingerprints(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Version, address and sum of the bits of each parameter: a change through ``.data`` shows in the last alone."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parameters = dict(module.named_parameters())
+    plain = [torch.view_as_real(p) if p.is_complex() else p for p in parameters.values()]
+    sums = [p.detach().view(bits[p.element_size()]).sum() for p in plain]
+    found = [(p._version, p.data_ptr(), int(total)) for p, total in zip(plain, sums, strict=True)]
+    return dict(zip(parameters, found, strict=True))

@@ -64,9 +64,9 @@ def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
     return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
-def refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
-    """Raise for the one optimizer that moves a parameter without being given a gradient for it."""
-    if isinstance(optimizer, torch.optim.LBFGS):
+def refuse_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
+    """Raise if the one optimizer that moves a parameter without being given a gradient for it holds ``frozen`` ones."""
+    if isinstance(optimizer, torch.optim.LBFGS) and _held(optimizer, frozen):
         raise TypeError(
             "affine=True cannot freeze parameters that LBFGS optimizes: it moves all of them together along past "
             "gradients. Give it parameters without the affine ones, or use another optimizer."
@@ -75,10 +75,14 @@ def refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
 
 def drop_gradients(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
     """Drop the gradients of those ``frozen`` parameters that ``optimizer`` is about to step with."""
-    ours = {id(p) for p in frozen}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in ours):
-        refuse_lbfgs(optimizer)
+    refuse_lbfgs(optimizer, frozen)
+    for parameter in _held(optimizer, frozen):
         parameter.grad = None
+
+
+def _held(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> list[Tensor]:
+    ours = {id(p) for p in frozen}
+    return [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
 
 
 def _without_gradients_of(layers: Iterable[_BatchNorm]) -> Callable[..., Any]:

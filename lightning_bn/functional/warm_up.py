@@ -8,7 +8,10 @@ undisturbed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,6 +19,8 @@ from torch.optim import Optimizer
 
 class WarmUp:
     """Scale the learning rates of the next ``steps`` steps of each optimizer by 1/steps, 2/steps, ..., 1.
+
+    Where several warm up one optimizer, the one that is least far decides.
 
     Args:
         optimizers: The optimizers; each counts its own steps.
@@ -37,48 +42,54 @@ class WarmUp:
     def __init__(self, optimizers: Sequence[Optimizer], steps: int, done: Sequence[int] | None = None) -> None:
         self.steps = steps
         self.done = list(done) if done is not None else [0] * len(optimizers)
-        self._own_rates: dict[int, list[tuple[dict[str, Any], Any]]] = {}
+        self._optimizers = list(optimizers)
         self._remove: list[Callable[[], None]] = []
         for index, optimizer in enumerate(optimizers):
-            self._remove.append(optimizer.register_step_pre_hook(self._scale_for(index)).remove)
-            self._remove.append(optimizer.register_step_post_hook(self._restore_for(index)).remove)
+            self._remove.append(optimizer.register_step_pre_hook(partial(self._before_step, index)).remove)
+            self._remove.append(optimizer.register_step_post_hook(partial(self._after_step, index)).remove)
 
     def factor(self, index: int) -> float:
         """What the learning rates of an optimizer's next step are multiplied by."""
         return min(1.0, (self.done[index] + 1) / self.steps) if self.steps else 1.0
 
-    @property
-    def over(self) -> bool:
-        """Whether every optimizer is past its warm-up."""
-        return all(done >= self.steps for done in self.done)
-
     def undo(self) -> None:
         """Take the hooks off, and put back what a step that raised has left scaled."""
-        for index in list(self._own_rates):
-            self._restore(index)
         while self._remove:
             self._remove.pop()()
+        for optimizer in self._optimizers:
+            _put_back(optimizer)
 
-    def _scale_for(self, index: int) -> Callable[..., None]:
-        def scale(optimizer: Optimizer, *_: Any) -> None:
-            self._restore(index)  # of a step that raised
-            factor = self.factor(index)
-            self._own_rates[index] = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
-            for group, rate in self._own_rates[index]:
-                _set(group, rate * factor)
+    def _before_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        step = _UNDER_WAY.get(optimizer)
+        if step is None or self in step.factors:  # ours has not come to its end: it raised
+            _put_back(optimizer)
+            own = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
+            step = _UNDER_WAY[optimizer] = _Step(own)
+        step.factors[self] = self.factor(index)
+        for group, rate in step.own_rates:
+            _set(group, rate * min(step.factors.values()))
 
-        return scale
+    def _after_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
+        _put_back(optimizer)
+        self.done[index] += 1
 
-    def _restore_for(self, index: int) -> Callable[..., None]:
-        def restore(*_: Any) -> None:
-            self._restore(index)
-            self.done[index] += 1
 
-        return restore
+@dataclass
+class _Step:
+    """A step under way: its optimizer's own learning rates by group, and what the warm-ups of it make of them."""
 
-    def _restore(self, index: int) -> None:
-        for group, rate in self._own_rates.pop(index, ()):
-            _set(group, rate)
+    own_rates: list[tuple[dict[str, Any], Any]]
+    factors: dict[WarmUp, float] = field(default_factory=dict)
+
+
+_UNDER_WAY: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
+"""Shared by all warm-ups: one that came second would take for the optimizer's own rate what the first had scaled."""
+
+
+def _put_back(optimizer: Optimizer) -> None:
+    step = _UNDER_WAY.pop(optimizer, None)
+    for group, rate in step.own_rates if step else ():
+        _set(group, rate)
 
 
 def _copied(rate: float | Tensor) -> float | Tensor:

@@ -1,0 +1,57 @@
+"""Paired timing: contestants take turns within every round, so that whatever slows the machine down slows all of them.
+
+What is compared is the ratio *within* a round; the median over rounds and its quartiles are reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of what the rounds gave."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds each contestant took in each round; the order rotates, and an unmeasured round warms up."""
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-1, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            gc.collect()
+            _wait(device)
+            started = time.perf_counter()
+            contestants[name]()
+            _wait(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
+    """How many times as long ``of`` took as ``to``, round by round."""
+    return Spread.of([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,19 @@
+"""Nothing a test of callbacks does may reach the next one; the modules and data they train are in `tests.callbacks.zoo`."""
+
+import logging
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _no_workers_left() -> Iterator[None]:
+    """A pass over a loader with workers must end its workers."""
+    before = set(multiprocessing.active_children())
+    yield
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(5)
+        assert not process.is_alive(), f"{process} still runs after the test"

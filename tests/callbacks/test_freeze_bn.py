@@ -1,0 +1,866 @@
+"""FreezeBNCallback: when it switches, with which statistics, what stays constant, what goes on, and how it says no.
+
+The strongest of these tests hold a whole fit against a training loop written out by hand, bit for bit. A fit has four
+batches of eight images an epoch; three epochs unless a test says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_bn as lbn
+from lightning_bn import FreezeBNCallback, PreciseBNCallback
+from lightning_bn.engine.population_pass import PopulationPass
+from lightning_bn.engine.switch_point import SwitchPoint
+from tests.callbacks.zoo import (
+    Images,
+    TinyData,
+    TinyNet,
+    digest,
+    exact_statistics,
+    fit,
+    statistics_of,
+    train_loader,
+    trainer_with,
+    val_loader,
+)
+from tests.ranks import run_on_ranks
+
+pytestmark = [  # these are the subject of the tests that ask for them, and noise in the others
+    pytest.mark.filterwarnings("ignore:FreezeBNCallback freezes statistics that were never trained"),
+    pytest.mark.filterwarnings("ignore:.*when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
+]
+
+EPOCH = 4
+"""Batches in an epoch."""
+
+
+class Watch(Callback):
+    """Writes down, batch by batch, what freezing is about. Put it behind FreezeBNCallback."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.ended: list[dict[str, Any]] = []
+        self.rates_in_step: list[list[float]] = []
+        self.rates_between: list[list[float]] = []
+
+        self._hooks: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        for optimizer in trainer.optimizers:  # again for each batch: behind the hooks of others, to see what they did
+            self._hooks.append(optimizer.register_step_pre_hook(self._note_rates))
+        self.started.append(snapshot(pl_module))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.ended.append(snapshot(pl_module))
+        self.rates_between.append([rate for o in trainer.optimizers for rate in rates(o)])
+
+    def _note_rates(self, optimizer: Optimizer, *_: Any) -> None:
+        self.rates_in_step.append(rates(optimizer))
+
+    @property
+    def frozen(self) -> list[bool]:
+        """For each batch, whether it left the statistics of every BatchNorm layer as they were."""
+        return [
+            all(torch.equal(before[key], after[key]) for key in before if is_statistic(key))
+            for before, after in zip(self.started, self.ended, strict=True)
+        ]
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def is_thawed(module: nn.Module) -> bool:
+    """Whether the layers are plain ones that follow their batch in training mode."""
+    layer = module.get_submodule("bn1").train()
+    before = layer.running_mean.clone()
+    layer(torch.randn(8, 4, 3, 3))
+    return type(layer) is nn.BatchNorm2d and not torch.equal(before, layer.running_mean)
+
+
+def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
+    """The callback with few samples; from the second epoch on, if nothing else is said."""
+    if {"last_n_epochs", "start_step", "start_fraction"} & set(kwargs):
+        start_epoch = None
+    return FreezeBNCallback(start_epoch=start_epoch, **{"num_samples": 20, **kwargs})
+
+
+# ----------------------------------------------------------------------------------------------------- when it switches
+@pytest.mark.parametrize(
+    ("when", "trainer", "batches"),
+    [
+        ({"last_n_epochs": 1}, {}, 2 * EPOCH),
+        ({"last_n_epochs": 2}, {}, 1 * EPOCH),
+        ({"last_n_epochs": 20}, {}, 0),
+        ({"start_epoch": 0}, {}, 0),
+        ({"start_epoch": 2}, {}, 2 * EPOCH),
+        ({"start_epoch": 3}, {}, 3 * EPOCH),
+        ({"start_epoch": 1}, {"max_epochs": -1, "max_steps": 7}, EPOCH),
+        ({"start_step": 0}, {}, 0),
+        ({"start_step": 5}, {}, 5),
+        ({"start_step": 3}, {"accumulate_grad_batches": 2}, 6),
+        ({"start_fraction": 0.0}, {}, 0),
+        ({"start_fraction": 0.5}, {}, 6),
+        ({"start_fraction": 1 / 3}, {}, EPOCH),
+        ({"start_fraction": 0.4}, {"max_epochs": -1, "max_steps": 10}, 4),
+        ({"start_fraction": 0.5}, {"max_steps": 8}, 4),  # the steps end the fit sooner than the epochs
+        ({"start_fraction": 0.5}, {"max_steps": 1000}, 6),  # and here the epochs
+    ],
+    ids=str,
+)
+def test_it_freezes_from_exactly_there_on(when: dict[str, Any], trainer: dict[str, Any], batches: int) -> None:
+    watch = Watch()
+    fit(TinyNet(), [freeze(**when), watch], **{"max_epochs": 3, **trainer})
+    assert watch.frozen == [number >= batches for number in range(len(watch.frozen))]
+
+
+def test_another_rule_can_be_given_by_overriding_should_freeze() -> None:
+    class FromTheThirdBatch(FreezeBNCallback):
+        def should_freeze(self, trainer: Trainer, batch_idx: int) -> bool:
+            return batch_idx >= 2
+
+    watch = Watch()
+    fit(TinyNet(), [FromTheThirdBatch(start_epoch=0, num_samples=20), watch], max_epochs=1)
+    assert watch.frozen == [False, False, True, True]
+
+
+# ------------------------------------------------------------------------------------------------ with which statistics
+@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}, {"start_step": 0}], ids=str)
+def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[str, int]) -> None:
+    watch = Watch()
+    fit(TinyNet(dropout=0.5), [freeze(**when), watch])
+    switch = watch.frozen.index(True)
+    at_switch = TinyNet()
+    at_switch.load_state_dict(watch.started[switch])
+    batches = list(train_loader())[:3]  # 24 samples: whole batches until there are 20
+
+    for name, (mean, var) in exact_statistics(at_switch, batches).items():
+        layer = at_switch.get_submodule(name)
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
+    independent = copy.deepcopy(at_switch)
+    independent.bn1.reset_running_stats()
+    lbn.precise_bn(independent, batches)
+    assert digest(statistics_of(independent)) == digest(statistics_of(at_switch))
+
+
+def test_ema_keeps_the_running_statistics_as_they_are() -> None:
+    watch = Watch()
+    fit(TinyNet(), [freeze(statistics="ema"), watch])
+    before, at_switch = watch.ended[EPOCH - 1], watch.started[EPOCH]
+    assert digest(before) == digest(at_switch)
+
+
+def test_replay_takes_the_last_batches_of_training() -> None:
+    watch = Watch()
+    fit(TinyNet(), [freeze(start_step=6, source="replay", num_samples=16), watch])
+    at_switch = TinyNet()
+    at_switch.load_state_dict(watch.started[6])
+    # the batch that is about to be trained on has come already, as one of the two
+    last = list(train_loader())[1:3]
+    for name, (mean, _) in exact_statistics(at_switch, last).items():
+        stored = at_switch.get_submodule(name).running_mean.double()
+        torch.testing.assert_close(stored, mean, rtol=1e-6, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- what stays, and what goes on
+@pytest.mark.parametrize("affine", [False, True])
+def test_statistics_stay_bit_for_bit_and_everything_else_goes_on_training(affine: bool) -> None:
+    watch = Watch()
+    module = TinyNet()
+    fit(module, [freeze(affine=affine), watch], max_epochs=3)
+    at_switch = watch.started[EPOCH]
+    ours = {"bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
+    for after in watch.ended[EPOCH:]:
+        for key in filter(is_statistic, at_switch):
+            assert torch.equal(after[key], at_switch[key]), key
+    for earlier, later in zip(watch.ended[EPOCH:], watch.ended[EPOCH + 1 :], strict=False):
+        for key, parameter in module.named_parameters():
+            assert torch.equal(earlier[key], later[key]) == (affine and key in ours), key
+            assert parameter.requires_grad
+    assert not torch.equal(watch.ended[0]["bn1.weight"], at_switch["bn1.weight"])  # it trained until then
+
+
+def sgd(module: nn.Module) -> Optimizer:
+    return SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(module: nn.Module) -> Optimizer:
+    return AdamW(module.parameters(), lr=0.02, weight_decay=0.5)
+
+
+class Configured(TinyNet):
+    """TinyNet with an optimizer and, on request, a scheduler."""
+
+    def __init__(
+        self,
+        optimizer: Callable[[nn.Module], Optimizer] = sgd,
+        scheduler: Callable[[Optimizer], Any] | None = None,
+        interval: str = "step",
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self)
+        if self.scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": "train_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def train_by_hand(
+    module: Configured, switch: int, factors: list[float], affine: bool, clip: float | None, epochs: int
+) -> None:
+    """The truth: from the switch on BatchNorm in eval mode, rates scaled one by one, affine gradients left out."""
+    optimizer = module.optimizer(module)
+    scheduler = module.scheduler(optimizer) if module.scheduler else None
+    batches = list(train_loader()) * epochs
+    layers = [module.bn1, module.bn2]
+    for number, (x, y) in enumerate(batches):
+        frozen = number >= switch
+        if number == switch:
+            lbn.precise_bn(module, batches[:EPOCH], num_samples=20)
+        for layer in layers:
+            layer.train(not frozen)
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        if frozen and affine:
+            for layer in layers:
+                layer.weight.grad = layer.bias.grad = None
+        if clip is not None:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+        own = rates(optimizer)
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate * (factors[number - switch] if 0 <= number - switch < len(factors) else 1.0)
+        optimizer.step()
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate
+        if scheduler is not None:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_fit_is_bit_for_bit_the_loop_by_hand(
+    optimizer: Callable[[nn.Module], Optimizer], affine: bool, clip: float | None
+) -> None:
+    def cosine(o: Optimizer) -> Any:
+        return schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH)
+
+    ours, truth = Configured(optimizer, cosine), Configured(optimizer, cosine)
+    fit(ours, freeze(start_step=5, affine=affine), max_epochs=3, gradient_clip_val=clip)
+    train_by_hand(truth.train(), 5, [0.25, 0.5, 0.75, 1.0], affine, clip, epochs=3)
+    for (key, a), b in zip(ours.named_parameters(), truth.parameters(), strict=True):
+        assert torch.equal(a, b), key
+    assert digest(statistics_of(ours)) == digest(statistics_of(truth))
+
+
+def test_two_callbacks_freeze_their_own_layers_and_warm_up_once() -> None:
+    watch = Watch()
+    module = TinyNet(lr=0.5)
+    fit(module, [freeze(layers="bn1", affine=True), freeze(layers="bn2", start_step=5), watch], max_epochs=3)
+    last, at_switch = watch.ended[-1], watch.started[EPOCH]
+    assert torch.equal(last["bn1.weight"], at_switch["bn1.weight"])
+    assert not torch.equal(last["bn2.weight"], watch.started[5]["bn2.weight"])
+    assert torch.equal(last["bn2.running_mean"], watch.started[5]["bn2.running_mean"])
+    assert [rate / 0.5 for (rate,) in watch.rates_in_step[EPOCH:]] == pytest.approx([0.25, 0.25, 0.5, 0.75, 1, 1, 1, 1])
+
+
+def test_layers_that_are_not_chosen_go_on() -> None:
+    watch = Watch()
+    module = TinyNet()
+    fit(module, [freeze(layers="bn1", affine=True), watch])
+    first, last = watch.started[EPOCH], watch.ended[-1]
+    changed = {key for key in first if key.startswith("bn") and not torch.equal(first[key], last[key])}
+    assert changed == {key for key in first if key.startswith("bn2")}
+
+
+# -------------------------------------------------------------------------------------------------------------- warm-up
+@pytest.mark.parametrize(
+    ("arguments", "trainer", "factors"),
+    [
+        ({}, {}, [1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"warmup_epochs": 0.5}, {}, [1 / 2, 1]),
+        ({"warmup_epochs": 1.5}, {}, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1]),
+        ({"warmup_epochs": 0}, {}, []),
+        ({"warmup_steps": 3}, {}, [1 / 3, 2 / 3, 1]),
+        ({"warmup_steps": 0}, {}, []),
+        ({}, {"accumulate_grad_batches": 2}, [1 / 2, 1]),
+        ({}, {"accumulate_grad_batches": 3}, [1 / 2, 1]),  # 4 batches: a step of three, a step of one
+        ({}, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, [1 / 2, 1]),
+        ({}, {"limit_train_batches": 2}, [1 / 2, 1]),
+    ],
+    ids=str,
+)
+def test_the_warm_up_is_counted_in_optimizer_steps(
+    arguments: dict[str, Any], trainer: dict[str, Any], factors: list[float]
+) -> None:
+    watch = Watch()
+    trained = fit(TinyNet(lr=0.5), [freeze(**arguments), watch], max_epochs=3, **trainer)
+    steps = trained.global_step // 3  # of an epoch
+    seen = [rate / 0.5 for (rate,) in watch.rates_in_step]
+    expected = [1.0] * steps + factors
+    assert seen == pytest.approx(expected + [1.0] * (3 * steps - len(expected)))
+    assert all(rate == 0.5 for (rate,) in watch.rates_between)
+
+
+SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], str]] = {
+    "OneCycleLR": (lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=3 * EPOCH), "step"),
+    "CosineAnnealingLR": (lambda o: schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH), "step"),
+    "StepLR, epochs": (lambda o: schedulers.StepLR(o, step_size=1, gamma=0.3), "epoch"),
+    "ReduceLROnPlateau": (lambda o: schedulers.ReduceLROnPlateau(o, threshold=10.0, patience=0), "step"),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "interval"), SCHEDULERS.values(), ids=SCHEDULERS)
+def test_the_scheduler_s_own_trajectory_and_its_monitor_are_untouched(
+    scheduler: Callable[[Optimizer], Any], interval: str, tmp_path: Path
+) -> None:
+    def run(name: str, callbacks: list[Callback]) -> tuple[list[list[float]], list[Any], list[list[float]]]:
+        watch = Watch()
+        logger = CSVLogger(tmp_path / name)
+        fit(
+            Configured(sgd, scheduler, interval),
+            [*callbacks, LearningRateMonitor("step"), watch],
+            max_epochs=3,
+            logger=logger,
+        )
+        return watch.rates_between, logged(logger, "lr-SGD"), watch.rates_in_step
+
+    between, monitored, in_step = run("frozen", [freeze()])
+    plain_between, plain_monitored, plain_in_step = run("plain", [])
+    assert between == plain_between
+    assert monitored == plain_monitored and len(monitored) == 3 * EPOCH
+    factors = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert in_step == [pytest.approx([rate * f for rate in own]) for own, f in zip(plain_in_step, factors, strict=True)]
+
+
+def logged(logger: CSVLogger, key: str) -> list[tuple[int, float]]:
+    """What a CSV logger wrote under a key, as (step, value)."""
+    logger.save()
+    head, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    columns = head.split(",")
+    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
+    return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+
+
+@pytest.mark.parametrize("val_check_interval", [1.0, 0.5])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_factor_is_logged_where_the_loss_of_its_step_is(
+    val_check_interval: float, accumulate: int, tmp_path: Path
+) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(
+        TinyNet(),
+        freeze(warmup_epochs=2),
+        max_epochs=4,
+        logger=logger,
+        val_check_interval=val_check_interval,
+        accumulate_grad_batches=accumulate,
+    )
+    steps = EPOCH // accumulate
+    losses = [step for step, _ in logged(logger, "train_loss_step")]
+    assert losses == list(range(4 * steps))
+    # the second and third epoch warm up
+    factors = [(n + 1) / (2 * steps) for n in range(2 * steps)]
+    assert logged(logger, "freeze_bn/lr_factor") == [
+        (losses[steps + n], pytest.approx(factor)) for n, factor in enumerate(factors)
+    ]
+
+
+def test_the_factor_is_logged_every_so_many_steps_as_asked(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(TinyNet(), freeze(), max_epochs=2, logger=logger, log_every_n_steps=2)
+    assert [step for step, _ in logged(logger, "freeze_bn/lr_factor")] == [5, 7]
+
+
+def test_the_switch_s_pass_is_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(TinyNet(), freeze(start_step=6), logger=logger)
+    assert logged(logger, "freeze_bn/num_samples") == [(6, 24.0)]
+    assert len(logged(logger, "freeze_bn/seconds")) == len(logged(logger, "freeze_bn/mean_gap/bn1")) == 1
+
+
+def test_a_tensor_rate_is_warmed_up_in_place() -> None:
+    watch = Watch()
+    rate = torch.tensor(0.5)
+    fit(Configured(lambda m: SGD(m.parameters(), lr=rate, foreach=False)), [freeze(), watch])
+    assert [r for (r,) in watch.rates_in_step] == pytest.approx([0.5] * 4 + [0.125, 0.25, 0.375, 0.5])
+    assert rate == 0.5
+
+
+class TwoOptimizers(TinyNet):
+    """Manual optimization: the features step with every batch, the head with every other one.
+
+    Args:
+        raw: Step the optimizers themselves, past Lightning's wrappers.
+    """
+
+    def __init__(self, raw: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.raw = raw
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers(use_pl_optimizer=not self.raw)
+        x, y = batch
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(x), y))
+        for number, optimizer in enumerate(optimizers):
+            if batch_idx % (number + 1) == number:
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        features = [p for name, p in self.named_parameters() if not name.startswith("head")]
+        return [SGD(features, lr=0.1), SGD(self.head.parameters(), lr=0.5)]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_under_manual_optimization_each_optimizer_warms_up_with_its_own_steps(raw: bool) -> None:
+    watch = Watch()
+    fit(TwoOptimizers(raw), [freeze(forward="forward", affine=True), watch], max_epochs=4)
+    features = [rate / 0.1 for (rate,) in watch.rates_in_step if rate <= 0.1]
+    in_order = iter(watch.rates_in_step)
+    seen: dict[str, list[float]] = {"features": [], "head": []}
+    for batch in range(4 * EPOCH):
+        seen["features"].append(next(in_order)[0] / 0.1)
+        if batch % 2 == 1:
+            seen["head"].append(next(in_order)[0] / 0.5)
+    assert seen["features"] == pytest.approx([1.0] * 4 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 8)
+    assert seen["head"] == pytest.approx([1.0] * 2 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 2)
+    assert features  # the watch saw steps at all
+    assert all(watch.frozen[EPOCH:])
+    affine = [(batch["bn1.weight"], batch["bn2.bias"]) for batch in watch.ended[EPOCH:]]
+    assert all(torch.equal(a, affine[0][0]) and torch.equal(b, affine[0][1]) for a, b in affine)
+
+
+class Stream(IterableDataset[Any]):
+    """As many images, of unknown number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([Images(32)[i] for i in range(32)])
+
+
+def stream() -> DataLoader[Any]:
+    return DataLoader(Stream(), 8)
+
+
+def test_epochs_of_unknown_length_need_warmup_steps() -> None:
+    with pytest.raises(ValueError, match="pass warmup_steps"):
+        fit(TinyNet(), freeze(), train=stream(), val=None)
+    watch = Watch()
+    fit(TinyNet(lr=0.5), [freeze(warmup_steps=2), watch], train=stream(), val=None, max_epochs=3)
+    assert [r / 0.5 for (r,) in watch.rates_in_step] == pytest.approx([1.0] * 4 + [0.5, 1.0] + [1.0] * 6)
+    assert watch.frozen == [False] * 4 + [True] * 8
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 0}, {"warmup_steps": 0}], ids=str)
+def test_epochs_of_unknown_length_are_no_matter_without_warm_up(warmup: dict[str, int]) -> None:
+    watch = Watch()
+    fit(TinyNet(), [freeze(**warmup), watch], train=stream(), val=None)
+    assert watch.frozen == [False] * 4 + [True] * 4
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+class SameBatch(Images):
+    """Every image is the same, so that it does not matter which batches of a killed epoch Lightning shows again."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return super().__getitem__(index % 8)
+
+
+def same_batches() -> DataLoader[Any]:
+    return DataLoader(SameBatch(32), 8)
+
+
+def run_to_the_end(
+    checkpoints: Path | None, callback: FreezeBNCallback, ckpt_path: Path | None = None, **kwargs: Any
+) -> tuple[TinyNet, Watch]:
+    module, watch = Configured(adamw, lambda o: schedulers.CosineAnnealingLR(o, T_max=12)), Watch()
+    callbacks: list[Callback] = [callback, watch]
+    if checkpoints is not None:
+        callbacks.append(ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=1, save_top_k=-1))
+    fit(
+        module,
+        callbacks,
+        train=same_batches(),
+        val=None,
+        max_epochs=3,
+        enable_checkpointing=checkpoints is not None,
+        ckpt_path=ckpt_path,
+        **kwargs,
+    )
+    return module, watch
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The global steps at which a population pass ran."""
+    ran: list[int] = []
+    run = PopulationPass.run
+
+    def counted(self: PopulationPass, trainer: Trainer, module: LightningModule) -> Any:
+        ran.append(trainer.global_step)
+        return run(self, trainer, module)
+
+    monkeypatch.setattr(PopulationPass, "run", counted)
+    return ran
+
+
+@pytest.mark.parametrize(
+    "when", [{"start_step": 5}, {"start_epoch": 1}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str
+)
+def test_a_resumed_fit_ends_as_the_uninterrupted_one(when: dict[str, Any], passes: list[int], tmp_path: Path) -> None:
+    """From a checkpoint after every step: before, at and behind the switch, within an epoch and at its end."""
+    arguments = {"affine": True, "warmup_steps": 5, **when}
+    uninterrupted, watched = run_to_the_end(tmp_path, freeze(**arguments))
+    (switch,) = passes
+    for step in range(1, 3 * EPOCH):
+        passes.clear()
+        resumed, watch = run_to_the_end(None, freeze(**arguments), tmp_path / f"step={step}.ckpt")
+        assert passes == ([switch] if step <= switch else []), step  # no second pass
+        assert watch.rates_in_step == watched.rates_in_step[step:], step
+        assert watch.frozen == watched.frozen[step:], step
+        assert digest(snapshot(resumed)) == digest(snapshot(uninterrupted)), step
+
+
+@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_fraction": 0.5}, {"start_fraction": 2 / 3}], ids=str)
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_a_checkpoint_of_an_epoch_s_end_moves_no_switch(
+    when: dict[str, Any], with_validation: bool, tmp_path: Path
+) -> None:
+    kwargs: dict[str, Any] = {"max_epochs": 3, "val": "default" if with_validation else None}
+    watched, watch = Watch(), Watch()
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(TinyNet(), [freeze(**when), watched, saved], enable_checkpointing=True, **kwargs)
+    fit(TinyNet(), [freeze(**when), watch], ckpt_path=tmp_path / "epoch=0.ckpt", **kwargs)
+    assert watch.frozen == watched.frozen[EPOCH:]
+    assert watch.rates_in_step == watched.rates_in_step[EPOCH:]
+    assert digest(watch.ended[-1]) == digest(watched.ended[-1])
+
+
+def test_the_checkpoint_says_where_the_switch_was_and_how_far_the_warm_up_is(tmp_path: Path) -> None:
+    callback = freeze(start_step=5)
+    run_to_the_end(tmp_path, callback)
+
+    def state(step: int) -> Any:
+        return torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["callbacks"].get(callback.state_key)
+
+    assert not state(5)
+    assert state(7) == {"step": 5, "warmup_done": [2]}
+    assert state(12) == {"step": 5, "warmup_done": [7]}
+
+
+def test_resuming_needs_no_loader_that_can_be_read_twice_nor_another_warning(tmp_path: Path) -> None:
+    run_to_the_end(tmp_path, freeze(start_step=5))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*FreezeBNCallback.*")
+        run_to_the_end(None, freeze(start_step=5), tmp_path / "step=7.ckpt")
+
+
+# ------------------------------------------------------------------------------------------------- nothing thaws it
+class CallsModes(TinyNet):
+    """A user who switches modes in every hook, by the module and by the layer."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.eval()
+        self.train()
+        self.bn1.eval()
+        self.bn1.train()
+
+    def on_validation_model_train(self) -> None:
+        self.train()
+
+    def on_validation_model_eval(self) -> None:
+        self.eval()
+
+    def on_train_epoch_start(self) -> None:
+        self.train()
+
+
+def test_the_user_s_train_and_eval_do_not_thaw() -> None:
+    watch = Watch()
+    module = CallsModes()
+    fit(module, [freeze(), watch], max_epochs=3, val_check_interval=0.5)
+    assert watch.frozen == [False] * 4 + [True] * 8
+    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
+    assert module.bn1.training  # and the mode that was asked for is the mode it shows
+
+
+def test_layers_thaw_at_the_end_of_the_fit() -> None:
+    module = TinyNet()
+    fit(module, freeze())
+    assert is_thawed(module)
+
+
+class Interrupts(TinyNet):
+    """Raises in the training step of a batch, which is within the optimizer's step."""
+
+    def __init__(self, exception: type[BaseException]) -> None:
+        super().__init__(lr=0.5)
+        self.exception = exception
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step == 5:
+            raise self.exception("by the test")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("exception", "seen"), [(ValueError, ValueError), (KeyboardInterrupt, BaseException)])
+def test_an_exception_thaws_and_leaves_no_rate_scaled(
+    exception: type[BaseException], seen: type[BaseException]
+) -> None:
+    module, watch = Interrupts(exception), Watch()
+    trainer = trainer_with([freeze(), watch])
+    with pytest.raises(seen):
+        trainer.fit(module, train_loader(), val_loader())
+    assert watch.rates_in_step[-1] == [0.25]  # it came in the middle of the warm-up
+    assert is_thawed(module)
+    assert [rates(o) for o in trainer.optimizers] == [[0.5]]
+
+
+def test_a_second_fit_starts_unfrozen() -> None:
+    callback, watch = freeze(start_step=6), Watch()
+    trainer = fit(TinyNet(), [callback, watch])
+    assert watch.frozen == [False] * 6 + [True] * 2
+    again = Watch()
+    fit(TinyNet(), [callback, again])  # another Trainer
+    assert again.frozen == [False] * 6 + [True] * 2
+    assert again.rates_in_step == watch.rates_in_step
+
+    trainer.fit_loop.max_epochs = 4  # the same one goes on from step 8
+    callback.switch_point = SwitchPoint(start_step=10)
+    trainer.fit(TinyNet(), train_loader(), val_loader())
+    assert watch.frozen[8:] == [False] * 2 + [True] * 6
+
+
+def test_a_second_fit_of_the_same_trainer_counts_fractions_of_its_own_epochs() -> None:
+    callback, watch = freeze(start_fraction=0.75), Watch()
+    trainer = fit(TinyNet(), [callback, watch], max_epochs=2)
+    assert watch.frozen == [False] * 6 + [True] * 2
+    trainer.fit_loop.max_epochs = 4  # goes on from epoch 2: three quarters are its epoch 3
+    trainer.fit(TinyNet(), train_loader(), val_loader())
+    assert watch.frozen[8:] == [False] * 4 + [True] * 4
+
+
+# --------------------------------------------------------------------------------------------------- what it says
+def messages(record: list[warnings.WarningMessage], containing: str) -> list[str]:
+    return [str(w.message) for w in record if containing in str(w.message)]
+
+
+def test_it_warns_once_when_statistics_were_never_trained() -> None:
+    with pytest.warns(UserWarning) as record:
+        fit(TinyNet(), freeze(start_epoch=0, statistics="ema"))
+    (message,) = messages(record.list, "never trained")
+    assert "2 layers, 'bn1' first" in message
+    with warnings.catch_warnings(record=True) as trained:
+        warnings.simplefilter("always")
+        fit(TinyNet(), freeze())
+    assert not messages(trained, "never trained")
+
+
+@pytest.mark.parametrize(("size", "warned"), [(8, 0), (15, 0), (16, 1), (32, 1)])
+def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warned: int) -> None:
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        fit(TinyNet(), freeze(), train=train_loader(64, size), max_epochs=3, accumulate_grad_batches=4)
+    found = messages(record, "normalization batch")
+    assert len(found) == warned  # accumulation raises nothing
+    assert all(f"holds {size} samples" in message for message in found)
+
+
+def test_it_says_when_the_user_has_frozen_all_layers_already() -> None:
+    class Frozen(TinyNet):
+        def on_train_start(self) -> None:
+            self.bn1.eval()
+            self.bn2.eval()
+
+    with pytest.warns(UserWarning, match="freezes the running statistics as they are: all of its layers are frozen"):
+        fit(Frozen(), freeze(start_step=2))
+
+
+def lbfgs(parameters: Any) -> Optimizer:
+    return torch.optim.LBFGS(parameters, lr=0.1, max_iter=2)
+
+
+def test_lbfgs_is_refused_by_name_before_training_if_it_holds_the_affine() -> None:
+    module, watch = Configured(lambda m: lbfgs(m.parameters())), Watch()
+    with pytest.raises(TypeError, match="LBFGS"):
+        fit(module, [freeze(affine=True), watch])
+    assert not watch.started
+
+
+def test_lbfgs_on_other_parameters_is_fine() -> None:
+    class WithoutAffine(TinyNet):
+        def configure_optimizers(self) -> Any:
+            return lbfgs([p for name, p in self.named_parameters() if not name.startswith("bn")])
+
+    watch = Watch()
+    fit(WithoutAffine(), [freeze(affine=True), watch])
+    assert watch.frozen == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "given: none"),
+        ({"last_n_epochs": 1, "start_step": 3}, "given: last_n_epochs, start_step"),
+        ({"last_n_epochs": 0}, "last_n_epochs=0"),
+        ({"start_epoch": -1}, "start_epoch=-1"),
+        ({"start_step": -1}, "start_step=-1"),
+        ({"start_fraction": 1.0}, "start_fraction=1.0"),
+        ({"start_fraction": -0.1}, "start_fraction=-0.1"),
+        ({"start_epoch": 1, "statistics": "exact"}, "'exact'"),
+        ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs=-1"),
+        ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps=-1"),
+        ({"start_epoch": 1, "num_samples": 0}, "num_samples"),
+        ({"start_epoch": 1, "source": "loader"}, "'loader'"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused_at_once(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        FreezeBNCallback(**arguments)
+
+
+@pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
+def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="pass start_epoch or start_step"):
+        fit(TinyNet(), freeze(**when), max_epochs=-1)
+
+
+def test_manual_optimization_is_refused_before_training_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="pass forward='forward'"):
+        fit(TwoOptimizers(), freeze())
+
+
+# -------------------------------------------------------------------------------------------------- with other things
+@pytest.mark.parametrize("freeze_first", [True, False])
+def test_precise_bn_goes_on_until_the_switch_and_then_says_once_that_all_is_frozen(freeze_first: bool) -> None:
+    watch = Watch()
+    precise = PreciseBNCallback(20)
+    ours: list[Callback] = [freeze(), precise] if freeze_first else [precise, freeze()]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        module = TinyNet()
+        fit(module, [*ours, watch], max_epochs=4, val_check_interval=0.5)
+    assert watch.frozen == [False] * 4 + [True] * 12
+    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
+    assert precise.result is not None  # of the first epoch
+    assert len(messages(record, "all of its layers are frozen")) == 1
+
+
+def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics() -> None:
+    watch, module = Watch(), TinyNet()
+    fit(module, [WeightAveraging(), freeze(), watch], max_epochs=3)
+    assert watch.frozen == [False] * 4 + [True] * 8
+    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in watch.ended[-1].items() if is_statistic(k))
+    assert is_thawed(module)
+
+
+def test_a_compiled_module_freezes_and_thaws() -> None:
+    class Plain(LightningModule):
+        """Without the lists and logs that torch.compile would stumble over."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1 = nn.BatchNorm2d(3)
+            self.head = nn.Linear(3, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.head(self.bn1(x).square().mean((2, 3))), y)
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters(), lr=0.1)
+
+    torch._dynamo.reset()
+    compiled, eager = Plain(), Plain()
+    eager.load_state_dict(compiled.state_dict())
+    watch, eager_watch = Watch(), Watch()
+    fit(torch.compile(compiled, backend="eager"), [freeze(), watch], val=None)
+    fit(eager, [freeze(), eager_watch], val=None)
+    assert watch.frozen == eager_watch.frozen == [False] * 4 + [True] * 4
+    for a, b in zip(watch.ended, eager_watch.ended, strict=True):
+        for key in a:
+            torch.testing.assert_close(a[key], b[key])
+    assert type(compiled.bn1) is nn.BatchNorm2d
+
+
+def _fit_on_ranks() -> tuple[dict[str, Tensor], dict[str, Tensor], list[bool], list[list[float]]]:
+    """Each rank has two of the four batches of an epoch."""
+    watch, module = Watch(), Configured(adamw)
+    callback = freeze(start_step=2, num_samples=32, affine=True)
+    fit(module, [callback, watch], max_epochs=3, accelerator="cpu", devices=2, strategy="ddp")
+    assert is_thawed(copy.deepcopy(module))
+    return snapshot(module), watch.started[2], watch.frozen, watch.rates_in_step
+
+
+@pytest.mark.ddp
+def test_ranks_freeze_together_with_the_statistics_of_all_ranks_data() -> None:
+    (state, at_switch, frozen, in_step), other = run_on_ranks(_fit_on_ranks, 2)
+    assert digest([other[0], other[1]]) == digest([state, at_switch])
+    assert frozen == other[2] == [False] * 2 + [True] * 4
+    assert [rate / 0.02 for (rate,) in in_step] == pytest.approx([1, 1, 0.5, 1, 1, 1])
+    module = TinyNet()
+    module.load_state_dict(at_switch)
+    images, labels = next(iter(train_loader(batch_size=32)))
+    batches = [(images[rank::2][part], labels) for rank in (0, 1) for part in (slice(8), slice(8, 16))]
+    for name, (mean, var) in exact_statistics(module, batches).items():
+        torch.testing.assert_close(at_switch[f"{name}.running_mean"].double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(at_switch[f"{name}.running_var"].double(), var, rtol=1e-5, atol=0)
+
+
+def test_it_is_configured_by_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_bn.FreezeBNCallback
+      init_args:
+        {last_n_epochs: 1, statistics: precise, affine: true, warmup_epochs: 0.5, num_samples: 20, layers: [bn1]}
+"""
+    )
+    cli = LightningCLI(TinyNet, TinyData, args=["fit", "--config", str(config)], save_config_callback=None)
+    callback = next(c for c in cli.trainer.callbacks if isinstance(c, FreezeBNCallback))
+    assert (callback.switch_point.last_n_epochs, callback.affine, callback.warmup_epochs) == (1, True, 0.5)
+    assert callback.layers == ["bn1"]
+    assert callback.state_dict() == {"step": 4, "warmup_done": [4]}

@@ -1,0 +1,645 @@
+"""The laws every callback keeps: keys, neutrality, restoration, agreeing ranks, resuming, saying so.
+
+A new callback joins by one line in `CALLBACKS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
+
+from lightning_bn import FreezeBNCallback, PreciseBNCallback
+from tests.callbacks.zoo import (
+    Images,
+    Recorder,
+    TinyData,
+    TinyNet,
+    digest,
+    exact_statistics,
+    fit,
+    numpy_noise,
+    python_noise,
+    random_states,
+    state_but_statistics,
+    statistics_of,
+    torch_noise,
+    train_loader,
+    trainer_with,
+    val_loader,
+)
+from tests.ranks import run_on_ranks
+
+CALLBACKS: dict[str, Callable[..., Any]] = {
+    "PreciseBN": functools.partial(PreciseBNCallback, 20),
+    "FreezeBN": functools.partial(FreezeBNCallback, start_epoch=1, num_samples=20),
+}
+"""Every callback, in a version that does what it does within two epochs of four batches of eight."""
+
+OBSERVING: dict[str, Callable[[], Any]] = {
+    "PreciseBN": CALLBACKS["PreciseBN"],
+    "PreciseBN, replay": functools.partial(PreciseBNCallback, 20, source="replay"),
+    "PreciseBN, forward": functools.partial(PreciseBNCallback, 20, forward="forward"),
+    "FreezeBN before its switch": functools.partial(FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"),
+}
+"""Those that must not be noticed by the training."""
+
+every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+
+
+# ------------------------------------------------------------------------------------------------------------- law 2
+class Counting(Sampler[int]):
+    """An order that a sampler derives from a counter of its own: different each time it is asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch = size, 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter([(i * 5 + self.epoch) % self.size for i in range(self.size)])
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class ShufflingInPlace(Sampler[int]):
+    """An order kept in the sampler and shuffled in place, once as a list and once as an array."""
+
+    def __init__(self, size: int, array: bool) -> None:
+        self.order: Any = np.arange(size) if array else list(range(size))
+        self.rng = np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[int]:
+        self.rng.shuffle(self.order)
+        return iter([int(i) for i in self.order])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+class Nested:
+    """An augmentation deep inside the dataset, as in a Compose, with random numbers of its own."""
+
+    def __init__(self) -> None:
+        self.transforms = [Noise(np.random.default_rng(0)), Noise(np.random.RandomState(0)), Noise(random.Random(0))]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
+class Noise:
+    def __init__(self, rng: Any) -> None:
+        self.rng = rng
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image + float(self.rng.normal() if hasattr(self.rng, "normal") else self.rng.random())
+
+
+class Stream(IterableDataset[Any]):
+    """Images that come in another order every time, by a counter of the dataset's own."""
+
+    def __init__(self) -> None:
+        self.images, self.times = Images(32), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        return (self.images[(i * 7 + self.times) % 32] for i in range(32))
+
+
+class AugmentsOnDevice(TinyNet):
+    """Asks the Trainer whether it trains, as modules with augmentation on the GPU do."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return (x + torch.randn_like(x) if self.trainer.training else x), y
+
+
+class TwoLoaders(TinyNet):
+    def forward(self, x: Any = None, a: Any = None, b: Any = None) -> Tensor:
+        return super().forward(x if a is None else a[0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+
+@dataclass
+class Setup:
+    """One way to train: a module, a loader and arguments of the Trainer."""
+
+    module: Callable[[], LightningModule] = TinyNet
+    train: Callable[[], Any] = train_loader
+    val: Callable[[], Any] = val_loader
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def own_generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def loader(**kwargs: Any) -> Callable[[], Any]:
+    """A loader with ``kwargs``, of which functions are called each time, so that no two runs share an object."""
+    return lambda: train_loader(**{key: v() if key in _MADE else v for key, v in kwargs.items()})
+
+
+_MADE = ("sampler", "generator")
+ACCUMULATING = {"accumulate_grad_batches": 2}
+MID_EPOCH = {"val_check_interval": 2}
+
+SETUPS = {
+    "plainly": Setup(),
+    "dropout": Setup(functools.partial(TinyNet, 0.5)),
+    "dropout, mid-epoch validation": Setup(functools.partial(TinyNet, 0.5), loader(shuffle=True), trainer=MID_EPOCH),
+    "shuffle": Setup(train=loader(shuffle=True)),
+    "shuffle, own generator": Setup(train=loader(shuffle=True, generator=own_generator), trainer=MID_EPOCH),
+    "random sampler with generator": Setup(
+        train=loader(sampler=lambda: RandomSampler(range(32), replacement=True, generator=own_generator()))
+    ),
+    "counting sampler": Setup(train=loader(sampler=lambda: Counting(32)), trainer=MID_EPOCH),
+    "list shuffled in place": Setup(train=loader(sampler=lambda: ShufflingInPlace(32, False))),
+    "array shuffled in place": Setup(train=loader(sampler=lambda: ShufflingInPlace(32, True))),
+    "iterable dataset": Setup(train=lambda: DataLoader(Stream(), 8)),
+    "iterable dataset, workers": Setup(train=lambda: DataLoader(Stream(), 8, num_workers=1)),
+    "ragged last batch": Setup(train=lambda: train_loader(size=29, shuffle=True)),
+    "workers": Setup(train=loader(shuffle=True, num_workers=2, augment=torch_noise)),
+    "persistent workers": Setup(
+        train=loader(shuffle=True, num_workers=2, persistent_workers=True, augment=numpy_noise), trainer=MID_EPOCH
+    ),
+    "persistent workers, own generator": Setup(
+        train=loader(shuffle=True, num_workers=1, persistent_workers=True, generator=own_generator)
+    ),
+    "torch augmentation": Setup(train=loader(shuffle=True, augment=torch_noise), trainer=MID_EPOCH),
+    "numpy augmentation": Setup(train=loader(augment=numpy_noise), trainer=MID_EPOCH),
+    "python augmentation": Setup(train=loader(augment=python_noise), trainer=MID_EPOCH),
+    "augmentation with own random numbers": Setup(train=lambda: train_loader(augment=Nested()), trainer=MID_EPOCH),
+    "augmentation on the device": Setup(AugmentsOnDevice),
+    "accumulation": Setup(trainer=ACCUMULATING),
+    "validation in mid-accumulation": Setup(trainer={**ACCUMULATING, "val_check_interval": 1}),
+    "bf16-mixed": Setup(functools.partial(TinyNet, 0.5), trainer={"precision": "bf16-mixed"}),
+    "bf16-true": Setup(functools.partial(TinyNet, 0.5), trainer={"precision": "bf16-true"}),
+    "16-true": Setup(functools.partial(TinyNet, 0.5), trainer={"precision": "16-true"}),
+    "two loaders": Setup(TwoLoaders, lambda: {"a": train_loader(shuffle=True), "b": train_loader(24)}),
+    "no validation": Setup(train=loader(shuffle=True), val=lambda: None),
+    "validation every second epoch": Setup(trainer={"check_val_every_n_epoch": 2}),
+    "overfitting": Setup(trainer={"overfit_batches": 2}),
+    "reloading": Setup(train=loader(shuffle=True), trainer={"reload_dataloaders_every_n_epochs": 1}),
+    "max_steps in mid-epoch": Setup(trainer={"max_epochs": -1, "max_steps": 6}),
+    "limited batches": Setup(trainer={"limit_train_batches": 3}),
+}
+
+
+def trace(setup: Setup, callback: Any = None) -> list[tuple[str, Any]]:
+    """Everything that happens in a training."""
+    recorder = Recorder()
+    fit(
+        setup.module(), [callback, recorder] if callback else [recorder], setup.train(), setup.val(), **setup.trainer
+    )
+    return recorder.trace
+
+
+@functools.cache
+def undisturbed(name: str) -> list[tuple[str, Any]]:
+    return trace(SETUPS[name])
+
+
+@pytest.mark.parametrize("make", OBSERVING.values(), ids=OBSERVING)
+@pytest.mark.parametrize("name", SETUPS)
+def test_training_is_bit_for_bit_the_same_with_and_without(name: str, make: Callable[[], Any]) -> None:
+    callback = make()
+    observed = trace(SETUPS[name], callback)
+    if isinstance(callback, PreciseBNCallback):
+        assert callback.result is not None, "no pass was run: this test shows nothing"
+    for ours, theirs in zip(observed, undisturbed(name), strict=True):
+        assert ours == theirs
+
+
+# ------------------------------------------------------------------------------------------------------------- law 1
+class Shown:
+    """What a pass cannot give back: an object of the module's author, to see what happens inside a pass."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.found: list[Any] = []
+
+
+class Peeking(TinyNet):
+    """Calls ``look`` at itself in every training step, those of a pass included."""
+
+    def __init__(self, look: Callable[[nn.Module], Any], batches_of_pass: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.shown, self.look = Shown(), look
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.shown.batches += 1
+        self.shown.found.append(self.look(self))
+        return super().training_step(batch, batch_idx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "look": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__getstate__(), memo)
+        return twin
+
+
+class AtEveryMoment(Callback):
+    """Calls ``look`` between the passes."""
+
+    def __init__(self, look: Callable[[nn.Module], Any]) -> None:
+        self.look, self.found = look, []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.found.append(self.look(pl_module))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found.append(self.look(pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found.append(self.look(pl_module))
+
+
+def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(key, value.shape) for key, value in module.state_dict().items()]
+
+
+def copied(module: nn.Module, copy_of: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """How a copy of the module differs from a plain one: classes, and values of parameters and buffers."""
+    twin = copy_of(module)
+    classes = [type(m) for m in twin.modules()][1:]
+    return classes, digest(list(twin.parameters())) == digest(list(module.parameters())), sorted(vars(twin.bn1))
+
+
+def pickled(o: Any) -> Any:
+    return pickle.loads(pickle.dumps(o))
+
+
+@every_callback
+def test_state_dict_has_the_plain_models_keys_and_shapes_at_every_moment(make: Callable[[], Any]) -> None:
+    between, module = AtEveryMoment(shapes), Peeking(shapes)
+    fit(module, [make(), between])
+    assert module.shown.batches > 8, "no pass was run"
+    for found in between.found + module.shown.found:
+        assert found == shapes(TinyNet())
+
+
+@every_callback
+@pytest.mark.parametrize("copy_of", [pickled, copy.deepcopy])
+def test_the_model_copies_at_every_moment_as_the_plain_one(make: Callable[[], Any], copy_of: Callable[[Any], Any]) -> None:
+    look = functools.partial(copied, copy_of=copy_of)
+    between, module = AtEveryMoment(look), Peeking(look)
+    fit(module, [make(), between])
+    plain = look(Peeking(look))
+    assert module.shown.batches > 8, "no pass was run"
+    for found in between.found + module.shown.found:
+        assert found == plain
+
+
+@every_callback
+@pytest.mark.parametrize("copy_of", [pickled, copy.deepcopy])
+def test_the_callback_copies_before_between_and_after(make: Callable[[], Any], copy_of: Callable[[Any], Any]) -> None:
+    callback = make()
+    between = AtEveryMoment(lambda _: copy_of(callback).state_dict() == callback.state_dict())
+    assert copy_of(callback).state_dict() == callback.state_dict()
+    fit(TinyNet(), [callback, between])
+    assert len(between.found) > 8 and all(between.found)
+    fit(TinyNet(), copy_of(callback))  # and a copy of one that was used works
+
+
+@every_callback
+def test_checkpoints_load_strictly_and_safely_into_the_plain_model(make: Callable[[], Any], tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    trainer = fit(TinyNet(), [make(), saving], enable_checkpointing=True)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert len(checkpoints) == trainer.global_step
+    for path in checkpoints:
+        checkpoint = torch.load(path, weights_only=True)
+        assert TinyNet().load_state_dict(checkpoint["state_dict"], strict=True)
+
+
+def batches_for_a_pass(trainer: Trainer) -> Any:
+    return train_loader(16)
+
+
+def run_on(module: LightningModule, batch: Any) -> Any:
+    return module(batch[0])
+
+
+def samples(batch: Any) -> int:
+    return len(batch[0])
+
+
+@every_callback
+def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) -> None:
+    import yaml
+
+    here = __name__
+    options = {
+        **make.keywords,
+        "source": f"{here}.batches_for_a_pass",
+        "forward": f"{here}.run_on",
+        "count": f"{here}.samples",
+        "layers": ["bn*"],
+    }
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    config = {
+        "model": {"class_path": "tests.callbacks.zoo.TinyNet", "init_args": {"dropout": 0.1}},
+        "data": {"class_path": "tests.callbacks.zoo.TinyData"},
+        "trainer": {
+            **quiet,
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "callbacks": [{"class_path": f"lightning_bn.{make.func.__name__}", "init_args": options}],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
+    callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
+    assert (callback._pass.source, callback._pass.forward, callback._pass.count) == (batches_for_a_pass, run_on, samples)
+    assert callback.layers == ["bn*"]
+
+
+# ------------------------------------------------------------------------------------------------------------- law 3
+class Blown(Exception):
+    pass
+
+
+class Fuse(TinyNet):
+    """Raises in the ``n``-th call of its training step."""
+
+    def __init__(self, error: BaseException, n: int) -> None:
+        super().__init__()
+        self.error, self.n, self.shown = error, n, Shown()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.shown.batches += 1
+        if self.shown.batches == self.n:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+def everything(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """All that a pass changes for a while."""
+    return {
+        "modules": {n: (type(m), sorted(vars(m)), m.training, hooks_of(m)) for n, m in module.named_modules()},
+        "momentum": [module.bn1.momentum, module.bn2.momentum],
+        "buffers": digest(module.state_dict()),
+        "attributes": state_but_statistics(module),
+        "random numbers": digest(list(random_states())),
+        "trainer": (trainer.loggers, trainer.state.stage),
+        "optimizers": [(o.param_groups[0]["lr"], *map(len, hooks_of(o).values())) for o in trainer.optimizers],
+    }
+
+
+def hooks_of(o: Any) -> dict[str, list[int]]:
+    return {name: list(hooks) for name, hooks in vars(o).items() if name.endswith("hooks") and isinstance(hooks, dict)}
+
+
+class BeforeAndAfter(Callback):
+    """Looks at everything right before each moment at which a pass may run, and where an exception comes out."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+
+    def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.before = everything(trainer, pl_module)
+
+    on_train_epoch_start = on_validation_batch_start = on_train_epoch_end = look
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.after = everything(trainer, pl_module)
+
+
+@pytest.fixture
+def _interrupt_works_afterwards() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it once it was pressed
+
+
+@every_callback
+@pytest.mark.parametrize("val", [True, False], ids=["validating", "not validating"])
+@pytest.mark.parametrize(
+    ("error", "comes_out"),
+    [(Blown(), Blown), (KeyboardInterrupt(), SystemExit), (StopIteration(), RuntimeError)],
+    ids=["exception", "Ctrl-C", "StopIteration"],
+)
+@pytest.mark.usefixtures("_interrupt_works_afterwards")
+def test_an_exception_in_a_pass_leaves_everything_as_it_was(
+    make: Callable[[], Any], val: bool, error: BaseException, comes_out: type[BaseException]
+) -> None:
+    probe, module = BeforeAndAfter(), Fuse(error, n=6)  # the second batch of the first pass
+    with pytest.raises(comes_out):
+        fit(module, [probe, make()], val="default" if val else None)
+    assert module.shown.batches == 6
+    assert probe.before and probe.after == probe.before
+
+
+@every_callback
+@pytest.mark.parametrize("error", [None, Blown()], ids=["the end", "an exception in training"])
+def test_nothing_is_left_after(make: Callable[[], Any], error: BaseException | None) -> None:
+    """After a fit the module is as one trained without the callback; statistics, of course, differ."""
+
+    def left_by(callbacks: list[Any]) -> list[Any]:
+        module = Fuse(error or Blown(), n=3 + 4 + callbacks_pass) if error else TinyNet()
+        try:
+            fit(module, callbacks)
+        except Blown:
+            pass
+        return [(n, type(m), set(vars(m)), m.training, hooks_of(m)) for n, m in module.named_modules()] + [
+            (module.bn1.momentum, module.bn1.num_batches_tracked.dtype, repr(module))
+        ]
+
+    callbacks_pass = 0
+    without = left_by([])
+    callbacks_pass = 3  # batches that a pass shows: the same training batch raises
+    assert left_by([make()]) == without
+
+
+# ------------------------------------------------------------------------------------------------------------- law 4
+def ranks_data(shuffle: bool) -> DataLoader[Any]:
+    return train_loader(size=44, batch_size=4, shuffle=shuffle)
+
+
+def fit_on_rank(name: str, world_size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Train on this rank and return what must agree."""
+    module, callback = TinyNet(), CALLBACKS[name](num_samples=10**6, **kwargs) if kwargs else CALLBACKS[name]()
+    trainer = fit(module, callback, ranks_data(False), devices=world_size, strategy="ddp")
+    return {
+        "statistics": statistics_of(module),
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "val_loss": trainer.callback_metrics["val_loss"].item(),
+        "occasions": callback.state_dict(),
+    }
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_ranks_agree_on_statistics_and_state(name: str, world_size: int) -> None:
+    first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size, {})
+    for other in others:
+        assert digest(other["statistics"]) == digest(first["statistics"])
+        assert digest(other["weights"]) == digest(first["weights"])
+        assert other["occasions"] == first["occasions"]
+
+
+# ------------------------------------------------------------------------------------------------------------- law 5
+class KilledAt(Callback):
+    """kill -9, right before the training batch after ``step`` optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StateAtStart(Callback):
+    """The state of the callback when training starts, after a checkpoint was restored."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.state = callback, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state = copy.deepcopy(self.callback.state_dict())
+
+
+RESUMED: dict[str, Callable[[], Any]] = {
+    "PreciseBN": functools.partial(PreciseBNCallback, 20, every_n=2),
+    "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
+    "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
+    "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
+}
+
+
+class SavesAtEveryMoment(Checkpoint):
+    """Writes ``batch-5.ckpt`` after the fifth batch, and so on: as `ModelCheckpoint`s do in their three ways."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, moment: str, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"{moment}-{trainer.global_step}.ckpt")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save("batch", trainer)
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save("validation", trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save("epoch", trainer)
+
+
+def fit_with_checkpoints(module: TinyNet, callbacks: list[Any], folder: Path, **kwargs: Any) -> None:
+    """Three epochs of four equal batches, so that it makes no difference which of an epoch plain Lightning repeats."""
+    loader = DataLoader(torch.utils.data.ConcatDataset([Images(8)] * 4), 8)
+    trainer = {"max_epochs": 3, "enable_checkpointing": True, "val_check_interval": 2}
+    fit(module, [*callbacks, SavesAtEveryMoment(folder)], loader, **trainer, **kwargs)
+
+
+def train_until_killed(name: str, folder: Path, step: int) -> None:
+    torch.set_num_threads(1)
+    fit_with_checkpoints(TinyNet(), [RESUMED[name](), KilledAt(step)], folder)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    ("step", "last"), [(5, "batch-5"), (6, "validation-6"), (8, "validation-8"), (8, "epoch-8")]
+)
+def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, step: int, last: str, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(name, tmp_path, step))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    checkpoint = tmp_path / f"{last}.ckpt"
+    resumed, callback = TinyNet(), RESUMED[name]()
+    at_start = StateAtStart(callback)
+    fit_with_checkpoints(resumed, [at_start, callback], tmp_path / "resumed", ckpt_path=checkpoint)
+    uninterrupted, whole = TinyNet(), RESUMED[name]()
+    fit_with_checkpoints(uninterrupted, [whole], tmp_path / "whole")
+    assert at_start.state == torch.load(checkpoint, weights_only=True)["callbacks"].get(callback.state_key, {})
+    assert callback.state_dict() == whole.state_dict()
+    assert digest(resumed.state_dict()) == digest(uninterrupted.state_dict())
+
+
+@every_callback
+def test_a_second_fit_starts_afresh(make: Callable[[], Any]) -> None:
+    used, fresh = make(), make()
+    fit(TinyNet(), used)
+    modules = TinyNet(), TinyNet()
+    for callback, module in zip((used, fresh), modules, strict=True):
+        fit(module, callback, val=None)
+    assert used.state_dict() == fresh.state_dict()
+    assert digest(modules[0].state_dict()) == digest(modules[1].state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------------- law 6
+class WithoutBatchNorm(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.GroupNorm(2, 4), nn.GroupNorm(2, 6)
+
+
+@every_callback
+def test_a_model_without_batchnorm_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="WithoutBatchNorm has no BatchNorm layer"):
+        fit(WithoutBatchNorm(), make())
+
+
+@every_callback
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"layers='backbone\.\*' matches no BatchNorm layer of TinyNet.*bn1, bn2"):
+        fit(TinyNet(), make(layers="backbone.*"))
+
+
+@every_callback
+def test_two_on_one_layer_are_refused_by_its_name(make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"Two \w+s act on layer 'bn2' \(1 in all\).*do not overlap"):
+        fit(TinyNet(), [make(layers="bn*"), make(layers="bn2")])
+
+
+@every_callback
+def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..., Any], tmp_path: Path) -> None:
+    callbacks = [make(layers="bn1"), make(layers=["bn2"]), ModelCheckpoint(tmp_path)]
+    trainer = fit(TinyNet(), callbacks, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    assert all(states[c.state_key] == c.state_dict() for c in callbacks[:2])
+    assert callbacks[0].state_key != callbacks[1].state_key
+
+
+@every_callback
+def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[..., Any]) -> None:
+    module, before = TinyNet(), statistics_of(TinyNet())
+    module.bn1.eval(), module.bn2.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, make())
+    said = [str(w.message) for w in caught if "all of its layers are frozen" in str(w.message)]
+    assert len(said) == 1
+    assert digest(statistics_of(module)) == digest(before)

@@ -1,0 +1,354 @@
+"""Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
+
+`fit` trains a module with the plainest Trainer there is; `Recorder` is a callback that writes down everything that must not
+depend on whether another callback is there (law 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+CLASSES = 3
+
+
+class TinyNet(LightningModule):
+    """A classifier of 3 x 6 x 6 images with two BatchNorm layers, ``bn1`` and ``bn2``, and all that may go wrong in a pass.
+
+    A queue buffer that the training step fills (as MoCo's), a list and a counter that it appends to, a torchmetrics metric,
+    dropout, and several kinds of logging.
+    """
+
+    def __init__(self, dropout: float = 0.0, lr: float = 0.1) -> None:
+        super().__init__()
+        self.lr = lr
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # every TinyNet starts from the same weights
+            self.conv1 = nn.Conv2d(3, 4, 3, bias=False)
+            self.bn1 = nn.BatchNorm2d(4)
+            self.conv2 = nn.Conv2d(4, 6, 3)
+            self.bn2 = nn.BatchNorm2d(6)
+            self.drop = nn.Dropout(dropout)
+            self.head = nn.Linear(6, CLASSES)
+        self.accuracy = MulticlassAccuracy(CLASSES)
+        self.average_loss = MeanMetric()
+        self.register_buffer("queue", torch.zeros(8, 6))
+        self.queue_end = 0
+        self.losses: list[Tensor] = []
+        self.seen = {"batches": 0}
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.drop(F.relu(self.bn2(self.conv2(x)))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        features = self.features(x)
+        logits = self.head(features)
+        loss = F.cross_entropy(logits, y)
+        self.remember(features.detach(), loss.detach())
+        self.accuracy(logits.detach(), y)
+        self.average_loss(loss.detach())
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"train_accuracy": self.accuracy, "train_average_loss": self.average_loss}, on_epoch=True)
+        return loss
+
+    def remember(self, features: Tensor, loss: Tensor) -> None:
+        """State in all the places where modules keep state."""
+        rows = [(self.queue_end + i) % len(self.queue) for i in range(min(len(features), len(self.queue)))]
+        self.queue[rows] = features[: len(rows)].to(self.queue.dtype)
+        self.queue_end = (rows[-1] + 1) % len(self.queue)
+        self.losses.append(loss)
+        self.seen["batches"] += 1
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self.log("val_loss", F.cross_entropy(logits.float(), y), batch_size=len(x))
+        self.log("val_sum", logits.float().square().sum(), batch_size=len(x), reduce_fx="sum")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_loss", F.cross_entropy(self(x), y), batch_size=len(x))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Random images whose mean depends on their class, the same in every process.
+
+    Args:
+        size: How many.
+        augment: Changes an image each time it is read.
+    """
+
+    def __init__(self, size: int, augment: Callable[[Tensor], Tensor] | None = None) -> None:
+        own = torch.Generator().manual_seed(size)
+        self.labels = torch.randint(CLASSES, (size,), generator=own)
+        self.images = torch.randn(size, 3, 6, 6, generator=own) + self.labels.view(-1, 1, 1, 1)
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]
+        return (self.augment(image) if self.augment else image), int(self.labels[index])
+
+
+def torch_noise(image: Tensor) -> Tensor:
+    return image + 0.1 * torch.randn_like(image)
+
+
+def numpy_noise(image: Tensor) -> Tensor:
+    return image + float(np.random.randn())
+
+
+def python_noise(image: Tensor) -> Tensor:
+    return image * random.uniform(0.5, 1.5)
+
+
+def train_loader(size: int = 32, batch_size: int = 8, augment: Any = None, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(Images(size, augment), batch_size=batch_size, **kwargs)
+
+
+def val_loader(size: int = 12, batch_size: int = 6, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(Images(size), batch_size=batch_size, **kwargs)
+
+
+class TinyData(LightningDataModule):
+    """The loaders above, for what reads a data module."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return train_loader(shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return val_loader()
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return val_loader()
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return val_loader()
+
+
+def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
+    """The plainest Trainer: two epochs on the CPU, nothing on screen, nothing on disk, no sanity check."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Trainer(callbacks=callbacks, **{**defaults, **kwargs})
+
+
+def fit(
+    module: LightningModule,
+    callbacks: Callback | Sequence[Callback] = (),
+    train: Any = None,
+    val: Any = "default",
+    *,
+    ckpt_path: Any = None,
+    **kwargs: Any,
+) -> Trainer:
+    """Train ``module`` from a fixed seed and return the Trainer.
+
+    Args:
+        module: The module.
+        callbacks: One callback or several.
+        train: Train loader(s) or a data module; four batches of eight images by default.
+        val: Validation loader(s); None for no validation.
+        ckpt_path: Checkpoint to resume from.
+        kwargs: For the Trainer.
+    """
+    trainer = trainer_with(callbacks, **kwargs)
+    seed_everything(7, verbose=False)
+    train = train_loader() if train is None else train
+    if isinstance(train, LightningDataModule):
+        trainer.fit(module, datamodule=train, ckpt_path=ckpt_path)
+    else:
+        trainer.fit(module, train, val_loader() if isinstance(val, str) else val, ckpt_path=ckpt_path)
+    return trainer
+
+
+class Recorder(Callback):
+    """Writes down, as ``trace``, all that an observing callback must leave as it is, to compare two runs with ``==``."""
+
+    def __init__(self) -> None:
+        self.trace: list[tuple[str, Any]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.trace.append(("batch", (batch_idx, digest(batch))))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.trace.append(("loss", outputs["loss"].item()))
+        self.trace.append(("random numbers", digest(random_states())))
+        self.trace.append(("gradients", digest([p.grad for p in pl_module.parameters()])))
+        self.trace.append(("logged", logged_in_training(trainer)))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trace.append(("epoch's metrics", logged_in_training(trainer)))
+        self.trace.append(("module", state_but_statistics(pl_module)))
+        self.trace.append(("modes", {name: m.training for name, m in pl_module.named_modules()}))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trace.append(("optimizer", digest([o.state_dict() for o in trainer.optimizers])))
+
+
+def digest(value: Any) -> Any:
+    """A value to compare bit by bit with ``==``: every tensor and array in ``value`` becomes a hash of its bytes."""
+    if isinstance(value, Tensor):
+        value = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else value.numpy()
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {key: digest(v) for key, v in value.items()}
+    return [digest(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def random_states() -> Iterable[Any]:
+    return [random.getstate(), list(np.random.get_state()), torch.get_rng_state()]
+
+
+def logged_in_training(trainer: Trainer) -> dict[str, float]:
+    return {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("train")}
+
+
+def state_but_statistics(module: nn.Module) -> dict[str, Any]:
+    """Parameters, buffers, metric states and plain attributes of a module; running statistics left out."""
+    found: dict[str, Any] = {}
+    for name, m in module.named_modules():
+        own = {**m._parameters, **m._buffers, **{k: v for k, v in vars(m).items() if isinstance(v, _PLAIN)}}
+        found.update({f"{name}.{key}": digest(v) for key, v in own.items() if key not in _NOT_COMPARED})
+    return found
+
+
+_PLAIN = (int, float, str, list, Tensor)
+_STATISTICS = ("running_mean", "running_var")
+_NOT_COMPARED = (*_STATISTICS, "_current_fx_name")
+"""The latter is the name of the hook that Lightning calls at the moment."""
+
+
+def statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics, by name."""
+    return {k: v.clone() for k, v in module.state_dict().items() if k.rpartition(".")[2] in _STATISTICS}
+
+
+def exact_statistics(module: TinyNet, batches: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Oracle: mean and biased variance over all inputs of each BatchNorm layer, in float64, by keeping the inputs.
+
+    Batches reach a copy of the module, whose layers normalise each by its own statistics.
+    """
+    twin = TinyNet().double()
+    twin.load_state_dict(module.state_dict())
+    inputs: dict[str, list[Tensor]] = {"bn1": [], "bn2": []}
+    for name, kept in inputs.items():
+        layer = twin.get_submodule(name).train()
+        layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach()))
+    twin.drop.eval()
+    for x, _ in batches:
+        twin(x.double())
+    rows = {name: torch.cat([x.movedim(1, -1).flatten(0, -2) for x in kept]) for name, kept in inputs.items()}
+    return {name: (r.mean(0), r.var(0, correction=0)) for name, r in rows.items()}
+
+
+def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
+    """Running statistics that ``module`` should have after a pass over ``batches``, for `torch.testing.assert_close`."""
+    pairs = exact_statistics(module, batches).items()
+    return {f"{name}.{kind}": s.float() for name, pair in pairs for kind, s in zip(_STATISTICS, pair, strict=True)}
+
+
+class Passes(Callback):
+    """Notes at which moment after which optimizer step a pass has been run; to be listed behind the callback it watches."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.last, self.seen = callback, None, []
+
+    def look(self, moment: str, trainer: Trainer) -> None:
+        if self.callback.result is not self.last:
+            self.last = self.callback.result
+            self.seen.append((moment, trainer.global_step))
+
+    def on_sanity_check_end(self, trainer: Trainer, *_: Any) -> None:
+        self.look("sanity check", trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.look("training", trainer)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.look("validation", trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.look("too late in the validation", trainer)
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.look("test", trainer)
+
+    def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.look("predict", trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.look("epoch end", trainer)
+
+
+class Evaluated(Callback):
+    """Keeps the module's state dict and the metrics of each validation in a fit."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            self.states.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metrics.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")})
+
+
+def loaded(state: dict[str, Tensor]) -> TinyNet:
+    """A plain module with ``state``."""
+    module = TinyNet()
+    module.load_state_dict(state, strict=True)
+    return module.eval()
+
+
+def validation_loss(module: TinyNet) -> float:
+    """What `trainer.validate` would report for a plain module."""
+    images = val_loader(batch_size=12)
+    with torch.no_grad():
+        return next(F.cross_entropy(module.eval()(x), y).item() for x, y in images)

@@ -1,0 +1,143 @@
+"""A layer with behaviours stays the layer it is, and loses them in any order."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.layers.behaviour import Behaviour, Handle, behaviours_of, give, take_back
+
+
+class Adds(Behaviour):
+    """Adds a number to what the layer makes of its input, then multiplies by ten: order shows."""
+
+    def __init__(self, number: float) -> None:
+        self.name = f"adds {number}"
+        self.number = number
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        return (forward(input) + self.number) * 10
+
+
+def layer() -> nn.BatchNorm1d:
+    return nn.BatchNorm1d(2).eval()
+
+
+X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+
+def test_behaviours_wrap_the_layers_forward_the_last_given_outermost() -> None:
+    bn = layer()
+    plain = bn(X)
+    give(bn, Adds(1))
+    give(bn, Adds(2))
+    torch.testing.assert_close(bn(X), ((plain + 1) * 10 + 2) * 10)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_handles_undone_in_any_order_end_at_the_original(order: tuple[int, ...]) -> None:
+    bn = layer()
+    plain, attributes = bn(X), set(vars(bn))
+    behaviours = [Adds(i) for i in range(3)]
+    handles = [Handle([bn], behaviour) for behaviour in behaviours]
+    left = behaviours
+    for i in order:
+        handles[i].undo()
+        left = [b for b in left if b is not behaviours[i]]
+        assert list(behaviours_of(bn)) == left
+        expected = plain
+        for behaviour in left:
+            expected = (expected + behaviour.number) * 10
+        torch.testing.assert_close(bn(X), expected)
+    assert type(bn) is nn.BatchNorm1d and set(vars(bn)) == attributes
+
+
+def test_undoing_twice_takes_nothing_else_back() -> None:
+    bn = layer()
+    first, second = Handle([bn], Adds(1)), Handle([bn], Adds(2))
+    first.undo()
+    first.undo()
+    assert [b.name for b in behaviours_of(bn)] == ["adds 2"]
+    second.undo()
+    assert not behaviours_of(bn)
+
+
+def test_a_handle_as_context_manager_undoes_on_error_too() -> None:
+    bn = layer()
+    with pytest.raises(KeyboardInterrupt), Handle([bn], Adds(1)):
+        raise KeyboardInterrupt
+    assert type(bn) is nn.BatchNorm1d
+
+
+def test_what_else_was_to_be_undone_is_undone_once() -> None:
+    undone: list[int] = []
+    handle = Handle([layer()], Adds(1), also=[lambda: undone.append(1)])
+    handle.undo()
+    handle.undo()
+    assert undone == [1]
+
+
+def test_the_layer_is_an_instance_of_its_class_and_shows_what_it_does() -> None:
+    bn = layer()
+    give(bn, Adds(1))
+    assert isinstance(bn, nn.BatchNorm1d) and type(bn).__name__ == "BatchNorm1d"
+    assert inspect.getdoc(type(bn)) == inspect.getdoc(nn.BatchNorm1d)
+    assert repr(bn).startswith("BatchNorm1d(2, eps=1e-05") and repr(bn).endswith(", adds 1)")
+    take_back(bn, bn._behaviours[0])
+    assert "adds" not in repr(bn)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in (2, 4, 5))]
+)
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, timm.layers.BatchNormAct2d, nn.SyncBatchNorm])
+def test_copies_and_pickles_are_plain_and_the_original_stays_as_it_is(
+    make: Callable[..., nn.Module], copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    bn = make(2)
+    original = type(bn)
+    attributes = set(vars(bn))
+    behaviour = Adds(1)
+    give(bn, behaviour)
+    plain = copied(bn)
+    assert type(plain) is original and set(vars(plain)) == attributes and not behaviours_of(plain)
+    assert behaviours_of(bn) == (behaviour,)
+    take_back(bn, behaviour)
+    assert type(bn) is original
+
+
+def test_a_whole_model_is_copied_plain() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    give(model[1], Adds(1))
+    plain = copy.deepcopy(model)
+    assert type(plain[1]) is nn.BatchNorm1d
+    assert plain[1].weight is not model[1].weight and torch.equal(plain[1].weight, model[1].weight)
+
+
+def test_hooks_and_attributes_set_while_a_layer_behaves_outlive_it() -> None:
+    bn, calls = layer(), []
+    handle = Handle([bn], Adds(1))
+    bn.register_forward_hook(lambda *_: calls.append(1))
+    bn.mine = 5
+    bn.momentum = 0.3
+    bn(X)
+    handle.undo()
+    bn(X)
+    assert calls == [1, 1] and bn.mine == 5 and bn.momentum == 0.3
+
+
+def test_layers_of_one_class_share_one_derived_class() -> None:
+    """Thousands of layers, a handful of classes: torch.compile guards on classes."""
+    a, b = layer(), layer()
+    give(a, Adds(1))
+    give(b, Adds(2))
+    assert type(a) is type(b)

@@ -1,0 +1,94 @@
+"""Figures show what they were given, in the project's style, without a display and without pyplot."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lightning_bn import plots
+from lightning_bn.plots.style import EMA, PRECISE
+
+
+def curves() -> Figure:
+    return plots.error_curves([1, 2, 3], [[90, 48, 3.4], [88, 40, 3.6]], [[41, 18, 3.5], [39, 17, 3.3]], title="t")
+
+
+def samples() -> Figure:
+    sweep = plots.SampleSweep("epoch 3", 15.4, {10: [9.0, 13.0], 100: [7.0, 7.4], 4000: [6.6]})
+    return plots.error_against_samples([sweep, sweep])
+
+
+def cloud() -> Figure:
+    return plots.ema_and_cloud([0.1, 0.2, 0.3, 0.4], {2: [0.5, 0.7], 4: [0.4, 0.6]}, title="bn1, channel 0")
+
+
+def line(figure: Figure, label: str, panel: int = 0) -> Line2D:
+    return next(line for line in figure.axes[panel].lines if line.get_label() == label)
+
+
+def test_error_curves_show_the_mean_over_seeds_and_a_band_from_best_to_worst() -> None:
+    figure = curves()
+    assert line(figure, "EMA").get_ydata() == pytest.approx([89, 44, 3.5])
+    assert line(figure, "PreciseBN").get_ydata() == pytest.approx([40, 17.5, 3.4])
+    bands = figure.axes[0].collections
+    heights = bands[0].get_paths()[0].vertices[:, 1]
+    assert len(bands) == 2 and heights.min() == pytest.approx(3.4) and heights.max() == 90
+
+
+def test_every_error_lies_inside_the_axes_even_a_perfect_one() -> None:
+    figure = plots.error_curves([1, 2], [[100, 0.0]], [[50, 0.2]])
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < 0.2 and high > 100
+    ticks = figure.axes[0].get_yticks()
+    assert ((low <= ticks) & (ticks <= 100)).all(), "no tick above 100 % and none outside"
+
+
+def test_error_against_samples_joins_the_means_and_shows_every_draw() -> None:
+    figure = samples()
+    assert len(figure.axes) == 2
+    means = line(figure, "PreciseBN, mean of draws")
+    assert list(means.get_xdata()) == [10, 100, 4000]
+    assert means.get_ydata() == pytest.approx([11.0, 7.2, 6.6])
+    dots = sum(len(other.get_ydata()) for other in figure.axes[0].lines if other.get_alpha())
+    assert dots == 5
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "100", "4k"]
+
+
+def test_ema_and_cloud_puts_the_population_mean_in_the_middle_of_its_cloud() -> None:
+    figure = cloud()
+    assert line(figure, "population mean (PreciseBN)").get_ydata() == pytest.approx([0.6, 0.5])
+    assert line(figure, "EMA (running_mean)").get_xdata() == pytest.approx([1, 2, 3, 4])
+    assert sorted(line(figure, "batch means, weights fixed").get_ydata()) == [0.5, 0.7]
+
+
+def test_ema_and_cloud_draws_a_single_cloud_of_a_single_batch() -> None:
+    plots.ema_and_cloud([0.1], {1: [0.5]})
+
+
+def test_a_colour_means_the_same_in_every_figure() -> None:
+    assert line(curves(), "EMA").get_color() == line(samples(), "EMA").get_color() == EMA
+    assert line(cloud(), "EMA (running_mean)").get_color() == EMA
+    assert line(curves(), "PreciseBN").get_color() == PRECISE
+
+
+def test_the_users_matplotlib_settings_neither_matter_nor_change() -> None:
+    plain = plots.to_rgb(curves())
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "xtick.labelsize": 40}):
+        styled = plots.to_rgb(curves())
+        assert matplotlib.rcParams["font.size"] == 30
+    assert np.array_equal(plain, styled)
+
+
+def test_to_rgb_gives_pixels_of_three_channels() -> None:
+    pixels = plots.to_rgb(curves())
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    assert (pixels[0, 0] == 255).all() and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+
+
+def test_figures_leave_nothing_in_pyplot() -> None:
+    pyplot.close("all")
+    for figure in (curves(), samples(), cloud()):
+        plots.to_rgb(figure)
+    assert pyplot.get_fignums() == []

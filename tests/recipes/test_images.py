@@ -1,0 +1,139 @@
+"""Whatever the folder holds, the recipe sees images of one form, and always the same ones."""
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recipes.images import FASHION_MNIST, ImageData
+
+
+def test_mnist_5k_is_split_once_and_without_overlap() -> None:
+    data = ImageData(shift=0)
+    train, val = (
+        torch.cat([images for images, _ in loader])
+        for loader in (data.training_sample(4000, torch.Generator()), data.val_dataloader())
+    )
+    assert train.shape == (4000, 1, 28, 28) and val.shape == (1000, 1, 28, 28)
+    rows = {row.numpy().tobytes() for row in train}
+    assert len(rows & {row.numpy().tobytes() for row in val}) == 0
+    assert (data.num_channels, data.num_classes) == (1, 10)
+    assert train.mean().abs() < 0.01 and (train.std() - 1).abs() < 0.01
+
+
+def test_training_images_move_and_validation_images_do_not() -> None:
+    data = ImageData(train_images=50, val_images=50)
+    for images, moves in ((data.train_set, True), (data.val_set, False)):
+        again = [torch.equal(images[0][0], images[0][0]) for _ in range(20)]
+        assert all(again) != moves
+
+
+def test_a_shift_moves_the_image_and_keeps_its_ink() -> None:
+    still, moving = ImageData(shift=0), ImageData(shift=3)
+    digit = still.train_set[0][0]
+    moved = [moving.train_set[0][0] for _ in range(200)]
+    offsets = {
+        (dy, dx)
+        for image in moved
+        for dy in range(-3, 4)
+        for dx in range(-3, 4)
+        if torch.equal(image[:, 5:-5, 5:-5], digit.roll((dy, dx), (1, 2))[:, 5:-5, 5:-5])
+    }
+    assert len(offsets) > 40, "of 49 equally likely shifts, 200 draws show nearly all"
+
+
+def test_a_part_of_the_images_is_the_same_part_whatever_the_seed() -> None:
+    torch.manual_seed(1)
+    first = ImageData(train_images=10, shift=0).train_set[3][0]
+    torch.manual_seed(2)
+    assert torch.equal(first, ImageData(train_images=10, shift=0).train_set[3][0])
+
+
+def test_samples_are_drawn_without_replacement_and_repeat_with_their_generator() -> None:
+    data = ImageData(shift=0, train_images=100, batch_size=30)
+    draws = [
+        torch.cat([images for images, _ in data.training_sample(60, torch.Generator().manual_seed(s))])
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert len({image.numpy().tobytes() for image in draws[0]}) == 60
+
+
+def test_every_training_batch_is_full() -> None:
+    batches = [len(labels) for _, labels in ImageData(train_images=105, batch_size=50).train_dataloader()]
+    assert batches == [50, 50]
+
+
+def test_more_images_than_there_are_is_an_error_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match="5,000 images, but there are only 4,000"):
+        ImageData(train_images=5000)
+
+
+def write_idx(folder: Path) -> None:
+    for part, count in (("train", 40), ("t10k", 10)):
+        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28).tobytes()
+        labels = (np.arange(count, dtype=np.uint8) % 10).tobytes()
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
+
+
+def test_idx_files_are_read_image_by_image(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    data = ImageData(tmp_path, shift=0)
+    image, label = data.train_set[17]
+    assert label == 7 and image.unique().numel() == 1 and image.shape == (1, 28, 28)
+    assert (data.num_training_images, data.num_validation_images) == (40, 10)
+
+
+@pytest.mark.parametrize("inside", ["", "cifar-10-batches-py"])
+def test_cifar_10_is_read_from_its_folder_or_the_one_around_it(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        red = np.zeros((4, 3, 32, 32), dtype=np.uint8)
+        red[:, 0] = 200
+        batch = {b"data": red.reshape(4, -1), b"labels": [0, 1, 2, 9]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    data = ImageData(tmp_path, shift=0)
+    assert (data.source, data.num_training_images, data.num_validation_images) == ("CIFAR-10", 20, 4)
+    assert data.train_set.images.pixels.unique().tolist() == [0, 200] if hasattr(data.train_set, "images") else True
+    assert (data.num_channels, data.num_classes) == (3, 10)
+
+
+def test_an_imagenet_style_folder_gives_images_of_the_size_asked_for(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("cat", "dog", "owl"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (50, 40)).save(tmp_path / part / name / "1.png")
+    data = ImageData(tmp_path, image_size=32, batch_size=3)
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 2]
+    assert (data.num_channels, data.num_classes) == (3, 3)
+
+
+def test_a_folder_without_known_data_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="data_batch_1"):
+        ImageData(tmp_path)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        ImageData(tmp_path / "nowhere")
+
+
+def test_a_missing_fashion_mnist_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        ImageData(FASHION_MNIST)
+
+
+def test_loaders_have_the_workers_that_lightning_does_not_warn_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = {}
+    for cores in (1, 2, 3, 4, 16):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        workers[cores] = ImageData(train_images=10, val_images=10).num_workers
+    assert workers == {1: 0, 2: 0, 3: 2, 4: 3, 16: 4}

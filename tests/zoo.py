@@ -1,0 +1,133 @@
+"""The zoo: one small model, with batches, for each kind of BatchNorm layer and use of it that is out there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+
+Case = tuple[nn.Module, list[Tensor]]
+
+
+def cnn(first: nn.Module | None = None) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU, dropout, and the same again; ``first`` takes the place of the first BatchNorm."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        first or nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+    )
+
+
+def images(*sizes: int, mean: float = 0.0, pixels: int = 8) -> list[Tensor]:
+    """Batches of these sizes; within a batch the images are alike, so that batches differ in mean and variance."""
+    batches = [torch.randn(n, 3, pixels, pixels) * (1 + torch.rand(1)) + torch.randn(3, 1, 1) for n in sizes]
+    return [batch + mean for batch in batches]
+
+
+class Shared(nn.Module):
+    """One BatchNorm called on two feature maps of different size, as in a RetinaNet head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+        self.bn = nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = self.bn(self.conv(x))
+        small = self.bn(self.conv(x[..., ::2, ::2]) + 1)
+        return large.mean() + small.mean()
+
+
+def _shifted(model: nn.Module, mean: float) -> nn.Module:
+    """The inputs of every BatchNorm moved by a bias, as far as the model has one in front."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.constant_(layer.bias, mean)
+    return model
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """Scales, shifts and stored statistics that are not the identity."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, 0.5, 1.5)
+            if layer.running_mean is not None and layer.running_var is not None:
+                nn.init.normal_(layer.running_mean)
+                nn.init.uniform_(layer.running_var, 0.5, 2)
+    return model
+
+
+def _lazy() -> nn.Module:
+    model = cnn(nn.LazyBatchNorm2d())
+    model.eval()(torch.zeros(1, 3, 8, 8))
+    return model.train()
+
+
+def _without_bias() -> nn.Module:
+    model = cnn()
+    model[1].bias = None
+    return model
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "ragged batches": lambda: (cnn(), images(8, 8, 3, 1)),
+    "mean 1e4 std 1": lambda: (_shifted(cnn(), 1e4), images(8, 8, 3)),
+    "channels_last": lambda: (
+        cnn().to(memory_format=torch.channels_last),
+        [x.to(memory_format=torch.channels_last) for x in images(8, 5)],
+    ),
+    "channels_last, mean 1e4 std 1": lambda: (
+        _shifted(cnn(), 1e4).to(memory_format=torch.channels_last),
+        [x.to(memory_format=torch.channels_last) for x in images(8, 5)],
+    ),
+    "called several times": lambda: (Shared(), images(8, 4)),
+    "BatchNorm1d, rows": lambda: (
+        nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4), nn.BatchNorm1d(4)),
+        [torch.randn(n, 6) * 3 + 2 for n in (40, 40, 7)],
+    ),
+    "BatchNorm1d, rows, mean 1e4 std 1": lambda: (
+        _shifted(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4), nn.BatchNorm1d(4)), 1e4),
+        [torch.randn(n, 6) * 3 + 2 for n in (40, 40, 7)],
+    ),
+    "BatchNorm1d, sequences": lambda: (
+        nn.Sequential(nn.Conv1d(6, 9, 3), nn.BatchNorm1d(9), nn.ReLU()),
+        [torch.randn(n, 6, 20) for n in (8, 2)],
+    ),
+    "BatchNorm3d": lambda: (
+        nn.Sequential(nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5), nn.ReLU(), nn.Conv3d(5, 3, 1), nn.BatchNorm3d(3)),
+        [torch.randn(n, 2, 6, 6, 6) for n in (3, 1)],
+    ),
+    "SyncBatchNorm in one process": lambda: (
+        nn.SyncBatchNorm.convert_sync_batchnorm(cnn()),
+        images(8, 3),
+    ),
+    "timm BatchNormAct2d": lambda: (
+        timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3).train(),
+        images(6, 4, pixels=32),
+    ),
+    "bf16 model": lambda: (cnn().bfloat16(), [x.bfloat16() for x in images(8, 5)]),
+    "bf16 model, channels_last": lambda: (
+        cnn().bfloat16().to(memory_format=torch.channels_last),
+        [x.bfloat16().to(memory_format=torch.channels_last) for x in images(8, 5, mean=3)],
+    ),
+    "float64 model": lambda: (cnn().double(), [x.double() for x in images(8, 5)]),
+    "no affine": lambda: (cnn(nn.BatchNorm2d(8, affine=False)), images(8, 5)),
+    "no bias": lambda: (_without_bias(), images(8, 5)),
+    "momentum None": lambda: (cnn(nn.BatchNorm2d(8, momentum=None)), images(8, 5)),
+    "momentum 0": lambda: (cnn(nn.BatchNorm2d(8, momentum=0.0)), images(8, 5)),
+    "lazy layer that has seen data": lambda: (_lazy(), images(8, 5)),
+    "one value per channel": lambda: (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), [torch.randn(1, 3) for _ in range(3)]),
+}
+
+
+def case(name: str) -> Case:
+    """A model of the zoo in train mode with stored statistics of its own, and batches for it."""
+    model, batches = CASES[name]()
+    return _trained(model), batches
