@@ -202,6 +202,8 @@ def _some(images: LabelledImages, size: int | None) -> LabelledImages:
     if size is None or size == total:
         return images
     if size > total:
-        raise ValueError(f"Asked for {size:,} images, but there are only {total:,}. Ask for fewer, or with null for all.")
+        raise ValueError(
+            f"Asked for {size:,} images, but there are only {total:,}. Ask for fewer, or with null for all."
+        )
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:size]
     return Subset(images, chosen.tolist())

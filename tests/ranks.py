@@ -28,7 +28,7 @@ _CONTEXT.set_forkserver_preload(["lightning_bn"])
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call ``fn(*args)`` on ``world_size`` ranks at once and return what each returned, in the order of ranks.
 
-    ``dist.get_rank()`` tells a rank who it is. A Trainer in ``fn`` finds the process group ready and starts no processes:
+    ``dist.get_rank()`` tells a rank who it is. A Trainer in ``fn`` finds the process group ready and starts nothing:
     ``Trainer(accelerator="cpu", devices=world_size, strategy="ddp")``.
 
     Args:
@@ -38,7 +38,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
         timeout: Seconds until the ranks are killed.
 
     Raises:
-        RuntimeError: If a rank raised, died, or had nothing to say in time; with the traceback of every rank that has one.
+        RuntimeError: If a rank raised, died, or had nothing to say in time; with the tracebacks of those that raised.
     """
     with tempfile.TemporaryDirectory() as folder:
         task = pickle.dumps((fn, args))
@@ -69,7 +69,7 @@ def _collect(reports: list[Connection], deadline: float) -> list[tuple[str | Non
     outcomes: dict[Connection, tuple[str | None, Any]] = {}
     while missing := [report for report in reports if report not in outcomes]:
         ready = wait(missing, deadline - time.monotonic())
-        for report in missing if not ready else ready:
+        for report in ready or missing:
             try:
                 outcomes[report] = pickle.loads(report.recv_bytes()) if ready else ("nothing in time", None)
             except EOFError:

@@ -47,8 +47,8 @@ def given(calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 def assert_measured(statistics: PopulationStatistics, calls: Calls, sigma: float = 1e-6, var: float = 1e-5) -> None:
     """Statistics are those of what the layers were given.
 
-    A batch's mean is stored in float32 and so may be off by ``r = 2^-22 |mean| / sigma`` standard deviations; the variance
-    between batch means inherits that.
+    A batch's mean is stored in float32 and so may be off by ``r = 2^-22 |mean| / sigma`` standard deviations; the
+    variance between batch means inherits that.
     """
     assert list(statistics) == [name for name in statistics if name in calls] and set(statistics) == set(calls)
     for name, measured in statistics.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +69,12 @@ def _lazy() -> nn.Module:
     return model.train()
 
 
+def _mobilenet() -> nn.Module:
+    import timm  # here: ranks that have no use for it would wait seconds
+
+    return timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3).train()
+
+
 def _without_bias() -> nn.Module:
     model = cnn()
     model[1].bias = None
@@ -109,7 +114,7 @@ CASES: dict[str, Callable[[], Case]] = {
         images(8, 3),
     ),
     "timm BatchNormAct2d": lambda: (
-        timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3).train(),
+        _mobilenet(),
         images(6, 4, pixels=32),
     ),
     "bf16 model": lambda: (cnn().bfloat16(), [x.bfloat16() for x in images(8, 5)]),
@@ -123,7 +128,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "momentum None": lambda: (cnn(nn.BatchNorm2d(8, momentum=None)), images(8, 5)),
     "momentum 0": lambda: (cnn(nn.BatchNorm2d(8, momentum=0.0)), images(8, 5)),
     "lazy layer that has seen data": lambda: (_lazy(), images(8, 5)),
-    "one value per channel": lambda: (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), [torch.randn(1, 3) for _ in range(3)]),
+    "one value per channel": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+        [torch.randn(1, 3) for _ in range(3)],
+    ),
 }
 
 

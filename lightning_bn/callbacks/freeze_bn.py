@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -154,7 +155,8 @@ class FreezeBNCallback(BatchNormCallback):
             self._switch_if_due(trainer, pl_module, batch_idx)
         if self._state is not None and not self._checked_batch_size:
             self._checked_batch_size = True
-            self._warn_of_large_batches(pl_module, self._count(batch))
+            with suppress(ValueError):  # a batch that cannot be counted
+                self._warn_of_large_batches(pl_module, self._count(batch))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of a frozen affine, before they are clipped together with the others."""

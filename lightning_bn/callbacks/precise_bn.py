@@ -178,6 +178,8 @@ class PreciseBNCallback(BatchNormCallback):
     def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         if self._due:
             self._due = False
+            if trainer.state.fn != "fit":  # whose start has seen to it
+                self._pass.check(trainer, module)
             self._run(trainer, module)
 
     def _run(self, trainer: Trainer, module: LightningModule) -> None:

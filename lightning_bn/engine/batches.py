@@ -48,11 +48,12 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
     )  # the public train_dataloader does not know the mode in which loaders combine
     assert live is not None
     fresh = CombinedLoader(tree_map(_Fresh, live.iterables), live._mode)
-    fresh.limits = live.limits
+    limit = trainer.num_training_batches  # a CombinedLoader does not keep to its own
     refuse_unprotectable(live.flattened)
     with _loaders_kept(live.flattened):
         try:
-            yield (_to_device(trainer, module, batch) for batch, *_ in fresh)
+            batches = itertools.islice(fresh, None if limit == float("inf") else int(limit))
+            yield (_to_device(trainer, module, batch) for batch, *_ in batches)
         finally:
             fresh.reset()  # ends the workers
 
@@ -87,6 +88,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
         if owner is not None and not type(owner).train_dataloader.__qualname__.startswith("DataHooks."):
             loader: Iterable[Any] = owner.train_dataloader()
             return loader
+    assert trainer.state.fn is not None
     raise ValueError(
         f"trainer.{trainer.state.fn.value} has no training data to recompute population statistics from: define "
         "train_dataloader in the LightningModule or DataModule, or pass source=, a function from the trainer to a "

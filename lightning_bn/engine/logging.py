@@ -11,14 +11,14 @@ def log_figures(trainer: Trainer, prefix: str, figures: Mapping[str, float]) -> 
     """Log figures to every logger, one row each, under ``prefix/``.
 
     The step is Lightning's own for `self.log`, kept in a private field (2.5 to 2.6): ``trainer.global_step`` is
-    ahead of it by one at a batch's end. At an epoch's end it has already moved on to the next batch, and Lightning
-    logs to the one before.
+    ahead of it by one at a batch's end. Between batches, as at an epoch's end, it has already moved on to the next
+    one, and Lightning logs to the one before.
     """
     if not trainer.loggers:
         return
     step, progress = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.fit_loop.epoch_loop.batch_progress
     batch_is_over = progress.current.completed == progress.current.ready
-    if not trainer.validating and progress.is_last_batch and batch_is_over:
+    if not trainer.validating and batch_is_over:
         step = max(step - 1, 0)
     for logger in trainer.loggers:
         logger.log_metrics({f"{prefix}/{key}": value for key, value in figures.items()}, step=step)

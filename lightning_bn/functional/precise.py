@@ -12,11 +12,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lightning_bn.distributed.moments import merge_over_ranks, sum_over_ranks
+from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_over_ranks
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers
@@ -175,6 +176,11 @@ def measure(
             ready, more = sum_over_ranks([batch_mode.counts, own], device)
             if not ready:
                 break
+            if not taken and ready < num_ranks() and any(isinstance(m, SyncBatchNorm) for m in layers.values()):
+                raise ValueError(
+                    f"Only {ready} of {num_ranks()} ranks have a batch, and the SyncBatchNorm layers of one rank wait "
+                    "for those of all others: give every rank at least one batch."
+                )
             if batch is not missing:
                 run(batch)
                 seen.end_of_batch()

@@ -61,8 +61,7 @@ class WarmUp:
 
     def _before_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
         step = _UNDER_WAY.get(optimizer)
-        if step is None or self in step.factors:  # ours has not come to its end: it raised
-            _put_back(optimizer)
+        if step is None:  # else another warm-up is at work, or the last step raised and its rates are still scaled
             own = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
             step = _UNDER_WAY[optimizer] = _Step(own)
         step.factors[self] = self.factor(index)

@@ -125,9 +125,8 @@ def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pooled(pieces: Sequence[Tensor], origin: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Statistics of values that come in pieces, relative to ``origin``."""
-    first, found = pieces[0], []
-    scratch = None
-    if isinstance(origin, Tensor) or first.element_size() == 2:  # one for all pieces: many would leave the heap in holes
+    first, scratch, found = pieces[0], None, []
+    if isinstance(origin, Tensor) or first.element_size() == 2:  # one for all pieces: many would fragment the heap
         scratch = torch.empty(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
     for piece in pieces:
         found.append(_kernel(piece if scratch is None else torch.sub(piece, origin, out=scratch[: len(piece)])))

@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for claim in verdicts:
         print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
     print("", *paths, sep="\n")
-    print(f"\nOpen the W&B run in the terminal:\n  {output.wandb_command()} leet {run_folder}")
+    print("\nIn W&B, without a login: all runs (space overlays one more), or the report (3 shows its figures)")
+    print(f"  {output.wandb_command()} leet {run_folder.parent}\n  {output.wandb_command()} leet {run_folder}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Nothing a test of callbacks does may reach the next one; the modules and data they train are in `tests.callbacks.zoo`."""
+"""No test of callbacks may reach the next one. The modules and data they train are in `tests.callbacks.zoo`."""
 
 import logging
 import multiprocessing

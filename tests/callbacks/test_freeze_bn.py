@@ -700,6 +700,17 @@ def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warne
     assert all(f"holds {size} samples" in message for message in found)
 
 
+def test_batches_that_cannot_be_counted_do_not_stop_a_fit_that_needs_no_count() -> None:
+    class FromLists(TinyNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(torch.tensor(batch)).square().mean()
+
+    watch = Watch()
+    batches = DataLoader([x.tolist() for x, _ in train_loader()], batch_size=None)
+    fit(FromLists(), [freeze(statistics="ema"), watch], train=batches, val=None)
+    assert watch.frozen == [False] * 4 + [True] * 4
+
+
 def test_it_says_when_the_user_has_frozen_all_layers_already() -> None:
     class Frozen(TinyNet):
         def on_train_start(self) -> None:
@@ -818,26 +829,35 @@ def test_a_compiled_module_freezes_and_thaws() -> None:
     assert type(compiled.bn1) is nn.BatchNorm2d
 
 
-def _fit_on_ranks() -> tuple[dict[str, Tensor], dict[str, Tensor], list[bool], list[list[float]]]:
-    """Each rank has two of the four batches of an epoch."""
-    watch, module = Watch(), Configured(adamw)
+class Batches(Callback):
+    """Keeps the training batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch)
+
+
+def _fit_on_ranks() -> tuple[Any, ...]:
+    """Each rank has two of the four batches of an epoch; the switch comes at the second epoch."""
+    watch, batches, module = Watch(), Batches(), Configured(adamw)
     callback = freeze(start_step=2, num_samples=32, affine=True)
-    fit(module, [callback, watch], max_epochs=3, accelerator="cpu", devices=2, strategy="ddp")
+    fit(module, [callback, watch, batches], max_epochs=3, accelerator="cpu", devices=2, strategy="ddp")
     assert is_thawed(copy.deepcopy(module))
-    return snapshot(module), watch.started[2], watch.frozen, watch.rates_in_step
+    return [snapshot(module), watch.started[2], watch.frozen], watch.rates_in_step, batches.seen[2:4]
 
 
 @pytest.mark.ddp
 def test_ranks_freeze_together_with_the_statistics_of_all_ranks_data() -> None:
-    (state, at_switch, frozen, in_step), other = run_on_ranks(_fit_on_ranks, 2)
-    assert digest([other[0], other[1]]) == digest([state, at_switch])
-    assert frozen == other[2] == [False] * 2 + [True] * 4
+    (found, in_step, batches), (found_there, _, batches_there) = run_on_ranks(_fit_on_ranks, 2)
+    assert digest(found_there) == digest(found)
+    _, at_switch, frozen = found
+    assert frozen == [False] * 2 + [True] * 4
     assert [rate / 0.02 for (rate,) in in_step] == pytest.approx([1, 1, 0.5, 1, 1, 1])
     module = TinyNet()
     module.load_state_dict(at_switch)
-    images, labels = next(iter(train_loader(batch_size=32)))
-    batches = [(images[rank::2][part], labels) for rank in (0, 1) for part in (slice(8), slice(8, 16))]
-    for name, (mean, var) in exact_statistics(module, batches).items():
+    for name, (mean, var) in exact_statistics(module, batches + batches_there).items():
         torch.testing.assert_close(at_switch[f"{name}.running_mean"].double(), mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(at_switch[f"{name}.running_var"].double(), var, rtol=1e-5, atol=0)
 

@@ -5,6 +5,7 @@ A new callback joins by one line in `CALLBACKS`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import multiprocessing
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -31,10 +33,8 @@ from lightning_bn import FreezeBNCallback, PreciseBNCallback
 from tests.callbacks.zoo import (
     Images,
     Recorder,
-    TinyData,
     TinyNet,
     digest,
-    exact_statistics,
     fit,
     numpy_noise,
     python_noise,
@@ -43,7 +43,6 @@ from tests.callbacks.zoo import (
     statistics_of,
     torch_noise,
     train_loader,
-    trainer_with,
     val_loader,
 )
 from tests.ranks import run_on_ranks
@@ -58,9 +57,14 @@ OBSERVING: dict[str, Callable[[], Any]] = {
     "PreciseBN": CALLBACKS["PreciseBN"],
     "PreciseBN, replay": functools.partial(PreciseBNCallback, 20, source="replay"),
     "PreciseBN, forward": functools.partial(PreciseBNCallback, 20, forward="forward"),
-    "FreezeBN before its switch": functools.partial(FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"),
+    "FreezeBN before its switch": functools.partial(
+        FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
+    ),
 }
 """Those that must not be noticed by the training."""
+
+OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay"]
+"""Those that are held against every way to train; the others have the same machinery, and a few will do."""
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 
@@ -210,9 +214,7 @@ SETUPS = {
 def trace(setup: Setup, callback: Any = None) -> list[tuple[str, Any]]:
     """Everything that happens in a training."""
     recorder = Recorder()
-    fit(
-        setup.module(), [callback, recorder] if callback else [recorder], setup.train(), setup.val(), **setup.trainer
-    )
+    fit(setup.module(), [callback, recorder] if callback else [recorder], setup.train(), setup.val(), **setup.trainer)
     return recorder.trace
 
 
@@ -221,10 +223,14 @@ def undisturbed(name: str) -> list[tuple[str, Any]]:
     return trace(SETUPS[name])
 
 
-@pytest.mark.parametrize("make", OBSERVING.values(), ids=OBSERVING)
-@pytest.mark.parametrize("name", SETUPS)
-def test_training_is_bit_for_bit_the_same_with_and_without(name: str, make: Callable[[], Any]) -> None:
-    callback = make()
+A_FEW = ["dropout, mid-epoch validation", "persistent workers", "validation in mid-accumulation", "two loaders"]
+
+
+@pytest.mark.parametrize(
+    ("observer", "name"), [(o, n) for o in OBSERVING for n in (SETUPS if o in OBSERVING_EVERYWHERE else A_FEW)]
+)
+def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
+    callback = OBSERVING[observer]()
     observed = trace(SETUPS[name], callback)
     if isinstance(callback, PreciseBNCallback):
         assert callback.result is not None, "no pass was run: this test shows nothing"
@@ -305,7 +311,9 @@ def test_state_dict_has_the_plain_models_keys_and_shapes_at_every_moment(make: C
 
 @every_callback
 @pytest.mark.parametrize("copy_of", [pickled, copy.deepcopy])
-def test_the_model_copies_at_every_moment_as_the_plain_one(make: Callable[[], Any], copy_of: Callable[[Any], Any]) -> None:
+def test_the_model_copies_at_every_moment_as_the_plain_one(
+    make: Callable[[], Any], copy_of: Callable[[Any], Any]
+) -> None:
     look = functools.partial(copied, copy_of=copy_of)
     between, module = AtEveryMoment(look), Peeking(look)
     fit(module, [make(), between])
@@ -376,7 +384,8 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     path.write_text(yaml.safe_dump(config))
     cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
-    assert (callback._pass.source, callback._pass.forward, callback._pass.count) == (batches_for_a_pass, run_on, samples)
+    made = callback._pass
+    assert (made.source, made.forward, made.count) == (batches_for_a_pass, run_on, samples)
     assert callback.layers == ["bn*"]
 
 
@@ -464,10 +473,8 @@ def test_nothing_is_left_after(make: Callable[[], Any], error: BaseException | N
 
     def left_by(callbacks: list[Any]) -> list[Any]:
         module = Fuse(error or Blown(), n=3 + 4 + callbacks_pass) if error else TinyNet()
-        try:
+        with contextlib.suppress(Blown):
             fit(module, callbacks)
-        except Blown:
-            pass
         return [(n, type(m), set(vars(m)), m.training, hooks_of(m)) for n, m in module.named_modules()] + [
             (module.bn1.momentum, module.bn1.num_batches_tracked.dtype, repr(module))
         ]
@@ -568,9 +575,7 @@ def train_until_killed(name: str, folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize(
-    ("step", "last"), [(5, "batch-5"), (6, "validation-6"), (8, "validation-8"), (8, "epoch-8")]
-)
+@pytest.mark.parametrize(("step", "last"), [(5, "batch-5"), (6, "validation-6"), (8, "validation-8"), (8, "epoch-8")])
 def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, step: int, last: str, tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(name, tmp_path, step))
     process.start()
@@ -643,3 +648,40 @@ def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[...
     said = [str(w.message) for w in caught if "all of its layers are frozen" in str(w.message)]
     assert len(said) == 1
     assert digest(statistics_of(module)) == digest(before)
+
+
+# --------------------------------------------------------------------------------- the other namespace of Lightning
+class Elsewhere(pytorch_lightning.LightningModule):
+    """A module of the package pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+        self.shown = Shown()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.shown.batches += 1
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@every_callback
+def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp_path: Path) -> None:
+    trainer = pytorch_lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[make()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    module = Elsewhere()
+    trainer.fit(module, train_loader(), val_loader())
+    assert module.shown.batches in (8 + 3, 8 + 2 * 3)  # one pass or two

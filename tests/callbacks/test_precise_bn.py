@@ -1,4 +1,4 @@
-"""PreciseBNCallback: when it runs, on which batches and weights, what it writes, shows and logs, and what it refuses."""
+"""PreciseBNCallback: when it runs, on which batches and weights, what it writes, shows, logs and refuses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -26,11 +25,10 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from schedulefree import SGDScheduleFree
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_bn import PreciseBNCallback, freeze_bn
 from tests.callbacks.zoo import (
-    CLASSES,
     Evaluated,
     Images,
     Passes,
@@ -156,7 +154,7 @@ def test_before_validate_the_source_function_supplies_the_batches() -> None:
 
 
 def test_before_validate_manual_optimization_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match="Manual optimizes manually.*forward='forward'"):
+    with pytest.raises(ValueError, match=r"Manual optimizes manually.*forward='forward'"):
         trainer_with(PreciseBNCallback(before=["validate"])).validate(Manual(), datamodule=TinyData(), verbose=False)
 
 
@@ -187,9 +185,7 @@ def test_whole_batches_are_shown_until_there_are_enough_samples(num_samples: int
     precise, module = PreciseBNCallback(num_samples), TinyNet()
     fit(module, precise, train_loader(29))
     assert precise.result.num_samples == shown
-    assert_close(
-        statistics_of(module), expected(module, first_batches(-(-shown // 8), size=29)), rtol=1e-5, atol=1e-5
-    )
+    assert_close(statistics_of(module), expected(module, first_batches(-(-shown // 8), size=29)), rtol=1e-5, atol=1e-5)
 
 
 def test_only_chosen_layers_are_written() -> None:
@@ -339,7 +335,8 @@ def test_training_under_weight_averaging_is_bit_for_bit_the_same(make: Callable[
 
 
 def test_standing_before_weight_averaging_is_refused_naming_the_two_to_swap() -> None:
-    with pytest.raises(ValueError, match="PreciseBNCallback stands before EMAWeightAveraging.*EMAWeightAveraging first"):
+    refused = r"PreciseBNCallback stands before EMAWeightAveraging.*swap them, EMAWeightAveraging first"
+    with pytest.raises(ValueError, match=refused):
         fit(TinyNet(), [PreciseBNCallback(20), EMAWeightAveraging()])
 
 
@@ -386,30 +383,32 @@ def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(mo
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
-class Spoils(TinyNet):
+class Doubles(TinyNet):
     """Modifies its batch in place."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        batch[0].zero_()
-        return loss
+        batch[0].mul_(2)
+        return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("module", [TinyNet, Spoils])
+def doubled(batches: list[Any]) -> list[Any]:
+    return [(2 * x, y) for x, y in batches]
+
+
 @pytest.mark.parametrize(("num_samples", "last"), [(1, 1), (20, 3), (32, 4), (60, 8)])
-def test_a_replay_shows_the_last_training_batches_as_the_step_got_them(
-    module: type[TinyNet], num_samples: int, last: int
-) -> None:
-    trained, precise = module(), PreciseBNCallback(num_samples, source="replay")
-    fit(trained, precise)
+def test_a_replay_shows_the_last_training_batches(num_samples: int, last: int) -> None:
+    trained, precise = TinyNet(), PreciseBNCallback(num_samples, source="replay")
+    fit(trained, precise, train_loader(64, batch_size=8), limit_train_batches=4)
     assert precise.result.num_batches == last
-    assert_close(statistics_of(trained), expected(trained, (2 * first_batches(4))[-last:]), rtol=1e-5, atol=1e-5)
+    shown = (2 * first_batches(4, size=64))[-last:]
+    assert_close(statistics_of(trained), expected(trained, shown), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pass_cannot_spoil_what_is_replayed_later() -> None:
-    trained, precise = Spoils(), PreciseBNCallback(32, source="replay")
-    fit(trained, precise, val_check_interval=1)
-    assert_close(statistics_of(trained), expected(trained, first_batches(4)), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("trainer", [{}, {"val_check_interval": 1}], ids=["once an epoch", "after each batch"])
+def test_a_replay_shows_batches_as_the_step_got_them_not_as_a_step_left_them(trainer: dict[str, Any]) -> None:
+    trained = Doubles()
+    fit(trained, PreciseBNCallback(32, source="replay"), **trainer)
+    assert_close(statistics_of(trained), expected(trained, doubled(first_batches(4))), rtol=1e-5, atol=1e-5)
 
 
 def test_a_replay_that_cannot_fit_is_refused_with_the_numbers() -> None:
@@ -420,10 +419,10 @@ def test_a_replay_that_cannot_fit_is_refused_with_the_numbers() -> None:
     fit(TinyNet(), PreciseBNCallback(1000, source="replay", replay_bytes=needed))
 
 
-def test_a_replay_says_how_full_it_is_until_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "lightning_utilities.core.rank_zero"):
-        fit(TinyNet(), PreciseBNCallback(16, source="replay"), val_check_interval=1)
-    said = [r.getMessage() for r in caplog.records if "replay" in r.getMessage()]
+def test_a_replay_says_how_full_it_is_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_bn.engine.population_pass.rank_zero_info", said.append)
+    fit(TinyNet(), PreciseBNCallback(16, source="replay"), val_check_interval=1)
     assert said == ["PreciseBN: the replay holds 8 of 16 samples so far, and uses those."]
 
 
@@ -431,7 +430,9 @@ def test_a_replay_says_that_it_is_empty_when_validation_comes_right_after_a_resu
     """As Lightning validates first when it resumes a checkpoint written in the middle of a validation."""
     module, precise = TinyNet(), PreciseBNCallback(16, source="replay", before=["validate"])
     before = digest(statistics_of(module))
-    with pytest.warns(UserWarning, match="no batches to replay before the first training batch, nor right after a resume"):
+    with pytest.warns(
+        UserWarning, match="no batches to replay before the first training batch, nor right after a resume"
+    ):
         trainer_with(precise).validate(module, val_loader(), verbose=False)
     assert digest(statistics_of(module)) == before
 
@@ -473,7 +474,7 @@ def test_the_forward_function_gets_module_and_batch() -> None:
     assert list(precise.result) == ["bn1"]
 
 
-# --------------------------------------------------------------------------------------- what is refused, and the way out
+# ------------------------------------------------------------------------------ what is refused, and the way out
 class Manual(TinyNet):
     def __init__(self) -> None:
         super().__init__()
@@ -515,9 +516,7 @@ WITH_OTHER_FORWARD = {
 
 
 @pytest.mark.parametrize(("module", "refused"), WITH_OTHER_FORWARD.items())
-def test_what_a_training_step_may_not_do_is_refused_and_the_way_out_works(
-    module: type[TinyNet], refused: str
-) -> None:
+def test_what_a_training_step_may_not_do_is_refused_and_the_way_out_works(module: type[TinyNet], refused: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=refused):
         fit(module(), PreciseBNCallback(20))
     source = {"source": lambda _: first_batches(3)} if module is FetchesItself else {}
@@ -670,7 +669,7 @@ def test_a_batch_whose_samples_cannot_be_counted_asks_for_count() -> None:
     def collate(items: list[Any]) -> Any:
         return Moved(*torch.utils.data.default_collate(items))
 
-    with pytest.raises(ValueError, match="batch of type Moved.*count="):
+    with pytest.raises(ValueError, match=r"batch of type Moved.*count="):
         fit(OfAnyKind(), PreciseBNCallback(20), train_loader(collate_fn=collate))
 
 
@@ -699,7 +698,9 @@ def test_transfer_hooks_see_training() -> None:
 
     module = Augments()
     fit(module, PreciseBNCallback(20))
-    assert_close(statistics_of(module), expected(module, [(x + 5, y) for x, y in first_batches(3)]), rtol=1e-5, atol=1e-5)
+    assert_close(
+        statistics_of(module), expected(module, [(x + 5, y) for x, y in first_batches(3)]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_compiled_modules_are_shown_batches_eagerly() -> None:
@@ -853,11 +854,11 @@ class Detector(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         conv = functools.partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
-        backbone: Any = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
+        layers = [m for width in (3, 8) for m in (conv(width, 8), nn.BatchNorm2d(8), nn.ReLU())]
+        backbone: Any = nn.Sequential(*layers)
         backbone.out_channels = 8
         self.net = FasterRCNN(
             backbone,
-            num_classes=2,
             min_size=48,
             max_size=64,
             rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
@@ -865,11 +866,7 @@ class Detector(LightningModule):
             box_predictor=BoxPredictor(),
             box_batch_size_per_image=16,
         )
-
-    def train(self, mode: bool = True) -> Detector:
-        super().train(mode)
-        self.net.backbone[1].eval()
-        return self
+        backbone[1].eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return sum(self.net(*batch).values())
@@ -939,7 +936,7 @@ def own_on_each_rank(trainer: Trainer) -> list[Any]:
 
 
 def with_workers(trainer: Trainer) -> DataLoader[Any]:
-    return train_loader(37, shuffle=False, num_workers=1)
+    return train_loader(37, num_workers=1, multiprocessing_context="fork")  # a forkserver takes 10 s to start
 
 
 def shuffled(trainer: Trainer) -> DataLoader[Any]:
@@ -949,7 +946,8 @@ def shuffled(trainer: Trainer) -> DataLoader[Any]:
 def fit_precisely(world_size: int, callback: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
     """On one rank: train with PreciseBN and return what it has come to."""
     module, precise, recorder = TinyNet(), PreciseBNCallback(**callback), Recorder()
-    loader = train_loader(44, batch_size=4)
+    dealing = DistributedSampler(range(44), shuffle=False)  # type: ignore[arg-type]
+    loader = train_loader(44, batch_size=4, sampler=dealing)
     fit(module, [precise, recorder], loader, devices=world_size, strategy="ddp", max_epochs=1, **trainer)
     return {"state": module.state_dict(), "result": precise.result, "trace": recorder.trace}
 
@@ -1012,27 +1010,36 @@ def test_every_rank_shows_all_its_batches_if_asked(source: Any, shown: int) -> N
     assert_close(statistics_of(module), expected(module, batches), rtol=1e-5, atol=1e-5)
 
 
-def fit_with_and_without(shuffle: bool) -> list[Any]:
-    """On one rank: the traces of both trainings."""
+def fit_with_and_without(dealing: str) -> list[Any]:
+    """On one rank: the traces of trainings without a pass, over the train dataloader and over a function's."""
     traces = []
     for precise in ([], [PreciseBNCallback(20)], [PreciseBNCallback(20, source=uneven_loader)]):
         recorder = Recorder()
         fit(
             TinyNet(0.5),
             [*precise, recorder],
-            train_loader(44, batch_size=4, shuffle=shuffle, augment=torch_noise),
+            train_loader(44, batch_size=4, augment=torch_noise, **SAMPLERS[dealing]()),
             devices=2,
             strategy="ddp",
             val_check_interval=2,
+            use_distributed_sampler=dealing == "by Lightning",
         )
         traces.append(recorder.trace)
     return traces
 
 
+SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "by Lightning": dict,
+    "by the user, in order": lambda: {"sampler": DistributedSampler(range(44), shuffle=False)},  # type: ignore[arg-type]
+    "by the user, shuffled": lambda: {"sampler": DistributedSampler(range(44), seed=3)},  # type: ignore[arg-type]
+    "every rank for itself": lambda: {"sampler": RandomSampler(range(20)), "generator": torch.Generator()},
+}
+
+
 @pytest.mark.ddp
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_distributed_training_is_bit_for_bit_the_same_on_every_rank(shuffle: bool) -> None:
-    for without, *others in run_on_ranks(fit_with_and_without, 2, shuffle):
+@pytest.mark.parametrize("dealing", SAMPLERS)
+def test_distributed_training_is_bit_for_bit_the_same_on_every_rank(dealing: str) -> None:
+    for without, *others in run_on_ranks(fit_with_and_without, 2, dealing):
         assert len(without) > 50
         for observed in others:
             assert observed == without

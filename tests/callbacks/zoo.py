@@ -1,7 +1,7 @@
 """Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
 
-`fit` trains a module with the plainest Trainer there is; `Recorder` is a callback that writes down everything that must not
-depend on whether another callback is there (law 2).
+`fit` trains a module with the plainest Trainer there is; `Recorder` is a callback that writes down everything that must
+not depend on whether another callback is there (law 2).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CLASSES = 3
 
 
 class TinyNet(LightningModule):
-    """A classifier of 3 x 6 x 6 images with two BatchNorm layers, ``bn1`` and ``bn2``, and all that may go wrong in a pass.
+    """A classifier of 3 x 6 x 6 images with two BatchNorm layers, ``bn1`` and ``bn2``, and all that a pass may disturb.
 
-    A queue buffer that the training step fills (as MoCo's), a list and a counter that it appends to, a torchmetrics metric,
+    A queue buffer that the training step fills (as MoCo's), a list and a counter that it appends to, torchmetrics,
     dropout, and several kinds of logging.
     """
 
@@ -65,8 +65,9 @@ class TinyNet(LightningModule):
         self.remember(features.detach(), loss.detach())
         self.accuracy(logits.detach(), y)
         self.average_loss(loss.detach())
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
-        self.log_dict({"train_accuracy": self.accuracy, "train_average_loss": self.average_loss}, on_epoch=True)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=len(x))
+        metrics = {"train_accuracy": self.accuracy, "train_average_loss": self.average_loss}
+        self.log_dict(metrics, on_epoch=True, batch_size=len(x))
         return loss
 
     def remember(self, features: Tensor, loss: Tensor) -> None:
@@ -202,7 +203,7 @@ def fit(
 
 
 class Recorder(Callback):
-    """Writes down, as ``trace``, all that an observing callback must leave as it is, to compare two runs with ``==``."""
+    """Writes down, as ``trace``, all that an observing callback must leave as it is; compare two runs with ``==``."""
 
     def __init__(self) -> None:
         self.trace: list[tuple[str, Any]] = []
@@ -285,13 +286,13 @@ def exact_statistics(module: TinyNet, batches: Iterable[Any]) -> dict[str, tuple
 
 
 def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
-    """Running statistics that ``module`` should have after a pass over ``batches``, for `torch.testing.assert_close`."""
+    """Running statistics that ``module`` should have after a pass over ``batches``, by the names of its buffers."""
     pairs = exact_statistics(module, batches).items()
     return {f"{name}.{kind}": s.float() for name, pair in pairs for kind, s in zip(_STATISTICS, pair, strict=True)}
 
 
 class Passes(Callback):
-    """Notes at which moment after which optimizer step a pass has been run; to be listed behind the callback it watches."""
+    """Notes at which moment after which optimizer step a pass was run; stands behind the callback that it watches."""
 
     def __init__(self, callback: Any) -> None:
         self.callback, self.last, self.seen = callback, None, []

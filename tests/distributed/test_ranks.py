@@ -39,7 +39,7 @@ def test_every_rank_returns_its_result() -> None:
 
 
 def test_a_rank_that_raises_fails_the_run_with_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match="rank 1: .*\n[^$]*ValueError: here"):
+    with pytest.raises(RuntimeError, match=r"rank 1: .*\n[^$]*ValueError: here"):
         run_on_ranks(fail_on_rank_1, 2)
 
 

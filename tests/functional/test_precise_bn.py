@@ -142,7 +142,9 @@ def test_only_the_chosen_layers_are_estimated_and_the_others_normalise_with_what
 
 
 def test_a_pattern_that_matches_nothing_lists_the_names_there_are() -> None:
-    with pytest.raises(ValueError, match=r"layers='head\.\*' matches no BatchNorm layer of Sequential.*There are: 1, 5\."):
+    with pytest.raises(
+        ValueError, match=r"layers='head\.\*' matches no BatchNorm layer of Sequential.*There are: 1, 5\."
+    ):
         precise_bn(cnn(), images(4), layers=["1", "head.*"])
 
 
@@ -206,7 +208,7 @@ def test_the_callers_forward_and_count_are_used() -> None:
 
 def test_a_batch_without_any_tensor_needs_count() -> None:
     model, (batch, *_) = case("ragged batches")
-    with pytest.raises(ValueError, match="Cannot tell how many samples a batch of type str holds.*Pass count="):
+    with pytest.raises(ValueError, match=r"Cannot tell how many samples a batch of type str holds.*Pass count="):
         precise_bn(model, ["a"], forward=lambda m, _: m(batch))
 
 
@@ -237,7 +239,9 @@ def test_num_samples_that_asks_for_nothing_is_refused(num_samples: int) -> None:
 def test_an_empty_iterable_is_refused_and_nothing_is_zeroed() -> None:
     model, _ = case("ragged batches")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="No batch reached a BatchNorm layer of 1, 5: is the iterable of batches empty"):
+    with pytest.raises(
+        ValueError, match="No batch reached a BatchNorm layer of 1, 5: is the iterable of batches empty"
+    ):
         precise_bn(model, [])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -265,7 +269,9 @@ def test_non_finite_values_are_refused_with_the_layers_name_and_nothing_is_writt
     model, batches = case(name)
     before = copy.deepcopy(model.state_dict())
     batches[1][0, 0] = poison
-    with pytest.raises(ValueError, match=r"Layer '1' received non-finite values \(2 of 2 layers did\), so no statistics"):
+    with pytest.raises(
+        ValueError, match=r"Layer '1' received non-finite values \(2 of 2 layers did\), so no statistics"
+    ):
         precise_bn(model, batches)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,10 +12,16 @@ from torch import nn
 from lightning_bn import precise_bn
 from tests.ranks import run_on_ranks
 
-pytestmark = pytest.mark.ddp  # for the processes
+pytestmark = [
+    pytest.mark.ddp,  # for the processes
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc"),
+]
 
 ACTIVATION = 50
-"""MiB of each activation: more than the 32 from which glibc gives every tensor pages of its own, and takes them back."""
+"""MiB of each activation."""
+
+_M_MMAP_THRESHOLD = -3
+"""From this size on glibc gives a tensor pages of its own, and takes them back; left to itself it keeps up to 64 MiB."""
 
 LAYOUTS = {
     "NCHW": {},
@@ -24,10 +33,13 @@ LAYOUTS = {
 
 def peak(how: str, layout: str, mean: float) -> float:
     """MiB by which this fresh process grew at most while a network ran over a batch."""
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32), nn.ReLU(inplace=True), nn.BatchNorm2d(32))
     nn.init.constant_(model[0].bias, mean)
     model = model.to(**LAYOUTS[layout]).train()
-    large, small = (torch.randn(n, 3, 160, 160).to(**LAYOUTS[layout]) for n in (64 // model[0].weight.element_size(), 1))
+    large, small = (
+        torch.randn(n, 3, 160, 160).to(**LAYOUTS[layout]) for n in (64 // model[0].weight.element_size(), 1)
+    )
 
     def forward(x: torch.Tensor) -> None:
         if how == "precise_bn":

@@ -52,7 +52,10 @@ def test_an_exception_leaves_neither_momentum_nor_hooks_behind() -> None:
         raise OSError
 
     ours, theirs, batches = cnn(), cnn(), images(4)
-    for model, run in ((theirs, lambda: update_bn_stats(theirs, broken(batches), 2)), (ours, lambda: precise_bn(ours, broken(batches)))):
+    for model, run in (
+        (theirs, lambda: update_bn_stats(theirs, broken(batches), 2)),
+        (ours, lambda: precise_bn(ours, broken(batches))),
+    ):
         with pytest.raises(OSError):
             run()
         left = model[1].momentum == 1 and len(model[1]._forward_pre_hooks) == 1
@@ -72,7 +75,7 @@ def test_a_large_mean_does_not_cancel() -> None:
 
 def test_buffers_are_written_in_place() -> None:
     model, batches = case("ragged batches")
-    before = {name: buffer for name, buffer in model.named_buffers()}
+    before = dict(model.named_buffers())
     address = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
     precise_bn(model, batches)
     for name, buffer in model.named_buffers():

@@ -1,4 +1,4 @@
-"""PreciseBN leaves no trace but the running statistics, however a pass ends, and touches only layers that are not frozen."""
+"""PreciseBN leaves no trace but running statistics, however a pass ends, and touches no layer that is frozen."""
 
 from __future__ import annotations
 

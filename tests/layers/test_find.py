@@ -42,7 +42,9 @@ def test_glob_patterns_choose_by_qualified_name(layers: str | list[str], names: 
 
 @pytest.mark.parametrize("layers", ["head.*", ["body.*", "head.*"], "BODY.*", "stem"])
 def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str | list[str]) -> None:
-    with pytest.raises(ValueError, match=r"matches no BatchNorm layer of Backbone\. There are: stem\.1, body\.a, body\.b, sync\."):
+    with pytest.raises(
+        ValueError, match=r"matches no BatchNorm layer of Backbone\. There are: stem\.1, body\.a, body\.b, sync\."
+    ):
         find_bn(Backbone(), layers)
 
 

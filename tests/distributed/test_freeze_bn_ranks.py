@@ -1,0 +1,47 @@
+"""FrozenBN under DDP: scales and shifts drop out of the steps without an error, and ranks stay equal."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_bn import freeze_bn
+from tests.ranks import run_on_ranks
+from tests.zoo import cnn
+
+pytestmark = pytest.mark.ddp
+
+
+def trained(model: nn.Module, affine: bool) -> list[dict[str, Tensor]]:
+    """Weights after two steps before, two during and two after a freeze, each rank with its own data."""
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01, weight_decay=0.1)
+    torch.manual_seed(dist.get_rank())
+
+    def steps() -> dict[str, Tensor]:
+        for _ in range(2):
+            optimizer.zero_grad()
+            ddp(torch.randn(6, 3, 8, 8) + dist.get_rank()).square().mean().backward()
+            optimizer.step()
+        return copy.deepcopy(dict(model.named_parameters()))
+
+    seen = [steps()]
+    with freeze_bn(model.train(), affine=affine):
+        seen.append(steps())
+    return [*seen, steps()]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_ranks_train_and_stay_equal_with_and_without_affine(affine: bool) -> None:
+    results = run_on_ranks(trained, 2, cnn(), affine)
+    for on_rank_0, on_rank_1 in zip(*results, strict=True):
+        assert all(torch.equal(on_rank_1[key], value) for key, value in on_rank_0.items())
+    before, during, after = results[0]
+    for key in before:
+        assert torch.equal(before[key], during[key]) is (affine and key[0] in "15"), key
+        assert not torch.equal(during[key], after[key]), key

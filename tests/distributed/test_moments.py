@@ -1,0 +1,57 @@
+"""What ranks hold is merged to the same bits on every one of them, whether or not a rank holds anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_bn import Moments
+from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, own_rank, sum_over_ranks
+from tests.ranks import run_on_ranks
+
+
+def moments_of(x: Tensor, cuts: list[int]) -> tuple[Moments, list[int], tuple[int, int]]:
+    """Merged moments of the rows of ``x``, each rank holding its part of them."""
+    part = x.tensor_split(cuts)[own_rank()]
+    own = Moments.of(part) if len(part) else Moments.empty(x.shape[1])
+    return merge_over_ranks(own), sum_over_ranks([len(part), 1], torch.device("cpu")), (own_rank(), num_ranks())
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("cuts", [[7], [0], [5, 5, 29]])
+def test_ranks_hold_one_population(cuts: list[int], mean: float) -> None:
+    x = torch.randn(40, 3, dtype=torch.float64) + mean
+    world_size = len(cuts) + 1
+    results = run_on_ranks(moments_of, world_size, x, cuts)
+    for rank, (merged, sums, place) in enumerate(results):
+        assert place == (rank, world_size) and sums == [40, world_size]
+        assert (merged.count == 40).all()
+        torch.testing.assert_close(merged.mean, x.mean(0), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(merged.m2, x.var(0, correction=0) * 40, rtol=1e-11, atol=0)
+        for ours, first in zip(vars(merged).values(), vars(results[0][0]).values(), strict=True):
+            assert torch.equal(ours, first), "identical bits on every rank"
+
+
+def moments_in_a_group() -> list[float]:
+    """Ranks 0 and 2 form a group of their own; rank 1 stays out."""
+    group = dist.new_group([0, 2])
+    if own_rank() == 1:
+        return []
+    x = torch.full((own_rank() + 1, 1), float(own_rank()))
+    return [v.item() for v in vars(merge_over_ranks(Moments.of(x), group)).values()]
+
+
+@pytest.mark.ddp
+def test_a_group_of_ranks_merges_among_itself() -> None:
+    first, out, last = run_on_ranks(moments_in_a_group, 3)
+    assert out == [] and first == last == [4, 1.5, 3]
+
+
+def test_without_ranks_there_is_nothing_to_merge() -> None:
+    assert not dist.is_initialized() and num_ranks() == 1 and own_rank() == 0
+    moments = Moments.of(torch.randn(4, 2))
+    assert merge_over_ranks(moments) is moments
+    assert sum_over_ranks([3, 4], torch.device("cpu")) == [3, 4]
