@@ -123,6 +123,7 @@ class FreezeBNCallback(BatchNormCallback):
         if stage == "fit":
             self._state = None
             self._checked_batch_size = False
+            self._pass.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
@@ -205,6 +206,7 @@ class FreezeBNCallback(BatchNormCallback):
             else:
                 _, figures = self._pass.run(trainer, module)
                 log_figures(trainer, "freeze_bn", figures)
+            self._pass.forget()
         self._state = {"step": trainer.global_step, "warmup_done": [0] * len(trainer.optimizers)}
         self._freeze(trainer, module)
 

@@ -112,6 +112,7 @@ class PreciseBNCallback(BatchNormCallback):
         self._said = ""
         if stage == "fit":
             self._occasions, self._evaluated = 0, None
+            self._pass.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""

@@ -8,8 +8,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, ModuleType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.engine.neutral import is_lightning_module
+from lightning_bn.engine.owned import CONTAINERS, reachable, restorer
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
@@ -200,54 +198,15 @@ def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
     arrays. A dataset's arrays are its data, and too large to copy.
     """
     parts = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
-    owners = _reachable([getattr(loader, part, None) for loader in loaders for part in parts])
+    owners = reachable([getattr(loader, part, None) for loader in loaders for part in parts])
     data = {id(getattr(loader, "dataset", None)) for loader in loaders}
-    restore = [_restorer(o) for o in owners]
+    restore = [restorer(o) for o in owners]
     try:
         for o in owners:
-            kinds = (*_CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else _CONTAINERS
+            kinds = (*CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else CONTAINERS
             own = vars(o) if hasattr(o, "__dict__") else {}
             own.update({k: copy.copy(v) for k, v in own.items() if isinstance(v, kinds) and id(v) not in data})
         yield
     finally:
         for give_back in restore:
             give_back()
-
-
-def _reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
-    """Objects with state of their own, from ``roots`` down a few attributes and through short containers."""
-    found: list[Any] = []
-    seen: set[int] = set()
-    layer = list(roots)
-    for _ in range(depth + 1):
-        following: list[Any] = []
-        for o in layer:
-            o = getattr(o, "__self__", o)
-            if o is None or id(o) in seen or isinstance(o, _NOT_OURS) or is_lightning_module(o):
-                continue
-            seen.add(id(o))
-            if isinstance(o, (*_CONTAINERS, tuple)):
-                layer += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()  # still being read
-            elif isinstance(o, _GENERATORS) or hasattr(o, "__dict__"):
-                found.append(o)
-                following += vars(o).values() if hasattr(o, "__dict__") else ()
-        layer = following
-    return found
-
-
-_CONTAINERS = (list, dict, set, deque)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_NOT_OURS = (Tensor, np.ndarray, Trainer, FunctionType, ModuleType, Iterator, type)
-
-
-def _restorer(o: Any) -> Callable[[], Any]:
-    """A function that puts an object back into the state it has now."""
-    if isinstance(o, torch.Generator):
-        return partial(o.set_state, o.get_state())
-    if isinstance(o, np.random.RandomState):
-        return partial(o.set_state, o.get_state())
-    if isinstance(o, random.Random):
-        return partial(o.setstate, o.getstate())
-    if isinstance(o, np.random.Generator):
-        return partial(setattr, o.bit_generator, "state", o.bit_generator.state)
-    return partial(vars(o).update, vars(o).copy())

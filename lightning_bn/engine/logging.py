@@ -18,7 +18,7 @@ def log_figures(trainer: Trainer, prefix: str, figures: Mapping[str, float]) -> 
         return
     step, progress = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.fit_loop.epoch_loop.batch_progress
     batch_is_over = progress.current.completed == progress.current.ready
-    if not trainer.validating and batch_is_over:
+    if trainer.training and batch_is_over:
         step = max(step - 1, 0)
     for logger in trainer.loggers:
         logger.log_metrics({f"{prefix}/{key}": value for key, value in figures.items()}, step=step)

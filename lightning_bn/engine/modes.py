@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_bn.engine.neutral import is_lightning_module
+from lightning_bn.engine.owned import is_lightning_module
 
 
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:

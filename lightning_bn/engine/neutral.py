@@ -22,6 +22,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
+from lightning_bn.engine.owned import GENERATORS, is_lightning_module, reachable, restorer
+
 _TORCH_OWN = set(vars(nn.Module())) - {"_buffers"}
 """What `nn.Module` keeps for itself: parameters, submodules, hooks. All else is its author's."""
 
@@ -32,13 +34,14 @@ def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
     Logging is muted (`self.log`, the Trainer's loggers), the stage reads as training, and these get back what they had:
     modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the random
-    number generators of Python, NumPy and torch on every device.
+    number generators of Python, NumPy and torch on every device, and of the module's own.
 
     Raises:
         RuntimeError: On leaving, if a parameter was changed.
     """
     with ExitStack() as stack:
         stack.enter_context(random_numbers_kept())
+        stack.enter_context(_own_random_numbers_kept(module))
         stack.enter_context(_muted(trainer))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -59,6 +62,18 @@ def random_numbers_kept() -> Iterator[None]:
         np.random.set_state(array)
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _own_random_numbers_kept(module: nn.Module) -> Iterator[None]:
+    """The same for generators that modules, or augmentations that modules hold, have of their own."""
+    attributes = [value for m in module.modules() for key, value in vars(m).items() if key not in _TORCH_OWN]
+    restore = [restorer(o) for o in reachable(attributes) if isinstance(o, GENERATORS)]
+    try:
+        yield
+    finally:
+        for give_back in restore:
+            give_back()
 
 
 @contextmanager
@@ -86,11 +101,6 @@ def _modules_kept(module: LightningModule) -> Iterator[None]:
         for m, own in kept.items():
             vars(m).clear()
             vars(m).update(own)
-
-
-def is_lightning_module(m: nn.Module) -> bool:
-    """By its methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
-    return callable(getattr(m, "training_step", None)) and callable(getattr(m, "log_dict", None))
 
 
 def _scratch(value: Any) -> Any:

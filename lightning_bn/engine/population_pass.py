@@ -118,6 +118,10 @@ class PopulationPass:
                 self._replay = Replay(-(-self.num_samples // num_ranks()), self.replay_bytes)
             self._replay.keep(batch, (self.count or samples_in)(batch))
 
+    def forget(self) -> None:
+        """Let go of the batches kept for a replay."""
+        self._replay = None
+
     def run(self, trainer: Trainer, module: LightningModule) -> tuple[PopulationStatistics, dict[str, float]]:
         """Recompute the statistics of the model as it is, and write them into its layers.
 

@@ -123,13 +123,15 @@ def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x.float() if x.element_size() == 2 else x, None, None, 0.0)
 
 
-def _pooled(pieces: Sequence[Tensor], origin: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+def _pooled(pieces: Sequence[Tensor], origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Statistics of values that come in pieces, relative to ``origin``."""
     first, scratch, found = pieces[0], None, []
-    if isinstance(origin, Tensor) or first.element_size() == 2:  # one for all pieces: many would fragment the heap
+    if origin is not None or first.element_size() == 2:  # one buffer for all pieces: many would fragment the heap
         scratch = torch.empty(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
     for piece in pieces:
-        found.append(_kernel(piece if scratch is None else torch.sub(piece, origin, out=scratch[: len(piece)])))
+        if scratch is not None:
+            piece = scratch[: len(piece)].copy_(piece)
+        found.append(_kernel(piece if origin is None else piece.sub_(origin)))
     if len(found) == 1:
         return found[0]
     means, variances = (torch.stack(s).double() for s in zip(*found, strict=True))

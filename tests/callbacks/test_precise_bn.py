@@ -437,6 +437,14 @@ def test_a_replay_says_that_it_is_empty_when_validation_comes_right_after_a_resu
     assert digest(statistics_of(module)) == before
 
 
+def test_a_second_fit_does_not_replay_batches_of_the_first() -> None:
+    precise, module = PreciseBNCallback(64, source="replay"), TinyNet()
+    fit(TinyNet(), precise, train_loader(40))
+    fit(module, precise, max_epochs=1)
+    assert precise.result.num_samples == 32
+    assert_close(statistics_of(module), expected(module, first_batches(4)), rtol=1e-5, atol=1e-5)
+
+
 def test_a_function_gets_the_trainer_and_its_loader_is_read_once_a_pass() -> None:
     asked: list[int] = []
 
@@ -801,6 +809,14 @@ def test_duration_and_distances_are_logged_at_the_steps_of_the_modules_own_metri
         assert list(logged) == steps
         assert all(value > 0 for value in logged.values())
     assert set(rows(tmp_path, "precise_bn/num_samples").values()) == {24}
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_before_a_verb_they_are_logged_beside_its_metrics(verb: str, tmp_path: Path) -> None:
+    trainer = fit(TinyNet(), PreciseBNCallback(20, before=[verb]), Sequential(), logger=CSVLogger(tmp_path))
+    getattr(trainer, verb)(trainer.model, datamodule=Sequential(), verbose=False)
+    beside = rows(tmp_path, {"validate": "val_loss", "test": "test_loss"}[verb])
+    assert max(rows(tmp_path, "precise_bn/seconds")) == max(beside) == trainer.global_step
 
 
 def test_the_distances_are_those_from_the_ema_to_the_new_statistics(tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_random_numbers_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> Non
     assert digest(list(random_states())) == before
 
 
+class Augmentation:
+    """What a module holds to augment with."""
+
+    def __init__(self) -> None:
+        self.steps = [random.Random(0), np.random.default_rng(0)]
+
+
+def test_random_numbers_of_the_modules_own_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
+    module = TinyNet()
+    module.generator, module.augmentation = torch.Generator(), Augmentation()
+    first, second = module.augmentation.steps
+
+    def draw() -> list[float]:
+        return [torch.rand(1, generator=module.generator).item(), first.random(), second.random()]
+
+    with neutral(trainer, module):
+        drawn = draw()
+        assert draw() != drawn
+    assert draw() == drawn
+
+
 def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_path: Any) -> None:
     module, loggers = TinyNet(), list(trainer.loggers)
     trainer.strategy.connect(module)

@@ -21,7 +21,7 @@ ACTIVATION = 50
 """MiB of each activation."""
 
 _M_MMAP_THRESHOLD = -3
-"""From this size on glibc gives a tensor pages of its own, and takes them back; left to itself it keeps up to 64 MiB."""
+"""From this size on glibc gives a tensor pages of its own and takes them back; by itself it keeps up to 64 MiB."""
 
 LAYOUTS = {
     "NCHW": {},

@@ -1,0 +1,60 @@
+"""What loaders and modules own besides tensors: objects with state, random number generators among them."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def is_lightning_module(o: Any) -> bool:
+    """By its methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
+    return callable(getattr(o, "training_step", None)) and callable(getattr(o, "log_dict", None))
+
+
+def reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
+    """Objects with state of their own, from ``roots`` down a few attributes and through short containers."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    layer = list(roots)
+    for _ in range(depth + 1):
+        following: list[Any] = []
+        for o in layer:
+            o = getattr(o, "__self__", o)
+            if o is None or id(o) in seen or isinstance(o, _NOT_OURS) or is_lightning_module(o):
+                continue
+            seen.add(id(o))
+            if "fit_loop" in getattr(o, "__dict__", ()):
+                continue  # a Trainer, of whichever package
+            if isinstance(o, (*CONTAINERS, tuple)):
+                layer += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()  # still being read
+            elif isinstance(o, GENERATORS) or hasattr(o, "__dict__"):
+                found.append(o)
+                following += vars(o).values() if hasattr(o, "__dict__") else ()
+        layer = following
+    return found
+
+
+CONTAINERS = (list, dict, set, deque)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_NOT_OURS = (Tensor, np.ndarray, FunctionType, ModuleType, Iterator, type)
+
+
+def restorer(o: Any) -> Callable[[], Any]:
+    """A function that puts an object back into the state it has now."""
+    if isinstance(o, torch.Generator):
+        return partial(o.set_state, o.get_state())
+    if isinstance(o, np.random.RandomState):
+        return partial(o.set_state, o.get_state())
+    if isinstance(o, random.Random):
+        return partial(o.setstate, o.getstate())
+    if isinstance(o, np.random.Generator):
+        return partial(setattr, o.bit_generator, "state", o.bit_generator.state)
+    return partial(vars(o).update, vars(o).copy())
