@@ -63,6 +63,24 @@ def _trained(model: nn.Module) -> nn.Module:
     return model
 
 
+def _layers_in_float32(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.float()
+    return model
+
+
+class _Mixed(nn.Module):
+    """A float64 layer behind a float32 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single, self.double_ = nn.BatchNorm2d(3), nn.BatchNorm2d(3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.double_(self.single(x.to(self.single.weight.dtype)).double())
+
+
 def _lazy() -> nn.Module:
     model = cnn(nn.LazyBatchNorm2d())
     model.eval()(torch.zeros(1, 3, 8, 8))
@@ -122,6 +140,12 @@ CASES: dict[str, Callable[[], Case]] = {
         cnn().bfloat16().to(memory_format=torch.channels_last),
         [x.bfloat16().to(memory_format=torch.channels_last) for x in images(8, 5, mean=3)],
     ),
+    "fp16 model": lambda: (cnn().half(), [x.half() for x in images(8, 5)]),
+    "bf16 model with float32 layers": lambda: (
+        _layers_in_float32(cnn().bfloat16()),
+        [x.bfloat16() for x in images(8, 5)],
+    ),
+    "float32 and float64 layers": lambda: (_Mixed(), images(8, 5)),
     "float64 model": lambda: (cnn().double(), [x.double() for x in images(8, 5)]),
     "no affine": lambda: (cnn(nn.BatchNorm2d(8, affine=False)), images(8, 5)),
     "no bias": lambda: (_without_bias(), images(8, 5)),

@@ -41,9 +41,8 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
         with loader_batches(trainer, module, own_train_dataloader(trainer, module), shard=True) as batches:
             yield batches
         return
-    live = (
-        trainer.fit_loop._combined_loader
-    )  # the public train_dataloader does not know the mode in which loaders combine
+    # private: the public train_dataloader does not know the mode in which loaders combine
+    live = trainer.fit_loop._combined_loader
     assert live is not None
     fresh = CombinedLoader(tree_map(_Fresh, live.iterables), live._mode)
     limit = trainer.num_training_batches  # a CombinedLoader does not keep to its own

@@ -2,8 +2,7 @@
 
 Modules work on scratch copies of what they own (buffers, metric states, lists, counters), and get the originals
 back; so nothing has to be copied back, and an exception leaves nothing half done. Parameters are not copied, that
-would double the
-memory: a forward that changes them in place is refused.
+would double the memory: a forward that changes them in place is refused.
 """
 
 from __future__ import annotations

@@ -225,10 +225,14 @@ def sweep_samples(parts: Parts, run: Run, index: int, samples: Sequence[int], dr
     return Sweep(run.seed, run.epochs[index], ema, precise)
 
 
-def mean_and_spread(wrong: Tensor) -> str:
-    """Error in percent: mean and standard deviation over draws of `wrong`, (draws, images)."""
-    errors = 100 * wrong.mean(1)
-    return f"{errors.mean():.1f} ± {errors.std():.1f}" if len(errors) > 1 else f"{errors.mean():.1f}"
+def mean_and_spread(*wrong: Tensor) -> str:
+    """Error in percent, mean ± standard deviation over draws; `wrong` is (draws, images), one a seed.
+
+    With several seeds it is their mean, and the spread is that of the draws within a seed.
+    """
+    errors = 100 * torch.stack([one_seed.mean(1) for one_seed in wrong])
+    spread = f" ± {errors.var(1).mean().sqrt():.1f}" if errors.shape[1] > 1 else ""
+    return f"{errors.mean():.1f}{spread}"
 
 
 def batch_mean_cloud(parts: Parts, run: Run, trace: EMATrace, batches: int) -> Cloud:

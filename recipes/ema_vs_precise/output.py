@@ -189,7 +189,7 @@ def samples_table(sweeps: Sequence[Sweep]) -> list[str]:
     ]
     for epoch, rows in _by_epoch(sweeps).items():
         ema = f"{100 * float(torch.cat([row.ema for row in rows]).mean()):.1f}"
-        cells = [_mean_and_spread_over_draws(rows, n) for n in sizes]
+        cells = [mean_and_spread(*(row.precise[n] for row in rows)) for n in sizes]
         lines.append(f"| {epoch:.3g} | {ema} | " + " | ".join(cells) + " |")
     return lines
 
@@ -271,11 +271,6 @@ def _by_epoch(sweeps: Sequence[Sweep]) -> dict[float, list[Sweep]]:
 
 def _errors_at(sweeps: Sequence[Sweep], n: int) -> list[float]:
     return [100 * float(error) for sweep in sweeps for error in sweep.precise[n].mean(1)]
-
-
-def _mean_and_spread_over_draws(sweeps: Sequence[Sweep], n: int) -> str:
-    """Seeds are averaged first: their spread is not that of the draws."""
-    return mean_and_spread(torch.stack([sweep.precise[n] for sweep in sweeps]).mean(0))
 
 
 def _mean_and_range(errors: Sequence[float]) -> str:

@@ -593,6 +593,13 @@ def test_resuming_needs_no_loader_that_can_be_read_twice_nor_another_warning(tmp
 class CallsModes(TinyNet):
     """A user who switches modes in every hook, by the module and by the layer."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.modes.append(self.bn1.training)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.eval()
         self.train()
@@ -615,7 +622,7 @@ def test_the_user_s_train_and_eval_do_not_thaw() -> None:
     fit(module, [freeze(), watch], max_epochs=3, val_check_interval=0.5)
     assert watch.frozen == [False] * 4 + [True] * 8
     assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
-    assert module.bn1.training  # and the mode that was asked for is the mode it shows
+    assert module.modes == [True] * 12  # and the mode that was asked for is the mode it shows
 
 
 def test_layers_thaw_at_the_end_of_the_fit() -> None:
