@@ -36,8 +36,8 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, dev
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
         first = number % len(names)
+        gc.collect()
         for name in names[first:] + names[:first]:
-            gc.collect()
             _wait(device)
             started = time.perf_counter()
             contestants[name]()

@@ -80,14 +80,22 @@ def loader_batches(
 
 def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
     """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``."""
+    assert trainer.state.fn is not None
+    verb = trainer.state.fn.value
     for owner in (getattr(trainer, "datamodule", None), module):
         # not by Lightning's is_overridden, which does not know pytorch_lightning's modules
         if owner is not None and not type(owner).train_dataloader.__qualname__.startswith("DataHooks."):
-            loader: Iterable[Any] = owner.train_dataloader()
+            try:
+                loader: Iterable[Any] = owner.train_dataloader()
+            except AttributeError as error:
+                raise ValueError(
+                    f"{type(owner).__name__}.train_dataloader fails under trainer.{verb}, for which its setup made no "
+                    f"training data ({error}): make them in setup for every stage, or pass source=, a function from "
+                    "the trainer to a loader."
+                ) from error
             return loader
-    assert trainer.state.fn is not None
     raise ValueError(
-        f"trainer.{trainer.state.fn.value} has no training data to recompute population statistics from: define "
+        f"trainer.{verb} has no training data to recompute population statistics from: define "
         "train_dataloader in the LightningModule or DataModule, or pass source=, a function from the trainer to a "
         "loader."
     )

@@ -147,6 +147,22 @@ def test_without_training_data_a_pass_before_a_verb_is_refused_with_the_way_out(
         getattr(trainer_with(PreciseBNCallback(before=[verb])), verb)(TinyNet(), val_loader())
 
 
+class SetUpForFit(TinyData):
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.images = Images(32)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.images, batch_size=8)
+
+
+def test_a_data_module_that_makes_its_training_data_for_a_fit_alone_is_refused_with_the_way_out() -> None:
+    precise = PreciseBNCallback(20, before=["validate"])
+    refused = r"SetUpForFit\.train_dataloader fails under trainer\.validate.*setup for every stage, or pass source="
+    with pytest.raises(ValueError, match=refused):
+        trainer_with(precise).validate(TinyNet(), datamodule=SetUpForFit(), verbose=False)
+
+
 def test_before_validate_the_source_function_supplies_the_batches() -> None:
     module, precise = TinyNet(), PreciseBNCallback(10**6, before=["validate"], source=lambda _: first_batches(2))
     trainer_with(precise).validate(module, val_loader(), verbose=False)
