@@ -136,6 +136,7 @@ CASES: dict[str, Callable[[], Case]] = {
         images(6, 4, pixels=32),
     ),
     "bf16 model": lambda: (cnn().bfloat16(), [x.bfloat16() for x in images(8, 5)]),
+    "bf16 model, mean 100": lambda: (_shifted(cnn(), 100).bfloat16(), [x.bfloat16() for x in images(8, 5)]),
     "bf16 model, channels_last": lambda: (
         cnn().bfloat16().to(memory_format=torch.channels_last),
         [x.bfloat16().to(memory_format=torch.channels_last) for x in images(8, 5, mean=3)],

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.engine.averaging import refuse_with_swa
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_figures, may_log
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.engine.switch_point import SwitchPoint
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
-from lightning_bn.functional.precise import Count, samples_in
+from lightning_bn.functional.precise import Count, require_whole, samples_in
 from lightning_bn.functional.warm_up import WarmUp
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers
@@ -96,10 +97,10 @@ class FreezeBNCallback(BatchNormCallback):
     ) -> None:
         if statistics not in ("precise", "ema"):
             raise ValueError(f"statistics must be 'precise' or 'ema' but is {statistics!r}.")
-        if warmup_epochs < 0 or (warmup_steps is not None and warmup_steps < 0):
-            raise ValueError(
-                f"A warm-up cannot be negative: warmup_epochs={warmup_epochs}, warmup_steps={warmup_steps}."
-            )
+        if not isinstance(warmup_epochs, (int, float)) or not 0 <= warmup_epochs < float("inf"):
+            raise ValueError(f"warmup_epochs must be a number of at least 0 but is {warmup_epochs!r}.")
+        if warmup_steps is not None:
+            require_whole("warmup_steps", warmup_steps, at_least=0)
         self.switch_point = SwitchPoint(last_n_epochs, start_epoch, start_step, start_fraction)
         self.statistics = statistics
         self.affine = affine
@@ -128,6 +129,7 @@ class FreezeBNCallback(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
+        refuse_with_swa(trainer, self)
         self.switch_point.check(trainer)
         self._affine = affine_of(storing_layers(pl_module, self.layers).values()) if self.affine else []
         if self.affine:
@@ -140,13 +142,12 @@ class FreezeBNCallback(BatchNormCallback):
         """Freeze again what was frozen when the checkpoint was written; its statistics are in there."""
         if self.statistics == "precise":
             self._pass.check_loader(trainer)
-        self._warmup_length(trainer)
+        if self._warmup_length(trainer) and not all(hasattr(o, "register_step_pre_hook") for o in trainer.optimizers):
+            raise ValueError(
+                "An optimizer has no step hooks, by which learning rates are warmed up: pass warmup_epochs=0."
+            )
         if self._state is not None:
             self._freeze(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the switch, if it falls on this epoch."""
-        self._switch_if_due(trainer, pl_module, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the switch, if it falls on this step; then see how many samples are normalised together."""
@@ -170,6 +171,14 @@ class FreezeBNCallback(BatchNormCallback):
         if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and may_log(trainer):
             log_figures(trainer, "freeze_bn", {"lr_factor": warm_up.done[0] / warm_up.steps})
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the switch never came."""
+        if self._state is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"FreezeBNCallback never froze anything: the fit ended after epoch {trainer.current_epoch} and step "
+                f"{trainer.global_step}, before {self.switch_point}."
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Thaw, and leave no learning rate scaled."""
         self._thaw()
@@ -179,7 +188,7 @@ class FreezeBNCallback(BatchNormCallback):
         self._thaw()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the switch, and how far each optimizer's warm-up has come."""
+        """The step of the switch, the length of the warm-up, and how far each optimizer has come in it."""
         if self._state is None:
             return {}
         return {
@@ -207,16 +216,19 @@ class FreezeBNCallback(BatchNormCallback):
                 _, figures = self._pass.run(trainer, module)
                 log_figures(trainer, "freeze_bn", figures)
             self._pass.forget()
-        self._state = {"step": trainer.global_step, "warmup_done": [0] * len(trainer.optimizers)}
+        self._state = {
+            "step": trainer.global_step,
+            "warmup_steps": self._warmup_length(trainer),
+            "warmup_done": [0] * len(trainer.optimizers),
+        }
         self._freeze(trainer, module)
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._state is not None
         # affine: for optimizers that the user steps past Lightning; on_before_optimizer_step comes before clipping
         self._handle = freeze_bn(module, layers=self.layers, affine=self.affine)
-        length = self._warmup_length(trainer)
-        if length:
-            self._warm_up = WarmUp(trainer.optimizers, length, self._state["warmup_done"])
+        if self._state["warmup_steps"]:
+            self._warm_up = WarmUp(trainer.optimizers, self._state["warmup_steps"], self._state["warmup_done"])
 
     def _thaw(self) -> None:
         if self._state is not None:

@@ -13,7 +13,7 @@ from lightning_bn.engine.averaging import averaged_weights, refuse_before_averag
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_figures
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
-from lightning_bn.functional.precise import Count
+from lightning_bn.functional.precise import Count, require_whole
 from lightning_bn.layers.find import Layers
 from lightning_bn.statistics.population import PopulationStatistics
 
@@ -88,10 +88,8 @@ class PreciseBNCallback(BatchNormCallback):
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
-        if every_n < 1:
-            raise ValueError(f"every_n must be at least 1 but is {every_n}.")
-        unknown = set(before) - {"validate", "test", "predict"}
-        if isinstance(before, str) or unknown:
+        require_whole("every_n", every_n, at_least=1)
+        if not isinstance(before, (list, tuple)) or any(b not in ("validate", "test", "predict") for b in before):
             raise ValueError(f"before must be a list of 'validate', 'test' and 'predict' but is {before!r}.")
         self.layers = layers
         self.every_n = every_n
@@ -160,7 +158,8 @@ class PreciseBNCallback(BatchNormCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run, before checkpoints are written, if no validation has seen the weights as they are now."""
-        if self._evaluated != weights_version(trainer) and self._occasion(trainer):
+        without_batches, self._due = self._due, False  # a validation that had none
+        if without_batches or (self._evaluated != weights_version(trainer) and self._occasion(trainer)):
             with averaged_weights(trainer, pl_module):
                 self._run(trainer, pl_module)
 

@@ -35,6 +35,20 @@ def refuse_before_averaging(trainer: Trainer, callback: Callback) -> None:
             )
 
 
+def refuse_with_swa(trainer: Trainer, callback: Callback) -> None:
+    """Raise if StochasticWeightAveraging is there: it ends by resetting all running statistics, frozen ones as well.
+
+    Raises:
+        ValueError: Naming the way out.
+    """
+    kinds = {c.__name__ for other in trainer.callbacks for c in type(other).__mro__}  # type: ignore[attr-defined]
+    if "StochasticWeightAveraging" in kinds:
+        raise ValueError(
+            "StochasticWeightAveraging resets all running statistics at the end and re-estimates them in training mode, "
+            f"which {type(callback).__name__} has frozen: use WeightAveraging instead."
+        )
+
+
 @contextmanager
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Swap averaged weights into the module, where there are any and they are not in it already."""

@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -72,8 +72,11 @@ def loader_batches(
         seed, *_ = sum_over_ranks([random.getrandbits(31) if own_rank() == 0 else 0], module.device)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(seed)
+    if isinstance(loader, Mapping):  # of loaders, as Lightning combines them
+        combined = CombinedLoader(tree_map(_Fresh, loader), "max_size_cycle")
+        loader = (batch for batch, *_ in combined)
     with _loaders_kept([loader]):
-        batches = iter(_Fresh(loader)) if isinstance(loader, DataLoader) else iter(loader)
+        batches = iter(_Fresh(loader))
         own = itertools.islice(batches, own_rank() if ranks > 1 else 0, None, ranks)
         yield (_to_device(trainer, module, batch) for batch in own)
 
@@ -84,7 +87,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
     verb = trainer.state.fn.value
     for owner in (getattr(trainer, "datamodule", None), module):
         # not by Lightning's is_overridden, which does not know pytorch_lightning's modules
-        if owner is not None and not type(owner).train_dataloader.__qualname__.startswith("DataHooks."):
+        if owner is not None and not owner.train_dataloader.__qualname__.startswith("DataHooks."):
             try:
                 loader: Iterable[Any] = owner.train_dataloader()
             except AttributeError as error:
@@ -125,6 +128,8 @@ class Replay:
         Raises:
             ValueError: If so many samples of this size do not fit.
         """
+        if samples < 1:
+            return
         needed = _bytes_of(batch) * max(self.num_samples / samples, 1)
         if needed > self.max_bytes:
             raise ValueError(
@@ -162,6 +167,10 @@ def refuse_unprotectable(loaders: Sequence[Any]) -> None:
         spent = [type(p).__name__ for p in (loader, *parts) if isinstance(p, Iterator)]
         if spent:
             raise ValueError(f"The train dataloader's {spent[0]} is an iterator: a pass would use it up. {way_out}")
+        if isinstance(loader, DataLoader) and not _iterates_plainly(loader):
+            raise ValueError(
+                f"The train dataloader {name} has an __iter__ of its own, which may touch its live iterator. {way_out}"
+            )
         if not isinstance(loader, (DataLoader, Sequence)):
             raise ValueError(
                 f"The train dataloader is a {name}, which we do not know how to iterate neutrally. {way_out}"
@@ -175,13 +184,17 @@ class _Fresh:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        if not isinstance(self.loader, DataLoader):
+        if not _iterates_plainly(self.loader):
             return iter(self.loader)
         iterator: Iterator[Any] = self.loader._get_iterator()
         return iterator
 
     def __len__(self) -> int:
         return len(self.loader)
+
+
+def _iterates_plainly(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
 def _to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(random_numbers_kept())
-        stack.enter_context(_own_random_numbers_kept(module))
+        stack.enter_context(_own_random_numbers_kept(module, getattr(trainer, "datamodule", None)))
         stack.enter_context(_muted(trainer))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -64,10 +64,10 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_numbers_kept(module: nn.Module) -> Iterator[None]:
-    """The same for generators that modules, or augmentations that modules hold, have of their own."""
+def _own_random_numbers_kept(module: nn.Module, datamodule: Any) -> Iterator[None]:
+    """The same for generators that modules and the data module, or augmentations they hold, have of their own."""
     attributes = [value for m in module.modules() for key, value in vars(m).items() if key not in _TORCH_OWN]
-    restore = [restorer(o) for o in reachable(attributes) if isinstance(o, GENERATORS)]
+    restore = [restorer(o) for o in reachable([*attributes, datamodule]) if isinstance(o, GENERATORS)]
     try:
         yield
     finally:
@@ -80,11 +80,35 @@ def _muted(trainer: Trainer) -> Iterator[None]:
     """Loggers that swallow everything, and a stage that reads as training (augmentation on the device asks for it)."""
     loggers, stage = trainer.loggers, trainer.state.stage
     try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [_Muted(logger) for logger in loggers]
         trainer.state.stage = RunningStage.TRAINING
         yield
     finally:
         trainer.loggers, trainer.state.stage = loggers, stage
+
+
+class _Muted(DummyLogger):
+    """Swallows what is logged; a step that asks for the folder or the name of the run gets the true one."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._logger.save_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._logger.log_dir
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return self._logger.name
+
+    @property
+    def version(self) -> int | str | None:  # type: ignore[override]
+        return self._logger.version
 
 
 @contextmanager
@@ -129,7 +153,14 @@ def _swallow(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _parameters_untouched(module: LightningModule) -> Iterator[None]:
     before = _fingerprints(module)
-    yield
+    gradients = [(p, p.grad) for p in module.parameters()]
+    try:
+        for p, _ in gradients:
+            p.grad = None  # a step that takes gradients itself must not add to those of the training
+        yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
     changed = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
     if changed:
         raise RuntimeError(

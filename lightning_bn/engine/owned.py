@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,16 @@ def reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
             if o is None or id(o) in seen or isinstance(o, _NOT_OURS) or is_lightning_module(o):
                 continue
             seen.add(id(o))
+            if isinstance(o, partial):
+                layer += (o.func, *o.args, *o.keywords.values())  # still being read
+                continue
+            if isinstance(o, FunctionType):
+                layer += [cell.cell_contents for cell in o.__closure__ or () if cell != CellType()]
+                continue
             if "fit_loop" in getattr(o, "__dict__", ()):
                 continue  # a Trainer, of whichever package
             if isinstance(o, (*CONTAINERS, tuple)):
-                layer += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()  # still being read
+                layer += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()
             elif isinstance(o, GENERATORS) or hasattr(o, "__dict__"):
                 found.append(o)
                 following += vars(o).values() if hasattr(o, "__dict__") else ()
@@ -44,7 +50,7 @@ def reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
 
 CONTAINERS = (list, dict, set, deque)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_NOT_OURS = (Tensor, np.ndarray, FunctionType, ModuleType, Iterator, type)
+_NOT_OURS = (Tensor, np.ndarray, ModuleType, Iterator, type)
 
 
 def restorer(o: Any) -> Callable[[], Any]:

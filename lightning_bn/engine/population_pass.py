@@ -28,8 +28,16 @@ from lightning_bn.engine.batches import (
 from lightning_bn.engine.modes import modes_of_training, set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.progress import progress_of
-from lightning_bn.functional.precise import Count, call_model, estimable_layers, measure, samples_in, write
-from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.functional.precise import (
+    Count,
+    call_model,
+    estimable_layers,
+    measure,
+    require_whole,
+    samples_in,
+    write,
+)
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.population import PopulationStatistics
 
@@ -64,8 +72,11 @@ class PopulationPass:
     _replay: Replay | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1 but is {self.num_samples}.")
+        require_whole("num_samples", self.num_samples, at_least=1)
+        require_whole("replay_bytes", self.replay_bytes, at_least=1)
+        as_patterns(self.layers)
+        if self.count is not None and not callable(self.count):
+            raise TypeError(f"count must be a function from a batch to its number of samples but is {self.count!r}.")
         if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."

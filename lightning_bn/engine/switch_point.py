@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
+from lightning_bn.functional.precise import require_whole
+
 
 @dataclass(frozen=True)
 class SwitchPoint:
@@ -30,8 +32,10 @@ class SwitchPoint:
                 f"Say when to switch by exactly one of {', '.join(vars(self))}; given: {', '.join(given) or 'none'}."
             )
         (name, value), *_ = given.items()
-        if value < 0 or (name == "last_n_epochs" and value < 1) or (name == "start_fraction" and value >= 1):
-            raise ValueError(f"{name}={value} does not lie within a fit.")
+        if name != "start_fraction":
+            require_whole(name, value, at_least=1 if name == "last_n_epochs" else 0)
+        elif not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"start_fraction must be a number from 0 up to, but not, 1 but is {value!r}.")
 
     def check(self, trainer: Trainer) -> None:
         """Refuse a fit without an end to count from.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -107,22 +108,22 @@ def precise_bn(
 
 
 def estimable_layers(
-    model: nn.Module,
-    layers: Layers = None,
-    training: Callable[[nn.Module], bool] = lambda module: module.training,
+    model: nn.Module, layers: Layers = None, trains: Callable[[nn.Module], bool] | None = None
 ) -> dict[str, _BatchNorm]:
     """The layers whose statistics a pass estimates: the chosen ones that store statistics and are not frozen.
 
     Args:
         model: The model.
         layers: Glob patterns; naming a layer that stores no statistics is an error, leaving it out by default is not.
-        training: Whether a module counts as in train mode; callbacks say what held at the last training batch.
+        trains: Whether a layer is in train mode when the model trains; callbacks know. By default the modes are taken
+            to say so if ``model`` is in train mode, and to say nothing if it is not.
 
     Raises:
         ValueError: If there is no BatchNorm layer that stores statistics.
     """
     found = storing_layers(model, layers)
-    return {n: m for n, m in found.items() if not is_frozen(m) and (training(m) or not training(model))}
+    trains = trains or (lambda layer: layer.training or not model.training)
+    return {name: layer for name, layer in found.items() if not is_frozen(layer) and trains(layer)}
 
 
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
@@ -154,8 +155,8 @@ def measure(
     Raises:
         ValueError: If there was no batch, no layer was reached, or a layer received non-finite values.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1 but is {num_samples}.")
+    if num_samples is not None:
+        require_whole("num_samples", num_samples, at_least=1)
     device, dtype = _home(layers)
     seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
     batch_mode = BatchMode(layers, seen)
@@ -212,6 +213,19 @@ def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatis
             stored.copy_(rounded)
 
 
+def require_whole(name: str, value: Any, at_least: int) -> None:
+    """Refuse an argument that is not a whole number of at least so much.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number but is {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least} but is {value}.")
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch, on its first element if that is a tuple or list, or with a mapping as keywords."""
     if isinstance(batch, Mapping):
@@ -220,7 +234,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """Length of the first tensor found in a batch of nested tuples, lists and mappings.
+    """Length of the first tensor found in a batch of nested tuples, lists, mappings and dataclasses.
 
     Raises:
         ValueError: If there is none.
@@ -234,6 +248,8 @@ def samples_in(batch: Any) -> int:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
+    if is_dataclass(batch) and not isinstance(batch, type):
+        batch = vars(batch)
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
@@ -248,13 +264,20 @@ def _of_all_ranks(seen: Accumulator, device: torch.device) -> dict[str, LayerSta
     statistics = seen.statistics()
     if not statistics:
         raise ValueError(
-            f"No batch reached a BatchNorm layer of {', '.join(seen.calls)}: is the iterable of batches empty?"
+            f"No batch reached a BatchNorm layer of {', '.join(seen.calls)}: is the iterable of batches empty, or does "
+            "the forward go round them?"
         )
     bad = [name for name, s in statistics.items() if not (s.mean.isfinite().all() and s.var.isfinite().all())]
     if bad:
         raise ValueError(
-            f"Layer {bad[0]!r} received non-finite values ({len(bad)} of {len(statistics)} layers did), so no "
-            "statistics were written. Look for inf or NaN in the batches or the weights."
+            f"Layer {bad[0]!r} received non-finite values, or such whose squares overflow ({len(bad)} of "
+            f"{len(statistics)} layers did), so no statistics were written. Look at the batches and the weights."
+        )
+    single = [name for name, s in statistics.items() if s.count < 2]
+    if single:
+        raise ValueError(
+            f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
+            "written: show it more samples."
         )
     return statistics
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
@@ -49,10 +50,11 @@ class BatchMode(Behaviour):
             output = _lent(layer, forward, input, True, *slot, momentum=1.0)
             if kernel_was_accurate(input, *slot):
                 return output
-        mean, var = batch_statistics(input) if count else input.new_zeros(2, layer.num_features)
-        if slot:
-            slot[0].copy_(mean)
-            slot[1].copy_(var * (count / max(count - 1, 1)))
+        with torch.no_grad():  # the user's forward may have gradients of its own
+            mean, var = batch_statistics(input) if count else input.new_zeros(2, layer.num_features)
+            if slot:
+                slot[0].copy_(mean)
+                slot[1].copy_(var * (count / max(count - 1, 1)))
         if synced:
             weight = mean.new_tensor(count * self.counts).double()
             pooled = merge_over_ranks(Moments(weight, mean.double(), var.double() * weight), group)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from inspect import signature
 from types import TracebackType
 from typing import Any, cast
 
@@ -84,11 +85,16 @@ class Handle:
 class _Behaving(_BatchNorm):
     """First base of every derived class."""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         own_forward = super().forward
+        if args:
+            input, *rest = args
+        else:  # by keyword, under whatever name the layer's own forward gives its first argument
+            first = next(iter(signature(own_forward).parameters))
+            input, rest = kwargs.pop(first), []
 
         def forward(input: Tensor) -> Tensor:
-            return own_forward(input, *args, **kwargs)
+            return own_forward(input, *rest, **kwargs)
 
         for behaviour in behaviours_of(self):
             forward = functools.partial(behaviour.forward, self, forward)

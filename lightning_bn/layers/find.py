@@ -54,19 +54,27 @@ def find_bn(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
 
 def as_patterns(layers: Layers) -> tuple[str, ...]:
     """The patterns that ``layers`` stands for."""
-    if layers is None:
-        return ("*",)
-    return (layers,) if isinstance(layers, str) else tuple(layers)
+    patterns = ("*",) if layers is None else (layers,) if isinstance(layers, str) else layers
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"layers must be a glob pattern over layer names, or a list of some, but is {layers!r}.")
+    return tuple(patterns)
 
 
 def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
     """Those found by `find_bn` that store population statistics.
 
     Raises:
-        ValueError: If a layer chosen by ``layers`` stores none (``track_running_stats=False``), or no layer does.
+        ValueError: If a layer chosen by ``layers`` stores none (``track_running_stats=False``), if no layer does, or if
+            a layer's forward was replaced on the instance.
     """
     found = find_bn(model, layers)
     without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
     if without and (layers is not None or len(without) == len(found)):
         raise ValueError(f"{', '.join(without)}: track_running_stats=False, so there are no population statistics.")
+    patched = [name for name, layer in found.items() if "forward" in vars(layer)]
+    if patched:
+        raise ValueError(
+            f"Layer {patched[0]!r} has a forward set on the instance, which goes round anything its class could do "
+            "differently: lightning_bn cannot act on it."
+        )
     return {name: layer for name, layer in found.items() if name not in without}
