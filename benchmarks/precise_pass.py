@@ -44,7 +44,7 @@ class Shape:
 
 SHAPES = {
     # at 224 px a batch takes seconds on two cores, and the fixed cost of a pass is lost in it
-    "cpu": (Shape(32, 224, batches=2, rounds=9), Shape(4, 32, batches=32, rounds=9)),
+    "cpu": (Shape(32, 224, batches=2, rounds=7), Shape(4, 32, batches=32, rounds=7)),
     "cuda": (Shape(32, 224, batches=32, rounds=15), Shape(4, 32, batches=250, rounds=15)),
 }
 QUICK = (Shape(2, 64, batches=1, rounds=2), Shape(4, 32, batches=2, rounds=2))

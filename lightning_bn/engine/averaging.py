@@ -44,8 +44,8 @@ def refuse_with_swa(trainer: Trainer, callback: Callback) -> None:
     kinds = {c.__name__ for other in trainer.callbacks for c in type(other).__mro__}  # type: ignore[attr-defined]
     if "StochasticWeightAveraging" in kinds:
         raise ValueError(
-            "StochasticWeightAveraging resets all running statistics at the end and re-estimates them in training mode, "
-            f"which {type(callback).__name__} has frozen: use WeightAveraging instead."
+            "StochasticWeightAveraging resets all running statistics at the end and re-estimates them in training "
+            f"mode, which {type(callback).__name__} has frozen: use WeightAveraging instead."
         )
 
 

@@ -578,8 +578,8 @@ def test_the_checkpoint_says_where_the_switch_was_and_how_far_the_warm_up_is(tmp
         return torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["callbacks"].get(callback.state_key)
 
     assert not state(5)
-    assert state(7) == {"step": 5, "warmup_done": [2]}
-    assert state(12) == {"step": 5, "warmup_done": [7]}
+    assert state(7) == {"step": 5, "warmup_steps": 4, "warmup_done": [2]}
+    assert state(12) == {"step": 5, "warmup_steps": 4, "warmup_done": [7]}
 
 
 def test_resuming_needs_no_loader_that_can_be_read_twice_nor_another_warning(tmp_path: Path) -> None:
@@ -754,14 +754,14 @@ def test_lbfgs_on_other_parameters_is_fine() -> None:
     [
         ({}, "given: none"),
         ({"last_n_epochs": 1, "start_step": 3}, "given: last_n_epochs, start_step"),
-        ({"last_n_epochs": 0}, "last_n_epochs=0"),
-        ({"start_epoch": -1}, "start_epoch=-1"),
-        ({"start_step": -1}, "start_step=-1"),
-        ({"start_fraction": 1.0}, "start_fraction=1.0"),
-        ({"start_fraction": -0.1}, "start_fraction=-0.1"),
+        ({"last_n_epochs": 0}, "last_n_epochs must be at least 1 but is 0"),
+        ({"start_epoch": -1}, "start_epoch must be at least 0 but is -1"),
+        ({"start_step": -1}, "start_step must be at least 0 but is -1"),
+        ({"start_fraction": 1.0}, "start_fraction must be .* but is 1.0"),
+        ({"start_fraction": -0.1}, "start_fraction must be .* but is -0.1"),
         ({"start_epoch": 1, "statistics": "exact"}, "'exact'"),
-        ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs=-1"),
-        ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps=-1"),
+        ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs must be .* but is -1"),
+        ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps must be at least 0 but is -1"),
         ({"start_epoch": 1, "num_samples": 0}, "num_samples"),
         ({"start_epoch": 1, "source": "loader"}, "'loader'"),
     ],
@@ -890,4 +890,4 @@ trainer:
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, FreezeBNCallback))
     assert (callback.switch_point.last_n_epochs, callback.affine, callback.warmup_epochs) == (1, True, 0.5)
     assert callback.layers == ["bn1"]
-    assert callback.state_dict() == {"step": 4, "warmup_done": [4]}
+    assert callback.state_dict() == {"step": 4, "warmup_steps": 2, "warmup_done": [4]}

@@ -435,7 +435,7 @@ class BeforeAndAfter(Callback):
     def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.before = everything(trainer, pl_module)
 
-    on_train_epoch_start = on_validation_batch_start = on_train_epoch_end = look
+    on_train_batch_start = on_validation_batch_start = on_train_epoch_end = look
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.after = everything(trainer, pl_module)

@@ -122,7 +122,7 @@ def test_non_finite_values_on_one_rank_are_refused_on_all(bad: float) -> None:
     shards = [images(4, 4), images(4)]
     shards[1][0][0, 0, 0, 0] = bad
     for message, untouched in run_on_ranks(refused, 2, cnn(), shards):
-        assert message.startswith("Layer '1' received non-finite values (2 of 2 layers did)") and untouched
+        assert message.startswith("Layer '1' received non-finite values") and untouched
 
 
 def test_no_batches_on_any_rank_are_refused_on_all() -> None:

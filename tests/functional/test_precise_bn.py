@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_statistics_are_those_of_everything_a_layer_was_given(name: str) -> None
     assert statistics.num_batches == len(batches) and statistics.num_samples == sum(map(len, batches))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n in CASES if n != "bf16 model, mean 100"])
 def test_every_batch_is_normalised_with_its_own_statistics(name: str) -> None:
     model, batches = case(name)
     with recorded(model) as calls:
@@ -54,6 +55,18 @@ def test_every_batch_is_normalised_with_its_own_statistics(name: str) -> None:
             wrong = (y.double() - normalised(layer, x)).abs().max().item()
             assert wrong <= 4 * rounding, layer_name
             assert y.dtype == x.dtype and y.shape == x.shape
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("bf16", "fp16")) and "float32" not in n])
+def test_16_bit_layers_normalise_bit_by_bit_as_torch_does_in_training(name: str) -> None:
+    """Which rounds the mean to 16 bits: with a large mean that is far from exact, and what the next layers train on."""
+    model, batches = case(name)
+    with recorded(model) as calls:
+        precise_bn(model, batches)
+    for layer_name, layer in find_bn(model).items():
+        for x, y in calls[layer_name]:
+            torchs = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+            assert torch.equal(y, torchs), layer_name
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "16" not in n and "1e4" not in n])
@@ -208,6 +221,19 @@ def test_the_callers_forward_and_count_are_used() -> None:
     assert statistics.num_samples == 200
 
 
+@dataclass
+class Batch:
+    name: str
+    image: Tensor
+
+
+def test_samples_are_counted_in_nested_batches_and_dataclasses() -> None:
+    model, batches = case("ragged batches")
+    nested = [{"meta": ["a", None], "data": (Batch("b", x),)} for x in batches]
+    statistics = precise_bn(model, nested, forward=lambda m, batch: m(batch["data"][0].image))
+    assert statistics.num_samples == 20
+
+
 def test_a_batch_without_any_tensor_needs_count() -> None:
     model, (batch, *_) = case("ragged batches")
     with pytest.raises(ValueError, match=r"Cannot tell how many samples a batch of type str holds.*Pass count="):
@@ -254,6 +280,20 @@ def test_num_samples_that_asks_for_nothing_is_refused(num_samples: int) -> None:
         precise_bn(model, batches, num_samples=num_samples)
 
 
+@pytest.mark.parametrize("num_samples", [10.0, "10", True])
+def test_num_samples_that_is_no_whole_number_is_refused(num_samples: Any) -> None:
+    model, batches = case("ragged batches")
+    with pytest.raises(TypeError, match="num_samples must be a whole number but is"):
+        precise_bn(model, batches, num_samples=num_samples)
+
+
+def test_a_single_value_per_channel_in_all_has_no_variance_and_is_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match="Layer '0' received one value per channel in all, which has no variance"):
+        precise_bn(model, [torch.randn(1, 3)])
+    assert model[0].running_var.eq(1).all() and model[0].running_mean.eq(0).all()
+
+
 def test_an_empty_iterable_is_refused_and_nothing_is_zeroed() -> None:
     model, _ = case("ragged batches")
     before = copy.deepcopy(model.state_dict())
@@ -288,7 +328,7 @@ def test_non_finite_values_are_refused_with_the_layers_name_and_nothing_is_writt
     before = copy.deepcopy(model.state_dict())
     batches[1][0, 0] = poison
     with pytest.raises(
-        ValueError, match=r"Layer '1' received non-finite values \(2 of 2 layers did\), so no statistics"
+        ValueError, match=r"Layer '1' received non-finite values, .* \(2 of 2 layers did\), so no statistics"
     ):
         precise_bn(model, batches)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -298,7 +338,7 @@ def test_non_finite_values_inside_the_network_are_found_where_they_arise() -> No
     model, batches = case("ragged batches")
     with torch.no_grad():
         model[4].weight[0] = math.inf
-    with pytest.raises(ValueError, match=r"Layer '5' received non-finite values \(1 of 2"):
+    with pytest.raises(ValueError, match=r"Layer '5' received non-finite values, .* \(1 of 2"):
         precise_bn(model, batches)
 
 

@@ -119,6 +119,23 @@ def test_a_pass_keeps_no_graph_and_makes_no_inference_tensor(mode: Callable[[], 
     model.train()(batches[0]).sum().backward()  # the next fit goes on
 
 
+@pytest.mark.parametrize("name", ["ragged batches", "channels_last, mean 1e4 std 1", "bf16 model"])
+def test_a_forward_with_gradients_of_its_own_may_use_them(name: str) -> None:
+    """A gradient penalty in the training step, say."""
+    model, batches = case(name)
+
+    @torch.enable_grad()
+    def forward(model: nn.Module, x: Tensor) -> None:
+        x = x.requires_grad_()
+        assert torch.autograd.grad(model(x).float().square().sum(), x)[0].isfinite().all()
+
+    statistics = precise_bn(model, [x.clone() for x in batches], forward=forward)
+    again = precise_bn(model, batches)
+    for layer, measured in statistics.items():
+        assert not measured.mean.requires_grad and not measured.var.requires_grad
+        torch.testing.assert_close(measured.mean, again[layer].mean, rtol=1e-5, atol=1e-5)
+
+
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,19 @@ def test_behaviours_wrap_the_layers_forward_the_last_given_outermost() -> None:
     torch.testing.assert_close(bn(X), ((plain + 1) * 10 + 2) * 10)
 
 
+def test_a_layer_may_be_called_by_keyword() -> None:
+    class Renamed(nn.BatchNorm1d):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x) * scale
+
+    for bn, name in ((layer(), "input"), (Renamed(2).eval(), "x")):
+        plain = bn(X)
+        give(bn, Adds(1))
+        torch.testing.assert_close(bn(**{name: X}), (plain + 1) * 10)
+    torch.testing.assert_close(bn(X, 2.0), (plain * 2 + 1) * 10)
+    torch.testing.assert_close(bn(scale=2.0, x=X), (plain * 2 + 1) * 10)
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_handles_undone_in_any_order_end_at_the_original(order: tuple[int, ...]) -> None:
     bn = layer()

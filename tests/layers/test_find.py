@@ -48,6 +48,20 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str 
         find_bn(Backbone(), layers)
 
 
+@pytest.mark.parametrize("layers", [[], 3, [1], [None]])
+def test_layers_that_are_no_patterns_are_refused(layers: object) -> None:
+    with pytest.raises(TypeError, match="layers must be a glob pattern over layer names, or a list of some, but is"):
+        find_bn(Backbone(), layers)  # type: ignore[arg-type]
+
+
+def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
+    model = cnn()
+    model[5].forward = model[5].forward
+    with pytest.raises(ValueError, match="Layer '5' has a forward set on the instance"):
+        storing_layers(model)
+    assert list(storing_layers(model, "1")) == ["1"]
+
+
 def test_a_model_that_is_itself_a_layer_is_found() -> None:
     layer = nn.BatchNorm1d(2)
     assert find_bn(layer) == {"": layer}

@@ -68,6 +68,26 @@ def test_batch_statistics_hold_when_only_one_channel_has_a_large_mean() -> None:
     assert_as_accurate_as_stated(*batch_statistics(x), x)
 
 
+@given(
+    rows=st.integers(2, 5000),
+    mean=st.floats(-4, 4).map(lambda exponent: 10**exponent),
+    kernel=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_number_of_rows_at_any_mean_is_as_accurate_as_stated(
+    rows: int, mean: float, kernel: bool, seed: int
+) -> None:
+    """Where float32 begins to lose digits depends on both."""
+    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)) + mean
+    found = batch_statistics(x)
+    if kernel and may_use_kernel(x):
+        running = torch.zeros(2, 3)
+        torch.nn.functional.batch_norm(x, running[0], running[1], training=True, momentum=1.0)
+        if kernel_was_accurate(x, running[0], running[1]):
+            found = running[0], running[1].double() * (rows - 1) / rows
+    assert_as_accurate_as_stated(*found, x)
+
+
 def test_batch_statistics_leave_their_input_alone() -> None:
     x = torch.randn(5000, 4) + 100
     before = x.clone()
