@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -11,14 +13,15 @@ from lightning_bn.engine.owned import is_lightning_module
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
     """The mode each module had at the last training batch.
 
-    While a fit validates, every module is in eval; the modes of training then sit in a private field of the
-    validation loop (Lightning 2.5 to 2.6). Outside a fit nothing was trained: all count as in training mode.
+    While a loop evaluates, every module is in eval; what it was before sits in a private field of the loop (Lightning
+    2.5 to 2.6). Outside a fit, a model that was in eval as a whole says nothing: all count as in training mode.
     """
-    if trainer.state.fn != "fit":
-        return dict.fromkeys(module.modules(), True)
-    if not trainer.validating:
+    if trainer.state.fn == "fit" and not trainer.validating:
         return {m: m.training for m in module.modules()}
-    recorded = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
+    recorded = loop._module_mode.mode
+    if trainer.state.fn != "fit" and not recorded.get("", False):
+        return dict.fromkeys(module.modules(), True)
     return {m: recorded.get(name, m.training) for name, m in module.named_modules()}
 
 

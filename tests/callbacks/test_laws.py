@@ -33,6 +33,7 @@ from lightning_bn import FreezeBNCallback, PreciseBNCallback
 from tests.callbacks.zoo import (
     Images,
     Recorder,
+    TinyData,
     TinyNet,
     digest,
     fit,
@@ -138,6 +139,27 @@ class AugmentsOnDevice(TinyNet):
         return (x + torch.randn_like(x) if self.trainer.training else x), y
 
 
+class AugmentingData(TinyData):
+    """Augments on the device with random numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + float(self.rng.normal()), batch[1]
+
+
+def collate_with_own_random_numbers() -> Callable[[list[Any]], Any]:
+    rng = random.Random(0)
+
+    def collate(items: list[Any], scale: float, shift: Any) -> Any:
+        x, y = torch.utils.data.default_collate(items)
+        return scale * x + rng.random() + shift.rng.normal(), y
+
+    return functools.partial(collate, scale=2.0, shift=Noise(np.random.RandomState(0)))
+
+
 class TwoLoaders(TinyNet):
     def forward(self, x: Any = None, a: Any = None, b: Any = None) -> Tensor:
         return super().forward(x if a is None else a[0])
@@ -195,7 +217,11 @@ SETUPS = {
     "numpy augmentation": Setup(train=loader(augment=numpy_noise), trainer=MID_EPOCH),
     "python augmentation": Setup(train=loader(augment=python_noise), trainer=MID_EPOCH),
     "augmentation with own random numbers": Setup(train=lambda: train_loader(augment=Nested()), trainer=MID_EPOCH),
+    "augmentation in a collate function": Setup(
+        train=lambda: train_loader(collate_fn=collate_with_own_random_numbers()), trainer=MID_EPOCH
+    ),
     "augmentation on the device": Setup(AugmentsOnDevice),
+    "augmentation on the device by a data module": Setup(train=AugmentingData),
     "accumulation": Setup(trainer=ACCUMULATING),
     "validation in mid-accumulation": Setup(trainer={**ACCUMULATING, "val_check_interval": 1}),
     "bf16-mixed": Setup(functools.partial(TinyNet, 0.5), trainer={"precision": "bf16-mixed"}),

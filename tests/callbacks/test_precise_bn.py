@@ -104,6 +104,17 @@ def test_without_a_validation_loader_it_runs_at_each_epochs_end() -> None:
     assert_close(statistics_of(module), expected(module, first_batches(3)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_validation_without_batches_leaves_the_pass_to_the_epochs_end() -> None:
+    class Empty(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    precise = PreciseBNCallback(20)
+    passes = Passes(precise)
+    fit(TinyNet(), [precise, passes], val=DataLoader(Empty()))
+    assert passes.seen == AT_EPOCH_ENDS
+
+
 def test_should_run_can_be_overridden() -> None:
     class InTheSecondEpoch(PreciseBNCallback):
         def should_run(self, trainer: Trainer) -> bool:
@@ -132,6 +143,15 @@ def test_outside_of_a_fit_it_runs_on_request_only(verb: str) -> None:
 class Sequential(TinyData):
     def train_dataloader(self) -> DataLoader[Any]:
         return train_loader()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layer in eval", "the whole model in eval"])
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_outside_of_a_fit_a_layer_in_eval_counts_as_frozen_unless_the_whole_model_is(verb: str, whole: bool) -> None:
+    precise, module = PreciseBNCallback(20, before=[verb]), TinyNet()
+    (module if whole else module.bn1).eval()
+    getattr(trainer_with(precise), verb)(module, datamodule=Sequential())
+    assert list(precise.result) == (["bn1", "bn2"] if whole else ["bn2"])
 
 
 def test_after_a_pass_before_validate_training_goes_on() -> None:
@@ -486,6 +506,14 @@ def test_a_function_may_return_the_live_loader(kwargs: dict[str, Any]) -> None:
     assert precise[0].result.num_samples == 24
 
 
+def test_a_function_may_return_several_live_loaders() -> None:
+    module, precise = Several(), PreciseBNCallback(10**6, source=lambda trainer: trainer.train_dataloader)
+    fit(module, precise, {"a": train_loader(24), "b": train_loader(32)})
+    assert precise.result.num_batches == 4
+    shown = first_batches(3, size=24) + first_batches(1, size=24)
+    assert_close(statistics_of(module), expected(module, shown), rtol=1e-5, atol=1e-5)
+
+
 def test_an_empty_loader_is_refused() -> None:
     with pytest.raises(ValueError, match="No batch reached a BatchNorm layer"):
         fit(TinyNet(), PreciseBNCallback(20, source=lambda _: []))
@@ -561,6 +589,13 @@ class StatefulImages(Images):
     state_dict, load_state_dict = Stateful.state_dict, Stateful.load_state_dict
 
 
+class Resets(DataLoader[Any]):
+    """Iterates in a way of its own."""
+
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
 class UsedUp(IterableDataset[Any]):
     """An iterator: whoever reads it takes from the others."""
 
@@ -584,6 +619,7 @@ class Own:
 WITH_OTHER_SOURCE: dict[str, tuple[Callable[[], Any], str]] = {
     "stateful loader": (lambda: Stateful(Images(32), batch_size=8), r"stateful \(Stateful\)"),
     "stateful dataset": (lambda: DataLoader(StatefulImages(32), batch_size=8), r"stateful \(StatefulImages\)"),
+    "own __iter__": (lambda: Resets(Images(32), batch_size=8), "Resets has an __iter__ of its own"),
     "iterator dataset": (lambda: DataLoader(UsedUp(), batch_size=8), "UsedUp is an iterator"),
     "own iterable": (Own, "is a Own, which we do not know"),
     "generator": (lambda: (batch for batch in first_batches(4)), "generator is an iterator"),
@@ -682,7 +718,7 @@ def test_a_batch_may_have_any_structure(kind: Callable[[Any], Any], source: Any)
     def collate(items: list[Any]) -> Any:
         return kind(torch.utils.data.default_collate(items))
 
-    count = None if isinstance(kind([torch.zeros(1)] * 2), (dict, tuple)) else (lambda batch: len(batch.x))
+    count = (lambda batch: len(batch.x)) if isinstance(kind([torch.zeros(1)] * 2), Moved) else None
     module, precise = OfAnyKind(), PreciseBNCallback(32, source=source, count=count)
     fit(module, precise, train_loader(collate_fn=collate))
     assert precise.result.num_samples == 32

@@ -152,6 +152,7 @@ def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_
         module.log_dict({"train_accuracy": 1.0})
         module.logger.log_metrics({"train_loss": 1.0}, step=0)
         module.logger.experiment.anything_at_all(1)
+        assert module.logger.log_dir == loggers[0].log_dir  # where a step may want to write a file
     assert trainer.loggers == loggers and trainer.state.stage == RunningStage.VALIDATING
     assert not trainer.fit_loop.epoch_loop._results
     assert not list(tmp_path.rglob("metrics.csv"))
@@ -165,6 +166,17 @@ def test_forwards_run_without_gradients_also_within_inference_mode(trainer: Trai
             assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             module.queue.add_(1)
         assert torch.is_inference_mode_enabled()
+
+
+def test_gradients_of_an_unfinished_accumulation_are_kept(trainer: Trainer) -> None:
+    module, x = TinyNet(), torch.randn(2, 3, 6, 6)
+    module(x).sum().backward()
+    before = digest([p.grad for p in module.parameters()])
+    with neutral(trainer, module), torch.enable_grad():
+        module(x).square().sum().backward()
+        module.zero_grad()
+        module(x).square().sum().backward()
+    assert digest([p.grad for p in module.parameters()]) == before
 
 
 def momentum_update(weight: nn.Parameter) -> None:
