@@ -32,7 +32,7 @@ class PreciseBNCallback(BatchNormCallback):
     at the end of a converged training with i.i.d. batches of decent size (24.0 against 23.7). Batches of much fewer
     than 100 samples give wrong statistics in depth whatever their number (28.8 % at 2 against 23.5 at 100; Table 2).
 
-    Cost: one forward without gradients over ``num_samples`` samples; no second read of the activations.
+    Cost: one forward without gradients over ``num_samples`` samples; its own share of that is in benchmarks/RESULTS.md.
 
     Step-interval checkpoints (``every_n_train_steps``) are written outside validation and hold the EMA.
 
