@@ -4,6 +4,7 @@ A callback changes which batch a BatchNorm layer normalises over, and leaves eve
 exist for plain PyTorch.
 """
 
+from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.functional.freeze import freeze_bn
@@ -13,6 +14,7 @@ from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 __all__ = [
+    "BNStatsMonitor",
     "FreezeBNCallback",
     "LayerStatistics",
     "Moments",

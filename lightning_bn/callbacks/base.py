@@ -1,9 +1,10 @@
-"""What every callback on chosen BatchNorm layers shares: a key for its state, and no two of a kind on one layer."""
+"""What callbacks on chosen BatchNorm layers share: a key for their state, no two on a layer, their order, news."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bn.engine.population_pass import Recomputed
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 
 
@@ -28,3 +29,19 @@ class BatchNormCallback(Callback):
                         f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "
                         "layers= patterns that do not overlap."
                     )
+
+    def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
+        """A hook of our own: a callback has recomputed population statistics and written them."""
+
+    def _announce(self, trainer: Trainer, recomputed: Recomputed) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchNormCallback):
+                callback.on_population_pass(trainer, recomputed)
+
+    def _come_after_our_others(self, trainer: Trainer) -> None:
+        """Hooks run in the order of the list: one that looks at statistics comes after those that change them."""
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        place = 1 + max((i for i, c in enumerate(others) if isinstance(c, BatchNormCallback)), default=-1)
+        if place > trainer.callbacks.index(self):  # type: ignore[attr-defined]
+            # a new list: Lightning may be going through the old one
+            trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.engine.averaging import refuse_with_swa
 from lightning_bn.engine.batches import Source
-from lightning_bn.engine.logging import log_figures, may_log
+from lightning_bn.engine.logging import log_row, may_log
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.engine.switch_point import SwitchPoint
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
@@ -169,7 +169,7 @@ class FreezeBNCallback(BatchNormCallback):
         """Log the factor on the (first optimizer's) learning rate in this batch's step, while it warms up."""
         warm_up = self._warm_up
         if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and may_log(trainer):
-            log_figures(trainer, "freeze_bn", {"lr_factor": warm_up.done[0] / warm_up.steps})
+            log_row(trainer, {"freeze_bn/lr_factor": warm_up.done[0] / warm_up.steps})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the switch never came."""
@@ -213,8 +213,9 @@ class FreezeBNCallback(BatchNormCallback):
             if reason:
                 rank_zero_warn(f"FreezeBNCallback freezes the running statistics as they are: {reason}.")
             else:
-                _, figures = self._pass.run(trainer, module)
-                log_figures(trainer, "freeze_bn", figures)
+                recomputed = self._pass.run(trainer, module)
+                log_row(trainer, recomputed.figures("freeze_bn"))
+                self._announce(trainer, recomputed)
             self._pass.forget()
         self._state = {
             "step": trainer.global_step,

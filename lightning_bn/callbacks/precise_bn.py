@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
 from lightning_bn.engine.batches import Source
-from lightning_bn.engine.logging import log_figures
+from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.functional.precise import Count, require_whole
 from lightning_bn.layers.find import Layers
@@ -189,5 +189,7 @@ class PreciseBNCallback(BatchNormCallback):
                 rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
             self._said = reason
             return
-        self.result, figures = self._pass.run(trainer, module)
-        log_figures(trainer, "precise_bn", figures)
+        recomputed = self._pass.run(trainer, module)
+        self.result = recomputed.statistics
+        log_row(trainer, recomputed.figures("precise_bn"))
+        self._announce(trainer, recomputed)

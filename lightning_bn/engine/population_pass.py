@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
@@ -39,13 +40,35 @@ from lightning_bn.functional.precise import (
 )
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
-from lightning_bn.statistics.population import PopulationStatistics
+from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
 
 REPLAY_BYTES = 2**30
 """What replayed batches may take by default: 1700 images of 224 px in float32."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What a pass has measured and written.
+
+    Attributes:
+        statistics: The layers' statistics now.
+        moved: Layer name -> by how much they moved: mean gap in sigma, variance gap; both from the old statistics.
+        seconds: How long it took.
+    """
+
+    statistics: PopulationStatistics
+    moved: dict[str, tuple[float, float]]
+    seconds: float
+
+    def figures(self, prefix: str) -> dict[str, float]:
+        """For loggers: duration, samples, and how far the median layer and the worst one moved."""
+        found = {"seconds": self.seconds, "num_samples": float(self.statistics.num_samples)}
+        for gap, values in zip(("mean_gap", "var_gap"), zip(*self.moved.values(), strict=True), strict=True):
+            found.update({f"{gap}_p50": median(values), f"{gap}_max": max(values)})
+        return {f"{prefix}/{key}": value for key, value in found.items()}
 
 
 @dataclass
@@ -133,12 +156,8 @@ class PopulationPass:
         """Let go of the batches kept for a replay."""
         self._replay = None
 
-    def run(self, trainer: Trainer, module: LightningModule) -> tuple[PopulationStatistics, dict[str, float]]:
+    def run(self, trainer: Trainer, module: LightningModule) -> Recomputed:
         """Recompute the statistics of the model as it is, and write them into its layers.
-
-        Returns:
-            What was measured; and figures of it for loggers: duration, samples, and by how much each layer's
-            statistics moved.
 
         Raises:
             ValueError: If no batch came, or a layer received non-finite values.
@@ -160,10 +179,9 @@ class PopulationPass:
                 )
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("The forward over training batches raised StopIteration.") from error
-        moved = _moved(layers, statistics)
+        moved = {name: _moved(layers[name], measured) for name, measured in statistics.items()}
         write(layers, statistics)
-        seconds = time.perf_counter() - started
-        return statistics, {"seconds": seconds, "num_samples": float(statistics.num_samples), **moved}
+        return Recomputed(statistics, moved, time.perf_counter() - started)
 
     def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
         if callable(self.source):
@@ -213,11 +231,7 @@ class PopulationPass:
         return run
 
 
-def _moved(layers: dict[str, _BatchNorm], statistics: PopulationStatistics) -> dict[str, float]:
-    """By how much each layer's statistics are about to move: mean gap and variance gap, in the layers' order."""
-    moved = {}
-    for name, measured in statistics.items():
-        layer, key = layers[name], name.replace(".", "_")
-        moved[f"mean_gap/{key}"] = float(mean_gap(measured.mean, layer.running_mean, layer.running_var))  # type: ignore[arg-type]
-        moved[f"var_gap/{key}"] = float(var_gap(measured.var, layer.running_var))  # type: ignore[arg-type]
-    return moved
+def _moved(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None and var is not None  # storing_layers saw to it
+    return float(mean_gap(measured.mean, mean, var)), float(var_gap(measured.var, var))

@@ -5,17 +5,33 @@ A figure function takes numbers and returns a matplotlib `Figure`; it knows no m
 pyplot state, safe in callbacks.
 """
 
+from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
 from lightning_bn.plots.curves import SampleSweep, error_against_samples, error_curves
-from lightning_bn.plots.loggers import log_figure
-from lightning_bn.plots.population import ema_and_cloud
+from lightning_bn.plots.drift import aggregates_over_steps, drift_overview, gap_heatmap, lag_against_noise
+from lightning_bn.plots.loggers import alert, log_figure, log_layer_names, log_line_chart, log_table, summarise_by_max
+from lightning_bn.plots.monitor import overview_of, pictures_of
 from lightning_bn.plots.style import save_png, to_rgb
+from lightning_bn.plots.workspace import wandb_workspace
 
 __all__ = [
+    "ChannelTrace",
     "SampleSweep",
-    "ema_and_cloud",
+    "aggregates_over_steps",
+    "alert",
+    "channels_over_steps",
+    "drift_overview",
     "error_against_samples",
     "error_curves",
+    "gap_heatmap",
+    "lag_against_noise",
     "log_figure",
+    "log_layer_names",
+    "log_line_chart",
+    "log_table",
+    "overview_of",
+    "pictures_of",
     "save_png",
+    "summarise_by_max",
     "to_rgb",
+    "wandb_workspace",
 ]

@@ -5,7 +5,8 @@ everywhere: EMA is vermilion, PreciseBN is blue, the data (batches) is grey.
 """
 
 import functools
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -13,8 +14,11 @@ from typing import Any, ParamSpec
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 EMA = "#D55E00"
 PRECISE = "#0072B2"
@@ -65,6 +69,43 @@ def new_figure(width: float = 6.4, height: float = 4.0) -> Figure:
     return figure
 
 
+def short_names(names: Sequence[str], *, longest: int = 40) -> list[str]:
+    """Names that fit beside a figure: without the leading modules that all share, and with `…` for a middle too long.
+
+    Different names stay different, be it at the price of more than `longest` characters.
+
+    Example:
+        >>> short_names(["model.backbone.layer1.bn", "model.backbone.layer2.bn"], longest=12)
+        ['layer1.bn', 'layer2.bn']
+    """
+    if names and max(map(len, names)) > longest and len(set(names)) > 1:
+        parts = [name.split(".") for name in names]
+        shared = next(i for i in range(max(map(len, parts)) + 1) if len({tuple(p[: i + 1]) for p in parts}) > 1)
+        shared -= shared > 0 and any(part[shared : shared + 1] and part[shared].isdigit() for part in parts)
+        names = [".".join(part[shared:]) or name for part, name in zip(parts, names, strict=True)]
+    while True:
+        head, tail = longest // 3, longest - longest // 3 - 1
+        short = [
+            name if len(name) <= longest else f"{name[:head].rstrip('.')}…{name[-tail:].lstrip('.')}" for name in names
+        ]
+        if len(set(short)) == len(set(names)):
+            return short
+        longest += 6
+
+
+def step_axis(axes: Axes) -> None:
+    """Training steps along x: whole numbers, thousands as `k`."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"))
+    axes.set_xlabel("training step")
+
+
+def legend_above(figure: Figure, handles: Mapping[str, Artist], title: str) -> None:
+    """One legend for all panels, in a row under the figure's title."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=len(handles), fontsize=9)
+
+
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure's pixels, `(height, width, 3)`: the one form that every logger takes."""
     canvas = FigureCanvasAgg(figure)
@@ -76,5 +117,12 @@ def save_png(figure: Figure, path: str | PathLike[str]) -> Path:
     """Writes the figure to `path`, making its folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    path.write_bytes(to_png(figure))
     return path
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the contents of a PNG file."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

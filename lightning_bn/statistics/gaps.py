@@ -1,4 +1,7 @@
-"""Gap: how far one set of statistics lies from another, in one number for a layer's mean and one for its variance."""
+"""Gap: how far one set of statistics lies from another, in one number for a layer's means and one for its variances.
+
+Each is the root mean square over channels of an *offset*, which keeps its sign and its channel.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,16 @@ from torch import Tensor
 
 _SMALLEST_VARIANCE = 1e-12
 """Stands in for the variance of a dead channel, whose gap in units of its own sigma would be infinite."""
+
+
+def mean_offsets(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
+    """How many sigma each channel's mean has moved: ``(mean - from_mean) / sqrt(from_var)``, ``(C,)``."""
+    return (mean - from_mean) / from_var.clamp(min=_SMALLEST_VARIANCE).sqrt()
+
+
+def var_offsets(var: Tensor, from_var: Tensor) -> Tensor:
+    """Log ratio of each channel's variances: ``log(var / from_var)``, ``(C,)``."""
+    return torch.log(var.clamp(min=_SMALLEST_VARIANCE) / from_var.clamp(min=_SMALLEST_VARIANCE))
 
 
 def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
@@ -25,8 +38,7 @@ def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
         >>> mean_gap(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]))
         tensor(0.7071, dtype=torch.float64)
     """
-    sigma = from_var.double().clamp(min=_SMALLEST_VARIANCE).sqrt()
-    return ((mean.double() - from_mean.double()) / sigma).square().mean().sqrt()
+    return mean_offsets(mean.double(), from_mean.double(), from_var.double()).square().mean().sqrt()
 
 
 def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
@@ -44,5 +56,4 @@ def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
         >>> var_gap(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]))
         tensor(0.4901, dtype=torch.float64)
     """
-    new, old = (v.double().clamp(min=_SMALLEST_VARIANCE) for v in (var, from_var))
-    return torch.log(new / old).square().mean().sqrt()
+    return var_offsets(var.double(), from_var.double()).square().mean().sqrt()

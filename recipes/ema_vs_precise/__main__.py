@@ -37,6 +37,8 @@ EVERY_PRESET = {
     "trainer.enable_checkpointing": False,
     "trainer.enable_model_summary": False,
     "trainer.enable_progress_bar": False,  # a line an epoch says more
+    "monitor.every_n_batches": 1,  # an epoch has few
+    "monitor.window": 8,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -83,6 +85,7 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_class_arguments(ImageData, "data")
     parser.add_class_arguments(ImageClassifier, "model")
     parser.add_class_arguments(lbn.PreciseBNCallback, "precise_bn")
+    parser.add_class_arguments(lbn.BNStatsMonitor, "monitor")
     parser.add_class_arguments(L.Trainer, "trainer", skip={"logger"}, instantiate=False, fail_untyped=False)
     parser.link_arguments("data_root", "data.root")
     parser.link_arguments("data.num_channels", "model.in_channels", apply_on="instantiate")
@@ -112,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
     def make() -> Parts:
         made = parser.instantiate(config)
-        return Parts(made.model, made.data, made.precise_bn, made.trainer.as_dict())
+        return Parts(made.model, made.data, made.precise_bn, made.monitor, made.trainer.as_dict())
 
     def make_logger(arm: Arm, seed: int) -> Logger:
         return output.wandb_logger(f"{arm}, seed {seed}", arm, preset, folder, config.as_dict())

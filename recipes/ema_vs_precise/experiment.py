@@ -32,6 +32,7 @@ class Parts:
     model: L.LightningModule
     data: ImageData
     precise_bn: lbn.PreciseBNCallback
+    monitor: lbn.BNStatsMonitor
     trainer: dict[str, Any]  # arguments of the Trainer
 
 
@@ -151,12 +152,12 @@ def train(
     trace: "EMATrace | None" = None,
     compare: Run | None = None,
 ) -> tuple[Run, Parts]:
-    """Trains once. The arms differ in one callback and in nothing else."""
+    """Trains once. The arms differ in one callback, PreciseBN, and in nothing else."""
     say(f"\n{arm}, seed {seed}")
     L.seed_everything(seed, workers=True, verbose=False)
     parts = make()
     run = Run(arm, seed)
-    callbacks: list[L.Callback] = [parts.precise_bn] if arm == "PreciseBN" else []
+    callbacks: list[L.Callback] = [parts.monitor, *([parts.precise_bn] if arm == "PreciseBN" else [])]
     callbacks += [trace] if trace else []
     callbacks += [Recorder(run, say, compare)]
     settings = {**parts.trainer, "callbacks": [*(parts.trainer.get("callbacks") or []), *callbacks]}

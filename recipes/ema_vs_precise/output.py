@@ -136,11 +136,15 @@ def _draw_cloud(cloud: Cloud) -> Figure:
     distance = (cloud.ema[early - 1] - cloud.batch_means[early].mean(0)).abs() / cloud.std[early]
     column = int(distance.median(0).indices)
     layer, channel = cloud.channels[column]
-    return plots.ema_and_cloud(
-        cloud.ema[:, column].tolist(),
-        {step: means[:, column].tolist() for step, means in cloud.batch_means.items()},
-        title=f"{layer.removeprefix('network.')}, channel {channel}",
+    means = {step: batches[:, column] for step, batches in sorted(cloud.batch_means.items())}
+    trace = plots.ChannelTrace(
+        title=f"{layer.removeprefix('network.')}, channel {channel}: batches under each step's fixed weights",
+        steps=range(1, len(cloud.ema) + 1),
+        ema=cloud.ema[:, column].tolist(),
+        batches={step: batches.tolist() for step, batches in means.items()},
+        precise={step: float(batches.mean()) for step, batches in means.items()},
     )
+    return plots.channels_over_steps([trace])
 
 
 def write(

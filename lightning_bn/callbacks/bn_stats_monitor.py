@@ -1,0 +1,233 @@
+"""BNStatsMonitor: how far the EMA lies from the batches it should summarise, layer by layer (paper, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_bn import plots
+from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.engine.logging import log_row, log_step, may_log, safe_keys
+from lightning_bn.engine.normalization_batch import normalization_batch_size
+from lightning_bn.engine.population_pass import Recomputed
+from lightning_bn.functional.drift_record import COLUMNS, DriftRecord
+from lightning_bn.functional.precise import Count, require_whole, samples_in
+from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
+from lightning_bn.statistics.alarm import Alarm
+from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
+
+_MOST_KEYED = 64
+"""Layers that get keys of their own by default: W&B advises less than 10,000 metrics a project."""
+
+_FIRST_DRAWN = 32
+"""Pictures are drawn after so many rows, and whenever they have doubled: each shows the run from its start, and a
+million rows make less than the 50 images that a run may have."""
+
+
+class BNStatsMonitor(BatchNormCallback):
+    """Log the gap between EMA and batch statistics of every BatchNorm layer, and draw it (Sec. 3.1).
+
+    The gap of a layer is the root mean square over channels of ``(batch mean - EMA mean) / EMA sigma``, measured
+    against the EMA as it was *before* the step moved it; that of variances is the log ratio's. Over a window it
+    splits, ``gap^2 = lag^2 + noise^2``: *lag* says that the EMA is stale (large steps; `PreciseBNCallback` mends the
+    evaluation), *noise* that the normalization batch is small (SyncBN, FreezeBN; noise 0.1 is that of 100 independent
+    values). For frozen layers it is the drift of the data from the frozen statistics.
+
+    Logged: ten figures for all layers (``bn_agg/...``), ``bn_mean_gap/<layer>`` and ``bn_var_gap/<layer>``; after 32
+    rows, 64, 128 and so on, and at the end, pictures; at the end, a table. The module, its random numbers and its
+    metrics are bit for bit those of a run without it.
+
+    When it does not help: it reads training batches, so it cannot see that evaluation data differ; a small gap does
+    not mean that the batches suit the model, and a large one does no harm before evaluation.
+
+    Cost: under 1 % of a training step at the defaults (benchmarks/RESULTS.md), memory for some numbers a channel. The
+    batch statistics are recovered from the running ones. Where that is inaccurate (16-bit statistics, momentum 0, a
+    mean of thousands of sigma, frozen layers) inputs are read, and the layer is marked; not inside a compiled region.
+    With several ranks the figures are those of rank 0, whose buffers all ranks use.
+
+    Args:
+        every_n_batches: Measure every n-th training batch.
+        window: Measured batches of a row, at least; it is logged at the next step at which `self.log` is. With the
+            defaults, and the Trainer's ``log_every_n_steps=50``, a row every 50 batches.
+        quantities: What is logged of each layer, of "mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise",
+            "dead" (fraction of channels without variance) and "nonfinite" (fraction of channels).
+        log_layers: Patterns of layers that get keys of their own; None for all, if they are 64 or fewer, else none.
+        channels: Layer name -> channel, whose EMA and batch means are drawn; None for the first channels of the first,
+            the middle and the last layer.
+        alert_above: Alert when the worst lag rises above so many sigma, and again only after it fell below half of
+            it; None for never. 1 sigma is what the paper's Fig. 2 shows where validation fails.
+        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
+
+    Raises:
+        ValueError: At fit start: no logger, no layer, a channel that is not there.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> from lightning_bn import BNStatsMonitor
+        >>> trainer = Trainer(callbacks=[BNStatsMonitor()], logger=CSVLogger("logs"), enable_checkpointing=False)
+
+        As YAML for LightningCLI:
+
+        ```yaml
+        trainer:
+          callbacks:
+            - class_path: lightning_bn.BNStatsMonitor
+              init_args: {every_n_batches: 5, log_layers: "backbone.*"}
+        ```
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int = 5,
+        window: int = 10,
+        quantities: Sequence[str] = ("mean_gap", "var_gap"),
+        log_layers: Layers = None,
+        channels: dict[str, int] | None = None,
+        alert_above: float | None = 1.0,
+        count: Count | None = None,
+        layers: Layers = None,
+    ) -> None:
+        require_whole("every_n_batches", every_n_batches, at_least=1)
+        require_whole("window", window, at_least=1)
+        unknown = [q for q in quantities if q not in QUANTITIES]
+        if isinstance(quantities, str) or unknown:
+            raise ValueError(f"quantities must be some of {', '.join(QUANTITIES)} but is {quantities!r}.")
+        if alert_above is not None and not (isinstance(alert_above, (int, float)) and alert_above > 0):
+            raise ValueError(f"alert_above must be a positive number of sigma, or None, but is {alert_above!r}.")
+        as_patterns(log_layers)
+        self.every_n_batches = every_n_batches
+        self.window = window
+        self.quantities = tuple(quantities)
+        self.log_layers = log_layers
+        self.channels = channels
+        self.alert_above = alert_above
+        self.layers = layers
+        self._count = count or samples_in
+        self._record: DriftRecord | None = None
+        self._restored: dict[str, Any] = {}
+        self._alarm = Alarm(float("inf"))
+        self._batches = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        if stage == "fit":
+            self._record, self._restored = None, {}
+            self._come_after_our_others(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what could not be done later; begin, or go on."""
+        super().on_fit_start(trainer, pl_module)
+        if not trainer.loggers:
+            raise ValueError(
+                "BNStatsMonitor has no logger to log to (Trainer(logger=False)): give the Trainer one, for instance "
+                "lightning.pytorch.loggers.CSVLogger('logs')."
+            )
+        layers = storing_layers(pl_module, self.layers)
+        keys = safe_keys(layers)
+        keyed = find_bn(pl_module, self.log_layers) if self.log_layers or len(layers) <= _MOST_KEYED else {}
+        alone = sum(isinstance(c, BNStatsMonitor) for c in trainer.callbacks) == 1  # type: ignore[attr-defined]
+        prefix = "bn" if alone else "_".join(["bn", *safe_keys(as_patterns(self.layers)).values()])
+        self._record = DriftRecord(
+            layers, {name: key for name, key in keys.items() if name in keyed}, self.quantities, self.channels, prefix
+        )
+        self._alarm = Alarm(self.alert_above or float("inf"))
+        self._batches = 0
+        if self._restored:
+            self._record.load_state_dict(self._restored["record"])
+            self._batches, self._alarm.armed = self._restored["batches"], self._restored["armed"]
+        names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
+        plots.log_layer_names(trainer, f"{prefix}_layers", names)
+        plots.summarise_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look, at every n-th batch; on rank 0, whose running statistics are those that every rank's forward uses."""
+        self._batches += 1
+        if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
+            with suppress(ValueError):  # a batch that cannot be counted
+                self._record.nbs = normalization_batch_size(self._record.layers, self._count(batch))
+            self._record.observer.before_batch()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """See what it was; log a row when a window is full."""
+        if self._record:
+            self._record.after_batch(log_step(trainer))
+            if self._record.observer.batches >= self.window and may_log(trainer):
+                self._log(trainer, self._record)
+                rows = self._record.history.rows_seen
+                if rows >= _FIRST_DRAWN and rows.bit_count() == 1:
+                    self._draw(trainer, self._record)
+
+    def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
+        """Note how far PreciseBN, or FreezeBN at its switch, has moved each layer."""
+        if self._record:
+            self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is left in the window, the pictures and the table."""
+        record = self._record
+        if record is None or not trainer.is_global_zero:
+            return
+        if record.observer.batches > 1:
+            self._log(trainer, record)
+        if record.last is None:
+            rank_zero_warn(
+                f"BNStatsMonitor logged nothing: of {self._batches} batches it measures every "
+                f"{self.every_n_batches}th, and a row takes two. Lower every_n_batches."
+            )
+            return
+        self._draw(trainer, record)
+        step = log_step(trainer)
+        plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
+        plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
+        lines = dict(zip(record.names, record.history["mean_gap"].T.tolist(), strict=True))
+        title = "Mean gap of all layers (sigma)"
+        plots.log_line_chart(trainer, f"{record.prefix}/all_layers", record.history.steps, lines, step, title=title)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no layer observed."""
+        if self._record:
+            self._record.observer.abandon()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything seen so far."""
+        if self._record is None:
+            return self._restored
+        return {"record": self._record.state_dict(), "batches": self._batches, "armed": self._alarm.armed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back; on_fit_start goes on from there."""
+        self._restored = dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the state, not the hold on layers."""
+        return {**vars(self), "_record": None, "_restored": self.state_dict()}
+
+    def _log(self, trainer: Trainer, record: DriftRecord) -> None:
+        step = log_step(trainer)
+        log_row(trainer, record.take_row(step))
+        assert record.last is not None
+        lag = record.last.means.lag.nan_to_num(0.0)
+        worst = int(lag.argmax())
+        if self._alarm.sounds(float(lag[worst])):
+            text = (
+                f"Layer {record.names[worst]!r}: its EMA lags {float(lag[worst]):.2g} sigma behind its batches at step "
+                f"{step}. Evaluation uses the EMA: PreciseBNCallback recomputes it."
+            )
+            plots.alert(trainer, "BatchNorm statistics drift", text)
+        bad = [name for name, share in zip(record.names, record.last.nonfinite, strict=True) if share > 0]
+        if bad and not record.nonfinite_said:
+            record.nonfinite_said = True
+            rank_zero_warn(
+                f"BNStatsMonitor: {len(bad)} layers have seen NaN or infinite statistics up to step {step}, "
+                f"{bad[0]!r} first. Running statistics keep them for ever: PreciseBNCallback replaces them."
+            )
+
+    def _draw(self, trainer: Trainer, record: DriftRecord) -> None:
+        for name, figure in plots.pictures_of(record).items():
+            plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))

@@ -1,0 +1,151 @@
+"""The record of a monitored run: rows for loggers, and all that its pictures and its table are made from.
+
+An `Observer` sees batches; the record turns its windows into rows and remembers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional.observe import Observer
+from lightning_bn.statistics.drift import Observation
+from lightning_bn.statistics.history import History, Traces
+from lightning_bn.statistics.population import LayerStatistics
+
+COLUMNS = [
+    *("index", "layer", "channels", "momentum", "NBS", "batch statistics", "mean gap", "lag", "noise", "variance gap"),
+    *("dead", "not finite", "EMA to precise, mean gap", "EMA to precise, variance gap"),
+]
+"""Of the table: NBS in samples, gaps in sigma or log ratios, dead and not finite as fractions of the channels."""
+
+
+class DriftRecord:
+    """What has been seen of layers so far.
+
+    Args:
+        layers: Qualified name -> layer.
+        keys: Layer name -> its part of metric keys, for those that get keys of their own.
+        quantities: What is logged of these.
+        channels: Layer name -> channel to trace; None for the first of the first, the middle and the last layer.
+        prefix: Start of all keys.
+
+    Attributes:
+        layers: The layers by name.
+        names: Their names.
+        observer: Sees the batches.
+        history: Gaps of every row.
+        traces: The traced channels.
+        last: The last row's observation.
+        moved: Layer name -> mean gap and variance gap from its EMA to its precise statistics, at the last pass.
+        nonfinite_said: Whether anybody has been told of non-finite statistics.
+        nbs: Layer name -> its normalization batch size in the last batch, in samples.
+
+    Raises:
+        ValueError: If there is no such channel.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, _BatchNorm],
+        keys: Mapping[str, str],
+        quantities: Sequence[str],
+        channels: Mapping[str, int] | None,
+        prefix: str,
+    ) -> None:
+        self.names = list(layers)
+        self.keys = dict(keys)
+        self.quantities = tuple(quantities)
+        self.prefix = prefix
+        self.layers = dict(layers)
+        self.channels = _checked(layers, channels)
+        starts = dict(zip(layers, _cumulative(layer.num_features for layer in layers.values()), strict=True))
+        self.observer = Observer(layers, [starts[name] + channel for name, channel in self.channels])
+        self.history = History(("mean_gap", "var_gap"), len(layers))
+        self.traces = Traces()
+        self.last: Observation | None = None
+        self.moved: dict[str, tuple[float, float]] = {}
+        self.nonfinite_said = False
+        self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)
+
+    def after_batch(self, step: int) -> None:
+        """Call after every batch; those that were not observed count for nothing."""
+        if self.observer.after_batch():
+            self.traces.add(step, self.observer.traced)
+
+    def take_row(self, step: int) -> dict[str, float]:
+        """The row of the window that ends here, by full keys; always the same keys."""
+        self.last = self.observer.take()
+        of_layers = self.last.per_layer()
+        self.history.add(step, of_layers)
+        row = {f"{self.prefix}_agg/{name}": value for name, value in self.last.aggregates().items()}
+        for quantity in self.quantities:
+            values = dict(zip(self.names, of_layers[quantity].tolist(), strict=True))
+            row.update({f"{self.prefix}_{quantity}/{key}": values[name] for name, key in self.keys.items()})
+        return row
+
+    def note_pass(
+        self, step: int, statistics: Mapping[str, LayerStatistics], moved: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Note that population statistics were recomputed, and by how much they moved."""
+        self.moved.update({name: gaps for name, gaps in moved.items() if name in self.layers})
+        means = [float(statistics[n].mean[c]) if n in statistics else torch.nan for n, c in self.channels]
+        self.traces.precise[step] = torch.tensor(means)
+
+    def precise_gaps(self) -> Tensor | None:
+        """Mean gap of each layer from EMA to precise statistics at the last pass, ``(L,)``; None without a pass."""
+        gaps = [self.moved.get(name, (torch.nan, torch.nan))[0] for name in self.names]
+        return torch.tensor(gaps) if self.moved else None
+
+    def table(self) -> list[list[Any]]:
+        """A row a layer; see `COLUMNS`."""
+        assert self.last is not None  # drawn after the first row
+        of_layers = {quantity: values.tolist() for quantity, values in self.last.per_layer().items()}
+        rows = []
+        for i, (name, layer) in enumerate(self.layers.items()):
+            measured = [of_layers[q][i] for q in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
+            source = self.last.direct.get(name, "recovered")
+            precise = self.moved.get(name, (torch.nan, torch.nan))
+            rows.append([i, name, layer.num_features, layer.momentum, self.nbs[name], source, *measured, *precise])
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it but the last row, in plain types and tensors."""
+        return {
+            "observer": self.observer.state_dict(),
+            "history": self.history.state_dict(),
+            "traces": self.traces.state_dict(),
+            "moved": dict(self.moved),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.observer.load_state_dict(state["observer"])
+        self.history.load_state_dict(state["history"])
+        self.traces.load_state_dict(state["traces"])
+        self.moved = dict(state["moved"])
+
+
+def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:
+    names = list(layers)
+    if channels is None:
+        return [(name, 0) for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
+    for name, channel in channels.items():
+        if name not in layers:
+            raise ValueError(f"channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
+        if not 0 <= channel < layers[name].num_features:
+            raise ValueError(
+                f"channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
+            )
+    return list(channels.items())
+
+
+def _cumulative(sizes: Iterable[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts[:-1]

@@ -1,0 +1,201 @@
+"""Observing training: what batches the layers see, held against the EMA that evaluation will use.
+
+Around each observed batch, running statistics are copied before and after; what the batch must have been follows from
+the two (see `statistics.recovery`). A few vector operations for all layers together, and memory for a few numbers a
+channel. Layers for which that is not accurate, or that store nothing in training (frozen ones), are measured directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.frozen import is_frozen
+from lightning_bn.layers.observed import Observed
+from lightning_bn.statistics.drift import Drift, Observation, share_of_layers, split
+from lightning_bn.statistics.gaps import mean_offsets, var_offsets
+from lightning_bn.statistics.moments import Moments
+from lightning_bn.statistics.recovery import MOST_ERROR, recovered, recovery_error, share_kept
+
+_DEAD = 1e-2
+"""A channel is dead if its variance is below this share of eps: what the layer puts out varies by a tenth at most."""
+
+
+class Observer:
+    """Watches the statistics of layers over batches.
+
+    Args:
+        layers: Qualified name -> layer; each stores running statistics.
+        channels: Places, in the vector of all layers' channels, of channels to trace one by one.
+
+    Attributes:
+        batches: Batches in the window so far.
+        traced: Of the traced channels in the last observed batch, the EMA's mean before it and its own, ``(2, k)``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> bn = nn.BatchNorm1d(1)
+        >>> observer = Observer({"bn": bn})
+        >>> for shift in (0.5, 0.5):
+        ...     observer.before_batch()
+        ...     _ = bn(torch.tensor([[-1.0], [1.0]]) + shift)
+        ...     _ = observer.after_batch()
+        >>> observer.take().means.lag  # 0.5 sigma at first, then a tenth less
+        tensor([0.4645], dtype=torch.float64)
+    """
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:
+        self._layers = dict(layers)
+        self._sizes = [layer.num_features for layer in layers.values()]
+        home = next(iter(layers.values())).get_buffer("running_mean").device
+        self._like = torch.empty(0, device=home, dtype=torch.float32 if home.type == "mps" else torch.float64)
+        self._layer_of = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes)).to(home)
+        eps = torch.tensor([layer.eps for layer in layers.values()])
+        self._smallest = (_DEAD * eps).to(self._like)[self._layer_of]
+        self._channels = torch.tensor(list(channels), dtype=torch.int64, device=home)
+        self._momenta: tuple[float, ...] = ()
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._observed: tuple[Observed, Handle, dict[str, str]] | None = None
+        self._inaccurate: set[str] = set()
+        self.traced = self._like.new_empty(2, len(channels))
+        self._empty_window()
+
+    def _empty_window(self) -> None:
+        total = sum(self._sizes)
+        zeros = self._like.new_zeros
+        self.batches = 0
+        self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
+        self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
+        self._direct: dict[str, str] = {}
+
+    def before_batch(self) -> None:
+        """Call right before a batch reaches the model, in the modes in which it will."""
+        self.abandon()
+        reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
+        self._direct.update(reasons)
+        observed = Observed()
+        handle = Handle((self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL), observed)
+        self._observed = observed, handle, reasons
+        self._before = self._read()
+
+    def after_batch(self) -> bool:
+        """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
+        if self._before is None or self._observed is None:
+            return False
+        (before, tracked), (after, tracked_after) = self._before, self._read()
+        observed, _, reasons = self._observed
+        self.abandon()
+        calls = tracked_after - tracked
+        kept = share_kept(self._momentum(), calls, tracked)[self._layer_of]
+        batch, called = recovered(before, after, kept), (calls > 0)[self._layer_of]
+        parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
+        for (name, layer), statistics, was_called in parts if reasons else ():
+            if name in reasons:
+                seen = observed.seen.get(layer)
+                was_called.fill_(seen is not None)
+                if seen is not None:
+                    statistics.copy_(torch.stack([seen.mean, seen.m2 / (seen.count - 1)]))
+        self._add(before, batch, called)
+        self._nonfinite |= ~after.isfinite().all(0)
+        self.traced = torch.stack([before[0], batch[0]])[:, self._channels]
+        self._last = after, kept
+        return True
+
+    def _add(self, ema: Tensor, batch: Tensor, called: Tensor) -> None:
+        finite = (batch.isfinite() & ema.isfinite()).all(0)
+        dead = batch[1] < self._smallest
+        compared = called & finite & ~dead & (ema[1] >= self._smallest)
+        offsets = torch.stack([mean_offsets(batch[0], ema[0], ema[1]), var_offsets(batch[1], ema[1])])
+        offsets = torch.where(compared, offsets, 0.0)
+        self._window += Moments(compared.to(offsets.dtype), offsets, torch.zeros_like(offsets))
+        self._dead = torch.where(called & finite, dead, self._dead)
+        self._nonfinite |= called & ~finite
+        self.batches += 1
+
+    def abandon(self) -> None:
+        """Take back from the layers what an observed batch was given, whether or not it came to its end."""
+        if self._observed is not None:
+            self._observed[1].undo()
+        self._before = self._observed = None
+
+    def take(self) -> Observation:
+        """What the window says; and start a new one."""
+        window = Moments(*(v.cpu() for v in (self._window.count, self._window.mean, self._window.m2)))
+        drift = split(window, self._sizes)
+        means, variances = (Drift(*(part[row] for part in drift)) for row in (0, 1))
+        dead, nonfinite = (share_of_layers(where.cpu(), self._sizes) for where in (self._dead, self._nonfinite))
+        observation = Observation(means, variances, dead, nonfinite, self._direct)
+        self._judge_accuracy()
+        self._empty_window()
+        return observation
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, in plain types and tensors."""
+        return {
+            "batches": self.batches,
+            "window": [v.clone() for v in (self._window.count, self._window.mean, self._window.m2)],
+            "dead": self._dead.clone(),
+            "nonfinite": self._nonfinite.clone(),
+            "direct": dict(self._direct),
+            "inaccurate": sorted(self._inaccurate),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a window."""
+        self.batches = state["batches"]
+        self._window = Moments(*(v.to(self._like) for v in state["window"]))
+        self._dead, self._nonfinite = (state[key].to(self._like.device) for key in ("dead", "nonfinite"))
+        self._direct, self._inaccurate = dict(state["direct"]), set(state["inaccurate"])
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Running means and variances, ``(2, C)``, and batches tracked, ``(L,)``: copies."""
+        buffers = [layer._buffers for layer in self._layers.values()]
+        mean, var = (
+            torch.cat([b[kind].to(self._like.device) for b in buffers])  # type: ignore[union-attr]
+            for kind in ("running_mean", "running_var")
+        )
+        none = self._layer_of.new_zeros(())
+        tracked = [b["num_batches_tracked"] if b["num_batches_tracked"] is not None else none for b in buffers]
+        return torch.stack([mean, var]).to(self._like.dtype), torch.stack(tracked).to(self._like)
+
+    def _momentum(self) -> Tensor:
+        momenta = tuple(layer.momentum if layer.momentum is not None else torch.nan for layer in self._layers.values())
+        if momenta != self._momenta:
+            self._momenta = momenta
+            self._momentum_tensor = torch.tensor(momenta).to(self._like)
+        return self._momentum_tensor
+
+    def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
+        """Why a layer's batch statistics cannot be recovered; empty if they can."""
+        running_mean = layer._buffers["running_mean"]
+        if is_frozen(layer) or not layer.training:
+            return "frozen"
+        if layer.momentum == 0:
+            reason = "momentum 0"
+        elif running_mean is not None and running_mean.element_size() == 2:
+            reason = "16-bit statistics"
+        elif layer._buffers["num_batches_tracked"] is None:
+            reason = "batches not tracked"
+        else:
+            reason = "mean of many sigma" if name in self._inaccurate else ""
+        # its batch is spread over ranks, which do not all measure
+        return _NOT_AT_ALL if reason and isinstance(layer, SyncBatchNorm) and num_ranks() > 1 else reason
+
+    def _judge_accuracy(self) -> None:
+        """From where the running means are now: which layers to measure directly in the next window."""
+        if self.batches:
+            (mean, var), kept = (v.cpu() for v in self._last)
+            error = torch.where(var < self._smallest.cpu(), 0.0, recovery_error(mean, var, kept))
+            worst = [float(part.amax()) for part in error.split(self._sizes)]
+            self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
+
+
+_NOT_AT_ALL = "not measured: a SyncBatchNorm whose statistics cannot be recovered"

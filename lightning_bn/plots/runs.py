@@ -1,0 +1,179 @@
+"""Reading back what `BNStatsMonitor` logged, from an offline W&B run, a TensorBoard log or a CSVLogger's folder."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+PREFIX = "bn"
+"""What all keys of a monitor start with; whatever else the run logged is not read."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A logged table, or the names of the layers: then its first column is called ``index``."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A run as it was logged: the keys that start with ``bn``, under the names they were logged by."""
+
+    about: dict[str, str]
+    """What run it is, to be shown."""
+    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Key -> (step, value), in the order they were logged."""
+    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=lambda: defaultdict(list))
+    """Key -> (step, contents of a PNG file), in the order they were logged."""
+    tables: dict[str, Table] = field(default_factory=dict)
+    """Key -> the table that was logged last."""
+
+
+def read_run(path: str | PathLike[str]) -> LoggedRun:
+    """Reads the run at `path`.
+
+    Args:
+        path: The folder of an offline W&B run (`wandb/offline-run-...` or `wandb/latest-run`), a TensorBoard log
+            directory, or a CSVLogger's log directory.
+
+    Raises:
+        ValueError: `path` is none of the three, or W&B cannot read its run.
+        ImportError: It is a TensorBoard log, and `tensorboard` is not installed.
+    """
+    folder = Path(path)
+    kinds: tuple[tuple[str, str, Callable[[Path], LoggedRun]], ...] = (
+        ("an offline W&B run", "run-*.wandb", _read_wandb),
+        ("a TensorBoard log", "events.out.tfevents.*", _read_tensorboard),
+        ("a CSVLogger's folder", "metrics.csv", _read_csv),
+    )
+    for _, pattern, read in kinds:
+        if any(folder.glob(pattern)):
+            return read(folder)
+    looked_for = ", ".join(f"{pattern} ({kind})" for kind, pattern, _ in kinds)
+    there = "no such folder" if not folder.is_dir() else ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+    raise ValueError(f"No run at {folder}: looked there for {looked_for}, and found: {there or 'an empty folder'}.")
+
+
+def _read_wandb(folder: Path) -> LoggedRun:
+    run = LoggedRun({"logger": "W&B, offline run"})
+    for record in _wandb_records(folder):
+        if "run" in record:
+            known = {
+                "name": "display_name",
+                "project": "project",
+                "id": "run_id",
+                "host": "host",
+                "start": "start_time",
+            }
+            run.about.update({label: str(record["run"][key]) for label, key in known.items() if record["run"].get(key)})
+        config = (record.get("run") or {}).get("config") or record.get("config") or {}
+        for key, value in (config.get("update") or {}).items():
+            if _ours(key) and isinstance(value, dict) and all(isinstance(about, dict) for about in value.values()):
+                run.tables[key] = _names(value)
+        item = record.get("history", {}).get("item", {})
+        step = int(item.get("trainer/global_step", item.get("_step", 0)))
+        for key, value in item.items():
+            name, _, part = key.rpartition("._")
+            if _ours(key) and part == "type" and value in ("images/separated", "image-file"):
+                files = item.get(f"{name}.filenames") or [item[f"{name}.path"]]
+                run.images[name] += [(step, (folder / "files" / file).read_bytes()) for file in files]
+            elif _ours(key) and part == "type" and value == "table-file":
+                table = json.loads((folder / "files" / item[f"{name}.path"]).read_text(encoding="utf-8"))
+                run.tables[name] = Table(table["columns"], table["data"])
+            elif _ours(key) and _is_number(value):
+                run.scalars[key].append((step, float(value)))
+    return run
+
+
+def _wandb_records(folder: Path) -> Iterator[dict[str, Any]]:
+    # A command of W&B's, because the Python reader of its files was removed in 0.31.
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout and process.stderr  # piped above
+        for line in process.stdout:
+            if '"type":"summary"' not in line[:60]:  # repeats every row of the history
+                yield json.loads(line)
+        said = process.stderr.read()
+    if process.returncode:
+        raise ValueError(f"W&B cannot read the run at {folder}: {said.strip()[-500:] or f'exit {process.returncode}'}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether W&B's JSON holds a number here; those that JSON lacks are texts."""
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or value in ("NaN", "Infinity", "-Infinity")
+
+
+def _read_tensorboard(folder: Path) -> LoggedRun:
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise ImportError(f"{folder} is a TensorBoard log: reading it needs `pip install tensorboard`.") from error
+    keep_all = dict.fromkeys(("scalars", "images", "tensors"), 0)
+    events = EventAccumulator(str(folder), size_guidance=keep_all).Reload()
+    tags = events.Tags()
+    start = datetime.fromtimestamp(events.FirstEventTimestamp(), timezone.utc)
+    run = LoggedRun({"logger": "TensorBoard", "name": _name_of(folder), "start": f"{start:%Y-%m-%dT%H:%M:%SZ}"})
+    for key in filter(_ours, tags["scalars"]):
+        run.scalars[key] = [(event.step, event.value) for event in events.Scalars(key)]
+    for key in filter(_ours, tags["images"]):
+        run.images[key] = [(event.step, event.encoded_image_string) for event in events.Images(key)]
+    for key in filter(_ours, tags["tensors"]):
+        text = events.Tensors(key)[-1].tensor_proto.string_val
+        if key.endswith("/text_summary") and text and text[0].startswith(b"|"):
+            lines = [_cells(line) for line in text[0].decode().splitlines()]
+            run.tables[key.removesuffix("/text_summary")] = Table(lines[0], lines[2:])
+    return run
+
+
+def _cells(line: str) -> list[str]:
+    """A line of a table in Markdown; `|` inside a cell is written with a backslash."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def _read_csv(folder: Path) -> LoggedRun:
+    run = LoggedRun({"logger": "CSVLogger", "name": _name_of(folder)})
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for key in filter(_ours, row):
+                if row[key]:
+                    run.scalars[key].append((int(row["step"]), float(row[key])))
+    pictures = [(path.relative_to(folder / "figures"), path) for path in (folder / "figures").rglob("*-*.png")]
+    for relative, path in sorted(pictures, key=lambda pair: int(pair[0].stem.rpartition("-")[2])):
+        key = (relative.parent / relative.stem.rpartition("-")[0]).as_posix()
+        if _ours(key):
+            run.images[key].append((int(relative.stem.rpartition("-")[2]), path.read_bytes()))
+    for path in sorted((folder / "figures").rglob("*.json")):
+        key = path.relative_to(folder / "figures").with_suffix("").as_posix()
+        if _ours(key):
+            run.tables[key] = _names(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(folder.rglob("*.csv")):
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        if _ours(key):
+            with path.open(newline="", encoding="utf-8") as file:
+                columns, *rows = csv.reader(file)
+            run.tables[key] = Table(columns, rows)
+    return run
+
+
+def _ours(key: str | None) -> bool:
+    return key is not None and key.startswith(PREFIX)
+
+
+def _name_of(folder: Path) -> str:
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _names(names: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(column for about in names.values() for column in about))
+    ordered = sorted(names, key=lambda index: (len(index), index))
+    return Table(["index", *columns], [[index, *(names[index].get(c, "") for c in columns)] for index in ordered])
