@@ -10,16 +10,21 @@ from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.precise import precise_bn
 from lightning_bn.layers.find import find_bn
+from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
 from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 __all__ = [
     "BNStatsMonitor",
+    "DeadChannels",
     "FreezeBNCallback",
     "LayerStatistics",
+    "MeanGap",
     "Moments",
+    "NonFiniteChannels",
     "PopulationStatistics",
     "PreciseBNCallback",
+    "VarGap",
     "find_bn",
     "freeze_bn",
     "precise_bn",

@@ -1,7 +1,11 @@
-"""What every test gets: one thread, a seed."""
+"""What every test gets: one thread, a seed; and for those that ask, W&B without a network."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # the same examples, on any machine
@@ -12,3 +16,15 @@ settings.load_profile("suite")
 def _seeded() -> None:
     torch.set_num_threads(1)  # the suite runs on two cores, ranks of DDP tests included
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """W&B without network, without a run left over, and with nothing written outside of the test's folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    wandb.finish()
+    yield
+    wandb.finish()
+    wandb.teardown()

@@ -19,13 +19,10 @@ from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.observed import Observed
-from lightning_bn.statistics.drift import Drift, Observation, share_of_layers, split
+from lightning_bn.statistics.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.statistics.gaps import mean_offsets, var_offsets
 from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.recovery import MOST_ERROR, recovered, recovery_error, share_kept
-
-_DEAD = 1e-2
-"""A channel is dead if its variance is below this share of eps: what the layer puts out varies by a tenth at most."""
 
 
 class Observer:
@@ -59,7 +56,7 @@ class Observer:
         self._like = torch.empty(0, device=home, dtype=torch.float32 if home.type == "mps" else torch.float64)
         self._layer_of = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes)).to(home)
         eps = torch.tensor([layer.eps for layer in layers.values()])
-        self._smallest = (_DEAD * eps).to(self._like)[self._layer_of]
+        self._eps = eps.to(self._like)[self._layer_of]
         self._channels = torch.tensor(list(channels), dtype=torch.int64, device=home)
         self._momenta: tuple[float, ...] = ()
         self._before: tuple[Tensor, Tensor] | None = None
@@ -111,8 +108,8 @@ class Observer:
 
     def _add(self, ema: Tensor, batch: Tensor, called: Tensor) -> None:
         finite = (batch.isfinite() & ema.isfinite()).all(0)
-        dead = batch[1] < self._smallest
-        compared = called & finite & ~dead & (ema[1] >= self._smallest)
+        dead = is_dead(batch[1], self._eps)
+        compared = called & finite & ~dead & ~is_dead(ema[1], self._eps)
         offsets = torch.stack([mean_offsets(batch[0], ema[0], ema[1]), var_offsets(batch[1], ema[1])])
         offsets = torch.where(compared, offsets, 0.0)
         self._window += Moments(compared.to(offsets.dtype), offsets, torch.zeros_like(offsets))
@@ -193,7 +190,7 @@ class Observer:
         """From where the running means are now: which layers to measure directly in the next window."""
         if self.batches:
             (mean, var), kept = (v.cpu() for v in self._last)
-            error = torch.where(var < self._smallest.cpu(), 0.0, recovery_error(mean, var, kept))
+            error = torch.where(is_dead(var, self._eps.cpu()), 0.0, recovery_error(mean, var, kept))
             worst = [float(part.amax()) for part in error.split(self._sizes)]
             self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
 

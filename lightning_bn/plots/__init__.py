@@ -8,7 +8,15 @@ pyplot state, safe in callbacks.
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
 from lightning_bn.plots.curves import SampleSweep, error_against_samples, error_curves
 from lightning_bn.plots.drift import aggregates_over_steps, drift_overview, gap_heatmap, lag_against_noise
-from lightning_bn.plots.loggers import alert, log_figure, log_layer_names, log_line_chart, log_table, summarise_by_max
+from lightning_bn.plots.loggers import (
+    alert,
+    any_logs,
+    log_figure,
+    log_layer_names,
+    log_line_chart,
+    log_table,
+    summarise_by_max,
+)
 from lightning_bn.plots.monitor import overview_of, pictures_of
 from lightning_bn.plots.style import save_png, to_rgb
 from lightning_bn.plots.workspace import wandb_workspace
@@ -18,6 +26,7 @@ __all__ = [
     "SampleSweep",
     "aggregates_over_steps",
     "alert",
+    "any_logs",
     "channels_over_steps",
     "drift_overview",
     "error_against_samples",

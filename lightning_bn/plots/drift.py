@@ -211,7 +211,7 @@ def _finish_lines(axes: Axes, label: str, *, log: bool) -> None:
         axes.set_ylim(-0.05, 1.0)
     step_axis(axes)
     axes.set_ylabel(label)
-    axes.legend(loc="best", fontsize=9, ncols=len(axes.lines))
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9, ncols=len(axes.lines), borderaxespad=0.1)
 
 
 def _draw_heatmap(

@@ -58,7 +58,8 @@ def log_layer_names(loggers: Any, key: str, names: Mapping[int, Mapping[str, Any
     Args:
         loggers: As in `log_figure`.
         key: The name it is filed under.
-        names: The layer's number in the model's order -> its name and whatever else is known of it.
+        names: The layer's number in the model's order -> what is known of it: its name as ``layer``, its part of
+            metric keys as ``key`` (`lightning_bn.report` goes by these two), and whatever else there is.
 
     Raises:
         ValueError: As in `log_figure`.
@@ -103,7 +104,8 @@ def log_table(loggers: Any, key: str, columns: Sequence[str], rows: Sequence[Seq
         elif kind == "TensorBoardLogger":
             logger.experiment.add_text(key, _markdown(columns, rows), step)
         elif kind == "MLFlowLogger":
-            logger.experiment.log_dict(logger.run_id, {"columns": list(columns), "data": rows}, f"{key}.json")
+            data = [[None if cell != cell else cell for cell in row] for row in rows]  # NaN is no JSON
+            logger.experiment.log_dict(logger.run_id, {"columns": list(columns), "data": data}, f"{key}.json")
         else:
             path = _folder(logger, loggers) / f"{key}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +174,11 @@ def summarise_by_max(loggers: Any, keys: Iterable[str]) -> None:
                 logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="max,last")
 
 
+def any_logs(loggers: Any) -> bool:
+    """Whether there is a logger that keeps anything: ``fast_dev_run`` has none, and drawing takes a second."""
+    return next(_each(loggers), None) is not None
+
+
 def _each(loggers: Any) -> Iterator[tuple[str, Any]]:
     """Every logger that logs anything, with its kind; "" for those that are not known here."""
     if hasattr(loggers, "loggers"):  # a Trainer
@@ -184,6 +191,7 @@ def _each(loggers: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _folder(logger: Any, loggers: Any) -> Path:
+    getattr(logger, "experiment", None)  # CSVLogger makes its folder now, and would warn if it were not empty
     trainers = getattr(loggers, "default_root_dir", None)  # given a Trainer
     for folder in (getattr(logger, "log_dir", None), getattr(logger, "save_dir", None), trainers):
         if isinstance(folder, str | PathLike):

@@ -13,6 +13,7 @@ import numpy as np
 from lightning_bn.plots.drift import aggregates_over_steps, gap_heatmap
 from lightning_bn.plots.runs import LoggedRun, Table
 from lightning_bn.plots.style import to_png
+from lightning_bn.statistics.drift import AGGREGATES
 
 PAGE = """\
 <!DOCTYPE html>
@@ -52,8 +53,8 @@ table {{ border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-
 th {{ position: sticky; top: 0; background: var(--card); text-align: left; font-weight: 600; padding-top: .7rem; }}
 th, td {{ padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 tr:last-child td {{ border-bottom: 0; }}
-td.number {{ text-align: right; }}
-th.number {{ text-align: right; }}
+.number {{ text-align: right; }}
+td:last-child:not(.number) {{ white-space: normal; min-width: 14rem; }}
 .bad {{ color: var(--accent); font-weight: 600; }}
 </style>
 </head>
@@ -68,13 +69,16 @@ _QUANTITIES = {
     "var_gap": "variance gap (log ratio)",
     "lag": "lag (σ)",
     "noise": "noise (σ)",
+    "var_lag": "lag of the variance (log ratio)",
+    "var_noise": "noise of the variance (log ratio)",
+    "dead": "dead channels (fraction)",
+    "nonfinite": "channels not finite (fraction)",
 }
 _MEANING = {
     "mean_gap": "how far the batches' means lie from the EMA's, in the EMA's σ",
     "var_gap": "log of the batches' variance over the EMA's; 0.7 is a factor of two",
     "lag": "what of the mean gap stays when batches are averaged: a stale EMA",
     "noise": "how far the batches' means scatter: a small normalization batch",
-    "worst_layer": "the layer with the largest mean gap",
     "dead_channels": "channels without variance",
     "nonfinite_layers": "layers with a statistic that is NaN or infinite",
 }
@@ -88,8 +92,7 @@ def run_page(run: LoggedRun, *, title: str = "") -> str:
         title: The page's heading; by default it is made from the run's name.
     """
     title = title or f"BatchNorm drift: {run.about.get('name', run.about.get('id', 'run'))}"
-    together = _by_prefix(key for key in run.scalars if key.startswith("bn_agg"))
-    by_layer = _by_prefix(key for key in run.scalars if not key.startswith("bn_agg"))
+    together, by_layer = _aggregates_and_layers(run)
     steps = [step for series in run.scalars.values() for step, _ in series]
     span = {"steps": f"{min(steps)} to {max(steps)}"} if steps else {}
     parts = [f"<h1>{escape(title)}</h1>", _about({**run.about, **span})]
@@ -110,15 +113,23 @@ def run_page(run: LoggedRun, *, title: str = "") -> str:
     if run.tables:
         parts.append("<h2>Tables from the run</h2>")
     for key, table in sorted(run.tables.items()):
-        parts += [f"<h3>{escape(key)}</h3>", _table(table)]
+        shown = _table(table)
+        if "key" in table.columns:  # the layers' names, which are used all over the page
+            parts.append(f"<details><summary>{escape(key)}</summary>{shown}</details>")
+        else:
+            parts += [f"<h3>{escape(key)}</h3>", shown]
     return PAGE.format(title=escape(title), body="\n".join(parts))
 
 
-def _by_prefix(keys: Iterable[str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for key in sorted(keys):
-        grouped.setdefault(key.partition("/")[0], []).append(key)
-    return grouped
+def _aggregates_and_layers(run: LoggedRun) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The scalars' keys by what stands before their `/`: those of all layers together, and those of single layers."""
+    together: dict[str, list[str]] = {}
+    by_layer: dict[str, list[str]] = {}
+    for key in sorted(run.scalars, key=lambda key: (key.partition("/")[0] != "bn_agg", key)):
+        prefix = key.partition("/")[0]
+        of = together if "agg" in prefix.split("_") else by_layer
+        of.setdefault(prefix, []).append(key)
+    return together, by_layer
 
 
 def _about(about: dict[str, str]) -> str:
@@ -127,69 +138,65 @@ def _about(about: dict[str, str]) -> str:
 
 
 def _all_layers(run: LoggedRun, prefix: str, keys: Sequence[str]) -> Iterable[str]:
-    tag = prefix.removeprefix("bn_agg").strip("_")
-    yield f"<h2>All layers together{f': {escape(tag)}' if tag else ''}</h2>"
+    monitor = prefix.replace("_agg", "", 1)
+    yield f"<h2>All layers together{'' if monitor == 'bn' else f': {escape(monitor)}'}</h2>"
+    series = {key.partition("/")[2]: run.scalars[key] for key in keys}
+    names = sorted(series, key=lambda name: AGGREGATES.index(name) if name in AGGREGATES else len(AGGREGATES))
     rows = []
-    for key in keys:
-        name = key.partition("/")[2]
-        series = run.scalars[key]
-        family = re.sub(r"_(p\d+|max)$", "", name)
-        if name == "worst_layer":
-            names = [_layer_of(run, tag, value) for _, value in series]
-            often, times = Counter(names).most_common(1)[0]
-            cells = [names[-1], f"{often}, {100 * times / len(names):.0f} % of the time", ""]
-        else:
+    for name in names:
+        if name != "worst_layer":
             # Infinite is worst of all, and NaN says nothing.
-            step, worst = max(series, key=lambda pair: -math.inf if math.isnan(pair[1]) else pair[1])
-            cells = [_number(series[-1][1]), _number(worst), str(step)]
-        rows.append([name, *cells, _MEANING.get(family, "")])
+            step, worst = max(series[name], key=lambda pair: -math.inf if math.isnan(pair[1]) else pair[1])
+            meaning = _MEANING.get(re.sub(r"_(p\d+|max)$", "", name), "")
+            rows.append([name, series[name][-1][1], worst, step, meaning])
     yield _table(Table(["figure", "last", "worst", "at step", "what it is"], rows))
-    series_of = {key.partition("/")[2]: tuple(zip(*run.scalars[key], strict=True)) for key in keys}
-    known = {name: series for name, series in series_of.items() if re.sub(r"_(p\d+|max)$", "", name) in _MEANING}
-    if set(known) - {"worst_layer"}:
-        yield _image(to_png(aggregates_over_steps(known)), "redrawn from the logged numbers")  # type: ignore[arg-type]
+    if "worst_layer" in series:
+        worst_layers = [_layer_of(run, monitor, number) for _, number in series["worst_layer"]]
+        often, times = Counter(worst_layers).most_common(1)[0]
+        last, often = escape(worst_layers[-1]), escape(often)
+        share = f"{times} of {len(worst_layers)} rows"
+        yield f"<p>Largest mean gap at the end: <b>{last}</b>; most often: <b>{often}</b>, in {share}.</p>"
+    drawn: dict[str, Any] = {name: tuple(zip(*series[name], strict=True)) for name in names if name in AGGREGATES}
+    if drawn.keys() - {"worst_layer"}:
+        yield _image(to_png(aggregates_over_steps(drawn)), "redrawn from the logged numbers")
 
 
 def _heatmap(run: LoggedRun, prefix: str, keys: Sequence[str]) -> Iterable[str]:
-    places = [_place_of(run, key.partition("/")[2]) for key in keys]
-    order = sorted(range(len(keys)), key=lambda i: places[i][0])
+    layers = sorted((*_place_of(run, key.partition("/")[2]), key) for key in keys)
     steps = sorted({step for key in keys for step, _ in run.scalars[key]})
     row_of = {step: row for row, step in enumerate(steps)}
     gaps = np.full((len(steps), len(keys)), np.nan)
-    for column, index in enumerate(order):
-        for step, value in run.scalars[keys[index]]:
+    for column, (_, _, key) in enumerate(layers):
+        for step, value in run.scalars[key]:
             gaps[row_of[step], column] = value
-    family = next((name for name in _QUANTITIES if prefix.startswith(f"bn_{name}")), "")
-    quantity = _QUANTITIES.get(family, prefix)
-    figure = gap_heatmap(steps, [places[i][1] for i in order], gaps, quantity=quantity, title=prefix)
-    yield _image(to_png(figure), f"{_MEANING.get(family, quantity)}; redrawn from the logged numbers")
+    # The longest, because var_lag is no lag.
+    known = max((name for name in _QUANTITIES if prefix.endswith(f"_{name}")), key=len, default="")
+    quantity = _QUANTITIES.get(known, prefix)
+    figure = gap_heatmap(steps, [name for _, name, _ in layers], gaps, quantity=quantity, title=prefix)
+    yield _image(to_png(figure), f"{_MEANING.get(known, quantity)}; redrawn from the logged numbers")
 
 
-def _place_of(run: LoggedRun, safe: str) -> tuple[tuple[Any, ...], str]:
-    """Where a layer stands and its real name, if the names were logged; else its place among them by name."""
-    for table in _name_tables(run):
-        for row in table.rows:
-            for cell in row[1:]:
-                if isinstance(cell, str) and safe in (cell, cell.replace(".", "_")):
-                    # Both the real and the safe name may be in the row: the longer way to write it is the real one.
-                    real = next((c for c in row[1:] if isinstance(c, str) and c.replace(".", "_") == safe), cell)
-                    return (0, int(row[0])), real
-    natural = tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", safe))
-    return (1, natural), safe
-
-
-def _layer_of(run: LoggedRun, tag: str, index: float) -> str:
-    tables = sorted(run.tables.items(), key=lambda pair: (tag not in pair[0], len(pair[0])))
-    for _, table in tables:
-        if table.columns[:1] == ["index"] and math.isfinite(index):
+def _place_of(run: LoggedRun, key: str) -> tuple[tuple[Any, ...], str]:
+    """Where a layer stands in the model and its real name, if these were logged; else its place by name."""
+    for table in run.tables.values():
+        if {"index", "layer", "key"} <= set(table.columns):
+            index, layer, of_key = (list(table.columns).index(column) for column in ("index", "layer", "key"))
             for row in table.rows:
-                if int(row[0]) == int(index):
-                    return next((str(cell) for cell in row[1:] if isinstance(cell, str)), _number(index))
-    return _number(index)
+                if row[of_key] == key:
+                    return (0, int(row[index])), str(row[layer])
+    parts = re.split(r"(\d+)", key)  # layer2 before layer10
+    return (1, *((int(part), "") if part.isdigit() else (0, part) for part in parts)), key
 
 
-def _name_tables(run: LoggedRun) -> list[Table]:
-    return [table for table in run.tables.values() if table.columns[:1] == ["index"]]
+def _layer_of(run: LoggedRun, monitor: str, number: float) -> str:
+    """The name of the worst layer, which is logged by its number."""
+    for name in (f"{monitor}_layers", f"{monitor}/layers"):
+        if (table := run.tables.get(name)) and {"index", "layer"} <= set(table.columns) and math.isfinite(number):
+            index, layer = list(table.columns).index("index"), list(table.columns).index("layer")
+            for row in table.rows:
+                if int(row[index]) == number:
+                    return str(row[layer])
+    return f"number {_number(number)}"
 
 
 def _pictures(key: str, pictures: Sequence[tuple[int, bytes]]) -> Iterable[str]:
@@ -227,16 +234,13 @@ def _is_numeric(cell: Any) -> bool:
 
 
 def _cell(cell: Any) -> str:
-    if cell is None:
-        return "–"
-    if isinstance(cell, str) and not re.fullmatch(r"-?\d+\.\d+(e-?\d+)?|nan|inf", cell):
-        return escape(cell)
+    if cell is None or not _is_numeric(cell) or re.fullmatch(r"-?\d*", str(cell)):
+        return escape("–" if cell is None else str(cell))
     number = float(cell)
-    text = escape(_number(number))
-    return text if math.isfinite(number) else f'<span class="bad">{text}</span>'
+    if math.isnan(number):
+        return "–"  # not measured
+    return _number(number) if math.isfinite(number) else f'<span class="bad">{number}</span>'
 
 
 def _number(value: float) -> str:
-    return (
-        f"{value:.0f}" if value == round(value, 0) and abs(value) < 1e9 else f"{value:.3g}" if value == value else "nan"
-    )
+    return f"{value:.0f}" if value == round(value, 0) and abs(value) < 1e9 else f"{value:.3g}"

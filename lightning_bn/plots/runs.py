@@ -65,8 +65,10 @@ def read_run(path: str | PathLike[str]) -> LoggedRun:
 
 
 def _read_wandb(folder: Path) -> LoggedRun:
-    run = LoggedRun({"logger": "W&B, offline run"})
+    run = LoggedRun({"logger": "W&B, offline run", "state": "still running, or interrupted"})
     for record in _wandb_records(folder):
+        if "exit" in record:
+            run.about["state"] = "finished"
         if "run" in record:
             known = {
                 "name": "display_name",
@@ -90,7 +92,7 @@ def _read_wandb(folder: Path) -> LoggedRun:
             elif _ours(key) and part == "type" and value == "table-file":
                 table = json.loads((folder / "files" / item[f"{name}.path"]).read_text(encoding="utf-8"))
                 run.tables[name] = Table(table["columns"], table["data"])
-            elif _ours(key) and _is_number(value):
+            elif _ours(key) and _is_number(value) and f"{key.rpartition('.')[0]}._type" not in item:  # not of a picture
                 run.scalars[key].append((step, float(value)))
     return run
 
@@ -98,14 +100,16 @@ def _read_wandb(folder: Path) -> LoggedRun:
 def _wandb_records(folder: Path) -> Iterator[dict[str, Any]]:
     # A command of W&B's, because the Python reader of its files was removed in 0.31.
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    empty = True
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout and process.stderr  # piped above
         for line in process.stdout:
+            empty = False
             if '"type":"summary"' not in line[:60]:  # repeats every row of the history
                 yield json.loads(line)
-        said = process.stderr.read()
-    if process.returncode:
-        raise ValueError(f"W&B cannot read the run at {folder}: {said.strip()[-500:] or f'exit {process.returncode}'}")
+        said = process.stderr.read().strip()[-500:]
+    if process.returncode or empty:
+        raise ValueError(f"W&B cannot read the run at {folder}: {said or f'exit {process.returncode}'}")
 
 
 def _is_number(value: Any) -> bool:
@@ -117,7 +121,9 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
-        raise ImportError(f"{folder} is a TensorBoard log: reading it needs `pip install tensorboard`.") from error
+        raise ImportError(
+            f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
+        ) from error
     keep_all = dict.fromkeys(("scalars", "images", "tensors"), 0)
     events = EventAccumulator(str(folder), size_guidance=keep_all).Reload()
     tags = events.Tags()

@@ -107,6 +107,16 @@ def split(window: Moments, sizes: Sequence[int]) -> Drift:
     return Drift((lag.square() + noise.square()).sqrt(), lag, noise)
 
 
+def is_dead(var: Tensor, eps: float | Tensor) -> Tensor:
+    """Which channels have a variance near zero, below ``eps / 100``: what the layer puts out varies by a tenth at most.
+
+    Args:
+        var: Variance of each channel, ``(C,)``.
+        eps: The layer's, or that of each channel, ``(C,)``.
+    """
+    return var < 0.01 * eps
+
+
 def share_of_layers(where: Tensor, sizes: Sequence[int]) -> Tensor:
     """Fraction of each layer's channels for which ``where``, ``(C,)``, is true."""
     return torch.stack([part.double().mean() for part in where.split(list(sizes))])

@@ -26,7 +26,7 @@ def share_kept(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
         >>> share_kept(torch.tensor([0.1, 0.1, nan]), torch.tensor([1, 2, 1]), torch.tensor([0, 0, 3]))
         tensor([0.9000, 0.8100, 0.7500])
     """
-    averaged = tracked / (tracked + calls).clamp(min=1)
+    averaged = tracked.to(momentum) / (tracked + calls).clamp(min=1)
     return averaged.where(momentum.isnan(), (1 - momentum) ** calls)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
@@ -153,13 +154,28 @@ class TinyData(LightningDataModule):
         return val_loader()
 
 
+class InMemory(DummyLogger):
+    """Keeps the rows it is given, and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append((step or 0, dict(metrics)))
+
+    def logged(self, key: str) -> dict[int, float]:
+        """Step -> value of a key."""
+        return {step: row[key] for step, row in self.rows if key in row}
+
+
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
-    """The plainest Trainer: two epochs on the CPU, nothing on screen, nothing on disk, no sanity check."""
+    """The plainest Trainer: two epochs on the CPU, nothing on screen or disk, an `InMemory` logger, no sanity check."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 2,
-        "logger": False,
+        "logger": InMemory(),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -20,8 +20,13 @@ def samples() -> Figure:
     return plots.error_against_samples([sweep, sweep])
 
 
+def trace(name: str = "bn1, channel 0") -> plots.ChannelTrace:
+    clouds = {2: [0.5, 0.7], 4: [0.4, 0.6]}
+    return plots.ChannelTrace(name, [1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4], clouds, {2: 0.6, 4: 0.5})
+
+
 def cloud() -> Figure:
-    return plots.ema_and_cloud([0.1, 0.2, 0.3, 0.4], {2: [0.5, 0.7], 4: [0.4, 0.6]}, title="bn1, channel 0")
+    return plots.channels_over_steps([trace()])
 
 
 def line(figure: Figure, label: str, panel: int = 0) -> Line2D:
@@ -56,15 +61,33 @@ def test_error_against_samples_joins_the_means_and_shows_every_draw() -> None:
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "100", "4k"]
 
 
-def test_ema_and_cloud_puts_the_population_mean_in_the_middle_of_its_cloud() -> None:
+def test_a_channel_shows_its_ema_every_batch_and_the_population_mean() -> None:
     figure = cloud()
-    assert line(figure, "population mean (PreciseBN)").get_ydata() == pytest.approx([0.6, 0.5])
-    assert line(figure, "EMA (running_mean)").get_xdata() == pytest.approx([1, 2, 3, 4])
-    assert sorted(line(figure, "batch means, weights fixed").get_ydata()) == [0.5, 0.7]
+    (axes,) = figure.axes
+    population = line(figure, "population mean (PreciseBN)")
+    assert list(population.get_xdata()) == [2, 4] and list(population.get_ydata()) == [0.6, 0.5]
+    assert list(line(figure, "EMA (running_mean)").get_xdata()) == [1, 2, 3, 4]
+    dots = line(figure, "batch means")
+    assert list(dots.get_ydata()) == [0.5, 0.7, 0.4, 0.6]
+    assert np.round(dots.get_xdata()).tolist() == [1, 3, 3, 5] and axes.get_title("left") == "bn1, channel 0"
 
 
-def test_ema_and_cloud_draws_a_single_cloud_of_a_single_batch() -> None:
-    plots.ema_and_cloud([0.1], {1: [0.5]})
+def test_one_batch_a_step_is_drawn_at_its_step() -> None:
+    figure = plots.channels_over_steps([trace()._replace(batches={1: [0.3], 2: [0.4], 3: [float("nan")]}, precise={})])
+    assert list(line(figure, "batch means").get_xdata()) == [1, 2, 3]
+    assert "population mean (PreciseBN)" not in [other.get_label() for other in figure.axes[0].lines]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_every_channel_gets_a_panel_of_its_own(count: int) -> None:
+    figure = plots.channels_over_steps([trace(f"bn{index}") for index in range(count)], title="t")
+    shown = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
+    assert shown == [f"bn{index}" for index in range(count)]
+
+
+def test_no_channel_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="at least one ChannelTrace"):
+        plots.channels_over_steps([])
 
 
 def test_a_colour_means_the_same_in_every_figure() -> None:

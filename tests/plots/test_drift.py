@@ -1,0 +1,166 @@
+"""The pictures of drift show every number they were given, however many layers, and whatever is missing."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from lightning_bn import plots
+from lightning_bn.plots.drift import MOST_COLUMNS
+from lightning_bn.plots.style import EMA, PRECISE, short_names
+
+LONG = [f"model.backbone.encoder.stages.{i // 12}.blocks.{i % 12}.residual_branch.norm_{i % 2}" for i in range(60)]
+
+
+def mesh(figure: Figure) -> QuadMesh:
+    return next(c for axes in figure.axes for c in axes.collections if isinstance(c, QuadMesh))
+
+
+def panel(figure: Figure, title: str) -> Axes:
+    return next(axes for axes in figure.axes if axes.get_title("left") == title)
+
+
+def cells(figure: Figure) -> np.ma.MaskedArray:
+    array = mesh(figure).get_array()
+    assert array is not None
+    return np.ma.asarray(array)
+
+
+def points(axes: Axes) -> np.ndarray:
+    return np.concatenate([np.asarray(c.get_offsets()) for c in axes.collections if isinstance(c, PathCollection)])
+
+
+def test_a_heatmap_has_a_row_a_layer_from_the_input_down_and_hatches_what_was_not_measured() -> None:
+    gaps = [[0.1, 0.2, np.nan], [0.3, np.inf, 0.6]]
+    figure = plots.gap_heatmap([10, 20], ["stem", "middle", "head"], gaps)
+    shown = cells(figure)
+    assert shown.mask.tolist() == [[False, False], [False, False], [True, False]]
+    assert shown[0].tolist() == [0.1, 0.3] and shown[2, 1] == 0.6
+    assert shown[1, 1] == mesh(figure).norm.vmax, "infinite is the darkest, not missing"
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low > high, "the first layer is on top"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stem", "middle", "head"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not measured"]
+
+
+def test_a_colour_is_the_same_gap_in_most_heatmaps() -> None:
+    small, large = (plots.gap_heatmap([1], ["a", "b"], [row]) for row in ([0.02, 0.3], [0.05, 0.9]))
+    assert (mesh(small).norm.vmin, mesh(small).norm.vmax) == (mesh(large).norm.vmin, mesh(large).norm.vmax) == (0.01, 1)
+
+
+def test_a_long_run_is_shown_by_the_largest_gap_of_every_span() -> None:
+    gaps = np.full((5000, 2), 0.1)
+    gaps[3333, 1] = 7.0
+    gaps[:, 0] = np.nan
+    shown = cells(plots.gap_heatmap(range(5000), ["a", "b"], gaps))
+    assert shown.shape == (2, MOST_COLUMNS) and shown[1].max() == 7.0 and shown.mask[0].all()
+
+
+@pytest.mark.parametrize("layers", [1, 5, 60, 200])
+def test_names_beside_a_heatmap_do_not_overlap(layers: int) -> None:
+    names = [f"backbone.layer{i}.bn" for i in range(layers)]
+    figure = plots.gap_heatmap([1, 2], names, np.ones((2, layers)))
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_yticklabels()]
+    assert all(lower.y1 <= upper.y0 + 1.0 for upper, lower in pairwise(boxes))
+    assert len(boxes) == layers if layers <= 60 else len(boxes) >= 60
+
+
+def test_a_table_of_the_wrong_shape_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"gaps .* must be \(2, 3\), and is \(3, 2\)"):
+        plots.gap_heatmap([1, 2], ["a", "b", "c"], np.ones((3, 2)))
+    with pytest.raises(ValueError, match="at least one of each"):
+        plots.gap_heatmap([], ["a"], np.ones((0, 1)))
+    with pytest.raises(ValueError, match=r"lag .* 2 layers"):
+        plots.lag_against_noise(["a", "b"], [1.0], [1.0, 2.0])
+
+
+def test_lag_against_noise_puts_every_finite_layer_at_its_place_and_counts_the_others() -> None:
+    lag, noise = [0.5, 0.02, np.nan, 0.1], [0.05, 0.2, 0.1, 0.1]
+    figure = plots.lag_against_noise(["a", "b", "c", "d"], lag, noise, marked=["d"])
+    axes = figure.axes[0]
+    assert points(axes).tolist() == [[0.05, 0.5], [0.2, 0.02], [0.1, 0.1]]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["measured directly or frozen", "1 of 4 layers without a finite value"]
+    stale, noisy, _ = np.concatenate([c.get_facecolor() for c in axes.collections[2:]])
+    assert not np.allclose(stale, noisy), "the two sides of the diagonal differ in colour"
+
+
+def test_the_worst_layers_are_named_apart_from_each_other() -> None:
+    lag = np.full(60, 0.5) + np.linspace(0, 1e-3, 60)
+    figure = plots.lag_against_noise(LONG, lag, np.full(60, 0.1))
+    names = [text for text in figure.axes[0].texts if text.get_text() in short_names(LONG)]
+    assert [text.get_text() for text in names] == short_names(LONG)[:53:-1]
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = sorted((Text.get_window_extent(text, renderer) for text in names), key=lambda box: box.y0)  # no arrows
+    assert all(upper.y0 >= lower.y1 for lower, upper in pairwise(boxes))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("lag", [[0.0, 0.0], [np.nan, np.nan], [np.inf, 0.1]])
+def test_lag_against_noise_copes_with_nothing_to_show(lag: list[float]) -> None:
+    axes = plots.lag_against_noise(["a", "b"], lag, [0.0, 0.0]).axes[0]
+    assert 0 < axes.get_xlim()[0] < axes.get_xlim()[1]
+
+
+def test_the_overview_ranks_layers_by_their_last_measured_gap_beside_that_to_precise() -> None:
+    layers = [f"bn{i}" for i in range(12)]
+    mean = np.vstack([np.arange(12.0), np.arange(12.0)[::-1]])
+    mean[1, 11] = np.nan  # its last measured gap is the first row's 11
+    precise, dead = np.full(12, 2.0), np.zeros(12)
+    dead[11] = 3
+    figure = plots.drift_overview(
+        [1, 2], layers, mean, mean, np.ones(12), np.ones(12), precise_gap=precise, dead=dead, title="run"
+    )
+    worst = panel(figure, "Worst layers at the last measurement")
+    assert [label.get_text() for label in worst.get_yticklabels()][:3] == ["bn0", "bn11", "bn1"]
+    ema, to_precise = worst.containers
+    assert [bar.get_width() for bar in ema][:3] == [11, 11, 10] and {bar.get_width() for bar in to_precise} == {2}
+    assert ema[0].get_facecolor() != to_precise[0].get_facecolor()
+    assert any("3 dead channels" in text.get_text() for text in worst.texts)
+    over = panel(figure, "Mean gap over the layers")
+    assert {str(line.get_label()): list(line.get_ydata()) for line in over.lines}["max"] == [11, 11]
+    assert cells(figure)[:, 0].tolist()[1:] == list(range(1, 12)), "the variance gap, layer by layer"
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e-30, 1e30])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_overview_of_a_single_row_of_anything_can_be_drawn(value: float, layers: int) -> None:
+    row, names = np.full(layers, value), [f"bn{i}" for i in range(layers)]
+    figure = plots.drift_overview([7], names, row[None], row[None], row, row, precise_gap=row, dead=row)
+    assert len(np.unique(plots.to_rgb(figure))) > 10
+
+
+def test_aggregates_share_a_panel_by_what_they_measure_and_worst_layer_is_not_an_amount() -> None:
+    names = ("mean_gap_p50", "mean_gap_max", "lag_max", "noise_max", "worst_layer", "dead_channels")
+    figure = plots.aggregates_over_steps({name: ([1, 2], [0.0, 3.0]) for name in names})
+    labels = {axes.get_ylabel(): [str(line.get_label()) for line in axes.lines] for axes in figure.axes}
+    assert labels == {
+        "mean gap (σ)": ["p50", "max"],
+        "worst lag and worst noise (σ)": ["lag", "noise"],
+        "how many": ["dead channels"],
+    }
+    with pytest.raises(ValueError, match=r"draws mean_gap_p50.* it was given loss"):
+        plots.aggregates_over_steps({"loss": ([1], [1.0])})
+
+
+def test_short_names_stay_different_and_lose_only_what_all_share() -> None:
+    assert short_names(["bn1", "layer1.bn"]) == ["bn1", "layer1.bn"]
+    short = short_names(LONG, longest=30)
+    assert len(set(short)) == 60 and max(map(len, short)) <= 42
+    assert all("model.backbone" not in name and name[-6:] == full[-6:] for name, full in zip(short, LONG, strict=True))
+    assert short_names(["a" * 60]) == ["a" * 13 + "…" + "a" * 26]
+
+
+def test_colours_mean_what_they_mean_in_every_figure() -> None:
+    row = np.array([0.5, 0.2])
+    figure = plots.drift_overview([1], ["a", "b"], row[None], row[None], row, row, precise_gap=row)
+    handles, labels = panel(figure, "At the last measurement").get_legend_handles_labels()
+    colours = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels, strict=True)}
+    assert colours == {"EMA to the batches (mean gap)": to_rgba(EMA), "EMA to PreciseBN": to_rgba(PRECISE)}
