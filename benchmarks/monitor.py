@@ -1,18 +1,19 @@
-"""Claim: BNStatsMonitor can stay on: at its default cadence nobody notices it, in time, on disk or in memory.
+"""Claim: BNStatsMonitor can stay on: at its default cadence it takes little of the time, of the disk and of memory.
 
-One fit a network, in which plain training, the monitor and `wandb.watch`, which logs gradients, take turns.
+In one fit a network, plain training, the monitor, and `wandb.watch`, which logs gradients, take turns.
 """
 
 from __future__ import annotations
 
+import csv
 import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import repeat
+from dataclasses import dataclass
+from itertools import count, product, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,30 +26,32 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import Tensor, nn
 
-from benchmarks.timing import Spread, ratio
+from benchmarks.timing import Spread
 from lightning_bn import BNStatsMonitor
+from lightning_bn.functional.drift_record import DriftRecord
+from lightning_bn.statistics.history import MOST_ROWS
+from lightning_bn.statistics.moments import Moments
 
 TITLE = "BNStatsMonitor costs under 1 % of a training step"
 CLAIM = (
-    "`lightning_bn.BNStatsMonitor` costs under 1 % of a training step at its default cadence (every 5th batch), and "
+    "`lightning_bn.BNStatsMonitor` costs under 1 % of a training step at its default cadence, every 5th batch, and "
     "under 5 % when it measures every batch."
 )
-MOST = {"monitor, defaults": 1.0, "monitor, every batch": 5.0}
+PLAIN, DEFAULT, EVERY, WATCH = "nothing", "monitor, defaults", "monitor, every batch", "wandb.watch, log_freq=5"
+UNDER = {DEFAULT: 1.0, EVERY: 5.0}
 
 NETWORKS = ("resnet18", "resnet50")
 THREADS = 2
 CYCLE = 50
-"""Batches of a turn: the Trainer's default log_every_n_steps, so that every turn logs one row."""
-WATCHED = 5
-FIRST_PICTURES = 32 * CYCLE
-"""Steps until the monitor draws for the first time; then at twice as many, four times as many, and so on."""
-STEPS = 1000
-LAYERS = (10, 60, 200)
+"""Batches of a turn: the Trainer's default ``log_every_n_steps``, so that every turn logs one row."""
+FIRST_DRAWN = 32 * CYCLE
+"""Steps before the first set of pictures; the next one comes after twice as many."""
+LAYERS, STEPS = (10, 60, 200), 1000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The batches of a fit, and how long turns are taken."""
+    """The batches of a fit, and for how long turns are taken."""
 
     samples: int
     pixels: int
@@ -58,12 +61,13 @@ class Shape:
         return f"{self.samples} of {self.pixels} px"
 
 
-# the smaller the images, the more the fixed cost of a callback weighs
-SHAPES = {"cpu": (Shape(32, 32, 4.5),), "cuda": (Shape(32, 32, 1.0), Shape(32, 224, 1.0))}
+# the smaller the images, the more a callback weighs
+SHAPES = {"cpu": (Shape(32, 32, 4.0),), "cuda": (Shape(32, 32, 1.0), Shape(32, 224, 1.0))}
+QUICK = (Shape(2, 32, 0.0),)
 
 
 class Classifier(LightningModule):
-    """Trains a network; its loss is logged, so that plain training logs rows, too."""
+    """Trains a network and logs its loss: plain training has rows to log, too."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -79,13 +83,13 @@ class Classifier(LightningModule):
 
 
 class Watch(Callback):
-    """`wandb.watch` at the monitor's cadence, for the length of a turn."""
+    """`wandb.watch` at the monitor's cadence, for a turn at a time."""
 
     batches = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.batches % CYCLE == 0:
-            wandb.watch(pl_module, log_freq=WATCHED, idx=0)
+            wandb.watch(pl_module, log_freq=5, idx=0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.batches += 1
@@ -94,34 +98,25 @@ class Watch(Callback):
 
 
 class Turns(Callback):
-    """Hands a fit's hooks to one contestant after the other, for a cycle each, and keeps the time.
+    """Hands a fit's batches to one contestant after the other, a cycle each, and keeps the time.
 
-    Whichever is first in a round is last in the next; a turn without any warms up.
-
-    Args:
-        contestants: Name -> callback.
-        minutes: No new round begins after so many, but for the second.
-        device: Where the network is.
-        waits: Whether to wait for the device around hooks, too: that tells what is theirs, but slows the turn down.
-
-    Attributes:
-        seconds: Name -> seconds of each turn, from its first batch's start to the next turn's.
-        hooks: Name -> seconds of these spent in the contestant's hooks.
+    The order rotates. A turn of plain training warms up; no round begins after ``minutes``, but two are run.
+    ``seconds`` are those of each contestant's turns, ``hooks`` the part spent in its hooks. To see what a GPU does in
+    these it must be waited for, which slows a turn down.
     """
 
-    def __init__(self, contestants: Mapping[str, Callback], minutes: float, device: str, waits: bool) -> None:
+    def __init__(self, contestants: Mapping[str, Callback], minutes: float, device: str, wait_in_hooks: bool) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in contestants}
         self.hooks: dict[str, list[float]] = {name: [] for name in contestants}
         self._contestants = contestants
-        self._device, self._device_of_hooks = device, device if waits else "cpu"
-        self._seconds = 60 * minutes
+        self._device, self._wait_in_hooks = device, wait_in_hooks
+        self._order = self._turns(list(contestants), 60 * minutes)
         self._batches = 0
-        self._order = self._turns()
         self._now: str | None = None
 
-    def _turns(self) -> Iterator[str]:
-        names, end = list(self._contestants), time.perf_counter() + self._seconds
-        yield ""
+    def _turns(self, names: list[str], seconds: float) -> Iterator[str | None]:
+        yield None
+        end = time.perf_counter() + seconds
         for number in count():
             if number >= 2 and time.perf_counter() > end:
                 return
@@ -134,12 +129,12 @@ class Turns(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         if self._batches % CYCLE == 0:
-            _wait(self._device)
+            now = self._clock()
             if self._now:
-                self.seconds[self._now].append(time.perf_counter() - self._started)
+                self.seconds[self._now].append(now - self._started)
                 self.hooks[self._now].append(self._in_hooks)
             self._now = next(self._order, None)
-            trainer.should_stop = self._now is None  # after this batch
+            trainer.should_stop = self._batches > 0 and self._now is None  # after this batch
             gc.collect()
             self._in_hooks, self._started = 0.0, time.perf_counter()
         self._batches += 1
@@ -150,29 +145,32 @@ class Turns(Callback):
 
     def _hand_on(self, hook: str, *args: Any) -> None:
         if self._now:
-            _wait(self._device_of_hooks)
-            started = time.perf_counter()
+            started = self._clock(self._wait_in_hooks)
             getattr(self._contestants[self._now], hook)(*args)
-            _wait(self._device_of_hooks)
-            self._in_hooks += time.perf_counter() - started
+            self._in_hooks += self._clock(self._wait_in_hooks) - started
+
+    def _clock(self, wait: bool = True) -> float:
+        if wait and self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network, shape and contestant; costs in percent of a step without."""
+    """One network, shape and contestant; costs in percent of a step without it."""
 
     case: str
     name: str
-    own: Spread | None
+    own: Spread
     whole: Spread
     milliseconds: float
 
     def missed(self) -> bool:
-        """Whether the median, as it is printed, is not under what it should be under."""
-        return self.own is not None and round(self.own.median, 3) >= UNDER[self.name]
+        """Whether the median, as it is printed, is not under what it should be."""
+        return round(self.own.median, 3) >= UNDER[self.name]
 
     def __str__(self) -> str:
-        own = f"{self.own}{' **missed**' if self.missed() else ''}" if self.own else "-"
+        own = f"{self.own}{' **missed**' if self.missed() else ''}" if self.name in UNDER else "-"
         return f"| {self.case} | {self.name} | {own} | {self.whole} | {self.milliseconds:.1f} |"
 
 
@@ -181,92 +179,166 @@ def report(device: str, quick: bool) -> str:
     torch.set_num_threads(THREADS)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows: list[Row] = []
-    kept: list[str] = []
+    further: list[str] = []
     for network, shape in product(NETWORKS[:1] if quick else NETWORKS, QUICK if quick else SHAPES[device]):
-        measured, sentence = _measure(network, shape, device)
-        print(*measured, sentence, sep="\n", flush=True)
-        rows, kept = rows + measured, [*kept, sentence]
+        measured, about = _measure(network, shape, device)
+        print(*measured, about, sep="\n", flush=True)
+        rows, further = rows + measured, [*further, about]
     layers, steps = (LAYERS[:1], 2 * CYCLE) if quick else (LAYERS, STEPS)
-    watched = max(row.whole.median for row in rows if row.name == WATCH)
+    watch = max(row.whole.median for row in rows if row.name == WATCH)
     return "\n".join(
         [
-            "| network | batch | with | in its own hooks, % of a step | step over plain step, % more | ms a step |",
+            "| network | batch | with | in its own hooks, % of a step | whole step, % more than plain | ms a step |",
             "|---|---|---|---|---|---|",
             *map(str, rows),
             "",
             *[_verdict(rows, name) for name in UNDER],
-            f"- `wandb.watch` at the same cadence: up to {watched:.1f} % of a step; at its own default, log_freq=1000, "
-            f"a 200th of that, {watched / 200:.2f} %, for a 200th of the looks.",
-            *kept,
+            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %. At `log_freq=1000`, its own "
+            f"default, that is {watch / 200:.2f} %, for a 200th of the histograms.",
+            *further,
             "",
-            f"| BatchNorm layers | figures a row | rows in {steps} steps | W&B run file | metrics.csv "
-            "| at the end, W&B | at the end, CSVLogger |",
+            f"| BatchNorm layers | figures a row | rows in {steps} steps | metrics.csv, KiB | W&B run file, KiB "
+            "| pictures at the end | tables at the end |",
             "|---|---|---|---|---|---|---|",
             *[_on_disk(number, steps) for number in layers],
             "",
-            "**Method.** torchvision networks with random weights on random images, float32, SGD, "
-            f"{THREADS} CPU threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the monitor "
-            f"at its defaults, the monitor at every batch and `wandb.watch(log_freq={WATCHED})` take turns of {CYCLE} "
-            "batches, so that each turn logs one row; their order rotates. A step is timed from one "
-            "`on_train_batch_start` to the next, own hooks by a clock around them, logging included"
-            + (" (in a fit of its own, which waits for the GPU around them)" if device == "cuda" else "")
-            + ". Median over turns and, in brackets, quartiles; the column over plain is a ratio within a round. "
-            "The claim rests on own hooks, all that the monitor does in this process: one percent is less than "
-            "the noise of whole steps, which are there to show that nothing large happens elsewhere (W&B's own process "
-            "is in them alone). `wandb.watch` works inside backward and cannot be told apart. It logs histograms of "
-            "gradients, not statistics of BatchNorm, and of ten looks in a turn the logged row holds the last. "
-            "Second table: what the monitor adds to a fit that logs its loss, files of an offline run and of a "
-            "CSVLogger; pictures are PNG files, in W&B each is also a row.",
+            f"**Method.** torchvision networks with random weights on random images, float32, SGD, {THREADS} CPU "
+            "threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the monitor and "
+            f"`wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own hooks are "
+            "timed by a clock around them"
+            + (", in a fit of its own that waits for the GPU there" if device == "cuda" else "")
+            + "; whole steps against the plain ones of the same round. Median and, in brackets, quartiles. "
+            "**The claim is about own hooks**: they are all that the monitor does in training, and one percent of a "
+            "whole step is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's "
+            "own process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of "
+            "gradients, and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, "
+            "for a full history. The second table is what the monitor adds to a fit that logs its loss, in files "
+            "of a CSVLogger and an offline W&B run, where every picture and table is one more row.",
         ]
     )
 
 
 def _measure(network: str, shape: Shape, device: str) -> tuple[list[Row], str]:
     torch.manual_seed(0)
-    module = Classifier(getattr(torchvision.models, network)(weights=None).to(device))
+    module = Classifier(getattr(torchvision.models, network)(weights=None))
     images = torch.randn(shape.samples, 3, shape.pixels, shape.pixels, device=device)
     batch = images, torch.randint(1000, (shape.samples,), device=device)
+    monitor = BNStatsMonitor()
+    contestants = {PLAIN: Callback(), DEFAULT: monitor, EVERY: BNStatsMonitor(every_n_batches=1), WATCH: Watch()}
     with TemporaryDirectory() as folder, _wandb_logger(folder) as logger:
-        monitor = BNStatsMonitor()
-        names = dict(zip(UNDER, (monitor, BNStatsMonitor(every_n_batches=1)), strict=True))
-        contestants = {PLAIN: Callback(), **names, WATCH: Watch()}
-        turns = own = Turns(contestants, shape.minutes, device, waits=False)
-        trainer = _fit(module, batch, turns, [logger], device)
+        whole = own = Turns(contestants, shape.minutes, device, wait_in_hooks=False)
+        trainer = _fit(module, batch, whole, [logger], device)
         if device == "cuda":
-            own = Turns(contestants, shape.minutes, device, waits=True)
+            own = Turns(contestants, shape.minutes, device, wait_in_hooks=True)
             trainer = _fit(module, batch, own, [logger], device)
-        record = monitor._record
-        assert record is not None
+        assert monitor._record is not None
+        state, bytes_a_channel = _fill(monitor._record)
         started = time.perf_counter()
-        monitor._draw(trainer, record)
+        monitor._draw(trainer, monitor._record)
         drawn = time.perf_counter() - started
-        bytes_kept = _bytes(monitor.state_dict())
-    milliseconds = {name: 1000 * Spread.of(values).median / CYCLE for name, values in turns.seconds.items()}
     rows = []
-    for name in contestants:
-        shares = [100 * h / (s - h) for h, s in zip(own.hooks[name], own.seconds[name], strict=True)]
-        more = Spread.of([100 * (a / b - 1) for a, b in zip(turns.seconds[name], turns.seconds[PLAIN], strict=True)])
-        hooks = Spread.of(shares) if name in UNDER else None
-        rows.append(Row(f"{network} | {shape}", name, hooks, more, milliseconds[name]))
-    channels = sum(layer.num_features for layer in record.layers.values())
+    plain = whole.seconds[PLAIN]
+    for name, seconds in whole.seconds.items():
+        inside = [100 * h / (s - h) for h, s in zip(own.hooks[name], own.seconds[name], strict=True)]
+        more = [100 * (s / p - 1) for s, p in zip(seconds, plain, strict=True)]
+        milliseconds = 1000 * Spread.of(seconds).median / CYCLE
+        rows.append(Row(f"{network} | {shape}", name, Spread.of(inside), Spread.of(more), milliseconds))
+    until_drawn = FIRST_DRAWN * Spread.of(plain).median / CYCLE
     return rows, (
-        f"- {network}, {shape}: a set of pictures takes {drawn:.1f} s; as the first is drawn after {FIRST_PICTURES} "
-        f"steps and the next after twice as many, that is at most {100 * drawn / (FIRST_PICTURES * milliseconds[PLAIN] / 1000):.2f} % "
-        f"of a run. The state is {bytes_kept / 1024:.0f} KiB, {bytes_kept / channels:.0f} bytes a channel."
+        f"- {network}, {shape}, {len(plain)} rounds. A set of pictures takes {drawn:.1f} s. Drawn after {FIRST_DRAWN} "
+        f"steps and whenever they have doubled, that is at most {100 * drawn / until_drawn:.2f} % of a run. "
+        f"The monitor holds at most {state / 2**20:.1f} MiB, of which {bytes_a_channel:.0f} bytes a channel."
     )
 
 
+def _fill(record: DriftRecord) -> tuple[int, float]:
+    """Repeat the last row until the history is full; the bytes of all tensors held then, and those a channel."""
+    assert record.last is not None
+    for row in range(4 * MOST_ROWS):
+        record.traces.add(row, record.observer.traced)
+        if row < MOST_ROWS:
+            record.history.add(row, record.last.per_layer())
+    record.observer.before_batch()
+    observing = _bytes(vars(record.observer))
+    record.observer.abandon()
+    history = _bytes(record.history.state_dict()) + _bytes(record.traces.state_dict())
+    return observing + history, observing / sum(layer.num_features for layer in record.layers.values())
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Moments):
+        return _bytes(vars(value))
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_bytes, inside))
+
+
 def _on_disk(layers: int, steps: int) -> str:
+    monitored, without = (_files(layers, steps, callback) for callback in (BNStatsMonitor(), Callback()))
+    figures, rows, table, run, pictures, of_pictures, tables, of_tables = (
+        a - b for a, b in zip(monitored, without, strict=True)
+    )
+    return (
+        f"| {layers} | {figures} | {rows} | {table / 1024:.1f} | {run / 1024:.1f} "
+        f"| {pictures}, {of_pictures / 1024:.0f} KiB | {tables}, {of_tables / 1024:.0f} KiB |"
+    )
+
+
+def _files(layers: int, steps: int, callback: Callback) -> list[int]:
+    """Columns and rows of metrics.csv; bytes of it and of the W&B run file; number and bytes of pictures, of tables."""
     torch.manual_seed(0)
-    batch = torch.randn(8, 10), torch.randint(10, (8,))
-    sizes = []
-    for callback in (Callback(), BNStatsMonitor()):
-        module = Classifier(nn.Sequential(*[nn.BatchNorm1d(10) for _ in range(layers)]))
-        with TemporaryDirectory() as folder:
-            with _wandb_logger(folder) as logger:
-                table = CSVLogger(folder, name="csv", version="")
-                _fit(module, batch, callback, [logger, table], "cpu", steps)
-            sizes.append(_sizes(Path(folder)))
-    return ""
+    module = Classifier(nn.Sequential(*[nn.BatchNorm1d(10) for _ in range(layers)]))
+    with TemporaryDirectory() as folder:
+        with _wandb_logger(folder) as logger:
+            batch = torch.randn(8, 10), torch.randint(10, (8,))
+            _fit(module, batch, callback, [logger, CSVLogger(folder, "csv", "")], "cpu", steps)
+        (metrics,) = Path(folder).rglob("metrics.csv")
+        with metrics.open() as file:
+            head, *rows = csv.reader(file)
+        patterns = ("metrics.csv", "*.wandb", "files/media/**/*.png", "files/media/**/*.table.json")
+        table, run, pictures, tables = ([file.stat().st_size for file in Path(folder).rglob(p)] for p in patterns)
+    return [len(head), len(rows), sum(table), sum(run), len(pictures), sum(pictures), len(tables), sum(tables)]
 
 
+def _fit(
+    module: LightningModule,
+    batch: tuple[Tensor, Tensor],
+    callback: Callback,
+    loggers: Sequence[Logger],
+    device: str,
+    steps: int = -1,
+) -> Trainer:
+    trainer = Trainer(
+        accelerator=device,
+        devices=1,
+        max_steps=steps,
+        callbacks=[callback],
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, repeat(batch))
+    return trainer
+
+
+@contextmanager
+def _wandb_logger(folder: str) -> Iterator[WandbLogger]:
+    """Of an offline run that writes to no other place, and that is over in the end, with everything on the disk."""
+    places = {f"WANDB_{kind}_DIR": folder for kind in ("ARTIFACT", "CACHE", "CONFIG", "DATA")}
+    quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True)
+    with patch.dict(os.environ, {"WANDB_MODE": "offline", **places}):
+        try:
+            yield WandbLogger(save_dir=folder, settings=quiet)
+        finally:
+            wandb.finish()
+            wandb.teardown()
+
+
+def _verdict(rows: Sequence[Row], name: str) -> str:
+    chosen = [row for row in rows if row.name == name]
+    missed = [row for row in chosen if row.missed()]
+    worst = max(row.own.median for row in chosen)
+    verdict = f"- Under {UNDER[name]:.0f} % in its own hooks, {name}: {len(chosen) - len(missed)} of {len(chosen)}"
+    return f"{verdict}; at most {worst:.3f} %."

@@ -46,7 +46,9 @@ def channels_over_steps(traces: Sequence[ChannelTrace], *, title: str = "") -> F
     width, height = (6.8, 4.0) if columns == 1 else (4.8 * columns, 0.5 + 2.7 * rows)
     figure = new_figure(width, height)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, trace, name in zip(panels, traces, short_names([t.title for t in traces], longest=48), strict=False):
+    for axes, trace, name in zip(
+        panels, traces, short_names([t.title for t in traces], longest=64 if columns == 1 else 48), strict=False
+    ):
         _draw_channel(axes, trace)
         axes.set_title(name, fontsize=11 if columns == 1 else 9)
     for index, axes in enumerate(panels):
@@ -77,8 +79,9 @@ def _draw_channel(axes: Axes, trace: ChannelTrace) -> None:
         ]
         dots = np.concatenate([np.broadcast_to(x, len(c)) for x, c in zip(sideways, clouds.values(), strict=True)])
         means = np.concatenate([np.asarray(cloud, dtype=float) for cloud in clouds.values()])
-        crowd = 0.45 if len(means) <= 400 else 0.25
-        axes.plot(dots, means, "o", color=BATCHES, alpha=crowd, markersize=3, markeredgewidth=0, label="batch means")
+        label = "batch means, weights fixed" if len(means) > len(clouds) else "batch means"
+        alpha, edge = (0.45, 1.0) if len(means) <= 400 else (0.25, 0.0)
+        axes.plot(dots, means, "o", color=BATCHES, alpha=alpha, markersize=3, markeredgewidth=edge, label=label)
     if trace.precise:
         steps = sorted(trace.precise)
         population = [trace.precise[step] for step in steps]

@@ -138,7 +138,7 @@ def _draw_cloud(cloud: Cloud) -> Figure:
     layer, channel = cloud.channels[column]
     means = {step: batches[:, column] for step, batches in sorted(cloud.batch_means.items())}
     trace = plots.ChannelTrace(
-        title=f"{layer.removeprefix('network.')}, channel {channel}: batches under each step's fixed weights",
+        title=f"{layer.removeprefix('network.')}, channel {channel}",
         steps=range(1, len(cloud.ema) + 1),
         ema=cloud.ema[:, column].tolist(),
         batches={step: batches.tolist() for step, batches in means.items()},

@@ -67,7 +67,7 @@ def test_a_channel_shows_its_ema_every_batch_and_the_population_mean() -> None:
     population = line(figure, "population mean (PreciseBN)")
     assert list(population.get_xdata()) == [2, 4] and list(population.get_ydata()) == [0.6, 0.5]
     assert list(line(figure, "EMA (running_mean)").get_xdata()) == [1, 2, 3, 4]
-    dots = line(figure, "batch means")
+    dots = line(figure, "batch means, weights fixed")
     assert list(dots.get_ydata()) == [0.5, 0.7, 0.4, 0.6]
     assert np.round(dots.get_xdata()).tolist() == [1, 3, 3, 5] and axes.get_title("left") == "bn1, channel 0"
 
