@@ -43,7 +43,7 @@ UNDER = {DEFAULT: 1.0, EVERY: 5.0}
 NETWORKS = ("resnet18", "resnet50")
 SAMPLES = 32
 PIXELS = {"cpu": (32,), "cuda": (32, 224)}  # the smaller the images, the more a callback weighs
-MINUTES = {"cpu": 4.0, "cuda": 1.0}
+MINUTES = {"cpu": 3.5, "cuda": 1.0}
 THREADS = 2
 CYCLE = 50
 """Batches of a turn: the Trainer's default ``log_every_n_steps``, so that every turn logs one row."""
@@ -188,17 +188,17 @@ def report(device: str, quick: bool) -> str:
             "|---|---|---|---|---|---|---|",
             *[_on_disk(number, steps) for number in layers],
             "",
-            f"**Method.** torchvision networks with random weights on random images, float32, SGD, {THREADS} CPU "
-            "threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the monitor and "
-            f"`wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own hooks are "
-            "timed by a clock around them (a GPU is waited for there), whole steps against the plain ones of the same "
-            "round. Median and, in brackets, quartiles. "
-            "**The claim is about own hooks**: they are all that the monitor does in training, and one percent of a "
-            "whole step is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's "
-            "own process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of "
-            "gradients, and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, "
-            "for a full history. The second table is what the monitor adds to a fit that logs its loss, in files "
-            "of a CSVLogger and an offline W&B run, where every picture and table is one more row.",
+            "**Method.** torchvision networks with random weights on random images, float32, SGD at rate 0, "
+            f"{THREADS} CPU threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the "
+            f"monitor and `wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own "
+            "hooks are timed by a clock around them (a GPU is waited for there), whole steps against the plain ones "
+            "of the same round. Median and, in brackets, quartiles. **The claim is about own hooks**: they are all "
+            "that the monitor does in training (where it reads no inputs, as here), and one percent of a whole step "
+            "is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's own "
+            "process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of gradients, "
+            "and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, for a full "
+            "history. The second table is what the monitor adds to a fit that logs its loss, in files of a CSVLogger "
+            "and an offline W&B run, where every picture and table is one more row.",
         ]
     )
 
@@ -282,10 +282,18 @@ def _files(layers: int, steps: int, callback: Callback) -> list[int]:
 def _fit(
     module: LightningModule, inputs: Tensor, callbacks: list[Callback], loggers: list[Logger], steps: int = -1
 ) -> Trainer:
-    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    device = inputs.device.type
-    trainer = Trainer(device, devices=1, max_epochs=-1, max_steps=steps, callbacks=callbacks, logger=loggers, **quiet)
-    labels = torch.randint(10, inputs.shape[:2], device=device)
+    trainer = Trainer(
+        accelerator=inputs.device.type,
+        devices=1,
+        max_epochs=-1,
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    labels = torch.randint(10, inputs.shape[:2], device=inputs.device)
     trainer.fit(module, cycle(list(zip(inputs, labels, strict=True))))
     return trainer
 
