@@ -7,6 +7,8 @@ exist for plain PyTorch.
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.functional.freeze import freeze_bn
+from lightning_bn.functional.ghost import ghost_bn
+from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.moments import Moments
@@ -20,5 +22,7 @@ __all__ = [
     "PreciseBNCallback",
     "find_bn",
     "freeze_bn",
+    "ghost_bn",
+    "mini_batch_inference",
     "precise_bn",
 ]
