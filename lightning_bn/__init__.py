@@ -8,6 +8,8 @@ from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.functional.freeze import freeze_bn
+from lightning_bn.functional.ghost import ghost_bn
+from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
@@ -27,5 +29,7 @@ __all__ = [
     "VarGap",
     "find_bn",
     "freeze_bn",
+    "ghost_bn",
+    "mini_batch_inference",
     "precise_bn",
 ]
