@@ -8,6 +8,7 @@ from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.precise import precise_bn
+from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
@@ -21,4 +22,5 @@ __all__ = [
     "find_bn",
     "freeze_bn",
     "precise_bn",
+    "sync_bn",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -71,10 +71,19 @@ def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchN
     without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
     if without and (layers is not None or len(without) == len(found)):
         raise ValueError(f"{', '.join(without)}: track_running_stats=False, so there are no population statistics.")
-    patched = [name for name, layer in found.items() if "forward" in vars(layer)]
-    if patched:
-        raise ValueError(
-            f"Layer {patched[0]!r} has a forward set on the instance, which goes round anything its class could do "
-            "differently: lightning_bn cannot act on it."
-        )
+    refuse_patched(found)
     return {name: layer for name, layer in found.items() if name not in without}
+
+
+def refuse_patched(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that no behaviour would reach.
+
+    Raises:
+        ValueError: If a layer's forward was replaced on the instance.
+    """
+    for name, layer in layers.items():
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"Layer {name!r} has a forward set on the instance, which goes round anything its class could do "
+                "differently: lightning_bn cannot act on it."
+            )
