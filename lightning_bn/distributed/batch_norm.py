@@ -84,7 +84,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
             )
         for running, value in ((running_mean, pooled.mean), (running_var, pooled.m2 / max(total - 1, 1))):
             if running is not None and total:
-                running.copy_((1 - momentum) * running.double() + momentum * value)
+                running.lerp_(value.to(running.dtype), momentum)
         mean, var = pooled.mean.to(wide), pooled.var.to(wide)
         ctx.save_for_backward(input, weight, mean, var)
         ctx.eps, ctx.group, ctx.total = eps, group, max(total, 1)

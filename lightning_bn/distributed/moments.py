@@ -54,12 +54,12 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     For one layer, where it is the number of exchanges that takes time.
     """
     own = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2])
-    gathered = [torch.empty_like(own) for _ in range(num_ranks(group))]
-    dist.all_gather(gathered, own, group=group)
-    count, mean, m2 = torch.stack(gathered, dim=1)
+    gathered = own.new_empty(num_ranks(group), *own.shape)
+    dist.all_gather(list(gathered), own, group=group)
+    count, mean, m2 = gathered.unbind(1)
     total = count.sum(0)
     pooled = (count * mean).sum(0) / total.clamp(min=1)
-    return Moments(total, pooled, (m2 + count * (mean - pooled).square()).sum(0))
+    return Moments(total, pooled, m2.addcmul_(count, (mean - pooled).square_()).sum(0))
 
 
 def _on_backend(device: torch.device) -> torch.device:
