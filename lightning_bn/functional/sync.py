@@ -41,13 +41,14 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
       others, in the same order, with a batch of zero rows where it has none.
     - Every rank runs backward through what its layers returned, the empty one too. Compute its loss from the output as
       everywhere (``loss.sum() / max(len(loss), 1)``; a mean over nothing is NaN), or take ``0 * output.sum()``. DDP
-      asks for that anyway.
+      asks for that anyway. Inputs of a layer without trainable ``weight`` or ``bias`` require a gradient on all ranks
+      or on none.
 
     Gradients of ``weight`` and ``bias`` are each rank's share, as with torch's SyncBatchNorm: DDP averages them. With
     fewer ``ranks`` than there are, groups have running statistics of their own, and DDP's ``broadcast_buffers`` passes
     on those of rank 0. Layers in eval mode and layers under `freeze_bn` take no part; `precise_bn` estimates synced
-    layers as it does others. Where ``torch.compile`` comes to a synced layer in train mode, its graph breaks. Second
-    derivatives raise.
+    layers as it does others. Where ``torch.compile`` comes to a synced layer in train mode, its graph breaks. There are
+    no second derivatives.
 
     Args:
         model: The model, wrapped by DDP or not.

@@ -22,9 +22,10 @@ from tests.ranks import run_on_ranks
 from tests.zoo import cnn, images
 
 pytestmark = pytest.mark.ddp
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-Case = tuple[nn.Module, list[list[Tensor]], int | None]
-"""Model, the batches of each rank, and ranks that share statistics."""
+Case = tuple[nn.Module, list[list[Tensor]]]
+"""Model, and the batches of each rank."""
 Outcome = tuple[list[Tensor], list[Tensor], dict[str, Tensor]]
 """Outputs and input gradients of all batches; gradients of the parameters; buffers."""
 
@@ -34,6 +35,12 @@ def network(bn: Callable[[int], nn.Module]) -> nn.Module:
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -1, 1)
     return model
+
+
+def without_bias(channels: int) -> nn.Module:
+    bn = nn.BatchNorm2d(channels)
+    bn.bias = None
+    return bn
 
 
 class Twice(nn.Module):
@@ -52,7 +59,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "channels_last": lambda: network(nn.BatchNorm2d).to(memory_format=torch.channels_last),
     "BatchNormAct2d": lambda: network(timm.layers.BatchNormAct2d),
     "no affine": lambda: network(lambda n: nn.BatchNorm2d(n, affine=False)),
-    "no bias": lambda: network(lambda n: nn.BatchNorm2d(n, bias=False)),
+    "no bias": lambda: network(without_bias),
     "momentum None": lambda: network(lambda n: nn.BatchNorm2d(n, momentum=None)),
     "no statistics": lambda: network(lambda n: nn.BatchNorm2d(n, track_running_stats=False)),
     "called twice": lambda: Twice().double(),
@@ -69,19 +76,25 @@ def steps(model: nn.Module, batches: list[Tensor], input_grads: bool = True) -> 
         x = x.clone().requires_grad_(input_grads)
         output = model(x)
         rest = output.shape[1:]
-        (output.square() * torch.linspace(0.5, 2, rest.numel()).view(rest)).sum().backward()
-        seen += [output.detach(), *([x.grad] if x.grad is not None else [])]
-    return seen, [p.grad.clone() for p in model.parameters()], copy.deepcopy(dict(model.named_buffers()))
+        (output.square() * torch.linspace(0.5, 2, rest.numel(), device=x.device).view(rest)).sum().backward()
+        seen += [output.detach().cpu(), gradient_of(x)]
+    buffers = {name: buffer.cpu().clone() for name, buffer in model.named_buffers()}
+    return seen, [gradient_of(p) for p in model.parameters()], buffers
 
 
-def steps_on_this_rank(cases: list[Case]) -> list[Outcome]:
+def gradient_of(x: Tensor) -> Tensor:
+    """On the CPU; on CUDA a rank without rows leaves it away, which stands for zeros."""
+    return torch.zeros_like(x, device="cpu") if x.grad is None else x.grad.cpu().clone()
+
+
+def steps_on_this_rank(cases: list[Case], device: str) -> list[Outcome]:
     found = []
-    for model, shards, ranks in cases:
-        with sync_bn(model, ranks=ranks):
-            assert {
-                b.num_ranks for m in find_bn(model).values() for b in behaviours_of(m) if isinstance(b, Synced)
-            } == {ranks or dist.get_world_size()}
-            found.append(steps(model, shards[dist.get_rank()]))
+    for model, shards in cases:
+        model.to(device)
+        with sync_bn(model):
+            (behaviour,) = {b for layer in find_bn(model).values() for b in behaviours_of(layer)}
+            assert isinstance(behaviour, Synced) and behaviour.num_ranks == dist.get_world_size()
+            found.append(steps(model, [x.to(device) for x in shards[dist.get_rank()]]))
         assert not any(behaviours_of(layer) for layer in find_bn(model).values())
     return found
 
@@ -102,15 +115,17 @@ def assert_one_batch(model: nn.Module, shards: list[list[Tensor]], found: list[O
             assert torch.equal(stored[name], found[0][2][name]), "identical bits on every rank"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_all_ranks_are_one_process_on_their_batches_as_one(world_size: int) -> None:
+def test_all_ranks_are_one_process_on_their_batches_as_one(world_size: int, device: str) -> None:
+    """On one GPU, too, the ranks of which gloo lets share it."""
     cases: list[Case] = []
     for name, sizes in product(MODELS, SIZES[world_size]):
         batches = [x.double() for x in images(sum(sizes), sum(sizes))]
         shards = [list(parts) for parts in zip(*(x.split(sizes) for x in batches), strict=True)]
-        cases.append((MODELS[name](), shards, None))
-    results = run_on_ranks(steps_on_this_rank, world_size, cases)
-    for (model, shards, _), *found in zip(cases, *results, strict=True):
+        cases.append((MODELS[name](), shards))
+    results = run_on_ranks(steps_on_this_rank, world_size, cases, device)
+    for (model, shards), *found in zip(cases, *results, strict=True):
         assert_one_batch(model, shards, found)
 
 
