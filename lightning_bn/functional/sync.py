@@ -10,8 +10,8 @@ from torch.nn import SyncBatchNorm
 from lightning_bn.distributed.groups import borrow_group
 from lightning_bn.distributed.moments import num_ranks, own_rank
 from lightning_bn.functional.precise import require_whole
-from lightning_bn.layers.behaviour import Handle, behaviours_of
-from lightning_bn.layers.find import Layers, find_bn, refuse_patched
+from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.synced import Synced
 
 
@@ -78,8 +78,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     """
     if ranks is not None:
         require_whole("ranks", ranks, at_least=1)
-    chosen = find_bn(model, layers)
-    refuse_patched(chosen)
+    chosen = changeable_layers(model, layers)
     converted = [name for name, layer in chosen.items() if isinstance(layer, SyncBatchNorm)]
     if converted and ranks is not None:
         raise TypeError(
@@ -87,7 +86,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
             "or do not convert it (sync_batchnorm=False) and let sync_bn do it."
         )
     chosen = {name: layer for name, layer in chosen.items() if name not in converted}
-    twice = [name for name, layer in chosen.items() if any(isinstance(b, Synced) for b in behaviours_of(layer))]
+    twice = [name for name, layer in chosen.items() if behaves(layer, Synced)]
     if twice:
         raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
     nothing = (

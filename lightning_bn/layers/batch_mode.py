@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks
-from lightning_bn.layers.behaviour import Behaviour, behaviours_of
+from lightning_bn.layers.behaviour import Behaviour
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
 
@@ -63,11 +63,6 @@ class BatchMode(Behaviour):
             # 16-bit buffers would round the statistics before they are used: the kernel takes its own once more
             return _lent(layer, forward, input, True, None, None)
         return _lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
-
-
-def in_batch_mode(layer: nn.Module) -> bool:
-    """Whether the layer's batch statistics are being taken: behaviours that compute others then stand back."""
-    return any(isinstance(b, BatchMode) for b in behaviours_of(layer))
 
 
 def _lent(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.batch_norm import synced_batch_norm
 from lightning_bn.distributed.moments import num_ranks
-from lightning_bn.layers.batch_mode import in_batch_mode
-from lightning_bn.layers.batch_norm_call import replaced_batch_norm
-from lightning_bn.layers.behaviour import Behaviour
+from lightning_bn.layers.batch_mode import BatchMode
+from lightning_bn.layers.batch_norm_call import with_batch_norm
+from lightning_bn.layers.behaviour import Behaviour, behaves
 
 
 class Synced(Behaviour):
@@ -38,19 +37,17 @@ class Synced(Behaviour):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Run the layer's own ``forward``, with the one ``batch_norm`` in it over all ranks."""
-        if not layer.training or in_batch_mode(layer):
+        if not layer.training or behaves(layer, BatchMode):
             return forward(input)
         output: Tensor = self._over_ranks(layer, forward, input)
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        with replaced_batch_norm(self._names[layer], layer, functools.partial(self._batch_norm, layer)):
-            return forward(input)
+        return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
     def _batch_norm(
         self,
-        layer: _BatchNorm,
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -60,6 +57,6 @@ class Synced(Behaviour):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not (training and layer.training):  # frozen by a behaviour nearer to the layer
+        if not training:  # frozen by a behaviour nearer to the layer
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return synced_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self._group)

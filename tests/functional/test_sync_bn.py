@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, freeze_bn, sync_bn
-from lightning_bn.layers.batch_norm_call import replaced_batch_norm
 from lightning_bn.layers.behaviour import Handle, behaviours_of
 from lightning_bn.layers.synced import Synced
 from tests.zoo import CASES, case, cnn, images
@@ -194,9 +193,6 @@ def test_compiled_it_gives_what_it_gives_eagerly(one_rank: None, fullgraph: bool
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-# --- where it enters ------------------------------------------------------------------------------------------------
-
-
 class OwnMaths(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return (input - input.mean((0, 2, 3), keepdim=True)) * self.weight.view(1, -1, 1, 1)
@@ -205,25 +201,6 @@ class OwnMaths(nn.BatchNorm2d):
 def test_a_layer_that_calls_no_batch_norm_is_refused_by_name(one_rank: None) -> None:
     model = cnn(OwnMaths(8))
     with synced(model):
-        with pytest.raises(TypeError, match="'1', a OwnMaths, does not call"):
+        with pytest.raises(TypeError, match="forward of layer '1' does not call"):
             model(*images(4))
         model.eval()(*images(4))
-
-
-def test_an_error_in_the_layers_forward_is_not_hidden() -> None:
-    bn = nn.BatchNorm2d(3)
-    with pytest.raises(ValueError, match="expected 4D"), replaced_batch_norm("bn", bn, F.batch_norm):
-        bn(torch.randn(3))
-
-
-def test_only_the_one_call_is_replaced_and_only_while_it_lasts() -> None:
-    bn, x = timm.layers.BatchNormAct2d(3), torch.randn(2, 3, 4, 4)
-
-    def twice(*args: Any, **kwargs: Any) -> Tensor:
-        return F.batch_norm(*args, **kwargs) * 2 - 1
-
-    with replaced_batch_norm("bn", bn, twice):
-        y = bn(x)
-    plain = nn.BatchNorm2d(3)(x)
-    torch.testing.assert_close(y, F.relu(plain * 2 - 1))
-    torch.testing.assert_close(bn(x), F.relu(plain))
