@@ -11,6 +11,7 @@ from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
+from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
 from lightning_bn.statistics.moments import Moments
@@ -32,4 +33,5 @@ __all__ = [
     "ghost_bn",
     "mini_batch_inference",
     "precise_bn",
+    "sync_bn",
 ]
