@@ -83,10 +83,15 @@ def evaluation_batches(
     fresh = CombinedLoader(loaders, live._mode)
     fresh.limits = limits
     limit = sum(limits) if live._mode == "sequential" else max(limits)  # not every mode keeps to its limits
+
+    def on_device() -> Iterator[tuple[Any, int, int]]:
+        # begun by the reader, whose random numbers are kept, not here
+        for batch, n, index in itertools.islice(fresh, None if limit == float("inf") else int(limit)):
+            yield _to_device(trainer, module, batch, index), n, index
+
     with _loaders_kept(live.flattened):
         try:
-            batches = itertools.islice(fresh, None if limit == float("inf") else int(limit))
-            yield ((_to_device(trainer, module, batch, index), n, index) for batch, n, index in batches)
+            yield on_device()
         finally:
             fresh.reset()  # ends the workers
 
@@ -195,7 +200,7 @@ def refuse_unprotectable(
     """
     for loader in loaders:
         name = type(loader).__name__
-        parts = [getattr(loader, part, None) for part in ("sampler", "batch_sampler", "dataset")]
+        parts = [getattr(loader, "sampler", None), _noted(loader)[0], getattr(loader, "dataset", None)]
         stateful = [
             type(p).__name__ for p in (loader, *parts) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")
         ]
@@ -228,6 +233,16 @@ class _Fresh:
         return len(self.loader)
 
 
+def _noted(loader: Any) -> tuple[Any, Any]:
+    """A loader's batch sampler, and what `trainer.predict` has put around it to note indices, or None.
+
+    The latter iterates over itself (private, 2.5 to 2.6); all that a second iteration changes is its attributes.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    wrapped = type(sampler).__name__ == "_IndexBatchSamplerWrapper"
+    return (sampler._batch_sampler, sampler) if wrapped else (sampler, None)
+
+
 def _iterates_plainly(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
@@ -252,10 +267,13 @@ def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
     Meanwhile they have copies of their lists, which may be orders that they shuffle in place; samplers also of their
     arrays. A dataset's arrays are its data, and too large to copy.
     """
-    parts = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
-    owners = reachable([getattr(loader, part, None) for loader in loaders for part in parts])
+    parts = ("generator", "sampler", "dataset", "collate_fn")
+    noted = [_noted(loader) for loader in loaders]
+    owners = reachable(
+        [*(getattr(loader, part, None) for loader in loaders for part in parts), *(sampler for sampler, _ in noted)]
+    )
     data = {id(getattr(loader, "dataset", None)) for loader in loaders}
-    restore = [restorer(o) for o in owners]
+    restore = [restorer(o) for o in (*owners, *(wrapper for _, wrapper in noted if wrapper is not None))]
     try:
         for o in owners:
             kinds = (*CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else CONTAINERS

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torchmetrics import Metric
 
 from lightning_bn.engine.evaluation_loop import hook_arguments, num_domains, run_hook, run_step, stage_of
 from lightning_bn.engine.neutral import neutral
@@ -22,7 +23,7 @@ def evaluate_under(
     """Run a validation or test of its own within the one that runs now, and return what it would have logged.
 
     The module's step and its own hooks of the stage run (epoch start and end, batch start and end), callbacks' do not.
-    What `self.log` is given is averaged, reduced and named as Lightning does; loggers, progress bars and the metrics
+    Its torchmetrics start empty. What `self.log` is given is averaged, reduced and named as Lightning does; loggers, progress bars and the metrics
     of the evaluation around see nothing of it. The module, its metrics and random numbers are as before, see `neutral`.
 
     Args:
@@ -45,6 +46,8 @@ def evaluate_under(
     connector = trainer._logger_connector
     found: dict[str, Any] = {}
     with behaviour, neutral(trainer, module, trainer.state.stage, may_log=True), _own_results(trainer):
+        for metric in (m for m in module.modules() if isinstance(m, Metric)):
+            metric.reset()  # from the middle of the evaluation around
         try:
             run_hook(trainer, module, f"on_{stage}_epoch_start")
             current = 0
