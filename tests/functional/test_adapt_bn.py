@@ -77,7 +77,7 @@ def test_a_failed_measurement_changes_nothing() -> None:
     before, bad = buffers_of(model), images(4, 4)
     bad[1][0] = torch.nan
     for batches in ([], bad):
-        with pytest.raises(ValueError, match="No batch reached|non-finite"):
+        with pytest.raises(ValueError, match=r"No batch reached|non-finite"):
             adapt_bn(model, batches)
         assert_same(model, before)
         assert type(model[1]) is nn.BatchNorm2d
