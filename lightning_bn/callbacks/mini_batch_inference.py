@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import Count, estimable_layers, samples_in
 from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.find import Layers, find_bn, storing_layers
+from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.rows import CountsRows
 
 
@@ -140,9 +141,9 @@ class MiniBatchInferenceCallback(BatchNormCallback):
             self._say("MiniBatchInferenceCallback does nothing: all of its layers are frozen.")
             return
         self.fallbacks = 0
-        self._handle = mini_batch_inference(module, layers=list(chosen))
+        self._handle = mini_batch_inference(module, layers=[glob.escape(name) for name in chosen])
         rows = CountsRows()
-        self._rows = rows, Handle(find_bn(module, list(chosen)).values(), rows)
+        self._rows = rows, Handle(chosen.values(), rows)
 
     def _see_rows(self, batch: Any) -> None:
         if self._rows is None:

@@ -77,8 +77,8 @@ def evaluation_batches(
     )
     loaders: Any = tree_map(_Fresh, live.iterables)
     if dataloader_idx is not None and live._mode == "sequential":
-        chosen = live.flattened[dataloader_idx]
-        loaders = [_Fresh(loader if loader is chosen else []) for loader in live.flattened]  # starts no other's workers
+        # starts no other's workers
+        loaders = [_Fresh(loader if i == dataloader_idx else []) for i, loader in enumerate(live.flattened)]
     limits = loop.max_batches
     fresh = CombinedLoader(loaders, live._mode)
     fresh.limits = limits

@@ -23,8 +23,9 @@ def evaluate_under(
     """Run a validation or test of its own within the one that runs now, and return what it would have logged.
 
     The module's step and its own hooks of the stage run (epoch start and end, batch start and end), callbacks' do not.
-    Its torchmetrics start empty. What `self.log` is given is averaged, reduced and named as Lightning does; loggers, progress bars and the metrics
-    of the evaluation around see nothing of it. The module, its metrics and random numbers are as before, see `neutral`.
+    Its torchmetrics start empty. What `self.log` is given is averaged, reduced and named as Lightning does; loggers,
+    progress bars and the metrics of the evaluation around see nothing of it. The module, its metrics and random
+    numbers are as before, see `neutral`.
 
     Args:
         behaviour: Entered for the time, a handle for instance; ``contextlib.nullcontext()`` for the model as it is.
