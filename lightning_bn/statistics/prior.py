@@ -12,7 +12,8 @@ def with_prior(source: Tensor, target: Tensor, prior_samples: int, samples: int)
 
     for means and for variances alike, as published. Pooling $N$ source and $n$ target samples would add
     $p (1 - p) (\mu_s - \mu_t)^2$ to the variance. That is the spread between the two populations, and a batch to be
-    normalised comes from the target alone.
+    normalised comes from the target alone; in a trial of ours it made no difference or was worse
+    (docs/callbacks/ada-bn.md).
 
     Args:
         source: The prior, ``(C,)``.
