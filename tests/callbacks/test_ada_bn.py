@@ -350,6 +350,37 @@ def test_what_cannot_work_is_refused_with_the_way_out() -> None:
             AdaBNCallback(**bad)
 
 
+@pytest.mark.parametrize("compare", [False, True])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
+    error: type[BaseException], compare: bool
+) -> None:
+    class Ahead(Evaluating):
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().test_step(batch, batch_idx)
+            if batch_idx == 1:
+                raise error
+
+    class Seen(Callback):
+        before = after = None
+
+        def look(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+            modules = [(type(m), sorted(vars(m)), m.training) for m in pl_module.modules()]
+            loop = trainer.test_loop
+            return [modules, digest(pl_module.state_dict()), trainer.loggers, trainer.state.stage, id(loop._results)]
+
+        def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.before = self.look(trainer, pl_module)
+
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            self.after = self.look(trainer, pl_module)
+
+    seen = Seen()
+    with pytest.raises(error):
+        evaluate([seen, AdaBNCallback(compare=compare)], module=Ahead())
+    assert seen.before and seen.after == seen.before
+
+
 def test_a_step_that_raises_stop_iteration_does_not_end_the_evaluation_in_silence() -> None:
     def stop(module: Any, batch: Any) -> None:
         raise StopIteration

@@ -514,7 +514,7 @@ def test_an_exception_in_a_pass_leaves_everything_as_it_was(
 
 
 class FuseInEvaluation(TinyNet):
-    """Raises in the second batch of a test, a prediction or a validation; not in what reads ahead, which is muted."""
+    """Raises in the second batch of an evaluation; what reads ahead, which is muted, survives."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -792,3 +792,29 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp
     module = Elsewhere()
     trainer.fit(module, train_loader(), val_loader())
     assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3)  # no pass, one or two
+
+
+@every_evaluating
+def test_it_evaluates_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp_path: Path) -> None:
+    class Tested(Elsewhere):
+        test_step = Elsewhere.validation_step
+
+    results = []
+    for callbacks in ([], [make()]):
+        torch.manual_seed(0)
+        trainer = pytorch_lightning.Trainer(
+            accelerator="cpu",
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        module = Tested()
+        before = digest(module.state_dict())
+        results += trainer.test(module, val_loader(), verbose=False)
+        assert digest(module.state_dict()) == before
+        unadapted = {
+            key.removeprefix("unadapted/"): v for c in callbacks for key, v in vars(c).get("unadapted", {}).items()
+        }
+        assert not unadapted or unadapted == results[0]
+    assert results[0] != results[1]

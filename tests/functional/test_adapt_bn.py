@@ -193,6 +193,22 @@ def test_each_batch_is_normalised_with_all_that_came_so_far(make: Any, prior: in
     assert_same(model, before)
 
 
+def test_a_compiled_model_adapts_as_well() -> None:
+    model, batches = trained(cnn()).eval(), images(8, 3, 5)
+    compiled, outputs = torch.compile(model, backend="eager"), []
+    with torch.no_grad():
+        compiled(batches[0])
+        for run in (model, compiled):
+            behaviour = Adapting(4)
+            with Handle(find_bn(model).values(), behaviour):
+                for batch in batches:
+                    behaviour.samples += len(batch)
+                    outputs.append(run(batch))
+        with adapt_bn(model, batches):
+            torch.testing.assert_close(compiled(batches[0]), model(batches[0]))
+    torch.testing.assert_close(outputs[:3], outputs[3:])
+
+
 def test_a_first_value_alone_takes_the_stored_statistics_and_an_empty_batch_whatever_there_is() -> None:
     model = trained(nn.Sequential(nn.BatchNorm1d(2))).eval()
     x = torch.randn(1, 2)
