@@ -4,28 +4,40 @@ A callback changes which batch a BatchNorm layer normalises over, and leaves eve
 exist for plain PyTorch.
 """
 
+from lightning_bn.callbacks.ada_bn import AdaBNCallback
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
+from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
+from lightning_bn.functional.adapt import adapt_bn
 from lightning_bn.functional.freeze import freeze_bn
+from lightning_bn.functional.ghost import ghost_bn
+from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
+from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
 from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 __all__ = [
+    "AdaBNCallback",
     "BNStatsMonitor",
     "DeadChannels",
     "FreezeBNCallback",
     "LayerStatistics",
     "MeanGap",
+    "MiniBatchInferenceCallback",
     "Moments",
     "NonFiniteChannels",
     "PopulationStatistics",
     "PreciseBNCallback",
     "VarGap",
+    "adapt_bn",
     "find_bn",
     "freeze_bn",
+    "ghost_bn",
+    "mini_batch_inference",
     "precise_bn",
+    "sync_bn",
 ]

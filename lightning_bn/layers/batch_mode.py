@@ -47,7 +47,7 @@ class BatchMode(Behaviour):
         slot = self._seen.slot(self._names[layer], count) if self.counts and count else None
         stored = cast(Tensor, layer._buffers["running_mean"])
         if slot and count > 1 and slot[0].dtype == stored.dtype and not synced and may_use_kernel(input):
-            output = _lent(layer, forward, input, True, *slot, momentum=1.0)
+            output = lent(layer, forward, input, True, *slot, momentum=1.0)
             if kernel_was_accurate(input, *slot):
                 return output
         with torch.no_grad():  # the user's forward may have gradients of its own
@@ -61,11 +61,11 @@ class BatchMode(Behaviour):
             mean, var = pooled.mean, pooled.var
         elif count > 1 and stored.element_size() == 2:
             # 16-bit buffers would round the statistics before they are used: the kernel takes its own once more
-            return _lent(layer, forward, input, True, None, None)
-        return _lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
+            return lent(layer, forward, input, True, None, None)
+        return lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
 
 
-def _lent(
+def lent(
     layer: _BatchNorm,
     forward: Callable[[Tensor], Tensor],
     input: Tensor,

@@ -38,6 +38,11 @@ def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
     return tuple(vars(layer).get(_LIST, ()))
 
 
+def behaves(layer: nn.Module, *kinds: type[Behaviour]) -> bool:
+    """Whether a layer has a behaviour of one of these kinds at the moment, wherever in its list."""
+    return any(isinstance(behaviour, kinds) for behaviour in behaviours_of(layer))
+
+
 def give(layer: nn.Module, behaviour: Behaviour) -> None:
     """Give a layer a behaviour, on top of those it has."""
     if not behaviours_of(layer):

@@ -60,21 +60,30 @@ def as_patterns(layers: Layers) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
-    """Those found by `find_bn` that store population statistics.
+def changeable_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
+    """Those found by `find_bn`, if all of them can be given a behaviour.
 
     Raises:
-        ValueError: If a layer chosen by ``layers`` stores none (``track_running_stats=False``), if no layer does, or if
-            a layer's forward was replaced on the instance.
+        ValueError: If a layer's forward was replaced on the instance.
     """
     found = find_bn(model, layers)
-    without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
-    if without and (layers is not None or len(without) == len(found)):
-        raise ValueError(f"{', '.join(without)}: track_running_stats=False, so there are no population statistics.")
     patched = [name for name, layer in found.items() if "forward" in vars(layer)]
     if patched:
         raise ValueError(
             f"Layer {patched[0]!r} has a forward set on the instance, which goes round anything its class could do "
             "differently: lightning_bn cannot act on it."
         )
+    return found
+
+
+def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
+    """Those of `changeable_layers` that store population statistics.
+
+    Raises:
+        ValueError: If a layer chosen by ``layers`` stores none (``track_running_stats=False``), or if no layer does.
+    """
+    found = changeable_layers(model, layers)
+    without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
+    if without and (layers is not None or len(without) == len(found)):
+        raise ValueError(f"{', '.join(without)}: track_running_stats=False, so there are no population statistics.")
     return {name: layer for name, layer in found.items() if name not in without}

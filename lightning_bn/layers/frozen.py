@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.behaviour import Behaviour, behaviours_of
+from lightning_bn.layers.behaviour import Behaviour, behaves
 
 
 class Frozen(Behaviour):
@@ -30,5 +30,6 @@ class Frozen(Behaviour):
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether statistics are frozen: by us, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
-    by_us = any(isinstance(b, Frozen) for b in behaviours_of(layer))
-    return by_us or (getattr(layer, "running_mean", None) is not None and not layer.track_running_stats)
+    return behaves(layer, Frozen) or (
+        getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
+    )

@@ -8,15 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_bn import Moments
-from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.distributed.moments import merge_at_once, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
 from tests.ranks import run_on_ranks
 
 
-def moments_of(x: Tensor, cuts: list[int]) -> tuple[Moments, list[int], tuple[int, int]]:
-    """Merged moments of the rows of ``x``, each rank holding its part of them."""
+def moments_of(x: Tensor, cuts: list[int]) -> tuple[list[Moments], list[int], tuple[int, int]]:
+    """Merged moments of the rows of ``x``, each rank holding its part of them, merged in both ways."""
     part = x.tensor_split(cuts)[own_rank()]
     own = Moments.of(part) if len(part) else Moments.empty(x.shape[1])
-    return merge_over_ranks(own), sum_over_ranks([len(part), 1], torch.device("cpu")), (own_rank(), num_ranks())
+    return (
+        [merge_over_ranks(own), merge_at_once(own)],
+        sum_over_ranks([len(part), 1], torch.device("cpu")),
+        (own_rank(), num_ranks()),
+    )
 
 
 @pytest.mark.ddp
@@ -26,13 +30,14 @@ def test_ranks_hold_one_population(cuts: list[int], mean: float) -> None:
     x = torch.randn(40, 3, dtype=torch.float64) + mean
     world_size = len(cuts) + 1
     results = run_on_ranks(moments_of, world_size, x, cuts)
-    for rank, (merged, sums, place) in enumerate(results):
+    for rank, (ways, sums, place) in enumerate(results):
         assert place == (rank, world_size) and sums == [40, world_size]
-        assert (merged.count == 40).all()
-        torch.testing.assert_close(merged.mean, x.mean(0), rtol=1e-14, atol=1e-14)
-        torch.testing.assert_close(merged.m2, x.var(0, correction=0) * 40, rtol=1e-11, atol=0)
-        for ours, first in zip(vars(merged).values(), vars(results[0][0]).values(), strict=True):
-            assert torch.equal(ours, first), "identical bits on every rank"
+        for merged, on_rank_0 in zip(ways, results[0][0], strict=True):
+            assert (merged.count == 40).all()
+            torch.testing.assert_close(merged.mean, x.mean(0), rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(merged.m2, x.var(0, correction=0) * 40, rtol=1e-11, atol=0)
+            for ours, first in zip(vars(merged).values(), vars(on_rank_0).values(), strict=True):
+                assert torch.equal(ours, first), "identical bits on every rank"
 
 
 def moments_in_a_group() -> list[float]:
