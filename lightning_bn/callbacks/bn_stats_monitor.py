@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +16,7 @@ from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import Recomputed
 from lightning_bn.functional.drift_record import COLUMNS, DriftRecord
 from lightning_bn.functional.precise import Count, require_whole, samples_in
-from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.statistics.alarm import Alarm
 from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
 
@@ -130,17 +130,23 @@ class BNStatsMonitor(BatchNormCallback):
             )
         layers = storing_layers(pl_module, self.layers)
         keys = safe_keys(layers)
-        keyed = find_bn(pl_module, self.log_layers) if self.log_layers or len(layers) <= _MOST_KEYED else {}
-        alone = sum(isinstance(c, BNStatsMonitor) for c in trainer.callbacks) == 1  # type: ignore[attr-defined]
-        prefix = "bn" if alone else "_".join(["bn", *safe_keys(as_patterns(self.layers)).values()])
-        self._record = DriftRecord(
-            layers, {name: key for name, key in keys.items() if name in keyed}, self.quantities, self.channels, prefix
+        keyed = (
+            keys
+            if self.log_layers is None
+            else chosen(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
         )
+        if self.log_layers is None and len(layers) > _MOST_KEYED:
+            keyed = {}
+        prefix = self._prefix(trainer)
+        self._record = DriftRecord(layers, {name: keys[name] for name in keyed}, self.quantities, self.channels, prefix)
         self._alarm = Alarm(self.alert_above or float("inf"))
         self._batches = 0
         if self._restored:
-            self._record.load_state_dict(self._restored["record"])
             self._batches, self._alarm.armed = self._restored["batches"], self._restored["armed"]
+            try:
+                self._record.load_state_dict(self._restored["record"])
+            except ValueError as error:
+                rank_zero_warn(f"BNStatsMonitor begins a new record: {error}")
         names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
         plots.log_layer_names(trainer, f"{prefix}_layers", names)
         plots.summarise_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
@@ -148,6 +154,7 @@ class BNStatsMonitor(BatchNormCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look, at every n-th batch; on rank 0, whose running statistics are those that every rank's forward uses."""
         self._batches += 1
+        self._abandon()  # a batch that another hook has skipped
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
             with suppress(ValueError):  # a batch that cannot be counted
                 self._record.nbs = normalization_batch_size(self._record.layers, self._count(batch))
@@ -160,40 +167,38 @@ class BNStatsMonitor(BatchNormCallback):
             if self._record.observer.batches >= self.window and may_log(trainer):
                 self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
-                if rows >= _FIRST_DRAWN and rows.bit_count() == 1 and plots.any_logs(trainer):
+                if rows >= _FIRST_DRAWN and rows.bit_count() == 1:
                     self._draw(trainer, self._record)
 
     def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
         """Note how far PreciseBN, or FreezeBN at its switch, has moved each layer."""
+        self._abandon()
         if self._record:
             self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave no layer observed, should its batch have been skipped."""
+        self._abandon()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left in the window, the pictures and the table."""
-        record = self._record
-        if record is None or not trainer.is_global_zero:
-            return
-        if record.observer.batches > 1:
-            self._log(trainer, record)
-        if record.last is None:
-            rank_zero_warn(
-                f"BNStatsMonitor logged nothing: of {self._batches} batches it measures every "
-                f"{self.every_n_batches}th, and a row takes two. Lower every_n_batches."
-            )
-            return
-        if plots.any_logs(trainer):
-            self._draw(trainer, record)
-            self._conclude(trainer, record)
+        if self._record and trainer.is_global_zero:
+            self._conclude(trainer, self._record)
+            if self._record.last is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                rank_zero_warn(
+                    f"BNStatsMonitor logged nothing: of {self._batches} batches it measures one in "
+                    f"{self.every_n_batches}, and a row takes two. Lower every_n_batches."
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no layer observed."""
-        if self._record:
-            self._record.observer.abandon()
+        """Leave no layer observed; a run that was broken off is one that somebody wants to look at."""
+        self._abandon()
+        if self._record and trainer.is_global_zero and trainer.training:
+            self._conclude(trainer, self._record)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same, should another callback have raised in its own."""
-        if self._record:
-            self._record.observer.abandon()
+        """Leave no layer observed, should another callback have raised in its own."""
+        self._abandon()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything seen so far."""
@@ -233,13 +238,40 @@ class BNStatsMonitor(BatchNormCallback):
             )
 
     def _draw(self, trainer: Trainer, record: DriftRecord) -> None:
-        for name, figure in plots.pictures_of(record).items():
-            plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
+        with _warned():
+            for name, figure in plots.pictures_of(record).items() if plots.any_logs(trainer) else ():
+                plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
 
     def _conclude(self, trainer: Trainer, record: DriftRecord) -> None:
-        step, history = log_step(trainer), record.history
-        plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
-        plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
-        lines = dict(zip(record.names, history["mean_gap"].T.tolist(), strict=True))
-        title = "Mean gap of all layers (sigma)"
-        plots.log_line_chart(trainer, f"{record.prefix}/all_layers", history.steps, lines, step, title=title)
+        if record.observer.batches > 1:
+            self._log(trainer, record)
+        if record.last is None or not plots.any_logs(trainer):
+            return
+        self._draw(trainer, record)
+        with _warned():
+            step, history = log_step(trainer), record.history
+            plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
+            plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
+            lines = dict(zip(record.names, history["mean_gap"].T.tolist(), strict=True))
+            title = "Mean gap of all layers (sigma)"
+            plots.log_line_chart(trainer, f"{record.prefix}/all_layers", history.steps, lines, step, title=title)
+
+    def _abandon(self) -> None:
+        if self._record:
+            self._record.observer.abandon()
+
+    def _prefix(self, trainer: Trainer) -> str:
+        """``bn``, or, if there are several monitors, one that says which layers and is no other's."""
+        monitors = [c for c in trainer.callbacks if isinstance(c, BNStatsMonitor)]  # type: ignore[attr-defined]
+        if len(monitors) == 1:
+            return "bn"
+        return "bn_" + list(safe_keys("_".join(as_patterns(m.layers)) for m in monitors).values())[monitors.index(self)]
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """No picture is worth a training."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"BNStatsMonitor could not log a picture or table: {type(error).__name__}: {error}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.observe import Observer
+from lightning_bn.functional.precise import require_whole
 from lightning_bn.statistics.drift import Observation
 from lightning_bn.statistics.history import History, Traces
 from lightning_bn.statistics.population import LayerStatistics
@@ -113,7 +114,8 @@ class DriftRecord:
         rows, precise = [], self.precise_gaps()
         for i, (name, layer) in enumerate(self.layers.items()):
             measured = [of_layers[q][i] for q in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
-            source = self.last.direct.get(name, "recovered")
+            uncalled = of_layers["mean_gap"][i] != of_layers["mean_gap"][i]  # NaN
+            source = self.last.direct.get(name, "no batch to compare" if uncalled else "recovered")
             first = [i, name, layer.num_features, layer.momentum, self.nbs[name], source]
             rows.append([*first, *measured, *precise[:, i].tolist()])
         return rows
@@ -121,6 +123,9 @@ class DriftRecord:
     def state_dict(self) -> dict[str, Any]:
         """All of it but the last row, in plain types and tensors."""
         return {
+            "layers": {name: layer.num_features for name, layer in self.layers.items()},
+            "channels": [list(channel) for channel in self.channels],
+            "nonfinite_said": self.nonfinite_said,
             "observer": self.observer.state_dict(),
             "history": self.history.state_dict(),
             "traces": self.traces.state_dict(),
@@ -128,10 +133,18 @@ class DriftRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Take it back, but for traces of other channels.
+
+        Raises:
+            ValueError: If it is a record of other layers; nothing is then taken.
+        """
+        if state["layers"] != {name: layer.num_features for name, layer in self.layers.items()}:
+            raise ValueError("The checkpoint's record is one of other layers.")
+        self.nonfinite_said = state["nonfinite_said"]
         self.observer.load_state_dict(state["observer"])
         self.history.load_state_dict(state["history"])
-        self.traces.load_state_dict(state["traces"])
+        if state["channels"] == [list(channel) for channel in self.channels]:
+            self.traces.load_state_dict(state["traces"])
         self.moved = dict(state["moved"])
 
 
@@ -144,6 +157,7 @@ def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | Non
     for name, channel in channels.items():
         if name not in layers:
             raise ValueError(f"channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
+        require_whole(f"channels: that of layer {name!r}", channel, at_least=0)
         if not 0 <= channel < layers[name].num_features:
             raise ValueError(
                 f"channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."

@@ -58,7 +58,8 @@ class Observer:
         eps = torch.tensor([layer.eps for layer in layers.values()])
         self._eps = eps.to(self._like)[self._layer_of]
         self._channels = torch.tensor(list(channels), dtype=torch.int64, device=home)
-        self._momenta: tuple[float, ...] = ()
+        self._momenta: list[float | None] = []
+        self._momenta_in_tensor: list[float | None] = []
         self._before: tuple[Tensor, Tensor] | None = None
         self._observed: tuple[Observed, Handle, dict[str, str]] | None = None
         self._inaccurate: set[str] = set()
@@ -76,12 +77,16 @@ class Observer:
     def before_batch(self) -> None:
         """Call right before a batch reaches the model, in the modes in which it will."""
         self.abandon()
+        before = self._read()
+        self._momenta = self._momenta_now()
+        if self.batches == 0:
+            self._judge_accuracy(*before)
         reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
         self._direct.update(reasons)
         observed = Observed()
         handle = Handle((self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL), observed)
         self._observed = observed, handle, reasons
-        self._before = self._read()
+        self._before = before
 
     def after_batch(self) -> bool:
         """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
@@ -90,7 +95,9 @@ class Observer:
         (before, tracked), (after, tracked_after) = self._before, self._read()
         observed, _, reasons = self._observed
         self.abandon()
-        calls = tracked_after - tracked
+        # a momentum that was changed in between says nothing of the one with which the batch was taken in
+        same = [a == b for a, b in zip(self._momenta, self._momenta_now(), strict=True)]
+        calls = (tracked_after - tracked) * (1.0 if all(same) else torch.tensor(same).to(self._like))
         kept = share_kept(self._momentum(), calls, tracked)[self._layer_of]
         batch, called = recovered(before, after, kept), (calls > 0)[self._layer_of]
         parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
@@ -103,7 +110,6 @@ class Observer:
         self._add(before, batch, called)
         self._nonfinite |= ~after.isfinite().all(0)
         self.traced = torch.stack([before[0], batch[0]])[:, self._channels]
-        self._last = after, kept
         return True
 
     def _add(self, ema: Tensor, batch: Tensor, called: Tensor) -> None:
@@ -129,8 +135,7 @@ class Observer:
         drift = split(window, self._sizes)
         means, variances = (Drift(*(part[row] for part in drift)) for row in (0, 1))
         dead, nonfinite = (share_of_layers(where.cpu(), self._sizes) for where in (self._dead, self._nonfinite))
-        observation = Observation(means, variances, dead, nonfinite, self._direct)
-        self._judge_accuracy()
+        observation = Observation(means, variances, dead, nonfinite, torch.tensor(self._sizes), self._direct)
         self._empty_window()
         return observation
 
@@ -160,14 +165,17 @@ class Observer:
             for kind in ("running_mean", "running_var")
         )
         none = self._layer_of.new_zeros(())
-        tracked = [b["num_batches_tracked"] if b["num_batches_tracked"] is not None else none for b in buffers]
+        tracked = [none if (count := b["num_batches_tracked"]) is None else count.to(none.device) for b in buffers]
         return torch.stack([mean, var]).to(self._like.dtype), torch.stack(tracked).to(self._like)
 
+    def _momenta_now(self) -> list[float | None]:
+        return [layer.momentum for layer in self._layers.values()]
+
     def _momentum(self) -> Tensor:
-        momenta = tuple(layer.momentum if layer.momentum is not None else torch.nan for layer in self._layers.values())
-        if momenta != self._momenta:
-            self._momenta = momenta
-            self._momentum_tensor = torch.tensor(momenta).to(self._like)
+        """Of each layer, NaN for None; made anew only when one has changed, since that is a copy to the device."""
+        if self._momenta != self._momenta_in_tensor:
+            self._momenta_in_tensor = self._momenta
+            self._momentum_tensor = torch.tensor([torch.nan if m is None else m for m in self._momenta]).to(self._like)
         return self._momentum_tensor
 
     def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
@@ -186,13 +194,12 @@ class Observer:
         # its batch is spread over ranks, which do not all measure
         return _NOT_AT_ALL if reason and isinstance(layer, SyncBatchNorm) and num_ranks() > 1 else reason
 
-    def _judge_accuracy(self) -> None:
-        """From where the running means are now: which layers to measure directly in the next window."""
-        if self.batches:
-            (mean, var), kept = (v.cpu() for v in self._last)
-            error = torch.where(is_dead(var, self._eps.cpu()), 0.0, recovery_error(mean, var, kept))
-            worst = [float(part.amax()) for part in error.split(self._sizes)]
-            self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
+    def _judge_accuracy(self, running: Tensor, tracked: Tensor) -> None:
+        """From where the running statistics are now: which layers to measure directly in the window that begins."""
+        kept = share_kept(self._momentum(), torch.ones_like(tracked), tracked)[self._layer_of]
+        error = torch.where(is_dead(running[1], self._eps), 0.0, recovery_error(running[0], running[1], kept)).cpu()
+        worst = [float(part.amax()) for part in error.split(self._sizes)]
+        self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
 
 
 _NOT_AT_ALL = "not measured: a SyncBatchNorm whose statistics cannot be recovered"

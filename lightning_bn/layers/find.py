@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -38,18 +38,26 @@ def find_bn(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
         raise ValueError(
             f"{type(model).__name__} has no BatchNorm layer (BatchNorm1d/2d/3d, SyncBatchNorm or a subclass)."
         )
-    patterns = as_patterns(layers)
-    found = {n: m for n, m in everything.items() if any(fnmatchcase(n, p) for p in patterns)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            raise ValueError(
-                f"layers={pattern!r} matches no BatchNorm layer of {type(model).__name__}. There are: "
-                f"{', '.join(everything)}."
-            )
+    of = f"BatchNorm layer of {type(model).__name__}"
+    found = {name: everything[name] for name in chosen(everything, as_patterns(layers), "layers", of)}
     for name, layer in found.items():
         if isinstance(layer, _LazyNormBase) and layer.has_uninitialized_params():
             raise ValueError(f"Layer {name!r} is lazy and has not seen data: run one forward before lightning_bn.")
     return found
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str], option: str, of: str) -> list[str]:
+    """Those of ``names`` that match any of the glob patterns, in their own order.
+
+    Raises:
+        ValueError: If a pattern of that ``option`` matches no name, of which the message says what they are the names
+            ``of``.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{option}={pattern!r} matches no {of}. There are: {', '.join(names)}.")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def as_patterns(layers: Layers) -> tuple[str, ...]:

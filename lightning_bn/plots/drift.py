@@ -159,7 +159,7 @@ def drift_overview(
     _draw_worst(
         worst,
         layers,
-        rms_over_rows(mean_gap),
+        _rms_over_rows(mean_gap),
         None if precise_gap is None else _row("precise_gap", precise_gap, layers),
         None if dead is None else _row("dead", dead, layers),
     )
@@ -379,7 +379,7 @@ def _spans(steps: Array, gaps: Array) -> tuple[Array, Array]:
     return np.array([steps[span].mean() for span in spans]), np.where(np.isneginf(largest), np.nan, largest)
 
 
-def rms_over_rows(gaps: npt.ArrayLike) -> Array:
+def _rms_over_rows(gaps: npt.ArrayLike) -> Array:
     """Every layer's root mean square over the rows in which it was measured; NaN where there is none."""
     gaps = np.asarray(gaps, dtype=np.float64)
     measured = ~np.isnan(gaps)

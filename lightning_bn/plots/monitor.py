@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lightning_bn.functional.drift_record import DriftRecord
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
-from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise, rms_over_rows
+from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise
 
 
 def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:
@@ -35,8 +35,8 @@ def overview_of(record: DriftRecord) -> Figure:
         record.names,
         history["mean_gap"].numpy(),
         history["var_gap"].numpy(),
-        rms_over_rows(history["lag"].numpy()),
-        rms_over_rows(history["noise"].numpy()),
+        history.overall("lag").numpy(),
+        history.overall("noise").numpy(),
         precise_gap=record.precise_gaps()[0].numpy() if record.moved else None,
         dead=np.round(last.dead.numpy() * sizes),
         marked=last.direct,

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
+
 PREFIX = "bn"
 """What all keys of a monitor start with; whatever else the run logged is not read."""
 
@@ -58,7 +60,7 @@ def read_run(path: str | PathLike[str]) -> LoggedRun:
     )
     for _, pattern, read in kinds:
         if any(folder.glob(pattern)):
-            return read(folder)
+            return _of_monitors(read(folder))
     looked_for = ", ".join(f"{pattern} ({kind})" for kind, pattern, _ in kinds)
     there = "no such folder" if not folder.is_dir() else ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise ValueError(f"No run at {folder}: looked there for {looked_for}, and found: {there or 'an empty folder'}.")
@@ -109,7 +111,7 @@ def _wandb_records(folder: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
         said = process.stderr.read().strip()[-500:]
     if process.returncode or empty:
-        raise ValueError(f"W&B cannot read the run at {folder}: {said or f'exit {process.returncode}'}")
+        raise ValueError(f"W&B cannot read the run at {folder}: {said or 'it holds nothing yet; is it still running?'}")
 
 
 def _is_number(value: Any) -> bool:
@@ -153,12 +155,16 @@ def _read_csv(folder: Path) -> LoggedRun:
             for key in filter(_ours, row):
                 if row[key]:
                     run.scalars[key].append((int(row["step"]), float(row[key])))
-    pictures = [(path.relative_to(folder / "figures"), path) for path in (folder / "figures").rglob("*-*.png")]
+    pictures = [
+        (path.relative_to(folder / "figures"), path)
+        for path in (folder / "figures").rglob("*.png")
+        if re.fullmatch(r".*-\d+", path.stem)
+    ]
     for relative, path in sorted(pictures, key=lambda pair: int(pair[0].stem.rpartition("-")[2])):
         key = (relative.parent / relative.stem.rpartition("-")[0]).as_posix()
         if _ours(key):
             run.images[key].append((int(relative.stem.rpartition("-")[2]), path.read_bytes()))
-    for path in sorted((folder / "figures").rglob("*.json")):
+    for path in sorted((folder / "figures").rglob("*_layers.json")):
         key = path.relative_to(folder / "figures").with_suffix("").as_posix()
         if _ours(key):
             run.tables[key] = _names(json.loads(path.read_text(encoding="utf-8")))
@@ -166,8 +172,19 @@ def _read_csv(folder: Path) -> LoggedRun:
         key = path.relative_to(folder).with_suffix("").as_posix()
         if _ours(key):
             with path.open(newline="", encoding="utf-8") as file:
-                columns, *rows = csv.reader(file)
+                columns, *rows = [*csv.reader(file)] or [[]]
             run.tables[key] = Table(columns, rows)
+    return run
+
+
+def _of_monitors(run: LoggedRun) -> LoggedRun:
+    """Without what others logged under keys that only look alike."""
+    aggregates = re.compile(rf"(bn\w*)_agg/({'|'.join(AGGREGATES)})")
+    prefixes = "|".join({found[1] for key in run.scalars if (found := aggregates.fullmatch(key))})
+    ours = re.compile(rf"({prefixes})(_({'|'.join(('agg', *QUANTITIES))})/.+|/\w+|_layers)" if prefixes else r"(?!)")
+    for part in (run.scalars, run.images, run.tables):
+        for key in [key for key in part if not ours.fullmatch(key)]:
+            del part[key]
     return run
 
 

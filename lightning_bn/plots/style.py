@@ -78,6 +78,7 @@ def short_names(names: Sequence[str], *, longest: int = 40) -> list[str]:
         >>> short_names(["model.backbone.layer1.bn", "model.backbone.layer2.bn"], longest=12)
         ['layer1.bn', 'layer2.bn']
     """
+    names = [name.replace("$", r"\$") for name in names]  # else it is typeset as mathematics
     if names and max(map(len, names)) > longest and len(set(names)) > 1:
         parts = [name.split(".") for name in names]
         shared = next(i for i in range(max(map(len, parts)) + 1) if len({tuple(p[: i + 1]) for p in parts}) > 1)

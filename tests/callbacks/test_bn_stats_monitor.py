@@ -106,7 +106,7 @@ def test_a_short_fit_logs_what_it_has_at_its_end() -> None:
 
 
 def test_a_fit_that_is_too_short_says_so() -> None:
-    with pytest.warns(UserWarning, match=r"logged nothing: of 8 batches it measures every 5th.*Lower every_n_batches"):
+    with pytest.warns(UserWarning, match="logged nothing: of 8 batches it measures one in 5.*Lower every_n_batches"):
         fit(TinyNet(), BNStatsMonitor())
 
 
@@ -172,6 +172,11 @@ def test_no_logger_is_an_error_that_says_what_to_do() -> None:
 def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fit(TinyNet(), BNStatsMonitor(channels=channels))
+
+
+def test_a_channel_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="channels: that of layer 'bn1' must be a whole number"):
+        fit(TinyNet(), BNStatsMonitor(channels={"bn1": "3"}))
 
 
 @pytest.mark.parametrize(
@@ -294,6 +299,109 @@ def test_it_is_bit_for_bit_the_same_with_layers_that_are_measured_directly() -> 
     logger = InMemory()
     assert parameters_after(module(), BNStatsMonitor(1, 2), logger=logger) == parameters_after(module())
     assert all(value > 0 for value in logger.logged("bn_mean_gap/bn2").values())
+
+
+class Skips(TinyNet):
+    """Skips the fourth batch of the first epoch, after the callbacks were told of it."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if (self.trainer.current_epoch, batch_idx) == (0, 3) else None
+
+    def on_validation_start(self) -> None:
+        assert type(self.bn1) is nn.BatchNorm2d
+
+
+def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
+    module = Skips()
+    module.bn1.momentum = 0.0
+    logger = fit_with(BNStatsMonitor(1, 1), PreciseBNCallback(20), module=module)
+    values = [*logger.logged("bn_mean_gap/bn1").values(), *logger.logged("bn_mean_gap/bn2").values()]
+    assert len(values) == 2 * 7 and all(value == value for value in values)
+
+
+def resumed_with(tmp_path: Path, first: TinyNet, second: TinyNet, options: dict[str, Any]) -> BNStatsMonitor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = fit(first, BNStatsMonitor(1, 2, channels={"bn1": 0}), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    monitor = BNStatsMonitor(1, 2, **options)
+    second.strict_loading = False
+    fit(second, monitor, ckpt_path=tmp_path / "first.ckpt", logger=CSVLogger(tmp_path))
+    return monitor
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_other_channels_after_a_resume_begin_a_trace_of_their_own(tmp_path: Path) -> None:
+    monitor = resumed_with(tmp_path, TinyNet(), TinyNet(), {"channels": {"bn2": 3}})
+    assert monitor._record is not None
+    assert monitor._record.history.steps[0] == 1 and monitor._record.traces.steps[0] == 4
+
+
+class Wider(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.BatchNorm2d(6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.extra(self.bn2(self.conv2(self.bn1(self.conv1(x))))).mean((2, 3))
+
+
+def test_a_record_of_other_layers_is_not_taken_up(tmp_path: Path) -> None:
+    class WithoutOptimizer(Wider):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["optimizer_states"] = []
+
+    with pytest.warns(UserWarning, match="begins a new record: The checkpoint's record is one of other layers"):
+        monitor = resumed_with(tmp_path, TinyNet(), WithoutOptimizer(), {})
+    assert monitor._record is not None and monitor._record.history.steps[0] == 5
+
+
+def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_training(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    (Path(logger.log_dir)).mkdir(parents=True)
+    (Path(logger.log_dir) / "bn").write_text("in the way of the table")
+    with pytest.warns(UserWarning, match="could not log a picture or table: "):
+        trainer = fit(TinyNet(), BNStatsMonitor(1, 2), logger=logger)
+    assert trainer.global_step == 8
+
+
+class Named(TinyNet):
+    """Has a layer whose name reads as mathematics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({"$x_$": self.bn1})
+        del self.bn1
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.norms["$x_$"](self.conv1(x)))).mean((2, 3))
+
+
+def test_a_broken_off_run_has_its_pictures_and_odd_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    class Broken(Named):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 5:
+                raise RuntimeError("broken off")
+
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(Broken(), BNStatsMonitor(1, 2), logger=logger)
+    assert len(list(Path(logger.log_dir).rglob("*.png"))) == 4
+
+
+def test_monitors_of_layers_whose_names_are_alike_have_keys_of_their_own() -> None:
+    class Alike(Named):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.norms_a = nn.ModuleDict({"a": self.norms["$x_$"]}), self.bn2
+            del self.bn2
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.norms_a(self.conv2(self.norms["a"](self.conv1(x)))).mean((2, 3))
+
+    monitors = [BNStatsMonitor(1, 2, layers="norms.a"), BNStatsMonitor(1, 2, layers="norms_a")]
+    logger = fit_with(*monitors, module=Alike())
+    assert len(rows(logger, "bn_norms_a_agg/")) == len(rows(logger, "bn_norms_a_1_agg/")) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ loggers

@@ -169,6 +169,27 @@ def test_16_bit_statistics_are_not_trusted() -> None:
     assert torch.allclose(observer.traced[1], rows_of(batch.bfloat16()).mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_a_mean_of_many_sigma_that_was_loaded_is_measured_directly_from_the_first_batch_on() -> None:
+    layer, batches = nn.BatchNorm2d(3), images(16, 16, mean=1e6)
+    layer.running_mean.fill_(1e6)
+    truth = offsets_from_truth(nn.Sequential(layer), batches)
+    observation = observe(layer, batches)
+    assert list(observation.direct.values()) == ["mean of many sigma"]
+    assert_is(observation, truth, rel=0.02)  # of an EMA that moves in steps of 0.06
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_momentum_that_changes_during_a_batch_gives_no_figure_and_no_alarm(momentum: float) -> None:
+    layer = nn.BatchNorm1d(3)
+    observer = Observer({"bn": layer})
+    observer.before_batch()
+    layer.momentum = momentum
+    layer(torch.randn(8, 3) + 1)
+    observer.after_batch()
+    observation = observer.take()
+    assert observation.means.gap.isnan() and observation.nonfinite == 0 and observation.dead == 0
+
+
 def test_a_mean_of_many_sigma_is_measured_directly_from_the_next_window_on() -> None:
     layer, batches = nn.BatchNorm2d(3), images(*[16] * 60, mean=3e4)
     observer = Observer({"bn": layer})

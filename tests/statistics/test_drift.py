@@ -96,16 +96,36 @@ def test_history_stays_bounded_and_keeps_the_size_of_what_was_seen() -> None:
     history = History(["gap"], layers=1)
     for step in range(5 * MOST_ROWS):
         history.add(step, {"gap": torch.tensor([3.0])})
-    assert len(history.steps) == len(history["gap"]) <= MOST_ROWS and history.rows_seen == 5 * MOST_ROWS
+    assert MOST_ROWS // 2 <= len(history.steps) == len(history["gap"]) <= MOST_ROWS
     assert history.steps == sorted(history.steps) and history.steps[-1] == 5 * MOST_ROWS - 1
+    assert history.rows_seen == 5 * MOST_ROWS
     assert torch.allclose(history["gap"], torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1, 3000, 10_000])
+def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: int) -> None:
+    history, resumed = History(["gap"], layers=2), History(["gap"], layers=2)
+    first = torch.tensor([2.0, torch.nan])
+    for step in range(rows):
+        if step == rows // 2:
+            resumed.load_state_dict(history.state_dict())
+        row = {"gap": first if step < rows * 0.8 else torch.tensor([0.0, 1.0])}
+        history.add(step, row)
+        if step >= rows // 2:
+            resumed.add(step, row)
+    spans = torch.tensor([-1, *history.steps]).diff()
+    assert (spans[:-1] == spans[0]).all() and spans[-1] <= spans[0]
+    early = -(-8 * rows // 10)
+    assert history.overall("gap")[0].item() == pytest.approx(2 * (early / rows) ** 0.5, rel=1e-4)
+    assert history.overall("gap")[1].item() == pytest.approx(1.0 if early < rows else torch.nan, nan_ok=True)
+    assert torch.equal(history["gap"].nan_to_num(9.0), resumed["gap"].nan_to_num(9.0))
 
 
 def test_merging_rows_takes_the_one_that_was_measured() -> None:
     history = History(["gap"], layers=1)
     for step in range(MOST_ROWS + 1):
         history.add(step, {"gap": torch.tensor([torch.nan if step % 2 else 2.0])})
-    assert torch.equal(history["gap"][:-1], torch.full((MOST_ROWS // 2, 1), 2.0))
+    assert torch.equal(history["gap"], torch.full((MOST_ROWS // 2 + 1, 1), 2.0))
 
 
 def test_traces_stay_bounded() -> None:
@@ -113,4 +133,4 @@ def test_traces_stay_bounded() -> None:
     for step in range(10 * MOST_ROWS):
         traces.add(step, torch.zeros(2, 1))
     assert len(traces.steps) == len(traces.points) <= 4 * MOST_ROWS
-    assert traces.steps[0] == 0 and traces.steps == sorted(traces.steps)
+    assert set(torch.tensor(traces.steps).diff().tolist()) == {4}, "all of the run at one resolution"
