@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, product, repeat
+from itertools import count, cycle, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,29 +41,15 @@ PLAIN, DEFAULT, EVERY, WATCH = "nothing", "monitor, defaults", "monitor, every b
 UNDER = {DEFAULT: 1.0, EVERY: 5.0}
 
 NETWORKS = ("resnet18", "resnet50")
+SAMPLES = 32
+PIXELS = {"cpu": (32,), "cuda": (32, 224)}  # the smaller the images, the more a callback weighs
+MINUTES = {"cpu": 3.5, "cuda": 1.0}
 THREADS = 2
 CYCLE = 50
 """Batches of a turn: the Trainer's default ``log_every_n_steps``, so that every turn logs one row."""
 FIRST_DRAWN = 32 * CYCLE
 """Steps before the first set of pictures; the next one comes after twice as many."""
 LAYERS, STEPS = (10, 60, 200), 1000
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The batches of a fit, and for how long turns are taken."""
-
-    samples: int
-    pixels: int
-    minutes: float
-
-    def __str__(self) -> str:
-        return f"{self.samples} of {self.pixels} px"
-
-
-# the smaller the images, the more a callback weighs
-SHAPES = {"cpu": (Shape(32, 32, 4.0),), "cuda": (Shape(32, 32, 1.0), Shape(32, 224, 1.0))}
-QUICK = (Shape(2, 32, 0.0),)
 
 
 class Classifier(LightningModule):
@@ -79,7 +65,8 @@ class Classifier(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+        # a step costs the same at rate 0, and no gradient fades into denormal numbers, which are slow
+        return torch.optim.SGD(self.parameters(), 0.0, momentum=0.9)
 
 
 class Watch(Callback):
@@ -101,18 +88,17 @@ class Turns(Callback):
     """Hands a fit's batches to one contestant after the other, a cycle each, and keeps the time.
 
     The order rotates. A turn of plain training warms up; no round begins after ``minutes``, but two are run.
-    ``seconds`` are those of each contestant's turns, ``hooks`` the part spent in its hooks. To see what a GPU does in
-    these it must be waited for, which slows a turn down.
+    ``seconds`` are those of each contestant's turns, ``hooks`` the part spent in its hooks. A GPU is waited for at
+    both ends of every hook, those of plain training (which do nothing) included.
     """
 
-    def __init__(self, contestants: Mapping[str, Callback], minutes: float, device: str, wait_in_hooks: bool) -> None:
+    def __init__(self, contestants: Mapping[str, Callback], minutes: float, device: str) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in contestants}
         self.hooks: dict[str, list[float]] = {name: [] for name in contestants}
-        self._contestants = contestants
-        self._device, self._wait_in_hooks = device, wait_in_hooks
+        self._contestants, self._device = contestants, device
         self._order = self._turns(list(contestants), 60 * minutes)
-        self._batches = 0
         self._now: str | None = None
+        self._batches, self._started, self._in_hooks = 0, 0.0, 0.0
 
     def _turns(self, names: list[str], seconds: float) -> Iterator[str | None]:
         yield None
@@ -145,12 +131,12 @@ class Turns(Callback):
 
     def _hand_on(self, hook: str, *args: Any) -> None:
         if self._now:
-            started = self._clock(self._wait_in_hooks)
+            started = self._clock()
             getattr(self._contestants[self._now], hook)(*args)
-            self._in_hooks += self._clock(self._wait_in_hooks) - started
+            self._in_hooks += self._clock() - started
 
-    def _clock(self, wait: bool = True) -> float:
-        if wait and self._device == "cuda":
+    def _clock(self) -> float:
+        if self._device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -180,8 +166,8 @@ def report(device: str, quick: bool) -> str:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows: list[Row] = []
     further: list[str] = []
-    for network, shape in product(NETWORKS[:1] if quick else NETWORKS, QUICK if quick else SHAPES[device]):
-        measured, about = _measure(network, shape, device)
+    for network, pixels in product(NETWORKS[:1] if quick else NETWORKS, PIXELS[device]):
+        measured, about = _measure(network, 4 if quick else SAMPLES, pixels, device, 0 if quick else MINUTES[device])
         print(*measured, about, sep="\n", flush=True)
         rows, further = rows + measured, [*further, about]
     layers, steps = (LAYERS[:1], 2 * CYCLE) if quick else (LAYERS, STEPS)
@@ -193,8 +179,8 @@ def report(device: str, quick: bool) -> str:
             *map(str, rows),
             "",
             *[_verdict(rows, name) for name in UNDER],
-            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %. At `log_freq=1000`, its own "
-            f"default, that is {watch / 200:.2f} %, for a 200th of the histograms.",
+            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %; at its own default, "
+            f"`log_freq=1000`, a 200th of that, {watch / 200:.2f} %, for a 200th of the histograms.",
             *further,
             "",
             f"| BatchNorm layers | figures a row | rows in {steps} steps | metrics.csv, KiB | W&B run file, KiB "
@@ -202,52 +188,45 @@ def report(device: str, quick: bool) -> str:
             "|---|---|---|---|---|---|---|",
             *[_on_disk(number, steps) for number in layers],
             "",
-            f"**Method.** torchvision networks with random weights on random images, float32, SGD, {THREADS} CPU "
-            "threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the monitor and "
-            f"`wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own hooks are "
-            "timed by a clock around them"
-            + (", in a fit of its own that waits for the GPU there" if device == "cuda" else "")
-            + "; whole steps against the plain ones of the same round. Median and, in brackets, quartiles. "
-            "**The claim is about own hooks**: they are all that the monitor does in training, and one percent of a "
-            "whole step is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's "
-            "own process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of "
-            "gradients, and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, "
-            "for a full history. The second table is what the monitor adds to a fit that logs its loss, in files "
-            "of a CSVLogger and an offline W&B run, where every picture and table is one more row.",
+            "**Method.** torchvision networks with random weights on random images, float32, SGD at rate 0, "
+            f"{THREADS} CPU threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the "
+            f"monitor and `wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own "
+            "hooks are timed by a clock around them (a GPU is waited for there), whole steps against the plain ones "
+            "of the same round. Median and, in brackets, quartiles. **The claim is about own hooks**: they are all "
+            "that the monitor does in training (where it reads no inputs, as here), and one percent of a whole step "
+            "is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's own "
+            "process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of gradients, "
+            "and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, for a full "
+            "history. The second table is what the monitor adds to a fit that logs its loss, in files of a CSVLogger "
+            "and an offline W&B run, where every picture and table is one more row.",
         ]
     )
 
 
-def _measure(network: str, shape: Shape, device: str) -> tuple[list[Row], str]:
+def _measure(network: str, samples: int, pixels: int, device: str, minutes: float) -> tuple[list[Row], str]:
     torch.manual_seed(0)
     module = Classifier(getattr(torchvision.models, network)(weights=None))
-    images = torch.randn(shape.samples, 3, shape.pixels, shape.pixels, device=device)
-    batch = images, torch.randint(1000, (shape.samples,), device=device)
+    images = torch.randn(8, samples, 3, pixels, pixels, device=device)
     monitor = BNStatsMonitor()
     contestants = {PLAIN: Callback(), DEFAULT: monitor, EVERY: BNStatsMonitor(every_n_batches=1), WATCH: Watch()}
+    turns = Turns(contestants, minutes, device)
     with TemporaryDirectory() as folder, _wandb_logger(folder) as logger:
-        whole = own = Turns(contestants, shape.minutes, device, wait_in_hooks=False)
-        trainer = _fit(module, batch, whole, [logger], device)
-        if device == "cuda":
-            own = Turns(contestants, shape.minutes, device, wait_in_hooks=True)
-            trainer = _fit(module, batch, own, [logger], device)
+        trainer = _fit(module, images, [turns], [logger])
         assert monitor._record is not None
-        state, bytes_a_channel = _fill(monitor._record)
+        held, bytes_a_channel = _fill(monitor._record)
         started = time.perf_counter()
         monitor._draw(trainer, monitor._record)
         drawn = time.perf_counter() - started
-    rows = []
-    plain = whole.seconds[PLAIN]
-    for name, seconds in whole.seconds.items():
-        inside = [100 * h / (s - h) for h, s in zip(own.hooks[name], own.seconds[name], strict=True)]
+    case, rows, plain = f"{network} | {samples} of {pixels} px", [], turns.seconds[PLAIN]
+    for name, seconds in turns.seconds.items():
+        inside = [100 * h / (s - h) for h, s in zip(turns.hooks[name], seconds, strict=True)]
         more = [100 * (s / p - 1) for s, p in zip(seconds, plain, strict=True)]
-        milliseconds = 1000 * Spread.of(seconds).median / CYCLE
-        rows.append(Row(f"{network} | {shape}", name, Spread.of(inside), Spread.of(more), milliseconds))
+        rows.append(Row(case, name, Spread.of(inside), Spread.of(more), 1000 * Spread.of(seconds).median / CYCLE))
     until_drawn = FIRST_DRAWN * Spread.of(plain).median / CYCLE
     return rows, (
-        f"- {network}, {shape}, {len(plain)} rounds. A set of pictures takes {drawn:.1f} s. Drawn after {FIRST_DRAWN} "
-        f"steps and whenever they have doubled, that is at most {100 * drawn / until_drawn:.2f} % of a run. "
-        f"The monitor holds at most {state / 2**20:.1f} MiB, of which {bytes_a_channel:.0f} bytes a channel."
+        f"- {network}, {samples} of {pixels} px, {len(plain)} rounds: a set of pictures takes {drawn:.1f} s. Drawn "
+        f"after {FIRST_DRAWN} steps and whenever they have doubled, that is at most {100 * drawn / until_drawn:.2f} % "
+        f"of a run. The monitor holds at most {held / 2**20:.1f} MiB, of which {bytes_a_channel:.0f} bytes a channel."
     )
 
 
@@ -291,8 +270,7 @@ def _files(layers: int, steps: int, callback: Callback) -> list[int]:
     module = Classifier(nn.Sequential(*[nn.BatchNorm1d(10) for _ in range(layers)]))
     with TemporaryDirectory() as folder:
         with _wandb_logger(folder) as logger:
-            batch = torch.randn(8, 10), torch.randint(10, (8,))
-            _fit(module, batch, callback, [logger, CSVLogger(folder, "csv", "")], "cpu", steps)
+            _fit(module, torch.randn(8, 8, 10), [callback], [logger, CSVLogger(folder, "csv", "")], steps)
         (metrics,) = Path(folder).rglob("metrics.csv")
         with metrics.open() as file:
             head, *rows = csv.reader(file)
@@ -302,24 +280,21 @@ def _files(layers: int, steps: int, callback: Callback) -> list[int]:
 
 
 def _fit(
-    module: LightningModule,
-    batch: tuple[Tensor, Tensor],
-    callback: Callback,
-    loggers: Sequence[Logger],
-    device: str,
-    steps: int = -1,
+    module: LightningModule, inputs: Tensor, callbacks: list[Callback], loggers: list[Logger], steps: int = -1
 ) -> Trainer:
     trainer = Trainer(
-        accelerator=device,
+        accelerator=inputs.device.type,
         devices=1,
+        max_epochs=-1,
         max_steps=steps,
-        callbacks=[callback],
+        callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, repeat(batch))
+    labels = torch.randint(10, inputs.shape[:2], device=inputs.device)
+    trainer.fit(module, cycle(list(zip(inputs, labels, strict=True))))
     return trainer
 
 

@@ -41,7 +41,8 @@ class DriftRecord:
         history: Gaps of every row.
         traces: The traced channels.
         last: The last row's observation.
-        moved: Layer name -> mean gap and variance gap from its EMA to its precise statistics, at the last pass.
+        moved: Layer name -> squares of the mean gap and variance gap from its EMA to its precise statistics, added up
+            over passes, and the number of passes.
         nonfinite_said: Whether anybody has been told of non-finite statistics.
         nbs: Layer name -> its normalization batch size in the last batch, in samples.
 
@@ -65,10 +66,10 @@ class DriftRecord:
         self.channels = _checked(layers, channels)
         starts = dict(zip(layers, _cumulative(layer.num_features for layer in layers.values()), strict=True))
         self.observer = Observer(layers, [starts[name] + channel for name, channel in self.channels])
-        self.history = History(("mean_gap", "var_gap"), len(layers))
+        self.history = History(("mean_gap", "var_gap", "lag", "noise"), len(layers))
         self.traces = Traces()
         self.last: Observation | None = None
-        self.moved: dict[str, tuple[float, float]] = {}
+        self.moved: dict[str, tuple[float, float, int]] = {}
         self.nonfinite_said = False
         self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)
 
@@ -92,25 +93,29 @@ class DriftRecord:
         self, step: int, statistics: Mapping[str, LayerStatistics], moved: Mapping[str, tuple[float, float]]
     ) -> None:
         """Note that population statistics were recomputed, and by how much they moved."""
-        self.moved.update({name: gaps for name, gaps in moved.items() if name in self.layers})
+        for name, (mean_gap, var_gap) in moved.items():
+            if name in self.layers:
+                mean_squares, var_squares, passes = self.moved.get(name, (0.0, 0.0, 0))
+                self.moved[name] = mean_squares + mean_gap**2, var_squares + var_gap**2, passes + 1
         means = [float(statistics[n].mean[c]) if n in statistics else torch.nan for n, c in self.channels]
         self.traces.precise[step] = torch.tensor(means)
 
-    def precise_gaps(self) -> Tensor | None:
-        """Mean gap of each layer from EMA to precise statistics at the last pass, ``(L,)``; None without a pass."""
-        gaps = [self.moved.get(name, (torch.nan, torch.nan))[0] for name in self.names]
-        return torch.tensor(gaps) if self.moved else None
+    def precise_gaps(self) -> Tensor:
+        """Mean gap and variance gap of each layer from EMA to precise statistics, ``(2, L)``: rms over all passes."""
+        mean_squares, var_squares, passes = torch.tensor([self.moved.get(n, (0.0, 0.0, 0)) for n in self.names]).T
+        gaps: Tensor = (torch.stack([mean_squares, var_squares]) / passes).sqrt()
+        return gaps
 
     def table(self) -> list[list[Any]]:
         """A row a layer; see `COLUMNS`."""
         assert self.last is not None  # drawn after the first row
         of_layers = {quantity: values.tolist() for quantity, values in self.last.per_layer().items()}
-        rows = []
+        rows, precise = [], self.precise_gaps()
         for i, (name, layer) in enumerate(self.layers.items()):
             measured = [of_layers[q][i] for q in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
             source = self.last.direct.get(name, "recovered")
-            precise = self.moved.get(name, (torch.nan, torch.nan))
-            rows.append([i, name, layer.num_features, layer.momentum, self.nbs[name], source, *measured, *precise])
+            first = [i, name, layer.num_features, layer.momentum, self.nbs[name], source]
+            rows.append([*first, *measured, *precise[:, i].tolist()])
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,6 +139,8 @@ def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | Non
     names = list(layers)
     if channels is None:
         return [(name, 0) for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
+    if not channels:
+        raise ValueError("channels is empty: name at least one, or leave it None.")
     for name, channel in channels.items():
         if name not in layers:
             raise ValueError(f"channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")

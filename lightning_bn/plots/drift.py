@@ -130,7 +130,7 @@ def drift_overview(
         var_gap: ``(len(steps), len(layers))``, log ratio.
         lag: ``(len(layers),)``, as in `lag_against_noise`.
         noise: ``(len(layers),)``, as in `lag_against_noise`.
-        precise_gap: ``(len(layers),)``, in sigma: how far PreciseBN moved each layer's mean when it last ran.
+        precise_gap: ``(len(layers),)``, in sigma: how far PreciseBN moved each layer's mean.
         dead: ``(len(layers),)``, how many channels of each layer have no variance.
         marked: As in `lag_against_noise`.
         title: Printed above all panels.
@@ -159,7 +159,7 @@ def drift_overview(
     _draw_worst(
         worst,
         layers,
-        _last_measured(mean_gap),
+        rms_over_rows(mean_gap),
         None if precise_gap is None else _row("precise_gap", precise_gap, layers),
         None if dead is None else _row("dead", dead, layers),
     )
@@ -327,7 +327,7 @@ def _name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
 def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | None, dead: Array | None) -> None:
     ranked = np.argsort(-np.nan_to_num(gap, nan=-1.0, posinf=np.inf), kind="stable")
     worst = [int(index) for index in ranked if not np.isnan(gap[index])][:10]
-    axes.set_title("Worst layers at the last measurement" if len(layers) > 10 else "At the last measurement")
+    axes.set_title("Worst layers over the run" if len(layers) > 10 else "Over the run")
     bars = [(gap[worst], EMA, "EMA to the batches (mean gap)")]
     if precise is not None:
         bars.append((precise[worst], PRECISE, "EMA to PreciseBN"))
@@ -379,11 +379,13 @@ def _spans(steps: Array, gaps: Array) -> tuple[Array, Array]:
     return np.array([steps[span].mean() for span in spans]), np.where(np.isneginf(largest), np.nan, largest)
 
 
-def _last_measured(gaps: Array) -> Array:
-    """Every layer's last gap that is not NaN; NaN where there is none."""
+def rms_over_rows(gaps: npt.ArrayLike) -> Array:
+    """Every layer's root mean square over the rows in which it was measured; NaN where there is none."""
+    gaps = np.asarray(gaps, dtype=np.float64)
     measured = ~np.isnan(gaps)
-    last = len(gaps) - 1 - measured[::-1].argmax(axis=0)
-    return np.asarray(gaps[last, np.arange(gaps.shape[1])], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        squares: Array = np.where(measured, gaps, 0.0) ** 2
+        return np.asarray(np.sqrt(squares.sum(axis=0) / measured.sum(axis=0)), dtype=np.float64)
 
 
 def _table(name: str, gaps: npt.ArrayLike, steps: Sequence[float], layers: Sequence[str]) -> Array:

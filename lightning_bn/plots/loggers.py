@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
@@ -132,6 +131,8 @@ def log_line_chart(
     every = max(1, -(-len(steps) * len(lines) // MOST_CHART_POINTS))
     for kind, logger in _each(loggers):
         if kind == "WandbLogger":
+            import wandb  # takes a second, which only its users should spend
+
             chart = wandb.plot.line_series(
                 xs=list(steps)[::every],
                 # NaN is no JSON: the browser would refuse the whole table.

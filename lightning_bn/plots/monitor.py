@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lightning_bn.functional.drift_record import DriftRecord
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
-from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise
+from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise, rms_over_rows
 
 
 def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:
@@ -28,16 +28,16 @@ def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:
 def overview_of(record: DriftRecord) -> Figure:
     """The whole run in one picture."""
     assert record.last is not None
-    history, last, precise = record.history, record.last, record.precise_gaps()
+    history, last = record.history, record.last
     sizes = np.array([layer.num_features for layer in record.layers.values()])
     return drift_overview(
         history.steps,
         record.names,
         history["mean_gap"].numpy(),
         history["var_gap"].numpy(),
-        last.means.lag.numpy(),
-        last.means.noise.numpy(),
-        precise_gap=None if precise is None else precise.numpy(),
+        rms_over_rows(history["lag"].numpy()),
+        rms_over_rows(history["noise"].numpy()),
+        precise_gap=record.precise_gaps()[0].numpy() if record.moved else None,
         dead=np.round(last.dead.numpy() * sizes),
         marked=last.direct,
         title="EMA against batch statistics",

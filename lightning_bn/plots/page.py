@@ -108,7 +108,7 @@ def run_page(run: LoggedRun, *, title: str = "") -> str:
         parts += _heatmap(run, prefix, keys)
     if run.images:
         parts.append("<h2>Pictures from the run</h2>")
-    for key, pictures in sorted(run.images.items()):
+    for key, pictures in sorted(run.images.items(), key=lambda pair: (not pair[0].endswith("overview"), pair[0])):
         parts += _pictures(key, pictures)
     if run.tables:
         parts.append("<h2>Tables from the run</h2>")

@@ -8,10 +8,13 @@
 
 The pictures in docs/assets are the demo's:
     cp runs/ema_vs_precise/demo/ema_*.png docs/assets/
+and monitor_overview.png is the picture bn/overview of its first W&B run.
 """
 
 import argparse
 import logging
+import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -113,12 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     settings = parser.dump(config, skip_link_targets=True)
     (folder / "config.yaml").write_text(settings, encoding="utf-8")
 
+    run_folders: list[Path] = []
+
     def make() -> Parts:
         made = parser.instantiate(config)
         return Parts(made.model, made.data, made.precise_bn, made.monitor, made.trainer.as_dict())
 
     def make_logger(arm: Arm, seed: int) -> Logger:
-        return output.wandb_logger(f"{arm}, seed {seed}", arm, preset, folder, config.as_dict())
+        logger = output.wandb_logger(f"{arm}, seed {seed}", arm, preset, folder, config.as_dict())
+        run_folders.append(Path(logger.experiment.dir).parent)
+        return logger
 
     print(f"{RECIPE.paper}: {RECIPE.shows}. On {output.machine()}.")
     started = time.perf_counter()
@@ -149,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for claim in verdicts:
         print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
     print("", *paths, sep="\n")
+    print("\nWhat BNStatsMonitor saw in the EMA's run, as one HTML page")
+    print(f"  {os.path.relpath(sys.executable)} -m lightning_bn.report {run_folders[0]}")
     print("\nIn W&B, without a login: all runs (space overlays one more), or the report (3 shows its figures)")
     print(f"  {output.wandb_command()} leet {run_folder.parent}\n  {output.wandb_command()} leet {run_folder}")
     return folder

@@ -163,7 +163,11 @@ def test_no_logger_is_an_error_that_says_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "says"),
-    [({"bn3": 0}, r"no observed layer 'bn3'. There are: bn1, bn2"), ({"bn2": 6}, r"'bn2' has channels 0 to 5.*no 6")],
+    [
+        ({}, "channels is empty"),
+        ({"bn3": 0}, r"no observed layer 'bn3'. There are: bn1, bn2"),
+        ({"bn2": 6}, r"'bn2' has channels 0 to 5.*no 6"),
+    ],
 )
 def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -37,7 +37,7 @@ def observe(model: nn.Module, batches: Iterable[Tensor], observer: Observer | No
 
 
 def offsets_from_truth(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Oracle: layer -> offsets of each batch from the EMA before it, ``(batches, 2, C)``, in float64 from its inputs."""
+    """Oracle: layer -> offsets of each batch from the EMA before it, ``(batches, 2, C)``, in float64."""
     model = copy.deepcopy(model)
     found: dict[str, list[Tensor]] = {name: [] for name in find_bn(model)}
     for batch in batches:
