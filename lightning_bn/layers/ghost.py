@@ -2,7 +2,8 @@
 
 Groups are made into channels: of an NCHW tensor whose sample i belongs to group i mod g, ``x.view(N / g, g * C, H, W)``
 has each group's values of each channel in a channel of its own, so that one call of torch's kernel, on memory that
-was never moved, normalises all groups. Where there is no such view, samples are copied until there is.
+was never moved, normalises all groups. Interleaved groups without such a view are copied until there is one;
+contiguous ones are normalised one after the other.
 """
 
 from __future__ import annotations

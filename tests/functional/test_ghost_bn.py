@@ -402,6 +402,14 @@ def test_sync_batchnorm_is_refused_by_name() -> None:
     ghost_bn(model, size=2, layers="5").undo()
 
 
+def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
+    model = cnn()
+    model[5].forward = model[5].forward
+    for verb in (lambda: ghost_bn(model, size=2), lambda: mini_batch_inference(model)):
+        with pytest.raises(ValueError, match="Layer '5' has a forward set on the instance"):
+            verb()
+
+
 def test_ghosts_of_ghosts_are_refused_by_name() -> None:
     model = cnn()
     with ghost_bn(model, size=2, layers="5"), pytest.raises(ValueError, match="Layer '5' has ghosts already"):
