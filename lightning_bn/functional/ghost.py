@@ -40,9 +40,11 @@ def ghost_bn(
     most: 33 samples at ``size=32`` make groups of 17 and 16. A smaller batch is one group. There are fewer groups
     where one would hold a single value per channel, which has no variance: rows ``(N, C)`` come at least in pairs.
 
-    Cost: none for interleaved groups of one size in a contiguous input; their forward and backward are one call of
-    torch's kernel, on a view, and take no longer than plain BatchNorm's. ``"contiguous"`` groups, ``channels_last``
-    and groups of different size are copied there and back (see `benchmarks/RESULTS.md`).
+    Cost: for interleaved groups of one size in an NCHW input, none but about 0.1 ms a layer: one call of torch's
+    kernel, on a view, normalises all groups. Others have no such view: groups of different size, as in a ragged last
+    batch, and ``channels_last`` are copied there and back, ``"contiguous"`` groups are normalised one after the other;
+    forward and backward of the layer then take 2 to 4 times as long on a CPU. A compiled model is compiled again for
+    every new size of a batch.
 
     Args:
         model: The model.

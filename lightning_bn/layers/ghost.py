@@ -2,12 +2,12 @@
 
 Groups are made into channels: of an NCHW tensor whose sample i belongs to group i mod g, ``x.view(N / g, g * C, H, W)``
 has each group's values of each channel in a channel of its own, so that one call of torch's kernel, on memory that
-was never moved, normalises all groups. Where there is no such view, samples are copied until there is.
+was never moved, normalises all groups. Interleaved groups without such a view are copied until there is one;
+contiguous ones are normalised one after the other.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -66,9 +66,9 @@ class Ghost(Behaviour):
 
     def _groups_of(self, input: Tensor) -> int:
         """Number of groups: as few as the size allows, and none of a single value a channel, which has no variance."""
-        samples, channels = input.shape[:2]
-        wanted = math.ceil(samples / self._size) if self._size else self._splits or 1
-        return max(1, min(wanted, samples, input.numel() // (2 * channels)))
+        samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
+        wanted = -(-samples // self._size) if self._size else self._splits or 1
+        return max(1, min(wanted, samples, input.numel() // (2 * input.shape[1])))
 
 
 def _grouped(
@@ -113,7 +113,9 @@ def _grouped(
         )
         for running, new in zip((running_mean, running_var), whole, strict=True):
             running.copy_(running.to(new.dtype).lerp(new, momentum))
-    return output
+    # autograd sees no view in it: an activation that then works in place, on a view, would copy gradients
+    unviewed: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return unviewed
 
 
 def _interleaved(input: Tensor, groups: int, normalise: Callable[[Tensor, int], Tensor]) -> Tensor:
