@@ -115,15 +115,7 @@ class PopulationPass:
             RuntimeError: For a strategy that shards the model.
         """
         storing_layers(module, self.layers)
-        sharding = {c.__name__ for c in type(trainer.strategy).__mro__} & {
-            "FSDPStrategy",
-            "DeepSpeedStrategy",
-            "ModelParallelStrategy",
-        }
-        if sharding:
-            raise RuntimeError(
-                f"{sharding.pop()} shards the model over ranks, which lightning_bn does not support: use DDP."
-            )
+        refuse_sharding(trainer)
         if self.forward == "training_step":
             if not module.automatic_optimization:
                 raise ValueError(
@@ -179,7 +171,7 @@ class PopulationPass:
                 )
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("The forward over training batches raised StopIteration.") from error
-        moved = {name: _moved(layers[name], measured) for name, measured in statistics.items()}
+        moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
         write(layers, statistics)
         return Recomputed(statistics, moved, time.perf_counter() - started)
 
@@ -231,7 +223,22 @@ class PopulationPass:
         return run
 
 
-def _moved(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
+def refuse_sharding(trainer: Trainer) -> None:
+    """Raise for a strategy that shards the model.
+
+    Raises:
+        RuntimeError: Naming it, and the way out.
+    """
+    kinds = {c.__name__ for c in type(trainer.strategy).__mro__}
+    sharding = kinds & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+    if sharding:
+        raise RuntimeError(
+            f"{sharding.pop()} shards the model over ranks, which lightning_bn does not support: use DDP."
+        )
+
+
+def moved_by(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
+    """How far measured statistics lie from those stored: mean gap in sigma of the stored ones, and variance gap."""
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None  # storing_layers saw to it
     return float(mean_gap(measured.mean, mean, var)), float(var_gap(measured.var, var))
