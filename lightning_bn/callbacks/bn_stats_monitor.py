@@ -113,11 +113,12 @@ class BNStatsMonitor(BatchNormCallback):
         self._restored: dict[str, Any] = {}
         self._alarm = Alarm(float("inf"))
         self._batches = 0
+        self._samples: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            self._record, self._restored = None, {}
+            self._record, self._restored, self._samples = None, {}, None
             self._come_after_our_others(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,7 +151,7 @@ class BNStatsMonitor(BatchNormCallback):
         self._batches += 1
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
             with suppress(ValueError):  # a batch that cannot be counted
-                self._record.nbs = normalization_batch_size(self._record.layers, self._count(batch))
+                self._samples = self._count(batch)
             self._record.observer.before_batch()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -183,6 +184,8 @@ class BNStatsMonitor(BatchNormCallback):
             return
         if plots.any_logs(trainer):
             self._draw(trainer, record)
+            if self._samples is not None:
+                record.nbs = normalization_batch_size(trainer, pl_module, samples=self._samples)
             self._conclude(trainer, record)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

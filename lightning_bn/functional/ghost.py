@@ -11,6 +11,7 @@ from lightning_bn.functional.precise import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
+from lightning_bn.layers.synced import Synced
 
 
 def ghost_bn(
@@ -60,7 +61,7 @@ def ghost_bn(
 
     Raises:
         ValueError: If not exactly one of ``size`` and ``splits`` is given or it is less than 1, ``grouping`` is
-            neither of the two, a pattern matches nothing, or a chosen layer has ghosts already.
+            neither of the two, a pattern matches nothing, or a chosen layer has ghosts already or is under `sync_bn`.
         TypeError: If a chosen layer is a `SyncBatchNorm`, or, in its first forward in training, if its class does not
             normalise by calling ``torch.nn.functional.batch_norm``.
 
@@ -76,13 +77,7 @@ def ghost_bn(
         >>> model[0].running_mean  # 0.9 * 0 + 0.1 * 6.5
         tensor([0.6500])
     """
-    if (size is None) == (splits is None):
-        raise ValueError(f"Give ghost_bn either size= or splits=, not size={size!r} and splits={splits!r}.")
-    for name, number in (("size", size), ("splits", splits)):
-        if number is not None:
-            require_whole(name, number, at_least=1)
-    if grouping not in get_args(Grouping):
-        raise ValueError(f"grouping must be one of {', '.join(map(repr, get_args(Grouping)))} but is {grouping!r}.")
+    require_ghosts(size, splits, grouping)
     chosen = changeable_layers(model, layers)
     for name, layer in chosen.items():
         if isinstance(layer, SyncBatchNorm):
@@ -90,6 +85,26 @@ def ghost_bn(
                 f"Layer {name!r} is a SyncBatchNorm, whose normalization batch crosses ranks: ghosts would cut it up "
                 "again. Leave it out by layers=, or use BatchNorm and no more than the batch of a device."
             )
+        if behaves(layer, Synced):
+            raise ValueError(
+                f"Layer {name!r} is synced over ranks: ghosts would cut up again the normalization batch that sync_bn "
+                "has put together. Leave it out by layers=, or undo() that handle first."
+            )
         if behaves(layer, Ghost):
             raise ValueError(f"Layer {name!r} has ghosts already: undo() that handle first.")
     return Handle(chosen.values(), Ghost(chosen, size, splits, grouping))
+
+
+def require_ghosts(size: int | None, splits: int | None, grouping: str) -> None:
+    """Raise for arguments of `ghost_bn` that do not say how to divide a batch.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if (size is None) == (splits is None):
+        raise ValueError(f"Give either size= or splits= of ghosts, not size={size!r} and splits={splits!r}.")
+    for name, number in (("size", size), ("splits", splits)):
+        if number is not None:
+            require_whole(name, number, at_least=1)
+    if grouping not in get_args(Grouping):
+        raise ValueError(f"grouping must be one of {', '.join(map(repr, get_args(Grouping)))} but is {grouping!r}.")

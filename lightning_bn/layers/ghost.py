@@ -8,6 +8,7 @@ contiguous ones are normalised one after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -64,11 +65,20 @@ class Ghost(Behaviour):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return _grouped(input, running_mean, running_var, weight, bias, momentum, eps, groups, self._grouping)
 
+    def normalization_batch(self, samples: float) -> float:
+        """Those of the largest group, where each has two values a channel or more."""
+        if math.isnan(samples):  # frozen by a behaviour nearer to the layer
+            return samples
+        return math.ceil(samples / self._number_of_groups(int(samples), 2 * int(samples)))
+
     def _groups_of(self, input: Tensor) -> int:
-        """Number of groups: as few as the size allows, and none of a single value a channel, which has no variance."""
         samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
+        return self._number_of_groups(samples, input.numel() // input.shape[1])
+
+    def _number_of_groups(self, samples: int, values: int) -> int:
+        """As few as the size allows, and none of a single value of the ``values`` a channel, which has no variance."""
         wanted = -(-samples // self._size) if self._size else self._splits or 1
-        return max(1, min(wanted, samples, input.numel() // (2 * input.shape[1])))
+        return max(1, min(wanted, samples, values // 2))
 
 
 def _grouped(
