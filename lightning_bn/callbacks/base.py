@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bn.engine.population_pass import Recomputed
@@ -20,6 +22,9 @@ class BatchNormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another callback of this class on the same layers."""
+        self._refuse_overlap(trainer, pl_module)
+
+    def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = find_bn(pl_module, self.layers)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if type(other) is type(self) and other is not self:
@@ -45,3 +50,14 @@ class BatchNormCallback(Callback):
         if place > trainer.callbacks.index(self):  # type: ignore[attr-defined]
             # a new list: Lightning may be going through the old one
             trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+
+
+def as_stages(argument: str, given: Any) -> tuple[str, ...]:
+    """The stages named by an argument: some of ``"validate"``, ``"test"`` and ``"predict"``.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(given, (list, tuple)) or any(stage not in ("validate", "test", "predict") for stage in given):
+        raise ValueError(f"{argument} must be a list of 'validate', 'test' and 'predict' but is {given!r}.")
+    return tuple(given)

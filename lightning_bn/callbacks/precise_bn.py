@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_row
@@ -89,11 +89,9 @@ class PreciseBNCallback(BatchNormCallback):
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
         require_whole("every_n", every_n, at_least=1)
-        if not isinstance(before, (list, tuple)) or any(b not in ("validate", "test", "predict") for b in before):
-            raise ValueError(f"before must be a list of 'validate', 'test' and 'predict' but is {before!r}.")
         self.layers = layers
         self.every_n = every_n
-        self.before = tuple(before)
+        self.before = as_stages("before", before)
         self.result: PopulationStatistics | None = None
         self._pass = PopulationPass(num_samples, source, forward, layers, count, shard, replay_bytes)
         self._occasions = 0

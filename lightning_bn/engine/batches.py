@@ -56,6 +56,47 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
 
 
 @contextmanager
+def evaluation_batches(
+    trainer: Trainer, module: LightningModule, dataloader_idx: int | None = None
+) -> Iterator[Iterator[tuple[Any, int, int]]]:
+    """This rank's batches of the loaders that are evaluated now, or of one, from fresh iterators, on the device.
+
+    Yields:
+        An iterator of each batch, its index in its loader, and the index of the loader; the latter is always 0 where
+        the loaders are read side by side.
+
+    Raises:
+        ValueError: If reading a loader a second time would disturb the evaluation.
+    """
+    loop: Any = trainer._active_loop  # private, as are its parts (2.5 to 2.6)
+    live: CombinedLoader = loop._combined_loader
+    refuse_unprotectable(
+        live.flattened,
+        "dataloader that is evaluated",
+        "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: online=True, compare=False.",
+    )
+    loaders: Any = tree_map(_Fresh, live.iterables)
+    if dataloader_idx is not None and live._mode == "sequential":
+        # starts no other's workers
+        loaders = [_Fresh(loader if i == dataloader_idx else []) for i, loader in enumerate(live.flattened)]
+    limits = loop.max_batches
+    fresh = CombinedLoader(loaders, live._mode)
+    fresh.limits = limits
+    limit = sum(limits) if live._mode == "sequential" else max(limits)  # not every mode keeps to its limits
+
+    def on_device() -> Iterator[tuple[Any, int, int]]:
+        # begun by the reader, whose random numbers are kept, not here
+        for batch, n, index in itertools.islice(fresh, None if limit == float("inf") else int(limit)):
+            yield _to_device(trainer, module, batch, index), n, index
+
+    with _loaders_kept(live.flattened):
+        try:
+            yield on_device()
+        finally:
+            fresh.reset()  # ends the workers
+
+
+@contextmanager
 def loader_batches(
     trainer: Trainer, module: LightningModule, loader: Iterable[Any], shard: bool
 ) -> Iterator[Iterator[Any]]:
@@ -147,34 +188,33 @@ class Replay:
             yield move_data_to_device(copy.deepcopy(batch), device)
 
 
-def refuse_unprotectable(loaders: Sequence[Any]) -> None:
+def refuse_unprotectable(
+    loaders: Sequence[Any],
+    kind: str = "train dataloader",
+    way_out: str = "Use source='replay', or source= a function from the trainer to a loader of its own.",
+) -> None:
     """Raise for a loader that cannot be read a second time while it is being read.
 
     Raises:
         ValueError: Naming the loader, why, and the way out.
     """
-    way_out = "Use source='replay', or source= a function from the trainer to a loader of its own."
     for loader in loaders:
         name = type(loader).__name__
-        parts = [getattr(loader, part, None) for part in ("sampler", "batch_sampler", "dataset")]
+        parts = [getattr(loader, "sampler", None), _noted(loader)[0], getattr(loader, "dataset", None)]
         stateful = [
             type(p).__name__ for p in (loader, *parts) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")
         ]
         if stateful:
-            raise ValueError(
-                f"The train dataloader is stateful ({stateful[0]}): another pass would move it on. {way_out}"
-            )
+            raise ValueError(f"The {kind} is stateful ({stateful[0]}): another pass would move it on. {way_out}")
         spent = [type(p).__name__ for p in (loader, *parts) if isinstance(p, Iterator)]
         if spent:
-            raise ValueError(f"The train dataloader's {spent[0]} is an iterator: a pass would use it up. {way_out}")
+            raise ValueError(f"The {kind}'s {spent[0]} is an iterator: a pass would use it up. {way_out}")
         if isinstance(loader, DataLoader) and not _iterates_plainly(loader):
             raise ValueError(
-                f"The train dataloader {name} has an __iter__ of its own, which may touch its live iterator. {way_out}"
+                f"The {kind} {name} has an __iter__ of its own, which may touch its live iterator. {way_out}"
             )
         if not isinstance(loader, (DataLoader, Sequence)):
-            raise ValueError(
-                f"The train dataloader is a {name}, which we do not know how to iterate neutrally. {way_out}"
-            )
+            raise ValueError(f"The {kind} is a {name}, which we do not know how to iterate neutrally. {way_out}")
 
 
 class _Fresh:
@@ -193,15 +233,25 @@ class _Fresh:
         return len(self.loader)
 
 
+def _noted(loader: Any) -> tuple[Any, Any]:
+    """A loader's batch sampler, and what `trainer.predict` has put around it to note indices, or None.
+
+    The latter iterates over itself (private, 2.5 to 2.6); all that a second iteration changes is its attributes.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    wrapped = type(sampler).__name__ == "_IndexBatchSamplerWrapper"
+    return (sampler._batch_sampler, sampler) if wrapped else (sampler, None)
+
+
 def _iterates_plainly(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
-def _to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+def _to_device(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
     """The way a batch takes in Lightning's own loops: precision, transfer hooks, device."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 def _bytes_of(batch: Any) -> int:
@@ -217,10 +267,13 @@ def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
     Meanwhile they have copies of their lists, which may be orders that they shuffle in place; samplers also of their
     arrays. A dataset's arrays are its data, and too large to copy.
     """
-    parts = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
-    owners = reachable([getattr(loader, part, None) for loader in loaders for part in parts])
+    parts = ("generator", "sampler", "dataset", "collate_fn")
+    noted = [_noted(loader) for loader in loaders]
+    owners = reachable(
+        [*(getattr(loader, part, None) for loader in loaders for part in parts), *(sampler for sampler, _ in noted)]
+    )
     data = {id(getattr(loader, "dataset", None)) for loader in loaders}
-    restore = [restorer(o) for o in owners]
+    restore = [restorer(o) for o in (*owners, *(wrapper for _, wrapper in noted if wrapper is not None))]
     try:
         for o in owners:
             kinds = (*CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else CONTAINERS

@@ -28,12 +28,20 @@ _TORCH_OWN = set(vars(nn.Module())) - {"_buffers"}
 
 
 @contextmanager
-def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Run forwards of ``module`` as in training, without gradients, and leave no trace of them.
+def neutral(
+    trainer: Trainer, module: LightningModule, stage: RunningStage = RunningStage.TRAINING, may_log: bool = False
+) -> Iterator[None]:
+    """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and leave no trace of them.
 
-    Logging is muted (`self.log`, the Trainer's loggers), the stage reads as training, and these get back what they had:
-    modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the random
-    number generators of Python, NumPy and torch on every device, and of the module's own.
+    Logging is muted (`self.log`, the Trainer's loggers), the stage reads as ``stage``, and these get back what they
+    had: modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the
+    random number generators of Python, NumPy and torch on every device, and of the module's own.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        stage: Training by default: augmentation on the device asks for it.
+        may_log: Let `self.log` through, to whoever collects what it is given.
 
     Raises:
         RuntimeError: On leaving, if a parameter was changed.
@@ -41,11 +49,11 @@ def neutral(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_numbers_kept())
         stack.enter_context(_own_random_numbers_kept(module, getattr(trainer, "datamodule", None)))
-        stack.enter_context(_muted(trainer))
+        stack.enter_context(_muted(trainer, stage))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_parameters_untouched(module))
-        stack.enter_context(_modules_kept(module))
+        stack.enter_context(_modules_kept(module, may_log))
         yield
 
 
@@ -76,15 +84,15 @@ def _own_random_numbers_kept(module: nn.Module, datamodule: Any) -> Iterator[Non
 
 
 @contextmanager
-def _muted(trainer: Trainer) -> Iterator[None]:
-    """Loggers that swallow everything, and a stage that reads as training (augmentation on the device asks for it)."""
-    loggers, stage = trainer.loggers, trainer.state.stage
+def _muted(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
+    """Loggers that swallow everything, and another stage."""
+    kept = trainer.loggers, trainer.state.stage
     try:
-        trainer.loggers = [_Muted(logger) for logger in loggers]
-        trainer.state.stage = RunningStage.TRAINING
+        trainer.loggers = [_Muted(logger) for logger in trainer.loggers]
+        trainer.state.stage = stage
         yield
     finally:
-        trainer.loggers, trainer.state.stage = loggers, stage
+        trainer.loggers, trainer.state.stage = kept
 
 
 class _Muted(DummyLogger):
@@ -112,12 +120,12 @@ class _Muted(DummyLogger):
 
 
 @contextmanager
-def _modules_kept(module: LightningModule) -> Iterator[None]:
+def _modules_kept(module: LightningModule, may_log: bool) -> Iterator[None]:
     kept = {m: vars(m).copy() for m in module.modules()}
     try:
         for m, own in kept.items():
             vars(m).update({key: _scratch(value) for key, value in own.items() if key not in _TORCH_OWN})
-            if is_lightning_module(m):
+            if is_lightning_module(m) and not may_log:
                 vars(m).update(log=_swallow, log_dict=_swallow)
         yield
     finally:
@@ -164,7 +172,7 @@ def _parameters_untouched(module: LightningModule) -> Iterator[None]:
     changed = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
     if changed:
         raise RuntimeError(
-            f"The forward over training batches changed parameters of {type(module).__name__} ({changed[0]} and "
+            f"A forward of a pass changed parameters of {type(module).__name__} ({changed[0]} and "
             f"{len(changed) - 1} more): this cannot be undone. Pass forward='forward' or a function that leaves "
             "them alone."
         )

@@ -86,6 +86,25 @@ def precise_bn(
         >>> bool(torch.equal(model[1].running_mean, statistics["1"].mean.float()))
         True
     """
+    chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress)
+    write(chosen, statistics)
+    return statistics
+
+
+def measure_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward[Any] | None,
+    num_samples: int | None,
+    layers: Layers,
+    count: Count | None,
+    progress: bool,
+) -> tuple[dict[str, _BatchNorm], PopulationStatistics]:
+    """The layers that `precise_bn` estimates, and what it measures. Writes nothing.
+
+    Raises:
+        ValueError: As `precise_bn`.
+    """
     if isinstance(model, DistributedDataParallel):
         model = model.module
     chosen = estimable_layers(model, layers)
@@ -95,7 +114,7 @@ def precise_bn(
             "in eval mode while the model is in train mode): there are no statistics to recompute."
         )
     with _everything_in_eval(model):
-        statistics = measure(
+        return chosen, measure(
             chosen,
             batches,
             run=lambda batch: (forward or call_model)(model, batch),
@@ -103,8 +122,6 @@ def precise_bn(
             count=count,
             progress=_tqdm if progress else _no_progress,
         )
-    write(chosen, statistics)
-    return statistics
 
 
 def estimable_layers(

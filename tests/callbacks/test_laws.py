@@ -24,13 +24,21 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback, SyncBNCallback
+from lightning_bn import (
+    AdaBNCallback,
+    BNStatsMonitor,
+    FreezeBNCallback,
+    GhostBNCallback,
+    MiniBatchInferenceCallback,
+    PreciseBNCallback,
+    SyncBNCallback,
+)
 from tests.callbacks.zoo import (
     Images,
     Recorder,
@@ -45,6 +53,7 @@ from tests.callbacks.zoo import (
     statistics_of,
     torch_noise,
     train_loader,
+    trainer_with,
     val_loader,
 )
 from tests.ranks import run_on_ranks
@@ -53,8 +62,16 @@ WITH_A_PASS: dict[str, Callable[..., Any]] = {
     "PreciseBN": functools.partial(PreciseBNCallback, 20),
     "FreezeBN": functools.partial(FreezeBNCallback, start_epoch=1, num_samples=20),
 }
+EVALUATING: dict[str, Callable[..., Any]] = {
+    "MiniBatchInference": functools.partial(MiniBatchInferenceCallback, stages=["validate", "test"]),
+    "AdaBN": functools.partial(AdaBNCallback, num_samples=8, compare=True),
+    "AdaBN, online": functools.partial(AdaBNCallback, online=True, prior_samples=4),
+}
+"""Those that act while the model is evaluated."""
+
 CALLBACKS: dict[str, Callable[..., Any]] = {
     **WITH_A_PASS,
+    **EVALUATING,
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
@@ -69,6 +86,7 @@ OBSERVING: dict[str, Callable[[], Any]] = {
         FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
     ),
     "BNStatsMonitor": CALLBACKS["BNStatsMonitor"],
+    **EVALUATING,
 }
 """Those that must not be noticed by the training."""
 
@@ -76,6 +94,7 @@ OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor"]
 """Those that are held against every way to train; the others have the same machinery, and a few will do."""
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+every_evaluating = pytest.mark.parametrize("make", EVALUATING.values(), ids=EVALUATING)
 every_pass = pytest.mark.parametrize("make", WITH_A_PASS.values(), ids=WITH_A_PASS)
 
 
@@ -419,8 +438,10 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     path.write_text(yaml.safe_dump(config))
     cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
-    assert callback.layers == ["bn*"] and (not counts or callback._count is samples)
-    if make in WITH_A_PASS.values():
+    with_a_pass = make in WITH_A_PASS.values()
+    assert callback.layers == ["bn*"]
+    assert not counts or (callback._pass.count if with_a_pass else callback._count) is samples
+    if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
 
 
@@ -499,6 +520,55 @@ def test_an_exception_in_a_pass_leaves_everything_as_it_was(
         fit(module, [probe, make()], val="default" if val else None)
     assert module.shown.batches == 6
     assert probe.before and probe.after == probe.before
+
+
+class FuseInEvaluation(TinyNet):
+    """Raises in the second batch of an evaluation; what reads ahead, which is muted, survives."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def blow(self, batch_idx: int) -> None:
+        muted = any(type(logger).__name__ == "_Muted" for logger in self.trainer.loggers)
+        if batch_idx == 1 and not muted:
+            raise self.error
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        self.blow(batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.blow(batch_idx)
+        return super().predict_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.blow(batch_idx)
+
+
+def left_by_evaluating(callbacks: list[Any], stage: str, error: BaseException, comes_out: Any) -> Any:
+    """What is left of the module, numbers included, of its mode, and of the random numbers."""
+    module = FuseInEvaluation(error)
+    trainer = trainer_with(callbacks)
+    seed_everything(0, verbose=False)
+    with pytest.raises(comes_out):
+        getattr(trainer, stage)(module, val_loader())
+    modules = [(n, type(m), repr(m), sorted(vars(m)), m.training, hooks_of(m)) for n, m in module.named_modules()]
+    return modules, digest(module.state_dict()), digest(list(random_states()))
+
+
+@every_evaluating
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("error", "comes_out"), [(Blown(), Blown), (KeyboardInterrupt(), SystemExit)], ids=["exception", "Ctrl-C"]
+)
+@pytest.mark.usefixtures("_interrupt_works_afterwards")
+def test_an_exception_in_an_evaluation_leaves_what_it_leaves_without(
+    make: Callable[[], Any], stage: str, error: BaseException, comes_out: type[BaseException]
+) -> None:
+    plain = left_by_evaluating([], stage, error, comes_out)
+    assert left_by_evaluating([make()], stage, error, comes_out) == plain
 
 
 def left_by(module: TinyNet, callbacks: list[Any]) -> list[Any]:
@@ -733,3 +803,29 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp
     module = Elsewhere()
     trainer.fit(module, train_loader(), val_loader())
     assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3)  # no pass, one or two
+
+
+@every_evaluating
+def test_it_evaluates_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp_path: Path) -> None:
+    class Tested(Elsewhere):
+        test_step = Elsewhere.validation_step
+
+    results = []
+    for callbacks in ([], [make()]):
+        torch.manual_seed(0)
+        trainer = pytorch_lightning.Trainer(
+            accelerator="cpu",
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        module = Tested()
+        before = digest(module.state_dict())
+        results += trainer.test(module, val_loader(), verbose=False)
+        assert digest(module.state_dict()) == before
+        unadapted = {
+            key.removeprefix("unadapted/"): v for c in callbacks for key, v in vars(c).get("unadapted", {}).items()
+        }
+        assert not unadapted or unadapted == results[0]
+    assert results[0] != results[1]

@@ -1,0 +1,85 @@
+"""The target pass: show batches of the dataloader that is evaluated to the model, neutrally, and measure what they are.
+
+What `PopulationPass` is for training batches. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.engine.batches import evaluation_batches
+from lightning_bn.engine.evaluation_loop import run_step, stage_of
+from lightning_bn.engine.neutral import neutral
+from lightning_bn.engine.population_pass import Recomputed, moved_by
+from lightning_bn.engine.progress import progress_of
+from lightning_bn.functional.precise import Count, call_model, measure, samples_in
+
+TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
+"""How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
+
+
+def measure_target(
+    trainer: Trainer,
+    module: LightningModule,
+    layers: dict[str, _BatchNorm],
+    dataloader_idx: int,
+    num_samples: int | None,
+    forward: TargetForward,
+    count: Count | None,
+) -> Recomputed:
+    """Measure the population statistics of one of the dataloaders that are evaluated now.
+
+    Args:
+        trainer: The Trainer, while it validates, tests or predicts.
+        module: Its module.
+        layers: Qualified name -> layer to measure.
+        dataloader_idx: Which one; all of them together where they are read side by side.
+        num_samples: Samples to show, of all ranks together, in whole batches; None for the whole loader.
+        forward: How a batch reaches the model.
+        count: Samples in a batch.
+
+    Raises:
+        ValueError: If no batch came, a layer received non-finite values, or the loader cannot be read twice.
+        RuntimeError: If the forward changes parameters, or raises StopIteration.
+    """
+    step = f"{stage_of(trainer)}_step"
+    if forward == "evaluation_step" and is_param_in_hook_signature(
+        getattr(module, step), "dataloader_iter", explicit=True
+    ):
+        raise ValueError(
+            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass "
+            "forward='forward' or a function of module and batch."
+        )
+
+    def run(item: tuple[Any, int, int]) -> None:
+        if forward == "evaluation_step":
+            run_step(trainer, module, *item)
+        else:
+            with trainer.precision_plugin.forward_context():
+                (forward if callable(forward) else call_model)(module, item[0])
+
+    assert trainer.state.stage is not None
+    started = time.perf_counter()
+    try:
+        with (
+            neutral(trainer, module, trainer.state.stage),
+            evaluation_batches(trainer, module, dataloader_idx) as batches,
+        ):
+            statistics = measure(
+                layers,
+                batches,
+                run,
+                num_samples=num_samples,
+                count=lambda item: (count or samples_in)(item[0]),
+                progress=progress_of(trainer, "AdaBN"),
+            )
+    except StopIteration as error:  # would end Lightning's evaluation without a word
+        raise RuntimeError("The forward over target batches raised StopIteration.") from error
+    moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
+    return Recomputed(statistics, moved, time.perf_counter() - started)

@@ -1,0 +1,427 @@
+"""AdaBN: evaluation sees the target's statistics, domain by domain, and the model never keeps them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_bn import AdaBNCallback, FreezeBNCallback, MiniBatchInferenceCallback, PreciseBNCallback, adapt_bn
+from tests.callbacks.zoo import (
+    Images,
+    Recorder,
+    TinyNet,
+    digest,
+    exact_statistics,
+    fit,
+    random_states,
+    statistics_of,
+    torch_noise,
+    train_loader,
+    trainer_with,
+)
+from tests.ranks import run_on_ranks
+
+STAGES = ["validate", "test", "predict"]
+
+
+class Domain(Images):
+    """Images as a domain sees them: scaled and shifted."""
+
+    def __init__(self, size: int, scale: float, shift: float) -> None:
+        super().__init__(size)
+        self.images = self.images * scale + shift
+
+
+def domains(n: int = 2) -> Any:
+    return [DataLoader(Domain(*d), batch_size=5) for d in ((13, 3.0, 1.0), (9, 0.5, -2.0))[:n]]
+
+
+class Evaluating(TinyNet):
+    """Takes several dataloaders, and has trained statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = torch.Generator().manual_seed(0)
+        for bn in (self.bn1, self.bn2):
+            bn.running_mean.copy_(torch.randn(bn.num_features, generator=own))
+            bn.running_var.copy_(0.5 + torch.rand(bn.num_features, generator=own))
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().test_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return super().predict_step(batch, batch_idx)
+
+
+class Statistics(Callback):
+    """Those with which each batch is evaluated, and those at the end, by stage hooks behind the callback's."""
+
+    def __init__(self) -> None:
+        self.of_batches: list[dict[str, Tensor]] = []
+        self.at_end: dict[str, Tensor] = {}
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.of_batches.append(statistics_of(pl_module))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.at_end = statistics_of(pl_module)
+
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+    on_validation_end = on_predict_end = on_test_end
+
+
+def evaluate(callbacks: Any, stage: str = "test", loaders: Any = None, module: Any = None, **kwargs: Any) -> Any:
+    trainer, module = trainer_with(callbacks, **kwargs), module or Evaluating()
+    silent = {} if stage == "predict" else {"verbose": False}
+    found = getattr(trainer, stage)(module, domains() if loaders is None else loaders, **silent)
+    return found if stage == "predict" else {k: v for result in found for k, v in result.items()}
+
+
+def exact(module: TinyNet, batches: Any) -> dict[str, Tensor]:
+    """Running statistics of the concatenated target in float64."""
+    return {
+        f"{name}.running_{kind}": value
+        for name, pair in exact_statistics(module, batches).items()
+        for kind, value in zip(("mean", "var"), pair, strict=True)
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("prior", [0, 13])
+def test_each_dataloader_is_evaluated_with_the_statistics_of_its_own_samples(stage: str, prior: int) -> None:
+    module, seen, callback = Evaluating(), Statistics(), AdaBNCallback(prior_samples=prior)
+    original, state = statistics_of(module), digest(module.state_dict())
+    evaluate([callback, seen], stage, module=module)
+    assert len(seen.of_batches) == 3 + 2
+    for loader, samples, found in zip(domains(), (13, 9), (seen.of_batches[:3], seen.of_batches[3:]), strict=True):
+        share = prior / (prior + samples)
+        for key, target in exact(module, loader).items():
+            for statistics in found:
+                expected = share * original[key].double() + (1 - share) * target
+                torch.testing.assert_close(statistics[key].double(), expected, rtol=1e-4, atol=1e-5)
+    assert digest(seen.at_end) == digest(original) and digest(module.state_dict()) == state
+    assert [result.num_samples for result in callback.results] == [13, 9]
+
+
+def test_metrics_are_those_of_the_adapted_model() -> None:
+    with torch.no_grad():
+        for i, loader in enumerate(domains()):
+            module = Evaluating()
+            adapt_bn(module, loader)
+            losses = [(len(x), F.cross_entropy(module.eval()(x), y)) for x, y in loader]
+            expected = sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
+            assert evaluate(AdaBNCallback())[f"test_loss/dataloader_idx_{i}"] == pytest.approx(float(expected), 1e-5)
+
+
+@pytest.mark.parametrize(("num_samples", "batches"), [(1, 1), (5, 1), (6, 2), (1000, 3), (None, 3)])
+def test_num_samples_counts_in_whole_batches(num_samples: int | None, batches: int) -> None:
+    module, seen = Evaluating(), Statistics()
+    evaluate([AdaBNCallback(num_samples), seen], loaders=domains(1), module=module)
+    for key, target in exact(module, list(domains(1)[0])[:batches]).items():
+        torch.testing.assert_close(seen.of_batches[0][key].double(), target, rtol=1e-4, atol=1e-5)
+
+
+def test_limits_of_the_trainer_hold_for_reading_ahead_too() -> None:
+    callback = AdaBNCallback(None)
+    evaluate(callback, limit_test_batches=2)
+    assert [result.num_samples for result in callback.results] == [10, 9]
+    evaluate(callback, limit_test_batches=1)
+    assert [result.num_samples for result in callback.results] == [5, 5]
+
+
+def test_loaders_read_side_by_side_are_one_domain() -> None:
+    class Both(Evaluating):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            for one in batch:
+                super().test_step(one, batch_idx)
+
+    module, seen = Both(), Statistics()
+    evaluate([AdaBNCallback(), seen], loaders=CombinedLoader(domains(), "min_size"), module=module)
+    together = [batch for pair in zip(*domains(), strict=False) for batch in pair]
+    for key, target in exact(module, together).items():
+        torch.testing.assert_close(seen.of_batches[0][key].double(), target, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forward", ["forward", lambda module, batch: module(batch[0])])
+def test_a_batch_may_reach_the_model_by_another_way(forward: Any) -> None:
+    ours, by_step = AdaBNCallback(forward=forward), AdaBNCallback()
+    assert evaluate(ours) == evaluate(by_step)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+@pytest.mark.parametrize("make", [AdaBNCallback, lambda: AdaBNCallback(online=True, compare=True)])
+def test_the_live_loader_and_random_numbers_are_not_disturbed(
+    stage: str, workers: dict[str, Any], make: Callable[[], Any]
+) -> None:
+    class Batches(Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            self.seen.append((digest(batch), digest(list(random_states()))))
+
+        on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+
+    seen = []
+    for callbacks in ([], [make()]):
+        torch.manual_seed(3)
+        batches = Batches()
+        loader = train_loader(12, 4, torch_noise, shuffle=True, **workers)
+        evaluate([*callbacks, batches], stage, loader)
+        seen.append(batches.seen)
+    assert len(seen[0]) == 3 and seen[0] == seen[1]
+
+
+def test_inside_a_fit_nothing_happens() -> None:
+    traces = []
+    for callbacks in ([], [AdaBNCallback(layers="bn2"), AdaBNCallback(online=True, layers="bn1")]):
+        recorder = Recorder()
+        trainer = fit(TinyNet(), [*callbacks, recorder])
+        traces.append((recorder.trace, trainer.callback_metrics["val_loss"]))
+    assert traces[0] == traces[1]
+
+
+def test_only_in_the_chosen_stages() -> None:
+    plain, callback = evaluate([], "validate"), AdaBNCallback(stages=["test"])
+    assert evaluate(callback, "validate") == plain and not callback.results
+    assert evaluate(callback, "test") != evaluate([], "test") and callback.results
+
+
+def test_a_fit_after_a_test_trains_as_ever() -> None:
+    module, plain = TinyNet(), TinyNet()
+    trainer_with(AdaBNCallback()).test(module, domains(1), verbose=False)
+    fit(module), fit(plain)
+    assert digest(module.state_dict()) == digest(plain.state_dict())
+
+
+# --- with and without -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_comparing_logs_the_metrics_without_adaptation_beside_those_with(stage: str, online: bool) -> None:
+    callback = AdaBNCallback(compare=True, online=online)
+    trainer = trainer_with(callback)
+    adapted = getattr(trainer, stage)(Evaluating(), domains(), verbose=False)
+    adapted = {key: value for result in adapted for key, value in result.items()}
+    plain = evaluate([], stage)
+    assert adapted == evaluate(AdaBNCallback(online=online), stage) != plain
+    assert callback.unadapted == {f"unadapted/{key}": value for key, value in plain.items()}
+    rows = [row for _, row in trainer.logger.rows]
+    assert callback.unadapted in rows
+
+
+def test_comparing_a_prediction_compares_nothing() -> None:
+    callback = AdaBNCallback(compare=True)
+    ours, others = evaluate(callback, "predict"), evaluate(AdaBNCallback(), "predict")
+    assert digest(ours) == digest(others) and callback.unadapted == {}
+
+
+def test_it_logs_how_far_the_target_is_from_the_source() -> None:
+    trainer = trainer_with(AdaBNCallback())
+    trainer.test(Evaluating(), domains(), verbose=False)
+    row = {key: value for _, row in trainer.logger.rows for key, value in row.items()}
+    for i, samples in enumerate((13, 9)):
+        assert row[f"ada_bn/dataloader_idx_{i}/num_samples"] == samples
+        assert row[f"ada_bn/dataloader_idx_{i}/mean_gap_max"] > 0
+
+
+# --- batch by batch ---------------------------------------------------------------------------------------------------
+
+
+def test_online_every_batch_is_normalised_with_all_so_far_of_its_domain() -> None:
+    module = Evaluating()
+    state = digest(module.state_dict())
+    found = evaluate(AdaBNCallback(online=True, prior_samples=4), "predict", module=module)
+    assert digest(module.state_dict()) == state
+    for loader, logits in zip(domains(), found, strict=True):
+        expected = online_logits(Evaluating(), [x for x, _ in loader], 4)
+        for ours, theirs in zip(logits, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4)
+
+
+def online_logits(module: TinyNet, batches: list[Tensor], prior: int) -> Iterator[Tensor]:
+    """Oracle in float64: layer by layer, with everything that a layer was given so far."""
+    module = module.double().eval()
+    given: dict[nn.Module, list[Tensor]] = {}
+    samples = 0
+
+    def normalise(bn: Any, args: Any, output: Tensor) -> Tensor:
+        x, *_ = args
+        given.setdefault(bn, []).append(x.movedim(1, -1).reshape(-1, x.shape[1]))
+        rows, share = torch.cat(given[bn]), prior / (prior + samples)
+        mean = share * bn.running_mean + (1 - share) * rows.mean(0)
+        var = share * bn.running_var + (1 - share) * rows.var(0, correction=0)
+        return F.batch_norm(x, mean, var, bn.weight, bn.bias, False, 0.0, bn.eps)
+
+    for bn in (module.bn1, module.bn2):
+        bn.register_forward_hook(normalise)
+    for x in batches:
+        samples += len(x)
+        with torch.no_grad():
+            yield module(x.double())
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def warnings_of(run: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "AdaBNCallback" in str(w.message)]
+
+
+def test_it_warns_of_layers_that_were_trained_frozen() -> None:
+    freeze, callback = FreezeBNCallback(start_epoch=1, statistics="ema"), AdaBNCallback()
+    said = warnings_of(lambda: evaluate([freeze, callback]))
+    assert len(said) == 1 and "FreezeBNCallback" in said[0] and "77.9 to 48.5" in said[0]
+    apart = [FreezeBNCallback(start_epoch=1, layers="bn1"), AdaBNCallback(layers="bn2")]
+    assert not warnings_of(lambda: evaluate(apart))
+
+
+def test_frozen_layers_keep_their_statistics_and_it_says_so() -> None:
+    module, seen = Evaluating(), Statistics()
+    module.train().bn1.eval()
+    before = statistics_of(module)
+    said = warnings_of(lambda: evaluate([AdaBNCallback(), seen], module=module))
+    assert len(said) == 1 and "1 layers are frozen ('bn1' first)" in said[0]
+    assert digest(seen.of_batches[0]["bn1.running_mean"]) == digest(before["bn1.running_mean"])
+    assert digest(seen.of_batches[0]["bn2.running_mean"]) != digest(before["bn2.running_mean"])
+    module.bn2.eval()
+    assert "all of its layers are frozen" in warnings_of(lambda: evaluate([AdaBNCallback()], module=module))[0]
+
+
+def test_it_adapts_after_precise_bn_and_gives_that_back() -> None:
+    module, plain, seen = Evaluating(), Evaluating(), Statistics()
+    precise = PreciseBNCallback(20, before=["test"], source=source_domain)
+    evaluate([AdaBNCallback(prior_samples=5), precise, seen], loaders=domains(1), module=module)
+    source, target = exact(plain, list(train_loader())[:3]), exact(plain, domains(1)[0])
+    for key, found in seen.of_batches[0].items():
+        expected = 5 / 18 * source[key] + 13 / 18 * target[key]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen.at_end[key].double(), source[key], rtol=1e-4, atol=1e-5)
+
+
+def source_domain(trainer: Trainer) -> Any:
+    return train_loader()
+
+
+class Stream(IterableDataset[Any]):
+    """A number of batches of ones, by rank; an iterator, if it is to be refused."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Iterator[Any]:
+        own = torch.Generator().manual_seed(sum(self.sizes))
+        for size in self.sizes:
+            yield torch.randn(size, 3, 6, 6, generator=own) + size, torch.zeros(size, dtype=torch.long)
+
+
+class Once(Stream):
+    def __next__(self) -> Any:
+        raise StopIteration
+
+
+def test_what_cannot_work_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"Once is an iterator.*online=True"):
+        evaluate(AdaBNCallback(), loaders=DataLoader(Once([4]), batch_size=None))
+    evaluate(AdaBNCallback(online=True), loaders=DataLoader(Once([4]), batch_size=None))
+    with pytest.raises(ValueError, match="normalises with mini-batch statistics"):
+        evaluate([AdaBNCallback(), MiniBatchInferenceCallback()])
+    with pytest.raises(ValueError, match=r"Two AdaBNCallbacks act on layer 'bn2'"):
+        evaluate([AdaBNCallback(), AdaBNCallback(layers="bn2")])
+    for bad in ({"num_samples": 0}, {"prior_samples": -1}, {"forward": "training_step"}, {"stages": ["fit"]}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            AdaBNCallback(**bad)
+
+
+@pytest.mark.parametrize("compare", [False, True])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
+    error: type[BaseException], compare: bool
+) -> None:
+    class Ahead(Evaluating):
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().test_step(batch, batch_idx)
+            if batch_idx == 1:
+                raise error
+
+    class Seen(Callback):
+        before = after = None
+
+        def look(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+            modules = [(type(m), sorted(vars(m)), m.training) for m in pl_module.modules()]
+            loop = trainer.test_loop
+            return [modules, digest(pl_module.state_dict()), trainer.loggers, trainer.state.stage, id(loop._results)]
+
+        def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.before = self.look(trainer, pl_module)
+
+        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+            self.after = self.look(trainer, pl_module)
+
+    seen = Seen()
+    with pytest.raises(error):
+        evaluate([seen, AdaBNCallback(compare=compare)], module=Ahead())
+    assert seen.before and seen.after == seen.before
+
+
+def test_a_step_that_raises_stop_iteration_does_not_end_the_evaluation_in_silence() -> None:
+    def stop(module: Any, batch: Any) -> None:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        evaluate(AdaBNCallback(forward=stop))
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+SHARDS = [[[8, 5], [4]], [[3], [6, 6, 2]], [[], [2]]]
+"""Of each rank, of two dataloaders, the batches."""
+
+
+def evaluate_on_rank(shards: Any, online: bool) -> Any:
+    rank = torch.distributed.get_rank()
+    module, seen, callback = Evaluating(), Statistics(), AdaBNCallback(compare=True, online=online)
+    state = digest(module.state_dict())
+    trainer = trainer_with([callback, seen], devices=len(shards), strategy="ddp")
+    loaders = [DataLoader(Stream(sizes), batch_size=None) for sizes in shards[rank]]
+    trainer.test(module, loaders, verbose=False)
+    return callback.results, seen.of_batches, digest(module.state_dict()) == state
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("shards", [SHARDS[:2], SHARDS, [[[], []], [[4, 4], [3]]]], ids=["2", "3", "one without any"])
+def test_ranks_with_uneven_shards_adapt_to_all_of_a_domain(shards: Any) -> None:
+    ranks = run_on_ranks(evaluate_on_rank, len(shards), shards, False)
+    for domain in range(2):
+        target = exact(Evaluating(), [batch for shard in shards for batch in Stream(shard[domain])])
+        for own, (results, of_batches, untouched) in zip(shards, ranks, strict=True):
+            assert untouched
+            assert results[domain].num_samples == sum(sum(shard[domain]) for shard in shards)
+            start = len(own[0]) * domain
+            for statistics in of_batches[start : start + len(own[domain])]:
+                for key, expected in target.items():
+                    torch.testing.assert_close(statistics[key].double(), expected, rtol=1e-4, atol=1e-5)
+    first = [digest([vars(s) for s in result.values()]) for result in ranks[0][0]]
+    assert all([digest([vars(s) for s in r.values()]) for r in results] == first for results, *_ in ranks)
+
+
+@pytest.mark.ddp
+def test_online_ranks_do_not_wait_for_each_other() -> None:
+    assert all(untouched for *_, untouched in run_on_ranks(evaluate_on_rank, 2, SHARDS[:2], True))
