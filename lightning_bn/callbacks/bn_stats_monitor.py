@@ -185,7 +185,7 @@ class BNStatsMonitor(BatchNormCallback):
         if plots.any_logs(trainer):
             self._draw(trainer, record)
             if self._samples is not None:
-                record.nbs = normalization_batch_size(trainer, pl_module, samples=self._samples)
+                record.nbs = normalization_batch_size(trainer, pl_module, samples=self._samples, layers=self.layers)
             self._conclude(trainer, record)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

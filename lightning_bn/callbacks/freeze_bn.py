@@ -259,7 +259,7 @@ class FreezeBNCallback(BatchNormCallback):
             )
 
     def _warn_of_large_batches(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
-        sizes = normalization_batch_size(trainer, module, samples=samples)
+        sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers)
         size = max((sizes[n] for n in storing_layers(module, self.layers) if sizes[n] >= _HURTS_FROM), default=0)
         if size:
             rank_zero_warn(

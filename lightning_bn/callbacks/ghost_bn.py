@@ -13,7 +13,7 @@ from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.functional.precise import samples_in
 from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.find import Layers, as_patterns, find_bn
+from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.layers.ghost import Grouping
 
 
@@ -31,7 +31,7 @@ class GhostBNCallback(DuringFit):
     nothing to gain.
 
     Cost: about 0.1 ms a layer for interleaved groups of one size in an NCHW input; the layers' time 2 to 4 times as
-    long on a CPU for ``"contiguous"``, ``channels_last`` and ragged batches (benchmarks/RESULTS.md).
+    long on a CPU for ``"contiguous"``, ``channels_last`` and ragged batches (measured by benchmarks/ghost.py).
 
     Args:
         size: Most samples in a group; 32 is the paper's usual NBS. Either this
@@ -94,12 +94,11 @@ class GhostBNCallback(DuringFit):
         return ghost_bn(module, size=self.size, splits=self.splits, grouping=self.grouping, layers=self.layers)
 
     def _warn_of_nothing(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
-        sizes = normalization_batch_size(trainer, module, samples=samples)
-        own = [sizes[name] for name in find_bn(module, self.layers)]
-        if any(size < samples for size in own):
+        sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers).values()
+        if any(size < samples for size in sizes):
             return
         divided = f"size={self.size}" if self.size else f"splits={self.splits}"
         reason = f"the batch of a device holds {samples} samples, which {divided} does not divide"
-        if not any(size == samples for size in own):
+        if not any(size == samples for size in sizes):
             reason = "all of its layers are frozen, or in eval mode"
         rank_zero_warn(f"GhostBNCallback changes nothing: {reason}.")

@@ -14,11 +14,11 @@ from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.functional.precise import samples_in
 from lightning_bn.layers.behaviour import behaviours_of
-from lightning_bn.layers.find import find_bn
+from lightning_bn.layers.find import Layers, find_bn
 
 
 def normalization_batch_size(
-    trainer: Trainer, module: LightningModule, *, samples: int | None = None
+    trainer: Trainer, module: LightningModule, *, samples: int | None = None, layers: Layers = None
 ) -> dict[str, float]:
     """How many samples each BatchNorm layer normalises together in training, as it is set up at the moment.
 
@@ -42,12 +42,14 @@ def normalization_batch_size(
         samples: Samples in the batch of this device; other ranks are taken to have as many. By default those of the
             batch that is trained on at the moment, and between batches the ``batch_size`` of the train dataloader, the
             first if there are several.
+        layers: Glob patterns over qualified layer names; None for every BatchNorm layer.
 
     Returns:
-        Qualified name -> NBS, for all layers.
+        Qualified name -> NBS.
 
     Raises:
-        ValueError: If there is no BatchNorm layer, or no batch of which the samples can be told.
+        ValueError: If there is no BatchNorm layer, a pattern matches nothing, or there is no batch of which the
+            samples can be told.
 
     Example:
         >>> from lightning.pytorch import LightningModule, Trainer
@@ -60,20 +62,21 @@ def normalization_batch_size(
         >>> trainer, module = Trainer(logger=False, enable_checkpointing=False), Net()
         >>> handle = lbn.ghost_bn(module, size=32, layers="net.1")
         >>> lbn.normalization_batch_size(trainer, module, samples=256)
-        {'net.1': 32.0, 'net.3': 256.0}
+        {'net.1': 32, 'net.3': 256}
     """
     samples = _samples(trainer) if samples is None else samples
     trains = modes_of_training(trainer, module)
-    return {name: _of_layer(layer, samples) if trains[layer] else torch.nan for name, layer in find_bn(module).items()}
+    found = find_bn(module, layers)
+    return {name: _of_layer(layer, samples) if trains[layer] else torch.nan for name, layer in found.items()}
 
 
 def _of_layer(layer: _BatchNorm, samples: float) -> float:
-    size = float(samples)
+    size = samples
     if isinstance(layer, SyncBatchNorm):
         size *= num_ranks(cast("ProcessGroup | None", layer.process_group))
     for behaviour in behaviours_of(layer):
         size = behaviour.normalization_batch(size)
-    return float(size)
+    return size
 
 
 def _samples(trainer: Trainer) -> int:

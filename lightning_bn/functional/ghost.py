@@ -102,7 +102,7 @@ def require_ghosts(size: int | None, splits: int | None, grouping: str) -> None:
         ValueError: Naming the argument.
     """
     if (size is None) == (splits is None):
-        raise ValueError(f"Give either size= or splits= of ghosts, not size={size!r} and splits={splits!r}.")
+        raise ValueError(f"Give either size= or splits=, not size={size!r} and splits={splits!r}.")
     for name, number in (("size", size), ("splits", splits)):
         if number is not None:
             require_whole(name, number, at_least=1)

@@ -83,6 +83,24 @@ def test_a_whole_training_is_that_of_groups_normalised_by_hand(
     assert not torch.allclose(ghosts.conv2.weight, plain.conv2.weight, rtol=1e-4)
 
 
+class Compiled(TinyNet):
+    """Compiled before there are any ghosts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled = torch.compile(super().features, backend="eager")
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+
+def test_a_model_that_was_compiled_before_trains_as_one_that_was_not() -> None:
+    compiled, eager = Compiled(), TinyNet()
+    fit(compiled, GhostBNCallback(size=4))
+    fit(eager, GhostBNCallback(size=4))
+    assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
+
+
 def test_evaluation_is_that_of_the_plain_model() -> None:
     evaluated = Evaluated()
     fit(TinyNet(), [GhostBNCallback(size=2), evaluated])

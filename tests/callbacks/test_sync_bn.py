@@ -124,6 +124,28 @@ def test_it_works_together_with_a_pass_a_freeze_and_the_monitor() -> None:
     assert all(value.isfinite().all() for value in first.values())
 
 
+def judged() -> dict[str, str]:
+    """How the monitor gets at each layer's batches, with momentum 0 in the first."""
+    monitor, module = BNStatsMonitor(1, 2), TinyNet()
+    module.bn1.momentum = 0.0
+    found: dict[str, str] = {}
+
+    class Judged(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if monitor._record and monitor._record.last:
+                found.update(monitor._record.last.direct)
+
+    fit(module, [SyncBNCallback(), monitor, Judged()], devices=2, strategy="ddp", max_epochs=1)
+    return found
+
+
+@pytest.mark.ddp
+def test_the_monitor_measures_no_rank_alone_where_ranks_normalise_together() -> None:
+    """What is recovered from the running statistics is the batch of all; inputs are those of one."""
+    on_rank_0, _ = run_on_ranks(judged, 2)
+    assert list(on_rank_0) == ["bn1"] and "synced over ranks" in on_rank_0["bn1"]
+
+
 def test_one_process_is_as_it_was_and_warns_once() -> None:
     synced, plain = TinyNet(), TinyNet()
     with pytest.warns(UserWarning, match="sync_bn changes nothing: there is one process") as record:

@@ -114,6 +114,7 @@ def test_ghosts_are_as_large_as_what_the_layer_hands_to_batch_norm(
 
 def test_of_chosen_layers_alone() -> None:
     assert seen([GhostBNCallback(size=2, layers="bn2")]).training[0] == {"bn1": 8, "bn2": 2}
+    assert normalization_batch_size(trainer_with(), TinyNet(), samples=3, layers="*2") == {"bn2": 3}
 
 
 def test_within_a_batch_it_is_that_batch_and_between_batches_the_loaders() -> None:
