@@ -20,7 +20,8 @@ from lightning_bn.layers.ghost import Grouping
 TITLE = "Ghost BN costs what plain BatchNorm costs"
 CLAIM = (
     "Forward and backward of interleaved ghosts of one size in an NCHW batch take at most 1.15 times as long as those "
-    "of plain BatchNorm, and in every layout less long than a loop over groups."
+    "of plain BatchNorm, and less long than a loop over groups. Other batches have no such view: what they cost is "
+    "reported, without a target."
 )
 GHOST, CHANNELS, PIXELS = 32, 64, 32
 THREADS = 2
@@ -40,9 +41,9 @@ class Case:
         """Whether the groups are a view of the batch."""
         return self.layout == "NCHW" and self.grouping == "interleaved" and self.samples % GHOST == 0
 
-    def most(self, other: str) -> float | None:
-        """The most that our time may be, as a ratio to another's."""
-        return 1.0 if other != "plain" else 1.15 if self.free else None
+    def missed(self, other: str, spread: Spread) -> bool:
+        """Whether the median of our time, as a ratio to another's and as it is printed, is over the most it may be."""
+        return self.free and round(spread.median, 3) > (1.15 if other == "plain" else 1.0)
 
     def __str__(self) -> str:
         return f"{self.samples} | {self.layout} | {self.grouping}"
@@ -76,19 +77,14 @@ def report(device: str, quick: bool) -> str:
     rounds = QUICK_ROUNDS if quick else ROUNDS
     names = list(_contestants("interleaved", device))
     others = [name for name in names if name != "ghosts"]
-    rows, missed = [], []
+    rows = []
     for case in CASES:
         seconds = _measure(case, device, rounds)
-        cells = []
-        for other in others:
-            spread, most = ratio(seconds, "ghosts", other), case.most(other)
-            over = most is not None and round(spread.median, 3) > most
-            missed += [f"{case} to {other}"] if over else []
-            cells.append(f"{spread}{' **missed**' if over else ''}")
+        ratios = {other: ratio(seconds, "ghosts", other) for other in others}
+        cells = [f"{spread}{' **missed**' if case.missed(other, spread) else ''}" for other, spread in ratios.items()]
         times = [f"{1000 * Spread.of(seconds[name]).median:.1f}" for name in names]
         rows.append(f"| {' | '.join([str(case), *cells, *times])} |")
         print(rows[-1], flush=True)
-    claimed = sum(case.most(other) is not None for case in CASES for other in others)
     composer = "" if "Composer" in names else " Composer could not be imported and was not measured."
     return "\n".join(
         [
@@ -97,13 +93,11 @@ def report(device: str, quick: bool) -> str:
             "|---" * (3 + len(others) + len(names)) + "|",
             *rows,
             "",
-            f"- Held: {claimed - len(missed)} of {claimed}.",
-            "",
             f"**Method.** One BatchNorm2d of {CHANNELS} channels, {PIXELS} x {PIXELS} px, groups of {GHOST}, float32, "
             f"{THREADS} CPU threads; forward, and backward to input, weight and bias. The loop, and Composer's, take "
             "runs of samples whatever the groups are. In each round all run one after the other, in rotating order; a "
             "ratio is taken within a round. The median over rounds is given with, in brackets, the quartiles; "
-            f"**missed** marks a median over 1.15 to plain, where the groups are a view, or over 1.00 to a loop. "
+            "**missed** marks a median over 1.15 to plain, or over 1.00 to a loop, where the groups are a view. "
             f"{rounds} rounds; one unmeasured round first.{composer}",
         ]
     )

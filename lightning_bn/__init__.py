@@ -7,8 +7,11 @@ exist for plain PyTorch.
 from lightning_bn.callbacks.ada_bn import AdaBNCallback
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
+from lightning_bn.callbacks.ghost_bn import GhostBNCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
+from lightning_bn.callbacks.sync_bn import SyncBNCallback
+from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.adapt import adapt_bn
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
@@ -25,6 +28,7 @@ __all__ = [
     "BNStatsMonitor",
     "DeadChannels",
     "FreezeBNCallback",
+    "GhostBNCallback",
     "LayerStatistics",
     "MeanGap",
     "MiniBatchInferenceCallback",
@@ -32,12 +36,14 @@ __all__ = [
     "NonFiniteChannels",
     "PopulationStatistics",
     "PreciseBNCallback",
+    "SyncBNCallback",
     "VarGap",
     "adapt_bn",
     "find_bn",
     "freeze_bn",
     "ghost_bn",
     "mini_batch_inference",
+    "normalization_batch_size",
     "precise_bn",
     "sync_bn",
 ]

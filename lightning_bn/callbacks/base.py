@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bn.callbacks.pairs import pair_of
 from lightning_bn.engine.population_pass import Recomputed
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 
@@ -21,19 +22,27 @@ class BatchNormCallback(Callback):
         return self._generate_state_key(layers=as_patterns(self.layers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another callback of this class on the same layers."""
+        """Refuse another callback of this class on the same layers, and others with which it makes no sense there."""
         self._refuse_overlap(trainer, pl_module)
 
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = find_bn(pl_module, self.layers)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if type(other) is type(self) and other is not self:
-                shared = [name for name in find_bn(pl_module, other.layers) if name in own]
-                if shared:
-                    raise ValueError(
-                        f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "
-                        "layers= patterns that do not overlap."
-                    )
+            if other is self or not isinstance(other, BatchNormCallback):
+                continue
+            pair = pair_of(type(self), type(other))
+            alike = type(other) is type(self)
+            shared = [name for name in find_bn(pl_module, other.layers) if name in own] if alike or pair else []
+            if alike and shared:
+                raise ValueError(
+                    f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "
+                    "layers= patterns that do not overlap."
+                )
+            if pair and pair.verdict == "refused" and shared:
+                raise ValueError(
+                    f"{type(self).__name__} and {type(other).__name__} act on layer {shared[0]!r} ({len(shared)} in "
+                    f"all): {pair.why}. Take one of them, or give them layers= patterns that do not overlap."
+                )
 
     def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
         """A hook of our own: a callback has recomputed population statistics and written them."""

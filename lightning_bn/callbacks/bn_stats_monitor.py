@@ -113,11 +113,12 @@ class BNStatsMonitor(BatchNormCallback):
         self._restored: dict[str, Any] = {}
         self._alarm = Alarm(float("inf"))
         self._batches = 0
+        self._samples: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            self._record, self._restored = None, {}
+            self._record, self._restored, self._samples = None, {}, None
             self._come_after_our_others(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,7 +158,7 @@ class BNStatsMonitor(BatchNormCallback):
         self._abandon()  # a batch that another hook has skipped
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
             with suppress(ValueError):  # a batch that cannot be counted
-                self._record.nbs = normalization_batch_size(self._record.layers, self._count(batch))
+                self._samples = self._count(batch)
             self._record.observer.before_batch()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -215,7 +216,9 @@ class BNStatsMonitor(BatchNormCallback):
         return {**vars(self), "_record": None, "_restored": self.state_dict()}
 
     def _log(self, trainer: Trainer, record: DriftRecord) -> None:
-        step = log_step(trainer)
+        step, module = log_step(trainer), trainer.lightning_module
+        if self._samples is not None:
+            record.nbs = normalization_batch_size(trainer, module, samples=self._samples, layers=self.layers)
         log_row(trainer, record.take_row(step))
         assert record.last is not None
         lag = record.last.means.lag.nan_to_num(0.0)

@@ -8,14 +8,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn import SyncBatchNorm
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.engine.averaging import refuse_with_swa
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_row, may_log
+from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.engine.switch_point import SwitchPoint
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
@@ -113,7 +112,6 @@ class FreezeBNCallback(BatchNormCallback):
         self._handle: Handle | None = None
         self._warm_up: WarmUp | None = None
         self._affine: list[Tensor] = []
-        self._checked_batch_size = False
 
     def should_freeze(self, trainer: Trainer, batch_idx: int) -> bool:
         """Whether training has come to the switch; override to decide otherwise."""
@@ -123,7 +121,6 @@ class FreezeBNCallback(BatchNormCallback):
         """Forget an earlier fit; a checkpoint is restored after this."""
         if stage == "fit":
             self._state = None
-            self._checked_batch_size = False
             self._pass.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,15 +147,14 @@ class FreezeBNCallback(BatchNormCallback):
             self._freeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Make the switch, if it falls on this step; then see how many samples are normalised together."""
+        """Make the switch, if it falls on this step."""
         if self._state is None:
             if self.statistics == "precise":
                 self._pass.keep(batch)
-            self._switch_if_due(trainer, pl_module, batch_idx)
-        if self._state is not None and not self._checked_batch_size:
-            self._checked_batch_size = True
-            with suppress(ValueError):  # a batch that cannot be counted
-                self._warn_of_large_batches(pl_module, self._count(batch))
+            if self.should_freeze(trainer, batch_idx):
+                with suppress(ValueError):  # a batch that cannot be counted
+                    self._warn_of_large_batches(trainer, pl_module, self._count(batch))
+                self._switch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of a frozen affine, before they are clipped together with the others."""
@@ -204,9 +200,7 @@ class FreezeBNCallback(BatchNormCallback):
         """A copy has the state, not the hold on layers and optimizers."""
         return {**vars(self), "_state": self.state_dict() or None, "_handle": None, "_warm_up": None, "_affine": []}
 
-    def _switch_if_due(self, trainer: Trainer, module: LightningModule, batch_idx: int) -> None:
-        if self._state is not None or not self.should_freeze(trainer, batch_idx):
-            return
+    def _switch(self, trainer: Trainer, module: LightningModule) -> None:
         self._warn_of_untrained(module)
         if self.statistics == "precise":
             reason = self._pass.nothing_to_do(trainer, module)
@@ -264,12 +258,12 @@ class FreezeBNCallback(BatchNormCallback):
                 "frozen statistics (Sec. 4.3): freeze later, or load trained weights."
             )
 
-    def _warn_of_large_batches(self, module: LightningModule, samples: int) -> None:
-        layers = storing_layers(module, self.layers).values()
-        size = samples * (num_ranks() if any(isinstance(layer, SyncBatchNorm) for layer in layers) else 1)
-        if size >= _HURTS_FROM:
+    def _warn_of_large_batches(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
+        sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers)
+        size = max((sizes[n] for n in storing_layers(module, self.layers) if sizes[n] >= _HURTS_FROM), default=0)
+        if size:
             rank_zero_warn(
-                f"FreezeBNCallback froze layers whose normalization batch holds {size} samples. In the paper "
+                f"FreezeBNCallback freezes layers whose normalization batch holds {size:g} samples. In the paper "
                 "FrozenBN helps up to 8 and costs accuracy from 16 on (validation error 23.5 -> 23.9 % at 16, 23.7 "
                 "-> 24.5 at 1024; Fig. 5 and 6)."
             )

@@ -14,11 +14,12 @@ def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Modu
     """The mode each module had at the last training batch.
 
     While a loop evaluates, every module is in eval; what it was before sits in a private field of the loop (Lightning
-    2.5 to 2.6). Outside a fit, a model that was in eval as a whole says nothing: all count as in training mode.
+    2.5 to 2.6). Outside a fit, a model that was in eval as a whole says nothing: all count as in training mode. While
+    no loop runs, modules are in the modes they have.
     """
-    if trainer.state.fn == "fit" and not trainer.validating:
-        return {m: m.training for m in module.modules()}
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
+    if loop is None or (trainer.state.fn == "fit" and not trainer.validating):
+        return {m: m.training for m in module.modules()}
     recorded = loop._module_mode.mode
     if trainer.state.fn != "fit" and not recorded.get("", False):
         return dict.fromkeys(module.modules(), True)

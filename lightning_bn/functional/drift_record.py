@@ -45,7 +45,7 @@ class DriftRecord:
         moved: Layer name -> squares of the mean gap and variance gap from its EMA to its precise statistics, added up
             over passes, and the number of passes.
         nonfinite_said: Whether anybody has been told of non-finite statistics.
-        nbs: Layer name -> its normalization batch size in the last batch, in samples.
+        nbs: Layer name -> its normalization batch size, in samples; NaN where nobody has said.
 
     Raises:
         ValueError: If there is no such channel.

@@ -16,9 +16,10 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.observed import Observed
+from lightning_bn.layers.synced import Synced
 from lightning_bn.statistics.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.statistics.gaps import mean_offsets, var_offsets
 from lightning_bn.statistics.moments import Moments
@@ -192,7 +193,8 @@ class Observer:
         else:
             reason = "mean of many sigma" if name in self._inaccurate else ""
         # its batch is spread over ranks, which do not all measure
-        return _NOT_AT_ALL if reason and isinstance(layer, SyncBatchNorm) and num_ranks() > 1 else reason
+        spread = isinstance(layer, SyncBatchNorm) or behaves(layer, Synced)
+        return _NOT_AT_ALL if reason and spread and num_ranks() > 1 else reason
 
     def _judge_accuracy(self, running: Tensor, tracked: Tensor) -> None:
         """From where the running statistics are now: which layers to measure directly in the window that begins."""
@@ -202,4 +204,4 @@ class Observer:
         self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
 
 
-_NOT_AT_ALL = "not measured: a SyncBatchNorm whose statistics cannot be recovered"
+_NOT_AT_ALL = "not measured: a layer synced over ranks whose statistics cannot be recovered"

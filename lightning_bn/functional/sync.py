@@ -12,6 +12,7 @@ from lightning_bn.distributed.moments import num_ranks, own_rank
 from lightning_bn.functional.precise import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
+from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
 
 
@@ -62,7 +63,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
 
     Raises:
         ValueError: If ``ranks`` does not divide the number of ranks, a pattern matches nothing, or a layer is synced
-            already.
+            already or is under `ghost_bn`.
         TypeError: If ``ranks`` is given for a SyncBatchNorm; at its first forward, if a layer computes without
             ``torch.nn.functional.batch_norm``.
 
@@ -89,6 +90,12 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     twice = [name for name, layer in chosen.items() if behaves(layer, Synced)]
     if twice:
         raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
+    cut_up = [name for name, layer in chosen.items() if behaves(layer, Ghost)]
+    if cut_up:
+        raise ValueError(
+            f"Layer {cut_up[0]!r} has ghosts, which cut up the batch of one rank: sync_bn would put it together with "
+            "those of others. Leave it out by layers=, or undo() the handle of ghost_bn first."
+        )
     nothing = (
         "there is one process, so nothing to synchronise."
         if num_ranks() == 1

@@ -32,6 +32,10 @@ class Behaviour(ABC):
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Run the layer's own ``forward`` on ``input``, under whatever this behaviour changes."""
 
+    def normalization_batch(self, samples: float) -> float:
+        """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
+        return samples
+
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
     """The behaviours a layer has at the moment, in the order in which it was given them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +27,10 @@ class Frozen(Behaviour):
             return forward(input)
         finally:
             layer.training = asked
+
+    def normalization_batch(self, samples: float) -> float:
+        """None: the layer normalises with the population."""
+        return torch.nan
 
 
 def is_frozen(layer: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 Groups are made into channels: of an NCHW tensor whose sample i belongs to group i mod g, ``x.view(N / g, g * C, H, W)``
 has each group's values of each channel in a channel of its own, so that one call of torch's kernel, on memory that
-was never moved, normalises all groups. Where there is no such view, samples are copied until there is.
+was never moved, normalises all groups. Interleaved groups without such a view are copied until there is one;
+contiguous ones are normalised one after the other.
 """
 
 from __future__ import annotations
@@ -64,11 +65,20 @@ class Ghost(Behaviour):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return _grouped(input, running_mean, running_var, weight, bias, momentum, eps, groups, self._grouping)
 
+    def normalization_batch(self, samples: float) -> float:
+        """Those of the largest group, where each has two values a channel or more."""
+        if math.isnan(samples):  # frozen by a behaviour nearer to the layer
+            return samples
+        return math.ceil(samples / self._number_of_groups(int(samples), 2 * int(samples)))
+
     def _groups_of(self, input: Tensor) -> int:
-        """Number of groups: as few as the size allows, and none of a single value a channel, which has no variance."""
-        samples, channels = input.shape[:2]
-        wanted = math.ceil(samples / self._size) if self._size else self._splits or 1
-        return max(1, min(wanted, samples, input.numel() // (2 * channels)))
+        samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
+        return self._number_of_groups(samples, input.numel() // input.shape[1])
+
+    def _number_of_groups(self, samples: int, values: int) -> int:
+        """As few as the size allows, and none of a single value of the ``values`` a channel, which has no variance."""
+        wanted = -(-samples // self._size) if self._size else self._splits or 1
+        return max(1, min(wanted, samples, values // 2))
 
 
 def _grouped(
@@ -113,7 +123,9 @@ def _grouped(
         )
         for running, new in zip((running_mean, running_var), whole, strict=True):
             running.copy_(running.to(new.dtype).lerp(new, momentum))
-    return output
+    # autograd sees no view in it: an activation that then works in place, on a view, would copy gradients
+    unviewed: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return unviewed
 
 
 def _interleaved(input: Tensor, groups: int, normalise: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -42,6 +42,10 @@ class Synced(Behaviour):
         output: Tensor = self._over_ranks(layer, forward, input)
         return output
 
+    def normalization_batch(self, samples: float) -> float:
+        """Those of all its ranks, if each has as many as this one."""
+        return samples * self.num_ranks
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         return with_batch_norm(self._batch_norm, self._names[layer], forward, input)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -33,8 +34,10 @@ from lightning_bn import (
     AdaBNCallback,
     BNStatsMonitor,
     FreezeBNCallback,
+    GhostBNCallback,
     MiniBatchInferenceCallback,
     PreciseBNCallback,
+    SyncBNCallback,
 )
 from tests.callbacks.zoo import (
     Images,
@@ -70,6 +73,8 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     **WITH_A_PASS,
     **EVALUATING,
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
+    "GhostBN": functools.partial(GhostBNCallback, size=3),
+    "SyncBN": functools.partial(SyncBNCallback),
 }
 """Every callback, in a version that does what it does within two epochs of four batches of eight."""
 
@@ -411,7 +416,10 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     import yaml
 
     here = __name__
-    options = {**make.keywords, "count": f"{here}.samples", "layers": ["bn*"]}
+    options = {**make.keywords, "layers": ["bn*"]}
+    counts = "count" in inspect.signature(make.func).parameters
+    if counts:
+        options |= {"count": f"{here}.samples"}
     if make in WITH_A_PASS.values():
         options |= {"source": f"{here}.batches_for_a_pass", "forward": f"{here}.run_on"}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
@@ -431,7 +439,8 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     with_a_pass = make in WITH_A_PASS.values()
-    assert callback.layers == ["bn*"] and (callback._pass.count if with_a_pass else callback._count) is samples
+    assert callback.layers == ["bn*"]
+    assert not counts or (callback._pass.count if with_a_pass else callback._count) is samples
     if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
 
@@ -610,7 +619,7 @@ def fit_on_rank(name: str, world_size: int) -> dict[str, Any]:
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", WITH_A_PASS)
+@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN"])
 def test_ranks_agree_on_what_is_written(name: str, world_size: int) -> None:
     first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size)
     assert first["passes"] == 2
@@ -645,6 +654,8 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
     "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
+    "GhostBN": CALLBACKS["GhostBN"],
+    "SyncBN": CALLBACKS["SyncBN"],
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
 }
 

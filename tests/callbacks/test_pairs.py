@@ -49,7 +49,11 @@ def assert_plain(module: LightningModule) -> None:
 
 
 def test_the_table_has_every_pair_of_every_callback() -> None:
-    callbacks = {name for name in lbn.__all__ if issubclass(type(c := getattr(lbn, name)), type) and issubclass(c, BatchNormCallback)}
+    callbacks = {
+        name
+        for name in lbn.__all__
+        if issubclass(type(c := getattr(lbn, name)), type) and issubclass(c, BatchNormCallback)
+    }
     assert callbacks == set(MAKE)
     assert set(PAIRS) == {frozenset(pair) for pair in itertools.combinations(callbacks, 2)}
 

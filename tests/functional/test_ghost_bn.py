@@ -159,6 +159,18 @@ def test_channels_last_stays_channels_last(space: int, samples: int, grouping: s
         assert bn(x).is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("samples", [8, 7])
+def test_an_activation_in_place_is_as_cheap_as_behind_plain_batchnorm(
+    samples: int, layout: torch.memory_format
+) -> None:
+    """On a view, autograd clones the gradient in the backward of whatever works in place."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+    with ghost_bn(model, splits=2):
+        y = model(torch.randn(samples, 3, 2, 2).contiguous(memory_format=layout).requires_grad_())
+    assert type(y.grad_fn).__name__ == "ReluBackward0" and not y._is_view()
+
+
 @pytest.mark.parametrize("samples", [8, 7])
 def test_an_input_with_gaps_in_memory_is_normalised_like_any(samples: int) -> None:
     bn = layer()
@@ -300,10 +312,10 @@ def test_undoing_ends_it_and_only_chosen_layers_have_it() -> None:
     torch.testing.assert_close(model[1](x), F.batch_norm(x, None, None, training=True))
 
 
-@pytest.mark.parametrize("bn", [nn.BatchNorm2d(8), timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)])
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU)])
 @pytest.mark.parametrize("samples", [6, 5])
-def test_a_compiled_model_has_ghosts_too(bn: nn.Module, samples: int) -> None:
-    model, x = cnn(bn), images(samples)[0]
+def test_a_compiled_model_is_one_graph_and_has_ghosts_too(make: Callable[[int], nn.Module], samples: int) -> None:
+    model, x = cnn(make(8)), images(samples)[0]
     model[3].p = 0.0
     eager = copy.deepcopy(model)
     with ghost_bn(model, size=2), ghost_bn(eager, size=2):
@@ -388,6 +400,14 @@ def test_sync_batchnorm_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="Layer '1' is a SyncBatchNorm, whose normalization batch crosses ranks"):
         ghost_bn(model, size=2)
     ghost_bn(model, size=2, layers="5").undo()
+
+
+def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
+    model = cnn()
+    model[5].forward = model[5].forward
+    for verb in (lambda: ghost_bn(model, size=2), lambda: mini_batch_inference(model)):
+        with pytest.raises(ValueError, match="Layer '5' has a forward set on the instance"):
+            verb()
 
 
 def test_ghosts_of_ghosts_are_refused_by_name() -> None:

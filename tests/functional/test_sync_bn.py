@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bn import find_bn, freeze_bn, sync_bn
+from lightning_bn import find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.layers.behaviour import Handle, behaviours_of
 from lightning_bn.layers.synced import Synced
 from tests.zoo import CASES, case, cnn, images
@@ -53,6 +53,18 @@ def test_torchs_own_synced_layers_are_left_alone_unless_groups_are_asked_for() -
         sync_bn(model, ranks=2)
     with pytest.warns(UserWarning, match="changes nothing"):
         sync_bn(model)
+
+
+def test_a_layer_is_either_cut_up_or_put_together_and_the_refusal_says_which_in_both_orders() -> None:
+    model = cnn()
+    ghosts = ghost_bn(model, size=2, layers="5")
+    with pytest.raises(ValueError, match=r"'5' has ghosts, which cut up the batch of one rank.*undo"):
+        sync_bn(model)
+    ghosts.undo()
+    with synced(model), pytest.raises(ValueError, match=r"'1' is synced over ranks: ghosts would cut up.*undo"):
+        ghost_bn(model, size=2)
+    with ghost_bn(model, size=2, layers="5"), pytest.warns(UserWarning, match="one process"):  # a model may have both
+        sync_bn(model, layers="1")
 
 
 def test_a_forward_set_on_the_instance_is_refused_by_name() -> None:
