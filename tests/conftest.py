@@ -1,5 +1,6 @@
 """What every test gets: one thread, a seed; and for those that ask, W&B without a network."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ settings.load_profile("suite")
 def _seeded() -> None:
     torch.set_num_threads(1)  # the suite runs on two cores, ranks of DDP tests included
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # all compiled models of one process share a limit of recompilations
+        torch._dynamo.reset()
 
 
 @pytest.fixture

