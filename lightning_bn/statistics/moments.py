@@ -80,10 +80,10 @@ def kernel_was_accurate(x: Tensor, mean: Tensor, var: Tensor) -> bool:
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of ``x``, by the statistics half of torch's batch-norm kernel.
 
-    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU where the channels of
-    a row lie side by side: a stricter limit would cost most such inputs a second reading), variance within 1e-5 relative and ``(2^-22 mean)^2``, which is
-    what rounding the mean to float32 does to it. Where the kernel alone misses that, it gets a few rows at a time, and
-    with the mean taken off where that is large.
+    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU where a row's channels lie side by
+    side: a stricter limit would cost most such inputs a second reading), variance within 1e-5 relative and
+    ``(2^-22 mean)^2``, which is what rounding the mean to float32 does to it. Where the kernel alone misses that, it
+    gets a few rows at a time, and with the mean taken off where that is large.
 
     Args:
         x: Floating-point tensor of shape ``(N, C, ...)`` with at least one value per channel.
