@@ -60,3 +60,33 @@ def test_without_ranks_there_is_nothing_to_merge() -> None:
     moments = Moments.of(torch.randn(4, 2))
     assert merge_over_ranks(moments) is moments
     assert sum_over_ranks([3, 4], torch.device("cpu")) == [3, 4]
+
+
+def gaps_on_rank() -> dict[str, float]:
+    """Each rank updates with batches of its own; the second with one more."""
+    from torchmetrics import MetricCollection
+
+    from lightning_bn import DeadChannels, MeanGap, NonFiniteChannels, VarGap
+
+    own = torch.Generator().manual_seed(dist.get_rank())
+    parts = {part: MeanGap(3, part) for part in ("gap", "lag", "noise")}
+    metrics = MetricCollection({**parts, "var": VarGap(3), "dead": DeadChannels(), "bad": NonFiniteChannels(3)})
+    for _ in range(2 + dist.get_rank()):
+        mean, var, ema, ema_var = torch.rand(4, 3, dtype=torch.float64, generator=own) + 0.1
+        metrics.update(mean, var * torch.tensor([0.0, 1.0, 1.0]) if dist.get_rank() else var, ema, ema_var)
+    return {name: value.item() for name, value in metrics.compute().items()}
+
+
+@pytest.mark.ddp
+def test_gap_metrics_are_those_of_all_ranks_updates() -> None:
+    first, second = run_on_ranks(gaps_on_rank, 2)
+    assert first == second
+    updates = []
+    for rank in range(2):
+        own = torch.Generator().manual_seed(rank)
+        updates += [torch.rand(4, 3, dtype=torch.float64, generator=own) + 0.1 for _ in range(2 + rank)]
+    offsets = torch.stack([(mean - ema) / ema_var.sqrt() for mean, _, ema, ema_var in updates])
+    assert first["gap"] == pytest.approx(offsets.square().mean().sqrt().item(), rel=1e-12)
+    assert first["lag"] == pytest.approx(offsets.mean(0).square().mean().sqrt().item(), rel=1e-12)
+    assert first["noise"] == pytest.approx(offsets.var(0, correction=0).mean().sqrt().item(), rel=1e-12)
+    assert (first["dead"], first["bad"]) == (pytest.approx(3 / 15), 0.0)
