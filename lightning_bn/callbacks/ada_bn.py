@@ -19,7 +19,7 @@ from lightning_bn.engine.evaluation_loop import has_batches, num_domains, stage_
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.engine.population_pass import refuse_sharding
-from lightning_bn.engine.target_pass import TargetForward, measure_target
+from lightning_bn.engine.target_pass import TargetForward, measure_target, refuse_own_fetching
 from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
 from lightning_bn.functional.precise import Count, estimable_layers, require_whole, samples_in
 from lightning_bn.layers.adapted import Adapting
@@ -32,7 +32,7 @@ class AdaBNCallback(BatchNormCallback):
     """Re-estimate population statistics on the evaluated data before ``trainer.validate``, ``test`` or ``predict``.
 
     Each dataloader counts as a domain of its own: before its first batch the running statistics become those of its
-    own samples, read without labels from a fresh iterator; behind its last one the original ones come back, bit for
+    own samples, read without labels from a fresh iterator; at the epoch's end the original ones come back, bit for
     bit, as they do after an exception or Ctrl-C. Never inside a fit, whose validation is there to compare epochs, and
     whose checkpoints hold what it evaluated.
 
@@ -145,17 +145,13 @@ class AdaBNCallback(BatchNormCallback):
                 self._adapting.samples += self._count(batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A rank that had no batch takes part in the measurement of the others."""
+        """Put the original statistics back; a rank that had no batch takes part in the measurement of the others."""
         self._look_ahead_if_due(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the original statistics back."""
         self._undo()
 
     on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
-    on_validation_end = on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same."""
@@ -172,6 +168,7 @@ class AdaBNCallback(BatchNormCallback):
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._refuse_overlap(trainer, module)
         refuse_sharding(trainer)
+        self._refuse_late_comparison(trainer)
         self.results, self.unadapted = [], {}
         self._adapted = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         refuse_unadaptable(self._adapted)
@@ -183,6 +180,7 @@ class AdaBNCallback(BatchNormCallback):
             return
         self._due = False
         if self.compare and stage_of(trainer) != "predict":
+            refuse_own_fetching(trainer, module, "compare=False")
             with evaluation_batches(trainer, module) as batches:
                 self.unadapted = evaluate_under(nullcontext(), trainer, module, batches, "unadapted")
             log_row(trainer, self.unadapted)
@@ -214,19 +212,33 @@ class AdaBNCallback(BatchNormCallback):
     def _put_back(self) -> None:
         if self._handle is not None:
             self._handle.undo()
+        if self._adapting is not None and self._adapting.nonfinite:
+            rank_zero_warn(
+                f"AdaBNCallback: {self._adapting.nonfinite} calls of layers were given NaN or infinite values, and "
+                "were left out of the target's statistics. Look at its samples."
+            )
         self._handle = self._adapting = self._domain = None
 
     def _undo(self) -> None:
         self._put_back()
         self._due, self._adapted = False, {}
 
+    def _refuse_late_comparison(self, trainer: Trainer) -> None:
+        adapting = [c for c in trainer.callbacks if isinstance(c, AdaBNCallback)]  # type: ignore[attr-defined]
+        if self.compare and adapting[0] is not self:
+            raise ValueError(
+                "compare=True is for the first AdaBNCallback in the list alone: when another's turn has come, the "
+                "first has adapted its layers already."
+            )
+
     def _warn_of_frozen(self, trainer: Trainer, module: LightningModule) -> None:
         frozen = [name for name in storing_layers(module, self.layers) if name not in self._adapted]
         if frozen:
             everything = "all of its layers are frozen" if not self._adapted else f"{len(frozen)} layers are frozen"
             rank_zero_warn(
-                f"AdaBNCallback leaves running statistics as they are: {everything} ({frozen[0]!r} first), and what is "
-                "trained with frozen statistics fits those."
+                f"AdaBNCallback leaves running statistics as they are: {everything} or in eval mode ({frozen[0]!r} "
+                "first), and what is trained with frozen statistics fits those. If they are not: call train() on the "
+                "module before."
             )
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, FreezeBNCallback):

@@ -28,7 +28,7 @@ class BatchNormCallback(Callback):
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = find_bn(pl_module, self.layers)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self or not isinstance(other, BatchNormCallback):
+            if other is self or not isinstance(other, BatchNormCallback) or not self._may_meet(other):
                 continue
             pair = pair_of(type(self), type(other))
             alike = type(other) is type(self)
@@ -43,6 +43,11 @@ class BatchNormCallback(Callback):
                     f"{type(self).__name__} and {type(other).__name__} act on layer {shared[0]!r} ({len(shared)} in "
                     f"all): {pair.why}. Take one of them, or give them layers= patterns that do not overlap."
                 )
+
+    def _may_meet(self, other: BatchNormCallback) -> bool:
+        """Whether both act in one stage; those that name none act in every one that concerns the other."""
+        own, others = (getattr(c, "stages", None) for c in (self, other))
+        return own is None or others is None or bool(set(own) & set(others))
 
     def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
         """A hook of our own: a callback has recomputed population statistics and written them."""

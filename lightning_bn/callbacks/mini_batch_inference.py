@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
+from lightning_bn.distributed.moments import sum_over_ranks
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
@@ -48,7 +49,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         count: Number of samples in a batch; None takes the length of the first tensor in it.
 
     Attributes:
-        fallbacks: Calls of layers in the last evaluation that had one value per channel.
+        fallbacks: Calls of layers in the last evaluation, on all ranks, that had one value per channel.
 
     Raises:
         ValueError: At the start: no layer, or another MiniBatchInferenceCallback on the same one.
@@ -113,7 +114,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Back to the population, with a word on the batches that were too small."""
         if self._handle is not None:
-            self.fallbacks = self._handle.fallbacks
+            self.fallbacks, *_ = sum_over_ranks([self._handle.fallbacks], pl_module.device)
             self._undo()
             self._report(trainer)
 
@@ -138,7 +139,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         # in evaluation a layer that is frozen by eval() cannot be told from the others, but here its mode is known
         chosen = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         if not chosen:
-            self._say("MiniBatchInferenceCallback does nothing: all of its layers are frozen.")
+            self._say("MiniBatchInferenceCallback does nothing: all of its layers are frozen, or in eval mode.")
             return
         self.fallbacks = 0
         self._handle = mini_batch_inference(module, layers=[glob.escape(name) for name in chosen])

@@ -72,7 +72,7 @@ def evaluation_batches(
     live: CombinedLoader = loop._combined_loader
     refuse_unprotectable(
         live.flattened,
-        "dataloader that is evaluated",
+        "evaluated dataloader",
         "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: online=True, compare=False.",
     )
     loaders: Any = tree_map(_Fresh, live.iterables)

@@ -89,7 +89,7 @@ def _samples(trainer: Trainer) -> int:
     size = getattr(getattr(loaders[0], "batch_sampler", None), "batch_size", None) if loaders else None
     if size is None:
         raise ValueError(
-            "The Trainer shows no batch, and no train dataloader that has a batch_size: pass samples=, the number of "
-            "samples in the batch of one device."
+            "The Trainer shows no batch, as before the first one of a fit, and no train dataloader that has a "
+            "batch_size: pass samples=, the number of samples in the batch of one device."
         )
     return int(size)

@@ -48,14 +48,8 @@ def measure_target(
         ValueError: If no batch came, a layer received non-finite values, or the loader cannot be read twice.
         RuntimeError: If the forward changes parameters, or raises StopIteration.
     """
-    step = f"{stage_of(trainer)}_step"
-    if forward == "evaluation_step" and is_param_in_hook_signature(
-        getattr(module, step), "dataloader_iter", explicit=True
-    ):
-        raise ValueError(
-            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass "
-            "forward='forward' or a function of module and batch."
-        )
+    if forward == "evaluation_step":
+        refuse_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
 
     def run(item: tuple[Any, int, int]) -> None:
         if forward == "evaluation_step":
@@ -83,3 +77,16 @@ def measure_target(
         raise RuntimeError("The forward over target batches raised StopIteration.") from error
     moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
     return Recomputed(statistics, moved, time.perf_counter() - started)
+
+
+def refuse_own_fetching(trainer: Trainer, module: LightningModule, way_out: str) -> None:
+    """Raise for an evaluation step that cannot be given a batch.
+
+    Raises:
+        ValueError: Naming the step and the ``way_out``.
+    """
+    step = f"{stage_of(trainer)}_step"
+    if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass {way_out}."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,13 +35,14 @@ class Adapting(Behaviour):
 
     Attributes:
         samples: Samples of the target domain so far, those of the current batch included; whoever runs the model says.
+        nonfinite: Inputs with a NaN or infinite value, which are left out: they would spoil all that come after them.
     """
 
     name = "adapting"
 
     def __init__(self, prior_samples: int) -> None:
         self.prior_samples = prior_samples
-        self.samples = 0
+        self.samples = self.nonfinite = 0
         self._seen: dict[_BatchNorm, tuple[int, Moments]] = {}
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -50,10 +52,7 @@ class Adapting(Behaviour):
             return forward(input)
         count = input.numel() // layer.num_features
         if count:
-            mean, var = batch_statistics(input)
-            moments = Moments(mean.new_tensor(count).double(), mean.double(), var.double() * count)
-            before, seen = self._seen.get(layer, (0, None))
-            self._seen[layer] = before + count, moments if seen is None else seen + moments
+            self._add(layer, input, count)
         total, seen = self._seen.get(layer, (0, None))
         if seen is None or total < 2:
             return forward(input)
@@ -62,3 +61,12 @@ class Adapting(Behaviour):
             for source, target in ((stored_mean, seen.mean), (stored_var, seen.var))
         )
         return lent(layer, forward, input, False, mean, var)
+
+    def _add(self, layer: _BatchNorm, input: Tensor, count: int) -> None:
+        mean, var = batch_statistics(input)
+        if not torch.stack([mean, var]).isfinite().all():
+            self.nonfinite += 1
+            return
+        moments = Moments(mean.new_tensor(count).double(), mean.double(), var.double() * count)
+        before, seen = self._seen.get(layer, (0, None))
+        self._seen[layer] = before + count, moments if seen is None else seen + moments

@@ -298,7 +298,7 @@ def test_frozen_layers_keep_their_statistics_and_it_says_so() -> None:
     module.train().bn1.eval()
     before = statistics_of(module)
     said = warnings_of(lambda: evaluate([AdaBNCallback(), seen], module=module))
-    assert len(said) == 1 and "1 layers are frozen ('bn1' first)" in said[0]
+    assert len(said) == 1 and "1 layers are frozen or in eval mode ('bn1' first)" in said[0]
     assert digest(seen.of_batches[0]["bn1.running_mean"]) == digest(before["bn1.running_mean"])
     assert digest(seen.of_batches[0]["bn2.running_mean"]) != digest(before["bn2.running_mean"])
     module.bn2.eval()
@@ -341,7 +341,7 @@ def test_what_cannot_work_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"Once is an iterator.*online=True"):
         evaluate(AdaBNCallback(), loaders=DataLoader(Once([4]), batch_size=None))
     evaluate(AdaBNCallback(online=True), loaders=DataLoader(Once([4]), batch_size=None))
-    with pytest.raises(ValueError, match="normalises with mini-batch statistics"):
+    with pytest.raises(ValueError, match="both say which statistics evaluation uses"):
         evaluate([AdaBNCallback(), MiniBatchInferenceCallback()])
     with pytest.raises(ValueError, match=r"Two AdaBNCallbacks act on layer 'bn2'"):
         evaluate([AdaBNCallback(), AdaBNCallback(layers="bn2")])
@@ -425,3 +425,40 @@ def test_ranks_with_uneven_shards_adapt_to_all_of_a_domain(shards: Any) -> None:
 @pytest.mark.ddp
 def test_online_ranks_do_not_wait_for_each_other() -> None:
     assert all(untouched for *_, untouched in run_on_ranks(evaluate_on_rank, 2, SHARDS[:2], True))
+
+
+# ------------------------------------------------------------------------------------------- what an attack has found
+class LooksAtTheEnd(Evaluating):
+    """Exports its statistics when the epoch of a test ends."""
+
+    def on_test_epoch_end(self) -> None:
+        self.exported = digest(statistics_of(self))
+
+
+def test_the_modules_own_hook_at_the_end_finds_the_original_statistics() -> None:
+    module = LooksAtTheEnd()
+    before = digest(statistics_of(module))
+    evaluate([AdaBNCallback()], module=module)
+    assert module.exported == before
+
+
+def test_online_a_nan_batch_spoils_its_own_predictions_alone_and_it_says_so() -> None:
+    first, bad, last = (torch.randn(5, 3, 6, 6) for _ in range(3))
+    bad[2, 0, 0, 0] = torch.nan
+    loader = DataLoader([(x, torch.tensor(0)) for x in torch.cat([first, bad, last])], batch_size=5)
+    with pytest.warns(UserWarning, match=r"\d calls of layers were given NaN or infinite values, and were left out"):
+        logits = evaluate([AdaBNCallback(online=True)], "predict", loader)
+    assert [bool(batch.isfinite().all()) for batch in logits] == [True, False, True]
+
+
+def test_only_the_first_of_several_can_compare() -> None:
+    first, second = AdaBNCallback(layers="bn1", compare=True), AdaBNCallback(layers="bn2")
+    evaluate([first, second])
+    assert first.unadapted
+    with pytest.raises(ValueError, match="compare=True is for the first AdaBNCallback in the list alone"):
+        evaluate([AdaBNCallback(layers="bn1"), AdaBNCallback(layers="bn2", compare=True)])
+
+
+def test_callbacks_that_never_meet_are_not_refused() -> None:
+    evaluate([AdaBNCallback(stages=["test"]), MiniBatchInferenceCallback(stages=["predict"])])
+    evaluate([AdaBNCallback(stages=["test"]), AdaBNCallback(stages=["predict"])])
