@@ -30,8 +30,9 @@ class GhostBNCallback(DuringFit):
     8 and fewer cost accuracy (24.3 % at 8, 32.5 at 2), and a training that normalises 16 to 128 samples together has
     nothing to gain.
 
-    Cost: about 0.1 ms a layer for interleaved groups of one size in an NCHW input; the layers' time 2 to 4 times as
-    long on a CPU for ``"contiguous"``, ``channels_last`` and ragged batches (measured by benchmarks/ghost.py).
+    Cost: about 0.14 ms a layer for interleaved groups of one size in an NCHW input; the layers' time 1.1 to
+    1.3 times as long on a CPU for ``"contiguous"`` ones, 2.4 to 2.6 for ragged batches and ``channels_last``
+    (benchmarks/RESULTS.md).
 
     Args:
         size: Most samples in a group; 32 is the paper's usual NBS. Either this
