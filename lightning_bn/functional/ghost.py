@@ -44,8 +44,8 @@ def ghost_bn(
     Cost: for interleaved groups of one size in an NCHW input, none but about 0.14 ms a layer: one call of torch's
     kernel, on a view, normalises all groups. Others have no such view: groups of different size, as in a ragged last
     batch, and ``channels_last`` are copied there and back, ``"contiguous"`` groups are normalised one after the other;
-    forward and backward of the layer then take 2.4 to 2.6 and 1.1 to 1.3 times as long on a CPU (benchmarks/RESULTS.md).
-    A compiled model is compiled again for every new size of a batch.
+    forward and backward of the layer then take 2.4 to 2.6 and 1.1 to 1.3 times as long on a CPU
+    (benchmarks/RESULTS.md). A compiled model is compiled again for every new size of a batch.
 
     Args:
         model: The model.
