@@ -194,7 +194,7 @@ class BNStatsMonitor(BatchNormCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no layer observed; a run that was broken off is one that somebody wants to look at."""
         self._abandon()
-        if self._record and trainer.is_global_zero and trainer.training:
+        if self._record and trainer.is_global_zero and trainer.state.fn == "fit":
             self._conclude(trainer, self._record)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
