@@ -34,7 +34,7 @@ test: setup ## what CI runs: lint, types, docs, tests with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov -n auto --dist loadfile
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
