@@ -7,6 +7,7 @@ before it. They add up over updates and over ranks as `Moments` do, and compute 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -48,8 +49,9 @@ class _Gap(Metric):
         drift = split(Moments(*self.offsets), [self.offsets.shape[1]])
         return getattr(drift, self.part)[0]  # type: ignore[no-any-return]
 
+    @abstractmethod
     def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Each channel's offset, ``(C,)``."""
 
 
 class MeanGap(_Gap):
