@@ -44,8 +44,8 @@ class BNStatsMonitor(BatchNormCallback):
     When it does not help: it reads training batches, so it cannot see that evaluation data differ; a small gap does
     not mean that the batches suit the model, and a large one does no harm before evaluation.
 
-    Cost: under 1 % of a training step at the defaults (benchmarks/RESULTS.md), memory for some numbers a channel. The
-    batch statistics are recovered from the running ones. Where that is inaccurate (16-bit statistics, momentum 0, a
+    Cost: under 1 % of a training step at the defaults, and some 1.4 s each time pictures are drawn
+    (benchmarks/RESULTS.md); memory for some numbers a channel. The batch statistics are recovered from the running ones. Where that is inaccurate (16-bit statistics, momentum 0, a
     mean of thousands of sigma, frozen layers) inputs are read, and the layer is marked; not inside a compiled region.
     With several ranks the figures are those of rank 0, whose buffers all ranks use.
 

@@ -21,7 +21,7 @@ PAIRS: dict[frozenset[str], Pair] = {
             "works", "evaluation is precise until the switch; from then on the statistics are frozen and no pass runs"
         ),
         ("PreciseBNCallback", "MiniBatchInferenceCallback"): Pair(
-            "works", "the stages of the second use the batch, all others and the checkpoints the precise statistics"
+            "works", "mini-batch inference's stages use the batch, all others and checkpoints the precise statistics"
         ),
         ("PreciseBNCallback", "AdaBNCallback"): Pair(
             "works", "the precise statistics of the source are what adapting starts from and puts back"
