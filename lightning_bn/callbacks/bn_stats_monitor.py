@@ -45,9 +45,10 @@ class BNStatsMonitor(BatchNormCallback):
     not mean that the batches suit the model, and a large one does no harm before evaluation.
 
     Cost: under 1 % of a training step at the defaults, and some 1.4 s each time pictures are drawn
-    (benchmarks/RESULTS.md); memory for some numbers a channel. The batch statistics are recovered from the running ones. Where that is inaccurate (16-bit statistics, momentum 0, a
-    mean of thousands of sigma, frozen layers) inputs are read, and the layer is marked; not inside a compiled region.
-    With several ranks the figures are those of rank 0, whose buffers all ranks use.
+    (benchmarks/RESULTS.md); memory for some numbers a channel. The batch statistics are recovered from the running
+    ones. Where that is inaccurate (16-bit statistics, momentum 0, a mean of thousands of sigma, frozen layers) inputs
+    are read, and the layer is marked; not inside a compiled region. With several ranks the figures are those of rank
+    0, whose buffers all ranks use.
 
     Args:
         every_n_batches: Measure every n-th training batch.
