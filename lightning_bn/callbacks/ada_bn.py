@@ -21,7 +21,9 @@ from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.engine.population_pass import refuse_sharding
 from lightning_bn.engine.target_pass import TargetForward, measure_target, refuse_own_fetching
 from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
-from lightning_bn.functional.precise import Count, estimable_layers, require_whole, samples_in
+from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, find_bn, storing_layers

@@ -14,8 +14,9 @@ from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.engine.logging import log_row, log_step, may_log, safe_keys
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import Recomputed
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.drift_record import COLUMNS, DriftRecord
-from lightning_bn.functional.precise import Count, require_whole, samples_in
+from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.statistics.alarm import Alarm
 from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES

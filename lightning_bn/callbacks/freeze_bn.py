@@ -17,8 +17,9 @@ from lightning_bn.engine.logging import log_row, may_log
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.engine.switch_point import SwitchPoint
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
-from lightning_bn.functional.precise import Count, require_whole, samples_in
+from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.functional.warm_up import WarmUp
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_bn.callbacks.during_fit import DuringFit
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.ghost import ghost_bn, require_ghosts
-from lightning_bn.functional.precise import samples_in
+from lightning_bn.functional.samples import samples_in
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.layers.ghost import Grouping

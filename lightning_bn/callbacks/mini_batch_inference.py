@@ -15,7 +15,8 @@ from lightning_bn.distributed.moments import sum_over_ranks
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
-from lightning_bn.functional.precise import Count, estimable_layers, samples_in
+from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.rows import CountsRows

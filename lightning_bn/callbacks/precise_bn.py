@@ -13,7 +13,8 @@ from lightning_bn.engine.averaging import averaged_weights, refuse_before_averag
 from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
-from lightning_bn.functional.precise import Count, require_whole
+from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.samples import Count
 from lightning_bn.layers.find import Layers
 from lightning_bn.statistics.population import PopulationStatistics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.functional.precise import require_whole
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, as_patterns

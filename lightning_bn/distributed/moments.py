@@ -29,6 +29,15 @@ def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     return [int(v) for v in total.tolist()]
 
 
+def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """Whole numbers, each the largest of all ranks'."""
+    if num_ranks() == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64, device=_on_backend(device))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [int(v) for v in largest.tolist()]
+
+
 def merge_over_ranks(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     """Moments of what all ranks of ``group`` hold together; a rank may hold nothing.
 

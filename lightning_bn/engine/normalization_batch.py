@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.engine.modes import modes_of_training
-from lightning_bn.functional.precise import samples_in
+from lightning_bn.functional.samples import samples_in
 from lightning_bn.layers.behaviour import behaviours_of
 from lightning_bn.layers.find import Layers, find_bn
 

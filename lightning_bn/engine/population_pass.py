@@ -29,15 +29,10 @@ from lightning_bn.engine.batches import (
 from lightning_bn.engine.modes import modes_of_training, set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.progress import progress_of
-from lightning_bn.functional.precise import (
-    Count,
-    call_model,
-    estimable_layers,
-    measure,
-    require_whole,
-    samples_in,
-    write,
-)
+from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.measure import measure
+from lightning_bn.functional.precise import call_model, estimable_layers, write
+from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics

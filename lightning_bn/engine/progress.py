@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_bn.functional.precise import Progress
+from lightning_bn.functional.measure import Progress
 
 
 def progress_of(trainer: Trainer, name: str = "PreciseBN") -> Progress:

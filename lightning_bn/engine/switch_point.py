@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from lightning_bn.functional.precise import require_whole
+from lightning_bn.functional.arguments import require_whole
 
 
 @dataclass(frozen=True)

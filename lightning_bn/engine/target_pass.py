@@ -18,7 +18,9 @@ from lightning_bn.engine.evaluation_loop import run_step, stage_of
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.population_pass import Recomputed, moved_by
 from lightning_bn.engine.progress import progress_of
-from lightning_bn.functional.precise import Count, call_model, measure, samples_in
+from lightning_bn.functional.measure import measure
+from lightning_bn.functional.precise import call_model
+from lightning_bn.functional.samples import Count, samples_in
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""

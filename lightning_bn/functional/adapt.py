@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.precise import Count, Forward, measure_model, require_whole, write
+from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.precise import Forward, measure_model, write
+from lightning_bn.functional.samples import Count
 from lightning_bn.layers.adapted import Adapted, Adapting
 from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.find import Layers
@@ -121,7 +124,7 @@ def _mixed(layer: _BatchNorm, measured: PopulationStatistics, name: str, prior_s
         with_prior(_buffer(layer, key).to(value), value, prior_samples, samples)
         for key, value in zip(_STATISTICS, (target.mean, target.var), strict=True)
     )
-    return LayerStatistics(mean, var, target.count, target.calls, target.standard_error)
+    return replace(target, mean=mean, var=var)
 
 
 def _put_back(originals: list[tuple[_BatchNorm, str, Tensor]]) -> None:

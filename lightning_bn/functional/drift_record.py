@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.observe import Observer
-from lightning_bn.functional.precise import require_whole
 from lightning_bn.statistics.drift import Observation
 from lightning_bn.statistics.history import History, Traces
 from lightning_bn.statistics.population import LayerStatistics

@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.functional.precise import require_whole
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping

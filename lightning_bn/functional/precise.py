@@ -7,27 +7,23 @@ merged, over batches, calls and ranks, and written into the layer's running stat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import SyncBatchNorm
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_over_ranks
-from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.functional.measure import BatchSize, measure, no_progress
+from lightning_bn.functional.samples import Count
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
-from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics
+from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 T = TypeVar("T", bound=nn.Module)
 Forward: TypeAlias = Callable[[T, Any], Any]
-Count: TypeAlias = Callable[[Any], int]
 
 
 def precise_bn(
@@ -36,6 +32,9 @@ def precise_bn(
     *,
     forward: Forward[Any] | None = None,
     num_samples: int | None = None,
+    batch_size: BatchSize = None,
+    tolerance: float | None = None,
+    memory_limit: int | None = None,
     layers: Layers = None,
     count: Count | None = None,
     progress: bool = False,
@@ -53,7 +52,10 @@ def precise_bn(
 
     When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
     (Sec. 3.3). Batches smaller than about 100 samples accumulate error in depth: 28.8 % validation error at batches
-    of 2 against 23.5 % (Table 2), whatever the number of samples.
+    of 2 against 23.5 % (Table 2), whatever the number of samples. ``batch_size`` mends that, for batches of any size
+    and structure: their forwards wait for each other at every layer, which normalises them all with their pooled
+    statistics (lockstep). Each still runs once, where the paper's layer-by-layer algorithm (App. A.3) runs each as
+    often as there are layers.
 
     Args:
         model: The model. ``DistributedDataParallel`` is looked through: its buffer broadcast must not run here.
@@ -63,6 +65,14 @@ def precise_bn(
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Take whole batches until so many samples were seen, on all ranks together. 1e3 to 1e4 suffice
             (Table 1). None takes all batches.
+        batch_size: B of Table 2, the samples of all ranks that a layer normalises together: whole batches, as few as
+            hold so many; 100 suffice. ``"population"``: all of them, which is exact. None takes the batches as they
+            come, each rank its own.
+        tolerance: Stop before ``num_samples``, as soon as the standard errors of every layer's means (in sigma) and
+            variances (relative), as the spread of at least 8 normalization batches tells them, are below it.
+        memory_limit: Bytes that batches waiting for each other may take on each rank; those that have waited longest
+            are put to the host's memory, or to disk (the folder of temporary files), until it is their turn. By default
+            nothing is, and needing more than is free is an error.
         layers: Glob patterns over qualified layer names; None estimates every BatchNorm layer that is not frozen.
         count: ``count(batch)``, the number of samples in a batch; by default the length of the first tensor found in
             it.
@@ -74,6 +84,9 @@ def precise_bn(
     Raises:
         ValueError: If there is nothing to estimate or no batch, or if a layer received non-finite values; the layers
             then keep the statistics they had.
+        LockstepError: With ``batch_size``, if batches come to layers in different order, or influence each other
+            through something that the model keeps between layers.
+        MemoryError: With ``batch_size``, if the memory that is free does not suffice.
 
     Example:
         >>> import torch
@@ -85,8 +98,15 @@ def precise_bn(
         PopulationStatistics(1 layers, 1000 samples in 20 batches)
         >>> bool(torch.equal(model[1].running_mean, statistics["1"].mean.float()))
         True
+
+        All of them as one batch, and whether that matters:
+
+        >>> exact = precise_bn(model, torch.randn(20, 50, 4), batch_size="population")
+        >>> mean_gap, var_gap = exact.gaps_to(statistics)["1"]
     """
-    chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress)
+    chosen, statistics = measure_model(
+        model, batches, forward, num_samples, layers, count, progress, batch_size, tolerance, memory_limit
+    )
     write(chosen, statistics)
     return statistics
 
@@ -99,6 +119,9 @@ def measure_model(
     layers: Layers,
     count: Count | None,
     progress: bool,
+    batch_size: BatchSize = None,
+    tolerance: float | None = None,
+    memory_limit: int | None = None,
 ) -> tuple[dict[str, _BatchNorm], PopulationStatistics]:
     """The layers that `precise_bn` estimates, and what it measures. Writes nothing.
 
@@ -118,9 +141,12 @@ def measure_model(
             chosen,
             batches,
             run=lambda batch: (forward or call_model)(model, batch),
+            batch_size=batch_size,
             num_samples=num_samples,
+            tolerance=tolerance,
+            memory_limit=memory_limit,
             count=count,
-            progress=_tqdm if progress else _no_progress,
+            progress=_tqdm if progress else no_progress,
         )
 
 
@@ -141,70 +167,6 @@ def estimable_layers(
     found = storing_layers(model, layers)
     trains = trains or (lambda layer: layer.training or not model.training)
     return {name: layer for name, layer in found.items() if not is_frozen(layer) and trains(layer)}
-
-
-Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
-"""Opens a progress display for a total number of samples (None: unknown); what it yields is told of each batch's."""
-
-
-def measure(
-    layers: dict[str, _BatchNorm],
-    batches: Iterable[Any],
-    run: Callable[[Any], Any],
-    *,
-    num_samples: int | None = None,
-    count: Count | None = None,
-    progress: Progress | None = None,
-) -> PopulationStatistics:
-    """Run batches, eagerly and without gradients, and return what ``layers`` were shown. Writes nothing.
-
-    Every rank runs as many forwards as the one with most batches, so that collectives inside the model match: a rank
-    that has run out repeats its last batch, which then counts for nothing.
-
-    Args:
-        layers: Qualified name -> layer.
-        batches: This rank's batches.
-        run: Runs the model on one batch.
-        num_samples: Stop after so many samples of all ranks; None takes all batches.
-        count: Samples in a batch.
-        progress: Display to show the progress on.
-
-    Raises:
-        ValueError: If there was no batch, no layer was reached, or a layer received non-finite values.
-    """
-    if num_samples is not None:
-        require_whole("num_samples", num_samples, at_least=1)
-    device, dtype = _home(layers)
-    seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
-    batch_mode = BatchMode(layers, seen)
-    samples = taken = 0
-    batch = missing = object()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(Handle(layers.values(), batch_mode))
-        advance = stack.enter_context((progress or _no_progress)(num_samples))
-        iterator = iter(batches)
-        while num_samples is None or samples < num_samples:
-            fresh = next(iterator, missing)
-            batch_mode.counts = fresh is not missing
-            batch = fresh if batch_mode.counts else batch
-            own = (count or samples_in)(batch) if batch_mode.counts else 0
-            ready, more = sum_over_ranks([batch_mode.counts, own], device)
-            if not ready:
-                break
-            if not taken and ready < num_ranks() and any(isinstance(m, SyncBatchNorm) for m in layers.values()):
-                raise ValueError(
-                    f"Only {ready} of {num_ranks()} ranks have a batch, and the SyncBatchNorm layers of one rank wait "
-                    "for those of all others: give every rank at least one batch."
-                )
-            if batch is not missing:
-                run(batch)
-                seen.end_of_batch()
-            samples, taken = samples + more, taken + ready
-            advance(more)
-        return PopulationStatistics(_of_all_ranks(seen, device), samples, taken)
 
 
 def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
@@ -230,79 +192,11 @@ def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatis
             stored.copy_(rounded)
 
 
-def require_whole(name: str, value: Any, at_least: int) -> None:
-    """Refuse an argument that is not a whole number of at least so much.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is too small.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number but is {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least} but is {value}.")
-
-
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch, on its first element if that is a tuple or list, or with a mapping as keywords."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def samples_in(batch: Any) -> int:
-    """Length of the first tensor found in a batch of nested tuples, lists, mappings and dataclasses.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for tensor in _tensors(batch):
-        return len(tensor) if tensor.ndim else 1
-    raise ValueError(
-        f"Cannot tell how many samples a batch of type {type(batch).__name__} holds: it has no tensor. Pass count=, "
-        "a function from batch to number of samples."
-    )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if is_dataclass(batch) and not isinstance(batch, type):
-        batch = vars(batch)
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
-
-
-def _of_all_ranks(seen: Accumulator, device: torch.device) -> dict[str, LayerStatistics]:
-    """What the layers were shown on all ranks, or an error on every rank alike."""
-    seen.values, seen.call_means = merge_over_ranks(seen.values), merge_over_ranks(seen.call_means)
-    seen.calls = dict(zip(seen.calls, sum_over_ranks(list(seen.calls.values()), device), strict=True))
-    statistics = seen.statistics()
-    if not statistics:
-        raise ValueError(
-            f"No batch reached a BatchNorm layer of {', '.join(seen.calls)}: is the iterable of batches empty, or does "
-            "the forward go round them?"
-        )
-    bad = [name for name, s in statistics.items() if not (s.mean.isfinite().all() and s.var.isfinite().all())]
-    if bad:
-        raise ValueError(
-            f"Layer {bad[0]!r} received non-finite values, or such whose squares overflow ({len(bad)} of "
-            f"{len(statistics)} layers did), so no statistics were written. Look at the batches and the weights."
-        )
-    single = [name for name, s in statistics.items() if s.count < 2]
-    if single:
-        raise ValueError(
-            f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
-            "written: show it more samples."
-        )
-    return statistics
-
-
-def _home(layers: Mapping[str, _BatchNorm]) -> tuple[torch.device, torch.dtype]:
-    """Where statistics are added up, and the precision they come in: those of the first layer, at least float32."""
-    first = next(layer.running_mean for layer in layers.values() if isinstance(layer.running_mean, Tensor))
-    return first.device, torch.promote_types(first.dtype, torch.float32)
 
 
 @contextlib.contextmanager
@@ -315,11 +209,6 @@ def _everything_in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _no_progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    yield lambda samples: None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch.nn import SyncBatchNorm
 
 from lightning_bn.distributed.groups import borrow_group
 from lightning_bn.distributed.moments import num_ranks, own_rank
-from lightning_bn.functional.precise import require_whole
+from lightning_bn.functional.arguments import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost

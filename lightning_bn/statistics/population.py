@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.moments import Moments
 
 
@@ -23,8 +24,10 @@ class LayerStatistics:
         var: Biased variance of each channel over all batches, between-batch variance included, ``(C,)`` float64.
         count: Values per channel (rows x space) that went into them.
         calls: How often the layer was called.
-        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the batches' own
+        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the calls' own
             means; NaN when there was a single call.
+        var_standard_error: Standard error of ``var`` relative to it, ``(C,)``, from the spread of the calls' mean
+            squared deviations; likewise.
     """
 
     mean: Tensor
@@ -32,6 +35,7 @@ class LayerStatistics:
     count: int
     calls: int
     standard_error: Tensor
+    var_standard_error: Tensor
 
 
 class PopulationStatistics(Mapping[str, LayerStatistics]):
@@ -40,12 +44,35 @@ class PopulationStatistics(Mapping[str, LayerStatistics]):
     Attributes:
         num_samples: Samples seen, those of all ranks together.
         num_batches: Batches seen, likewise.
+        batch_size: Samples that were normalised together, on average: B of the paper's Table 2.
+        spilled: Bytes that were put to the host's memory or to disk on the way, on this rank.
     """
 
-    def __init__(self, layers: Mapping[str, LayerStatistics], num_samples: int, num_batches: int) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LayerStatistics],
+        num_samples: int,
+        num_batches: int,
+        batch_size: float,
+        spilled: int = 0,
+    ) -> None:
         self._layers = dict(layers)
-        self.num_samples = num_samples
-        self.num_batches = num_batches
+        self.num_samples, self.num_batches = num_samples, num_batches
+        self.batch_size, self.spilled = batch_size, spilled
+
+    def gaps_to(self, other: PopulationStatistics) -> dict[str, tuple[float, float]]:
+        """How far these lie from other statistics of the same layers: mean gap and variance gap of each.
+
+        So whether B matters for the model at hand: ``precise_bn(..., batch_size="population").gaps_to(one_pass)``.
+        """
+        return {
+            name: (
+                float(mean_gap(own.mean, other[name].mean, other[name].var)),
+                float(var_gap(own.var, other[name].var)),
+            )
+            for name, own in self.items()
+            if name in other
+        }
 
     def __getitem__(self, name: str) -> LayerStatistics:
         return self._layers[name]
@@ -68,8 +95,9 @@ class Accumulator:
 
     Attributes:
         values: Moments of the layers' values.
-        call_means: Moments of the means of their calls, each weighted by its squared count, since the squared error
-            of a weighted mean is the sum of the squared, weighted deviations.
+        spread: Moments of the calls' own means, and behind them of their mean squared deviations from the population's
+            mean so far; each weighted by its squared count, since the squared error of a weighted mean is the sum of
+            the squared, weighted deviations.
         calls: Layer name -> number of calls.
 
     Example:
@@ -95,7 +123,8 @@ class Accumulator:
         self._rounds: list[_Round] = []
         # not every device has float64
         total = sum(channels.values())
-        self.values = self.call_means = Moments.empty(total, "cpu" if torch.device(device).type == "mps" else device)
+        self.home = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.values, self.spread = Moments.empty(total, self.home), Moments.empty(2 * total, self.home)
         self.calls = dict.fromkeys(channels, 0)
 
     def slot(self, name: str, count: int) -> tuple[Tensor, Tensor]:
@@ -115,26 +144,29 @@ class Accumulator:
         for calls in self._rounds:
             if not calls.counts:
                 break
-            device = self.values.mean.device
             count = torch.tensor([float(calls.counts.get(name, 0)) for name in self._channels], dtype=torch.float64)
-            count = count.repeat_interleave(torch.tensor(list(self._channels.values()))).to(device)
-            mean, var = calls.scratch.to(device).double()
-            self.values += Moments(count, mean, var * (count - 1).clamp(min=0))
-            self.call_means += Moments(count.square(), mean, torch.zeros_like(mean))
+            count = count.repeat_interleave(torch.tensor(list(self._channels.values()))).to(self.home)
+            mean, var = calls.scratch.to(self.home).double()
+            own = Moments(count, mean, var * (count - 1).clamp(min=0))
+            self.values += own
+            squared = own.var + (mean - self.values.mean).square()
+            values = torch.cat([mean, squared])
+            self.spread += Moments(count.square().repeat(2), values, torch.zeros_like(values))
             calls.counts.clear()
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """What each layer was shown, layers that were not called left out."""
         mean, var, count = self.values.mean, self.values.var, self.values.count
-        squared = self.call_means.m2 + self.call_means.count * (self.call_means.mean - mean).square()
+        around = self.spread.mean - torch.cat([mean, var])
+        squared = (self.spread.m2 + self.spread.count * around.square()).view(2, -1) / count.square()
         sizes = list(self._channels.values())
-        per_layer = zip(*(v.split(sizes) for v in (mean, var, count, squared)), strict=True)
+        per_layer = zip(*(v.split(sizes, -1) for v in (mean, var, count, squared)), strict=True)
         found = {}
-        for (name, calls), (m, v, n, sq) in zip(self.calls.items(), per_layer, strict=True):
+        for (name, calls), (m, v, n, (of_mean, of_var)) in zip(self.calls.items(), per_layer, strict=True):
             if calls:
                 correction = calls / (calls - 1) if calls > 1 else torch.nan
-                error = (sq * correction / (v * n.square())).sqrt()
-                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), calls, error)
+                errors = (of_mean * correction / v).sqrt(), (of_var * correction).sqrt() / v
+                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), calls, *errors)
         return found
 
 

@@ -113,7 +113,7 @@ def test_statistics_are_a_mapping_that_knows_what_it_was_shown() -> None:
     for name in ("a", "b"):
         fill(seen, name, torch.randn(4, 1))
     seen.end_of_batch()
-    statistics = PopulationStatistics(seen.statistics(), num_samples=4, num_batches=1)
+    statistics = PopulationStatistics(seen.statistics(), num_samples=4, num_batches=1, batch_size=4)
     assert list(statistics) == ["a", "b"] and len(statistics) == 2 and "c" not in statistics
     assert repr(statistics) == "PopulationStatistics(2 layers, 4 samples in 1 batches)"
 

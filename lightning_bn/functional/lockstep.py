@@ -1,0 +1,132 @@
+"""Lockstep: functions that wait for each other wherever they need an answer that depends on all of them.
+
+Each function is suspended when it arrives at a meeting point. When all have arrived at the same one, their answers are
+computed together, and they go on. So a network can be shown many batches as if they were one: they wait for each other
+at every BatchNorm layer, and nothing else in the network needs to know. Each layer is run once for every batch, so
+the cost is *linear* in depth.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from contextvars import copy_context
+from typing import Generic, TypeVar
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from lightning_bn.functional.thread_state import RandomState, ThreadState, random_streams
+
+P = TypeVar("P")
+V = TypeVar("V")
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class LockstepError(RuntimeError):
+    """Functions cannot go in lockstep: they come to different points, or influence each other."""
+
+
+class Lockstep(Generic[P, V, A]):
+    """Runs functions that wait for each other.
+
+    They run by turns in one thread, and each keeps the state of the thread as it was where it waits. The one that came
+    last to a point is the first to leave it: what it works on is still in the cache.
+
+    Args:
+        answer: Called with a point and what the functions brought to it, in their order; returns each one's answer.
+        own_random_numbers: Give each function a stream of torch's random numbers of its own, drawn from the global one
+            and leaving that alone. Else they draw from that one as they go.
+
+    Example:
+        >>> def together(point, values):
+        ...     return [f"{v} of {sum(values)}" for v in values]
+        >>> lockstep = Lockstep(together)
+        >>> lockstep.run([lambda: lockstep.arrive("bn", 1), lambda: lockstep.arrive("bn", 2)])
+        ['1 of 3', '2 of 3']
+    """
+
+    def __init__(self, answer: Callable[[P, list[V]], Sequence[A]], own_random_numbers: bool = False) -> None:
+        self._answer = answer
+        self._own_random_numbers = own_random_numbers
+
+    def arrive(self, point: P, value: V) -> A:
+        """Wait, inside a function, until all others have come to ``point``, and get one's own answer."""
+        own = getcurrent()
+        if not isinstance(own, _Suspended):
+            raise RuntimeError(
+                f"{point} was reached outside of the functions that run in lockstep, or in another thread."
+            )
+        assert own.parent is not None  # it is run by `run`
+        answer: A = own.parent.switch((point, value))
+        return answer
+
+    def run(self, functions: Iterable[Callable[[], T]]) -> list[T]:
+        """Run functions to their end, and return what they return.
+
+        Raises:
+            LockstepError: If some come to another point than others, or end where others wait; an error in one of them
+                is raised as it is. All are unwound then: their ``finally`` clauses have run.
+        """
+        running: list[_Suspended[P, V, A, T]] = []
+        streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
+        try:
+            for function in functions:
+                running.append(_Suspended(function, next(streams)))
+                running[-1].go_on()
+            last_first = running
+            while any(not s.dead for s in running):
+                self._check(running)
+                answers = self._answer(running[0].point, [s.value for s in running])
+                for s, answer in zip(running, answers, strict=True):
+                    s.answer = answer
+                last_first = last_first[::-1]
+                for s in last_first:
+                    s.go_on()
+            return [s.result for s in running]
+        finally:
+            for s in running:
+                s.unwind()
+
+    @staticmethod
+    def _check(running: Sequence[_Suspended[P, V, A, T]]) -> None:
+        first = running[0]
+        for number, other in enumerate(running):
+            if other.dead != first.dead or (not first.dead and other.point != first.point):
+                raise LockstepError(f"number 1 {first.whereabouts()} when number {number + 1} {other.whereabouts()}")
+
+
+class _Suspended(greenlet, Generic[P, V, A, T]):
+    """A function that is run as far as its next meeting point."""
+
+    point: P
+    value: V
+    answer: A | None = None
+    result: T
+
+    def __init__(self, function: Callable[[], T], random: RandomState | None) -> None:
+        super().__init__(function)
+        self.gr_context = copy_context()
+        self._state, self._random = ThreadState.now(), random
+
+    def go_on(self) -> None:
+        """Run to the next point, or to the end."""
+        with self._state.entered(), self._random.entered() if self._random else nullcontext():
+            came_back = self.switch() if self.answer is None else self.switch(self.answer)
+            self._state = ThreadState.now()
+        self.answer = None
+        if self.dead:
+            self.result = came_back
+        else:
+            self.point, self.value = came_back
+
+    def unwind(self) -> None:
+        """End the function where it waits."""
+        while self and not self.dead:
+            with self._state.entered():
+                self.throw(GreenletExit)
+
+    def whereabouts(self) -> str:
+        """Where it is, for messages."""
+        return "had come to its end" if self.dead else f"was at {self.point}"

@@ -1,0 +1,326 @@
+"""Normalization batches larger than the batches there are: micro-batches in lockstep, pooled over all ranks.
+
+At every BatchNorm layer each micro-batch brings the moments of its input, and all of them are normalised with the
+pooled ones. That is what the layer would do with all samples in one tensor (B of Table 2), though no such tensor is
+ever made: micro-batches may have any size and structure.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank
+from lightning_bn.functional.lockstep import Lockstep, LockstepError
+from lightning_bn.functional.memory import Alive, Room, free_memory
+from lightning_bn.functional.thread_state import random_streams
+from lightning_bn.layers.in_lockstep import Arrive, Brought, InLockstep
+from lightning_bn.statistics.moments import Moments
+from lightning_bn.statistics.population import Accumulator
+
+NOTHING = object()
+"""The batch of a rank that never had one."""
+_ALIKE = 1e-2
+"""Sigma by which what a micro-batch brings may differ between lockstep and alone: what 16-bit types may round."""
+_ABSENT, _FINISHED, _DIVERGED, _FAILED = -1, 1_000_000, 1_000_001, 1_000_002
+"""Where a rank may be instead of at the layer of a number."""
+_WAY_OUT = "Leave the layers in question out by layers=, or take the batches as they come (batch_size=1)."
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a rank shows to the model at one time.
+
+    Attributes:
+        batch: The batch.
+        counts: False for one that is only there to keep other ranks company.
+        samples: Samples in it, on this rank.
+        everywhere: Samples of all ranks at the same time.
+        ranks: Ranks with a batch of their own.
+        small: Whether one of these holds fewer samples than are to be normalised together.
+    """
+
+    batch: Any
+    counts: bool
+    samples: int
+    everywhere: int
+    ranks: int
+    small: bool
+
+
+class Needs(NamedTuple):
+    """What a micro-batch was seen to need: the most bytes alive at a layer, for so many samples, and its arrivals."""
+
+    num_bytes: int
+    samples: int
+    arrivals: int
+
+
+class _Meeting(NamedTuple):
+    """One call of a layer: what the first micro-batch brought, and the mean and variance that it was given."""
+
+    name: str
+    brought: Brought
+    mean: Tensor
+    var: Tensor
+
+
+class Pooled:
+    """Runs micro-batches as one normalization batch.
+
+    The first micro-batch is run twice more, alone: before, to see how much memory it needs, and behind, with the pooled
+    statistics, to see that the others did not influence it.
+
+    Args:
+        layers: Qualified name -> layer.
+        mode: What these layers do.
+        seen: Where the statistics go.
+        run: Runs the model on one batch.
+        device: Where it runs.
+        memory_limit: Bytes that waiting micro-batches may take on each rank; what is beyond goes to the host's memory
+            or to disk. By default it is an error to need more than is free.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, _BatchNorm],
+        mode: InLockstep,
+        seen: Accumulator,
+        run: Callable[[Any], Any],
+        device: torch.device,
+        memory_limit: int | None,
+    ) -> None:
+        self._layers, self._mode, self._seen, self._run = layers, mode, seen, run
+        self._device = device
+        self._numbers = {name: number for number, name in enumerate(layers)}
+        self._room = None if memory_limit is None else Room(memory_limit)
+        self._sample: Any = None
+        self._needs: Needs | None = None
+        self._verified = self._over = False
+
+    @property
+    def spilled(self) -> int:
+        """Bytes that were put elsewhere so far."""
+        return self._room.spilled if self._room else 0
+
+    def needs(self, own: MicroBatch) -> Needs:
+        """What the first micro-batch needs, found out by running it alone."""
+        if self._needs is None:
+            self._sample = copy.deepcopy(own.batch)  # running it may change it
+            alive, seen = Alive(), [0]
+
+            def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+                seen.append(alive.num_bytes)
+                return brought.mean, brought.var
+
+            with self._arriving(arrive), alive:
+                self._alone()
+            batch = sum(t.nbytes for t in tree_leaves(own.batch) if isinstance(t, Tensor))
+            self._needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
+        return self._needs
+
+    def most(self, own: MicroBatch, share: float) -> int:
+        """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
+        fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
+        (fewest,) = max_over_ranks([-fit], self._device)
+        return max(-fewest, 1)
+
+    def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
+        """Run micro-batches together, and put the statistics of every call of a layer into a slot.
+
+        Args:
+            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch.
+            progress: Told the share of the work that is done.
+
+        Raises:
+            LockstepError: If they come to different layers, or influence each other.
+            MemoryError: If they need more memory than is free, and no ``memory_limit`` was given.
+        """
+        going: list[MicroBatch] = []
+        met: list[_Meeting] = []
+        done = 0
+
+        def answer(name: str, brought: list[Brought]) -> Sequence[tuple[Tensor, Tensor]]:
+            nonlocal done
+            pooled = self._pool(name, [b if m.counts else b.of_nothing() for b, m in zip(brought, going, strict=True)])
+            if not self._verified:
+                met.append(_Meeting(name, brought[0], *pooled))
+            done += 1
+            progress(min(done / self.needs(going[0]).arrivals, 1.0))
+            return [pooled] * len(going)
+
+        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True)
+        others = random.getstate(), np.random.get_state()
+        with self._on_all_ranks(), self._arriving(self._spilling(lockstep.arrive)):
+            lockstep.run(self._functions(micro_batches, going))
+            if not going:
+                self._keep_company()
+        if not self._verified:
+            with self._on_all_ranks():
+                if going:
+                    random.setstate(others[0])
+                    np.random.set_state(others[1])
+                    self._verify(met)
+            self._verified, self._sample = True, None
+        progress(1.0)
+
+    def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
+        """Micro-batches as functions to run, as long as there is memory for them."""
+        free: int | None = None
+        for own in micro_batches:
+            needs = self.needs(own)
+            free = self.free() if free is None else free
+            going.append(own)
+            samples = sum(m.samples for m in going)
+            expected = needs.num_bytes * samples / needs.samples
+            if self._room is None and expected > free:
+                raise MemoryError(
+                    f"{len(going)} micro-batches of {samples} samples (on this rank) will keep about {expected:,.0f} "
+                    f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller batch_size, or "
+                    "memory_limit=, the bytes above which those that wait are put to disk."
+                )
+            yield self._function(own.batch)
+
+    def _function(self, batch: Any) -> Callable[[], Any]:
+        def function() -> None:
+            if self._room is None:
+                self._run(batch)
+            else:
+                with self._room.keep_track() as alive:
+                    _ALIVE.set(alive)
+                    self._run(batch)
+
+        return function
+
+    def _spilling(self, arrive: Arrive) -> Arrive:
+        """Wait where there is room."""
+        room = self._room
+        if room is None:
+            return arrive
+
+        def waiting(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+            with room.waiting(_ALIVE.get(), (brought.mean, brought.var)):
+                return arrive(name, brought)
+
+        return waiting
+
+    def _pool(self, name: str, brought: Sequence[Brought]) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of what all micro-batches of all ranks bring to a layer."""
+        self._where_all_are(self._numbers[name])
+        return self._merged(name, _together(brought, self._seen.home))
+
+    def _merged(self, name: str, own: Moments) -> tuple[Tensor, Tensor]:
+        pooled = merge_over_ranks(own)
+        count = int(pooled.count.flatten()[0])
+        if count and own_rank() == 0:  # else all ranks would count what they have in common
+            mean, var = self._seen.slot(name, count)
+            mean.copy_(pooled.mean)
+            var.copy_(pooled.var * (count / max(count - 1, 1)))
+        return pooled.mean, pooled.var
+
+    def _keep_company(self) -> None:
+        """What a rank without micro-batches does."""
+        names = list(self._layers)
+        while (number := self._where_all_are(_ABSENT)) < len(names):
+            name = names[number]
+            self._merged(name, Moments.empty(self._layers[name].num_features, self._seen.home))
+
+    def _verify(self, met: Sequence[_Meeting]) -> None:
+        """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
+        expected = iter(met)
+
+        def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+            then = next(expected, None)
+            if then is None or then.name != name or then.brought.values != brought.values or _differ(then, brought):
+                raise LockstepError(
+                    f"A micro-batch shows layer {name!r} something else in lockstep with others than alone: the model "
+                    "keeps something of its own between layers, in an attribute or a list that a hook fills, or draws "
+                    f"random numbers of its own. {_WAY_OUT}"
+                )
+            return then.mean, then.var
+
+        with self._arriving(arrive):
+            self._alone()
+
+    def _alone(self) -> None:
+        """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
+        with next(random_streams()).entered():
+            self._run(copy.deepcopy(self._sample))
+
+    def free(self) -> int:
+        """Bytes of memory that this rank may still take."""
+        free = free_memory(self._device)
+        return free if self._device.type == "cuda" else free // num_ranks()  # which share the host
+
+    @contextmanager
+    def _arriving(self, arrive: Arrive) -> Iterator[None]:
+        before, self._mode.arrive = self._mode.arrive, arrive
+        try:
+            yield
+        finally:
+            self._mode.arrive = before
+
+    @contextmanager
+    def _on_all_ranks(self) -> Iterator[None]:
+        """All ranks come through, or none."""
+        self._over = False
+        try:
+            yield
+        except BaseException as error:
+            if not self._over:
+                with suppress(RuntimeError):
+                    self._where_all_are(_DIVERGED if isinstance(error, LockstepError) else _FAILED)
+            raise
+        if not self._over:
+            self._where_all_are(_FINISHED)
+
+    def _where_all_are(self, own: int) -> int:
+        """The place where all ranks are that have micro-batches: a layer's number, or one of those above.
+
+        Raises:
+            LockstepError: If they are at different ones.
+            RuntimeError: If a rank has failed.
+        """
+        present = own != _ABSENT
+        last, minus_first = max_over_ranks([own, -own if present else -_FAILED], self._device)
+        self._over = last >= _FINISHED or last != -minus_first
+        if last == _FAILED:
+            raise RuntimeError("Another rank failed in the pass; its error says why.")
+        if last == _DIVERGED:
+            raise LockstepError("Micro-batches of another rank cannot go in lockstep; its error says why.")
+        if last != -minus_first:
+            first, second = (list(self._layers)[n] if n < _FINISHED else "their end" for n in (-minus_first, last))
+            raise LockstepError(
+                f"Ranks diverge: micro-batches are at {first} on one and at {second} on another. {_WAY_OUT}"
+            )
+        return last
+
+
+_ALIVE: ContextVar[Alive] = ContextVar("alive")
+"""What keeps track of the micro-batch that is running."""
+
+
+def _together(brought: Sequence[Brought], home: torch.device) -> Moments:
+    """Moments of what several micro-batches bring, in one go; the count stays on the CPU, where it is known."""
+    count = torch.tensor([[float(b.values)] for b in brought], dtype=torch.float64)
+    mean, var = (torch.stack([getattr(b, part) for b in brought]).to(home).double() for part in ("mean", "var"))
+    share = (count / count.sum().clamp(min=1)).to(home)
+    pooled = (share * mean).sum(0)
+    return Moments(count.sum(), pooled, (share * (var + (mean - pooled).square())).sum(0) * float(count.sum()))
+
+
+def _differ(then: _Meeting, now: Brought) -> bool:
+    """Whether the means of a micro-batch are not those that it brought then."""
+    off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
+    return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
