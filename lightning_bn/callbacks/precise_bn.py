@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
@@ -14,6 +14,7 @@ from lightning_bn.engine.batches import Source
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.measure import BatchSize
 from lightning_bn.functional.samples import Count
 from lightning_bn.layers.find import Layers
 from lightning_bn.statistics.population import PopulationStatistics
@@ -30,16 +31,28 @@ class PreciseBNCallback(BatchNormCallback):
 
     When it helps: validation is noisy or spikes, because the EMA is stale: large batches, large learning rates, early
     epochs (ImageNet at batch 8192, epoch 30: 52.8 % error with EMA, 39.4 with PreciseBN; Table 1). When it does not:
-    at the end of a converged training with i.i.d. batches of decent size (24.0 against 23.7). Batches of much fewer
-    than 100 samples give wrong statistics in depth whatever their number (28.8 % at 2 against 23.5 at 100; Table 2).
+    at the end of a converged training with i.i.d. batches of decent size (24.0 against 23.7).
+
+    Statistics of much fewer than 100 samples at a time are wrong in depth, whatever their number (28.8 % at 2 against
+    23.5 at 100; Table 2). So smaller batches wait for each other at every layer, which normalises 100 samples or more
+    together (`precise_bn` says how); ``batch_size`` changes that.
 
     Cost: one forward without gradients over ``num_samples`` samples; its own share of that is in benchmarks/RESULTS.md.
+    Batches that wait take memory: what one keeps alive at the widest layer, times their number.
 
     Step-interval checkpoints (``every_n_train_steps``) are written outside validation and hold the EMA.
 
     Args:
         num_samples: Samples of all ranks together, in whole batches; fewer if the train dataloader has fewer. 1000 lies
             within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
+        batch_size: Samples of all ranks to normalise together, B of Table 2: whole batches, as few as hold so many. 1
+            takes the batches as they come; ``"population"`` is exact. By default 100, or, with a warning, what fits
+            into half of the memory that is free; and, with a warning, 1 if the model's batches cannot wait for each
+            other.
+        tolerance: Stop before ``num_samples``, once the standard errors of every layer's means (in sigma) and variances
+            (relative) are below it.
+        memory_limit: Bytes that waiting batches may take on each rank; what is beyond goes to the host's memory or to
+            disk.
         every_n: Run at every n-th occasion only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
             memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
@@ -80,6 +93,9 @@ class PreciseBNCallback(BatchNormCallback):
     def __init__(
         self,
         num_samples: int = 1000,
+        batch_size: BatchSize = None,
+        tolerance: float | None = None,
+        memory_limit: int | None = None,
         every_n: int = 1,
         source: Source = "train_dataloader",
         forward: Forward = "training_step",
@@ -94,7 +110,9 @@ class PreciseBNCallback(BatchNormCallback):
         self.every_n = every_n
         self.before = as_stages("before", before)
         self.result: PopulationStatistics | None = None
-        self._pass = PopulationPass(num_samples, source, forward, layers, count, shard, replay_bytes)
+        self._pass = PopulationPass(
+            num_samples, source, forward, layers, count, shard, replay_bytes, batch_size, tolerance, memory_limit
+        )
         self._occasions = 0
         self._evaluated: tuple[int, ...] | None = None
         self._due = False
@@ -190,5 +208,9 @@ class PreciseBNCallback(BatchNormCallback):
             return
         recomputed = self._pass.run(trainer, module)
         self.result = recomputed.statistics
+        if self.result.spilled:
+            rank_zero_info(
+                f"PreciseBN put {self.result.spilled:,} bytes of waiting batches elsewhere to stay within memory_limit."
+            )
         log_row(trainer, recomputed.figures("precise_bn"))
         self._announce(trainer, recomputed)

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
@@ -30,7 +31,9 @@ from lightning_bn.engine.modes import modes_of_training, set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.progress import progress_of
 from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.measure import measure
+from lightning_bn.functional.lockstep import LockstepError
+from lightning_bn.functional.measure import BatchSize, check_amounts, measure
+from lightning_bn.functional.pooled import Tried
 from lightning_bn.functional.precise import call_model, estimable_layers, write
 from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
@@ -40,6 +43,8 @@ from lightning_bn.statistics.population import LayerStatistics, PopulationStatis
 Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
 
+ENOUGH = 100
+"""Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
 REPLAY_BYTES = 2**30
 """What replayed batches may take by default: 1700 images of 224 px in float32."""
 
@@ -59,8 +64,12 @@ class Recomputed:
     seconds: float
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """For loggers: duration, samples, and how far the median layer and the worst one moved."""
-        found = {"seconds": self.seconds, "num_samples": float(self.statistics.num_samples)}
+        """For loggers: duration, samples, how many together, and how far the median layer and the worst one moved."""
+        found = {
+            "seconds": self.seconds,
+            "num_samples": float(self.statistics.num_samples),
+            "batch_size": self.statistics.batch_size,
+        }
         for gap, values in zip(("mean_gap", "var_gap"), zip(*self.moved.values(), strict=True), strict=True):
             found.update({f"{gap}_p50": median(values), f"{gap}_max": max(values)})
         return {f"{prefix}/{key}": value for key, value in found.items()}
@@ -78,6 +87,10 @@ class PopulationPass:
         count: Samples in a batch; None takes the length of its first tensor.
         shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
         replay_bytes: What the replayed batches may take on each rank.
+        batch_size: Samples of all ranks to normalise together; by default the 100 that suffice (Table 2), or as many as
+            fit into half of the memory that is free.
+        tolerance: Stop early, once standard errors are below it.
+        memory_limit: Bytes that batches waiting for each other may take on each rank.
     """
 
     num_samples: int
@@ -87,10 +100,15 @@ class PopulationPass:
     count: Count | None
     shard: bool
     replay_bytes: int
+    batch_size: BatchSize = None
+    tolerance: float | None = None
+    memory_limit: int | None = None
     _replay: Replay | None = field(default=None, init=False, repr=False)
+    _tried: Tried = field(default_factory=Tried, init=False, repr=False)
+    _said: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_whole("num_samples", self.num_samples, at_least=1)
+        check_amounts(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
         require_whole("replay_bytes", self.replay_bytes, at_least=1)
         as_patterns(self.layers)
         if self.count is not None and not callable(self.count):
@@ -154,21 +172,53 @@ class PopulationPass:
         modes = modes_of_training(trainer, module)
         layers = estimable_layers(module, self.layers, modes.__getitem__)
         try:
-            with neutral(trainer, module), self._batches(trainer, module) as batches:
-                set_modes(modes, like_training=self.forward == "training_step")
-                statistics = measure(
-                    layers,
-                    batches,
-                    run=self._runner(trainer, module),
-                    num_samples=self.num_samples,
-                    count=self.count,
-                    progress=progress_of(trainer),
+            try:
+                statistics = self._measured(trainer, module, layers, modes, self.batch_size)
+            except LockstepError as error:
+                if self.batch_size is not None:
+                    raise
+                rank_zero_warn(
+                    f"PreciseBN takes the batches as they come, instead of {ENOUGH} samples together: {error} Small "
+                    "normalization batches accumulate error in depth (paper, Table 2)."
                 )
+                self.batch_size = 1
+                statistics = self._measured(trainer, module, layers, modes, self.batch_size)
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("The forward over training batches raised StopIteration.") from error
         moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
         write(layers, statistics)
         return Recomputed(statistics, moved, time.perf_counter() - started)
+
+    def _measured(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        layers: dict[str, _BatchNorm],
+        modes: dict[nn.Module, bool],
+        batch_size: BatchSize,
+    ) -> PopulationStatistics:
+        count = self.count or samples_in
+        with neutral(trainer, module), self._batches(trainer, module) as batches:
+            set_modes(modes, like_training=self.forward == "training_step")
+            return measure(
+                layers,
+                enumerate(batches),
+                run=self._runner(trainer, module),
+                batch_size=ENOUGH if batch_size is None else batch_size,
+                num_samples=self.num_samples,
+                tolerance=self.tolerance,
+                memory_limit=self.memory_limit,
+                at_most=0.5 if batch_size is None and self.memory_limit is None else None,
+                say=self._say_once,
+                tried=self._tried,
+                count=lambda item: count(item[1]),
+                progress=progress_of(trainer),
+            )
+
+    def _say_once(self, message: str) -> None:
+        if not self._said:
+            rank_zero_warn(message)
+        self._said = True
 
     def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
         if callable(self.source):
@@ -195,15 +245,15 @@ class PopulationPass:
         assert self._replay is not None  # nothing_to_do saw to it
         yield self._replay.batches(module.device)
 
-    def _runner(self, trainer: Trainer, module: LightningModule) -> Callable[[Any], None]:
-        number = iter(range(2**63))
+    def _runner(self, trainer: Trainer, module: LightningModule) -> Callable[[tuple[int, Any]], None]:
         with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
-        def run(batch: Any) -> None:
+        def run(item: tuple[int, Any]) -> None:
+            number, batch = item
             if self.forward == "training_step":
                 with trainer.precision_plugin.train_step_context():
                     try:
-                        module.training_step(*((batch, next(number)) if with_index else (batch,)))
+                        module.training_step(*((batch, number) if with_index else (batch,)))
                     except RuntimeError as error:
                         if "does not require grad" in str(error):
                             raise RuntimeError(

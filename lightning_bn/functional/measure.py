@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_over_ranks
 from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled
+from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
 from lightning_bn.functional.samples import Count, samples_in
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.in_lockstep import InLockstep
@@ -48,6 +48,7 @@ def measure(
     memory_limit: int | None = None,
     at_most: float | None = None,
     say: Callable[[str], Any] = warnings.warn,
+    tried: Tried | None = None,
     count: Count | None = None,
     progress: Progress | None = None,
 ) -> PopulationStatistics:
@@ -63,6 +64,7 @@ def measure(
         memory_limit: Bytes that waiting micro-batches may take on each rank.
         at_most: Rather than more than this share of the memory that is free, take a smaller ``batch_size``.
         say: Told that it was so.
+        tried: What an earlier measurement of the model has shown of its micro-batches.
         count: Samples in a batch.
         progress: Display to show the progress on.
 
@@ -71,11 +73,11 @@ def measure(
         LockstepError: If batches cannot be normalised together.
         MemoryError: If the memory that is free does not suffice for that.
     """
-    _check(batch_size, num_samples, tolerance, memory_limit)
+    check_amounts(batch_size, num_samples, tolerance, memory_limit)
     device, dtype = _home(layers)
     seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
     mode = InLockstep(layers, seen)
-    pooled = Pooled(layers, mode, seen, run, device, memory_limit)
+    pooled = Pooled(layers, mode, seen, run, device, memory_limit, tried or Tried())
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
     look_again = _SPREAD
@@ -231,7 +233,9 @@ def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable
         )
 
 
-def _check(batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None) -> None:
+def check_amounts(
+    batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None
+) -> None:
     """Refuse what is no amount, and amounts that contradict each other.
 
     Raises:

@@ -67,6 +67,19 @@ class Needs(NamedTuple):
     arrivals: int
 
 
+@dataclass
+class Tried:
+    """What is known of a model from its first micro-batch; may be kept for another time.
+
+    Attributes:
+        needs: What it needs; None until it was run.
+        independent: Whether it was seen that micro-batches do not influence each other.
+    """
+
+    needs: Needs | None = None
+    independent: bool = False
+
+
 class _Meeting(NamedTuple):
     """One call of a layer: what the first micro-batch brought, and the mean and variance that it was given."""
 
@@ -90,6 +103,7 @@ class Pooled:
         device: Where it runs.
         memory_limit: Bytes that waiting micro-batches may take on each rank; what is beyond goes to the host's memory
             or to disk. By default it is an error to need more than is free.
+        tried: What is known already, and where to put what is found out.
     """
 
     def __init__(
@@ -100,14 +114,15 @@ class Pooled:
         run: Callable[[Any], Any],
         device: torch.device,
         memory_limit: int | None,
+        tried: Tried,
     ) -> None:
         self._layers, self._mode, self._seen, self._run = layers, mode, seen, run
         self._device = device
         self._numbers = {name: number for number, name in enumerate(layers)}
         self._room = None if memory_limit is None else Room(memory_limit)
+        self._tried = tried
         self._sample: Any = None
-        self._needs: Needs | None = None
-        self._verified = self._over = False
+        self._over = False
 
     @property
     def spilled(self) -> int:
@@ -116,8 +131,9 @@ class Pooled:
 
     def needs(self, own: MicroBatch) -> Needs:
         """What the first micro-batch needs, found out by running it alone."""
-        if self._needs is None:
+        if self._sample is None and not self._tried.independent:
             self._sample = copy.deepcopy(own.batch)  # running it may change it
+        if self._tried.needs is None:
             alive, seen = Alive(), [0]
 
             def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
@@ -127,14 +143,14 @@ class Pooled:
             with self._arriving(arrive), alive:
                 self._alone()
             batch = sum(t.nbytes for t in tree_leaves(own.batch) if isinstance(t, Tensor))
-            self._needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
-        return self._needs
+            self._tried.needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
+        return self._tried.needs
 
     def most(self, own: MicroBatch, share: float) -> int:
         """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
-        fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
-        (fewest,) = max_over_ranks([-fit], self._device)
-        return max(-fewest, 1)
+        fit = 2**31 if own.batch is NOTHING else int(share * self.free() // max(self.needs(own).num_bytes, 1))
+        (minus_fewest,) = max_over_ranks([-fit], self._device)
+        return max(-minus_fewest, 1)
 
     def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
         """Run micro-batches together, and put the statistics of every call of a layer into a slot.
@@ -154,7 +170,7 @@ class Pooled:
         def answer(name: str, brought: list[Brought]) -> Sequence[tuple[Tensor, Tensor]]:
             nonlocal done
             pooled = self._pool(name, [b if m.counts else b.of_nothing() for b, m in zip(brought, going, strict=True)])
-            if not self._verified:
+            if not self._tried.independent:
                 met.append(_Meeting(name, brought[0], *pooled))
             done += 1
             progress(min(done / self.needs(going[0]).arrivals, 1.0))
@@ -166,13 +182,13 @@ class Pooled:
             lockstep.run(self._functions(micro_batches, going))
             if not going:
                 self._keep_company()
-        if not self._verified:
+        if not self._tried.independent:
             with self._on_all_ranks():
                 if going:
                     random.setstate(others[0])
                     np.random.set_state(others[1])
                     self._verify(met)
-            self._verified, self._sample = True, None
+            self._tried.independent, self._sample = True, None
         progress(1.0)
 
     def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
