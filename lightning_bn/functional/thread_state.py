@@ -21,8 +21,9 @@ _C: Any = torch._C
 
 @dataclass(frozen=True)
 class ThreadState:
-    """Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream.
+    """Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and the default dtype.
 
+    The latter is the whole process's, but half-precision training changes it around every step, as if it were not.
     The *cache* of autocast is shared: it holds casts of weights, which are everybody's, until the last one has left.
 
     Example:
@@ -40,6 +41,7 @@ class ThreadState:
     inference: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     autocast_cache: bool
+    default_dtype: torch.dtype
     functions_seen: Any
     function_modes: tuple[Any, ...]
     dispatch_modes: tuple[Any, ...]
@@ -54,6 +56,7 @@ class ThreadState:
             torch.is_inference_mode_enabled(),
             tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
             torch.is_autocast_cache_enabled(),
+            torch.get_default_dtype(),
             _C._get_torch_function_state(),
             _listed(_C._len_torch_function_stack(), _C._get_function_stack_at),
             _listed(_C._len_torch_dispatch_stack(), _C._get_dispatch_stack_at),
@@ -98,6 +101,7 @@ class ThreadState:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
+        torch.set_default_dtype(self.default_dtype)
         if self.stream is not None:
             torch.cuda.set_stream(self.stream)  # and its device
 

@@ -275,7 +275,7 @@ def test_a_training_step_sees_training_mode_and_a_forward_eval_mode() -> None:
     module.modes = Modes()
     fit(module, PreciseBNCallback(20), val=None)
     assert not module.modes  # neither training nor the pass called forward
-    fit(module, PreciseBNCallback(20, forward="forward"), val=None)
+    fit(module, PreciseBNCallback(20, forward="forward", batch_size=1), val=None)
     assert module.modes == [False] * 6
 
 

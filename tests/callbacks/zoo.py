@@ -283,10 +283,13 @@ def statistics_of(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in module.state_dict().items() if k.rpartition(".")[2] in _STATISTICS}
 
 
-def exact_statistics(module: TinyNet, batches: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def exact_statistics(
+    module: TinyNet, batches: Iterable[Any], together: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Oracle: mean and biased variance over all inputs of each BatchNorm layer, in float64, by keeping the inputs.
 
-    Batches reach a copy of the module, whose layers normalise each by its own statistics.
+    Batches reach a copy of the module, whose layers normalise all ``together``, in one tensor, or each by its own
+    statistics. The default of a pass is 100 samples together, which is more than most tests have.
     """
     twin = TinyNet().double()
     twin.load_state_dict(module.state_dict())
@@ -295,8 +298,9 @@ def exact_statistics(module: TinyNet, batches: Iterable[Any]) -> dict[str, tuple
         layer = twin.get_submodule(name).train()
         layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach()))
     twin.drop.eval()
-    for x, _ in batches:
-        twin(x.double())
+    images = [x.double() for x, _ in batches]
+    for x in [torch.cat(images)] if together else images:
+        twin(x)
     rows = {name: torch.cat([x.movedim(1, -1).flatten(0, -2) for x in kept]) for name, kept in inputs.items()}
     return {name: (r.mean(0), r.var(0, correction=0)) for name, r in rows.items()}
 
