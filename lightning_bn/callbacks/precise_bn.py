@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
 from lightning_bn.engine.batches import Source
+from lightning_bn.engine.forecasting import Forecasting
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.functional.precise import Count, require_whole
@@ -80,20 +82,35 @@ class PreciseBNCallback(BatchNormCallback):
         self,
         num_samples: int = 1000,
         every_n: int = 1,
-        source: Source = "train_dataloader",
+        source: Source | Literal["training"] = "train_dataloader",
         forward: Forward = "training_step",
         before: Sequence[Literal["validate", "test", "predict"]] = (),
         layers: Layers = None,
         count: Count | None = None,
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
+        when_needed: bool = False,
+        needed_above: float = 0.1,
     ) -> None:
         require_whole("every_n", every_n, at_least=1)
+        if not isinstance(needed_above, (int, float)) or not needed_above >= 0:
+            raise ValueError(f"needed_above must be a number of sigma, 0 or more, but is {needed_above!r}.")
         self.layers = layers
         self.every_n = every_n
         self.before = as_stages("before", before)
         self.result: PopulationStatistics | None = None
-        self._pass = PopulationPass(num_samples, source, forward, layers, count, shard, replay_bytes)
+        self.when_needed = when_needed
+        self.needed_above = needed_above
+        if source == "training":
+            options = {"num_samples": num_samples, "forward": forward, "before": self.before, "count": count}
+            options |= {"shard": shard, "replay_bytes": replay_bytes, "when_needed": when_needed}
+            _refuse_without_a_pass(options)
+        self._forecasting = Forecasting(layers) if source == "training" or when_needed else None
+        self._pass = (
+            PopulationPass(num_samples, source, forward, layers, count, shard, replay_bytes)
+            if source != "training"
+            else None
+        )
         self._occasions = 0
         self._evaluated: tuple[int, ...] | None = None
         self._due = False
@@ -108,21 +125,34 @@ class PreciseBNCallback(BatchNormCallback):
         self._said = ""
         if stage == "fit":
             self._occasions, self._evaluated = 0, None
-            self._pass.forget()
+            for each in (self._pass, self._forecasting):
+                if each:
+                    each.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
         refuse_before_averaging(trainer, self)
-        self._pass.check(trainer, pl_module)
+        for each in (self._pass, self._forecasting):
+            if each:
+                each.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a loader that cannot be read a second time; it did not exist before."""
-        self._pass.check_loader(trainer)
+        if self._pass:
+            self._pass.check_loader(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, if batches are to be replayed."""
-        self._pass.keep(batch)
+        """Keep the batch, if batches are to be replayed; watch the step, if there is a forecast."""
+        if self._pass:
+            self._pass.keep(batch)
+        if self._forecasting:
+            self._forecasting.before_batch()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Watch the step."""
+        if self._forecasting:
+            self._forecasting.after_batch()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that an occasion has come; the pass waits for the other hooks of this moment, which may swap weights."""
@@ -162,12 +192,15 @@ class PreciseBNCallback(BatchNormCallback):
                 self._run(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of occasions so far, and the version of the weights at the last one."""
-        return {"occasions": self._occasions, "evaluated": self._evaluated}
+        """The number of occasions so far, the version of the weights at the last one, and what a forecast has seen."""
+        forecast = {"forecast": self._forecasting.state_dict()} if self._forecasting else {}
+        return {"occasions": self._occasions, "evaluated": self._evaluated, **forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both back."""
+        """Take it back."""
         self._occasions, self._evaluated = state_dict["occasions"], state_dict["evaluated"]
+        if self._forecasting:
+            self._forecasting.load_state_dict(state_dict.get("forecast", {}))
 
     def _occasion(self, trainer: Trainer) -> bool:
         self._occasions += 1
@@ -176,18 +209,43 @@ class PreciseBNCallback(BatchNormCallback):
     def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         if self._due:
             self._due = False
-            if trainer.state.fn != "fit":  # whose start has seen to it
+            if self._pass and trainer.state.fn != "fit":  # whose start has seen to it
                 self._pass.check(trainer, module)
             self._run(trainer, module)
 
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
-        reason = self._pass.nothing_to_do(trainer, module)
+        recomputes = self._pass or self._forecasting
+        assert recomputes is not None  # one of them was made
+        reason = recomputes.nothing_to_do(trainer, module)
         if reason:
             if reason != self._said:
                 rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
             self._said = reason
             return
-        recomputed = self._pass.run(trainer, module)
+        if self.when_needed and trainer.state.fn == "fit" and not self._is_needed(trainer, module):
+            return
+        recomputed = recomputes.run(trainer, module)
         self.result = recomputed.statistics
         log_row(trainer, recomputed.figures("precise_bn"))
         self._announce(trainer, recomputed)
+
+    def _is_needed(self, trainer: Trainer, module: LightningModule) -> bool:
+        assert self._forecasting is not None  # when_needed has made it
+        gap = self._forecasting.ema_gap(trainer, module)
+        log_row(trainer, {"precise_bn/ema_gap": gap})
+        return gap > self.needed_above
+
+
+def _refuse_without_a_pass(given: dict[str, Any]) -> None:
+    """Raise if an option of a pass is given where there is none.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    defaults = inspect.signature(PreciseBNCallback).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"{name}={value!r} is for a pass over data, and source='training' runs none: leave it out, or choose "
+                "another source."
+            )
