@@ -43,7 +43,10 @@ class PreciseBNCallback(BatchNormCallback):
             within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
         every_n: Run at every n-th occasion only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
-            memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
+            memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader. Or ``"training"``,
+            no pass at all: statistics forecast from the training steps (see the docs page); then the options of a pass
+            (``num_samples``, ``forward``, ``before``, ``count``, ``shard``, ``replay_bytes``, ``when_needed``) are
+            refused.
         forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping), everything but BatchNorm in eval mode; or
             a function of module and batch. Manual optimization needs one of the latter two.
@@ -54,6 +57,10 @@ class PreciseBNCallback(BatchNormCallback):
         count: Number of samples in a batch; None takes the length of the first tensor in it.
         shard: Whether ranks share the batches of a ``source`` function out, or each shows all of them.
         replay_bytes: What replayed batches may take in main memory on each rank.
+        when_needed: Skip a pass of a fit where a forecast from the training steps says that the EMA is good enough; it
+            then stays as it is.
+        needed_above: By how much the EMA may be off for that in any layer, as forecast: sigma for means, log ratio for
+            variances.
 
     Attributes:
         result: What the last pass measured, or None.
@@ -61,7 +68,7 @@ class PreciseBNCallback(BatchNormCallback):
     Raises:
         ValueError: At fit start, naming the way out: no layer to estimate, a module or loader that cannot be shown
             batches neutrally, another PreciseBNCallback on the same layers, weight averaging listed after this
-            callback.
+            callback. With a forecast also: weight averaging, a schedule-free optimizer, no layer to forecast.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,7 +97,7 @@ class PreciseBNCallback(BatchNormCallback):
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
         when_needed: bool = False,
-        needed_above: float = 0.1,
+        needed_above: float = 0.05,
     ) -> None:
         require_whole("every_n", every_n, at_least=1)
         if not isinstance(needed_above, (int, float)) or not needed_above >= 0:

@@ -24,10 +24,7 @@ _KEPT = 0.9
 """What a step's errors weigh one step later: learning rates change, and a filter that was right is so for a while."""
 
 _PULL = 1.0
-"""How strongly weights are drawn to those by each candidate's own error, as a multiple of the smallest such error."""
-
-_SHARPNESS = 8.0
-"""A candidate whose squared error is a tenth above the smallest weighs ``exp(-0.8)`` of the best one there."""
+"""How strongly weights are drawn to the best candidate alone, as a multiple of its squared error."""
 
 _SMALLEST_VARIANCE = 1e-12
 
@@ -56,10 +53,10 @@ class Forecaster:
     $$w = \arg\min_{\sum w = 1} \sum_t 0.9^{T-t} \, \overline{(\textstyle\sum_k w_k a_{k,t} - x_t)^2}
     + \lambda |w - w_0|^2,$$
 
-    the bar being the mean over channels, $w_0$ a softmax over each candidate's own error and $\lambda$ the smallest of
-    these errors. The noise that a batch has by its size is in every candidate's error alike: where it is large, long
-    averages win. The variance of a population includes that of its batches' means (paper, Eq. 2), which is taken from
-    the error of their forecast: $\sigma^2 = \exp(\text{forecast}) (1 + \text{error}^2)$.
+    the bar being the mean over channels, $w_0$ the best candidate alone and $\lambda$ its error. The noise that a batch
+    has by its size is in every candidate's error alike: where it is large, long averages win. The variance of a
+    population includes that of its batches' means (paper, Eq. 2), which is taken from the error of their forecast:
+    $\sigma^2 = \exp(\text{forecast}) (1 + \text{error}^2)$.
 
     Channels that are nearly dead, and steps in which a layer was not called, teach nothing.
 
@@ -154,10 +151,10 @@ class Forecaster:
         products = (self._products.cpu() / self._weight.cpu().clamp(min=1)[:, None, None]).double()
         own = products.diagonal(dim1=-2, dim2=-1)
         least = own.amin(-1, keepdim=True).clamp(min=1e-12)
-        prior = torch.softmax(-_SHARPNESS * own / least, -1)[..., None]
+        best = torch.zeros_like(own).scatter_(-1, own.argmin(-1, keepdim=True), 1.0)[..., None]
         pull = _PULL * least[..., None]
         system = products + pull * torch.eye(products.shape[-1], dtype=products.dtype)
-        free, ones = torch.linalg.solve(system, torch.cat([pull * prior, torch.ones_like(prior)], -1)).unbind(-1)
+        free, ones = torch.linalg.solve(system, torch.cat([pull * best, torch.ones_like(best)], -1)).unbind(-1)
         weights = free + ones * ((1 - free.sum(-1)) / ones.sum(-1))[..., None]
         error = (weights[..., None, :] @ products @ weights[..., None])[..., 0, 0].clamp(min=0).sqrt()
         return weights.mT.to(self._eps), torch.where(known, error, torch.nan).to(self._eps)
