@@ -230,6 +230,7 @@ def report(device: str, quick: bool) -> str:
         runs = [train(case, seed, device, 1 if quick else case.epochs) for seed in seeds]
         everything += runs
         rows.append(_row(case, runs))
+        print(rows[-1], flush=True)
         needed.append(f"| {case} | {' | '.join(_needed(runs))} |")
     columns = ["images, network", "batch", "schedule"]
     measured = ["error with EMA, %", "forecast", "PreciseBN", "share recovered, at least 90 %", "its seeds"]

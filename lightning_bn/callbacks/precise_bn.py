@@ -43,10 +43,10 @@ class PreciseBNCallback(BatchNormCallback):
             within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
         every_n: Run at every n-th occasion only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
-            memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader. Or ``"training"``,
-            no pass at all: statistics forecast from the training steps (see the docs page); then the options of a pass
-            (``num_samples``, ``forward``, ``before``, ``count``, ``shard``, ``replay_bytes``, ``when_needed``) are
-            refused.
+            memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
+            ``"training"``: no pass at all, but statistics forecast from the training steps (see the docs page); the
+            options of a pass (``num_samples``, ``forward``, ``before``, ``count``, ``shard``, ``replay_bytes``,
+            ``when_needed``) are then refused.
         forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping), everything but BatchNorm in eval mode; or
             a function of module and batch. Manual optimization needs one of the latter two.

@@ -128,8 +128,8 @@ class Forecasting:
         if new:
             self._left.update(new)
             rank_zero_warn(
-                f"PreciseBNCallback cannot forecast {', '.join(map(repr, new))} ({reasons[new[0]]}) and leaves the "
-                f"running statistics as they are there: {_WAY_OUT}."
+                f"PreciseBNCallback cannot forecast {', '.join(map(repr, new))} ({reasons[new[0]]}): source='training' "
+                f"leaves the running statistics as they are there, and when_needed skips no pass. Or {_WAY_OUT}."
             )
 
 
