@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_bn.statistics.moments import Moments
 
@@ -69,6 +70,15 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     total = count.sum(0)
     pooled = (count * mean).sum(0) / total.clamp(min=1)
     return Moments(total, pooled, m2.addcmul_(count, (mean - pooled).square_()).sum(0))
+
+
+def of_first_rank(values: Tensor) -> Tensor:
+    """What the first rank holds, on every rank; the others' ``values`` say shape and precision."""
+    if num_ranks() == 1:
+        return values
+    shared = values.to(_on_backend(values.device), copy=True)
+    dist.broadcast(shared, src=0)
+    return shared.to(values.device)
 
 
 def _on_backend(device: torch.device) -> torch.device:

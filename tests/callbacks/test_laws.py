@@ -60,6 +60,7 @@ from tests.ranks import run_on_ranks
 
 WITH_A_PASS: dict[str, Callable[..., Any]] = {
     "PreciseBN": functools.partial(PreciseBNCallback, 20),
+    "PreciseBN, when needed": functools.partial(PreciseBNCallback, 20, when_needed=True, needed_above=0.0),
     "FreezeBN": functools.partial(FreezeBNCallback, start_epoch=1, num_samples=20),
 }
 EVALUATING: dict[str, Callable[..., Any]] = {
@@ -72,6 +73,7 @@ EVALUATING: dict[str, Callable[..., Any]] = {
 CALLBACKS: dict[str, Callable[..., Any]] = {
     **WITH_A_PASS,
     **EVALUATING,
+    "PreciseBN, forecast": functools.partial(PreciseBNCallback, source="training"),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
@@ -82,6 +84,8 @@ OBSERVING: dict[str, Callable[[], Any]] = {
     "PreciseBN": CALLBACKS["PreciseBN"],
     "PreciseBN, replay": functools.partial(PreciseBNCallback, 20, source="replay"),
     "PreciseBN, forward": functools.partial(PreciseBNCallback, 20, forward="forward"),
+    "PreciseBN, forecast": CALLBACKS["PreciseBN, forecast"],
+    "PreciseBN, when needed": CALLBACKS["PreciseBN, when needed"],
     "FreezeBN before its switch": functools.partial(
         FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
     ),
@@ -417,7 +421,7 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
 
     here = __name__
     options = {**make.keywords, "layers": ["bn*"]}
-    counts = "count" in inspect.signature(make.func).parameters
+    counts = "count" in inspect.signature(make.func).parameters and options.get("source") != "training"
     if counts:
         options |= {"count": f"{here}.samples"}
     if make in WITH_A_PASS.values():
@@ -440,7 +444,7 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     with_a_pass = make in WITH_A_PASS.values()
     assert callback.layers == ["bn*"]
-    assert not counts or (callback._pass.count if with_a_pass else callback._count) is samples
+    assert not counts or (callback._pass.count if hasattr(callback, "_pass") else callback._count) is samples
     if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
 
@@ -612,14 +616,14 @@ def fit_on_rank(name: str, world_size: int) -> dict[str, Any]:
     return {
         "after a pass": digest(after.statistics),
         "at the end": digest(module.state_dict()),
-        "state": callback.state_dict(),
+        "state": {k: v for k, v in callback.state_dict().items() if k != "forecast"},  # which the first rank keeps
         "passes": len(after.statistics),
     }
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN"])
+@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN", "PreciseBN, forecast"])
 def test_ranks_agree_on_what_is_written(name: str, world_size: int) -> None:
     first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size)
     assert first["passes"] == 2
@@ -651,6 +655,8 @@ class StateAtStart(Callback):
 
 RESUMED: dict[str, Callable[[], Any]] = {
     "PreciseBN": functools.partial(PreciseBNCallback, 20, every_n=2),
+    "PreciseBN, forecast": CALLBACKS["PreciseBN, forecast"],
+    "PreciseBN, when needed": functools.partial(PreciseBNCallback, 20, when_needed=True, needed_above=0.3),
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
     "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
