@@ -278,7 +278,7 @@ def copied() -> None:
             if dist.get_rank():
                 twin(rows(4))  # alone: it is a plain one
         assert list(model.state_dict()) == list(plain.state_dict())
-        with pytest.raises(ValueError, match="'box_head.bn' is shuffled already"):
+        with pytest.raises(ValueError, match=r"'box_head\.bn' is shuffled already"):
             roi_shuffle(model, modules="*bn")
     assert len(made) == there_were, "the group is left"
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
