@@ -20,6 +20,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from lightning_bn import FreezeBNCallback, GhostBNCallback, PreciseBNCallback, RoIShuffleCallback, SyncBNCallback
 from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
+from tests.distributed.test_roi_shuffle_ranks import Detector
 from tests.ranks import ranks_at_hand
 
 
@@ -230,6 +231,42 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(ranks: Any,
     assert other_seed["weights"] != whole["weights"] != plain["weights"]
     for ours, theirs in zip(first, second, strict=True):
         assert ours["weights"] == theirs["weights"] and ours["state"] == theirs["state"]
+
+
+class Ignores(LightningModule):
+    """Rank 1 has no rows for the heads, or a loss that ignores what becomes of them."""
+
+    def __init__(self, no_rows: bool) -> None:
+        super().__init__()
+        self.net, self.no_rows = Detector(), no_rows
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        rows = torch.as_tensor(batch)[: 0 if self.no_rows and dist.get_rank() else None]
+        outputs = self.net(rows)
+        return {"loss": outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"]), "batch": batch_idx}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def ignored(no_rows: bool, find_unused: bool) -> dict[str, Tensor]:
+    module, gradients = Ignores(no_rows), Gradients()
+    data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
+    strategy = "ddp_find_unused_parameters_true" if find_unused else "ddp"
+    shuffle = RoIShuffleCallback(modules="net.*_head")
+    fit(module, [shuffle, gradients], data, None, devices=2, strategy=strategy, use_distributed_sampler=False)
+    return gradients.last
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("no_rows", [False, True])
+def test_a_training_step_may_ignore_the_rows(no_rows: bool, find_unused: bool, ranks: Any) -> None:
+    first, second = ranks(ignored, no_rows, find_unused)
+    assert first.keys() == second.keys() == dict(Ignores(no_rows).named_parameters()).keys()
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
+    assert first["net.box_head.fc.weight"].abs().sum() > 0
 
 
 class Within(TinyNet):
