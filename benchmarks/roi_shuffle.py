@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.timing import Spread, ratio, take_turns
 from lightning_bn import exchange_rows, restore_rows
@@ -84,7 +84,8 @@ def report(device: str, quick: bool) -> str:
 
 def _measure(counts: list[int], rounds: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (counts, rounds, folder), nprocs=len(counts))
+        # forked: eight ranks that import everything anew would take a gigabyte each
+        start_processes(_rank, (counts, rounds, folder), nprocs=len(counts), start_method="fork")
         received, seconds = torch.load(Path(folder) / "measured")
     ours, reference = (2.0**-20 * received[name] / len(counts) for name in ("exchanged", "gathered"))
     rows = f"{counts[0]}" if len(set(counts)) == 1 else ", ".join(map(str, counts))

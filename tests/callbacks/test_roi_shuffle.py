@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from lightning_bn import FreezeBNCallback, GhostBNCallback, PreciseBNCallback, RoIShuffleCallback, SyncBNCallback
 from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
 from tests.distributed.test_roi_shuffle_ranks import Detector
-from tests.ranks import ranks_at_hand
+from tests.ranks import ranks_at_hand, run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +269,29 @@ def test_a_training_step_may_ignore_the_rows(no_rows: bool, find_unused: bool, r
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
     assert first["net.box_head.fc.weight"].abs().sum() > 0
+
+
+class Killed(Callback):
+    """kill -9 of rank 1, between its exchanges."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if trainer.global_step == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_until_killed() -> None:
+    module, shuffle = TinyNet(), RoIShuffleCallback(modules="bn*")
+    try:
+        fit(module, [shuffle, Killed()], devices=2, strategy="ddp")
+    except RuntimeError as error:
+        left = type(module.bn1) is not nn.BatchNorm2d or shuffle._handle is not None
+        raise RuntimeError(f"ended with {'something' if left else 'nothing'} left") from error
+
+
+@pytest.mark.ddp
+def test_a_killed_rank_ends_the_fit_of_the_other_with_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*ended with nothing left.*rank 1: died"):
+        run_on_ranks(fit_until_killed, 2)
 
 
 class Within(TinyNet):
