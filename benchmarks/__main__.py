@@ -9,10 +9,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forecast, ghost, monitor, precise_pass, sync
+from benchmarks import forecast, ghost, monitor, precise_pass, roi_shuffle, sync
 from benchmarks.results import machine, update, versions
 
-BENCHMARKS = {"forecast": forecast, "ghost": ghost, "monitor": monitor, "precise_pass": precise_pass, "sync": sync}
+BENCHMARKS = {
+    "forecast": forecast,
+    "ghost": ghost,
+    "monitor": monitor,
+    "precise_pass": precise_pass,
+    "roi_shuffle": roi_shuffle,
+    "sync": sync,
+}
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 

@@ -64,6 +64,23 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("BNStatsMonitor", "AdaBNCallback"): Pair("works", _OBSERVED),
         ("BNStatsMonitor", "GhostBNCallback"): Pair("works", _OBSERVED + "; its noise is that of the whole batch"),
         ("BNStatsMonitor", "SyncBNCallback"): Pair("works", _OBSERVED + "; its noise is that of all ranks' batch"),
+        ("RoIShuffleCallback", "PreciseBNCallback"): Pair(
+            "works", "a pass exchanges nothing: in it ranks do not wait for each other"
+        ),
+        ("RoIShuffleCallback", "FreezeBNCallback"): Pair(
+            "works", "exchanged until the switch; frozen layers do not mind whose rows they get"
+        ),
+        ("RoIShuffleCallback", "MiniBatchInferenceCallback"): Pair(
+            "works", "one acts in training, the other in evaluation, which takes the own rank's rows"
+        ),
+        ("RoIShuffleCallback", "AdaBNCallback"): Pair("works", "one acts in training, the other in evaluation"),
+        ("RoIShuffleCallback", "GhostBNCallback"): Pair("works", "ghosts are groups of the rows that were exchanged"),
+        ("RoIShuffleCallback", "SyncBNCallback"): Pair(
+            "refused", "rows that all ranks normalise as one batch need not be exchanged"
+        ),
+        ("RoIShuffleCallback", "BNStatsMonitor"): Pair(
+            "works", _OBSERVED + "; its batches are those of exchanged rows"
+        ),
     }.items()
 }
 """Every pair of two callbacks."""

@@ -37,6 +37,7 @@ from lightning_bn import (
     GhostBNCallback,
     MiniBatchInferenceCallback,
     PreciseBNCallback,
+    RoIShuffleCallback,
     SyncBNCallback,
 )
 from tests.callbacks.zoo import (
@@ -77,6 +78,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
+    "RoIShuffle": functools.partial(RoIShuffleCallback, modules="bn*"),
 }
 """Every callback, in a version that does what it does within two epochs of four batches of eight."""
 
@@ -96,6 +98,12 @@ OBSERVING: dict[str, Callable[[], Any]] = {
 
 OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor"]
 """Those that are held against every way to train; the others have the same machinery, and a few will do."""
+
+
+def patterns_of(make: Any) -> str:
+    """The option that says on which layers a callback acts."""
+    return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
+
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 every_evaluating = pytest.mark.parametrize("make", EVALUATING.values(), ids=EVALUATING)
@@ -420,7 +428,8 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     import yaml
 
     here = __name__
-    options = {**make.keywords, "layers": ["bn*"]}
+    option = patterns_of(make)
+    options = {**make.keywords, option: ["bn*"]}
     counts = "count" in inspect.signature(make.func).parameters and options.get("source") != "training"
     if counts:
         options |= {"count": f"{here}.samples"}
@@ -443,7 +452,7 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     with_a_pass = make in WITH_A_PASS.values()
-    assert callback.layers == ["bn*"]
+    assert getattr(callback, option) == ["bn*"]
     assert not counts or (callback._pass.count if hasattr(callback, "_pass") else callback._count) is samples
     if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
@@ -662,6 +671,7 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
+    "RoIShuffle": CALLBACKS["RoIShuffle"],
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
 }
 
@@ -742,19 +752,22 @@ def test_a_model_without_batchnorm_is_refused(make: Callable[[], Any]) -> None:
 
 @every_callback
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(make: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"layers='backbone\.\*' matches no BatchNorm layer of TinyNet.*bn1, bn2"):
-        fit(TinyNet(), make(layers="backbone.*"))
+    option = patterns_of(make)
+    match = rf"{option}='backbone\.\*' matches no (BatchNorm layer|module) of TinyNet.*bn1.* bn2"
+    with pytest.raises(ValueError, match=match):
+        fit(TinyNet(), make(**{option: "backbone.*"}))
 
 
 @every_callback
 def test_two_on_one_layer_are_refused_by_its_name(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"Two \w+s act on layer 'bn2' \(1 in all\).*do not overlap"):
-        fit(TinyNet(), [make(layers="bn*"), make(layers="bn2")])
+        fit(TinyNet(), [make(**{patterns_of(make): patterns}) for patterns in ("bn*", "bn2")])
 
 
 @every_callback
 def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..., Any], tmp_path: Path) -> None:
-    callbacks = [make(layers="bn1"), make(layers=["bn2"]), ModelCheckpoint(tmp_path)]
+    first, second = (make(**{patterns_of(make): patterns}) for patterns in ("bn1", ["bn2"]))
+    callbacks = [first, second, ModelCheckpoint(tmp_path)]
     trainer = fit(TinyNet(), callbacks, enable_checkpointing=True)
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
@@ -797,11 +810,11 @@ class Elsewhere(pytorch_lightning.LightningModule):
 
 
 @every_callback
-def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp_path: Path) -> None:
+def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = pytorch_lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,
-        callbacks=[make()],
+        callbacks=[make(**{patterns_of(make): "net.*"})],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,

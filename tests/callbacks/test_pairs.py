@@ -27,6 +27,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "AdaBNCallback": lbn.AdaBNCallback,
     "GhostBNCallback": functools.partial(lbn.GhostBNCallback, size=4),
     "SyncBNCallback": lbn.SyncBNCallback,
+    "RoIShuffleCallback": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
     "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
 }
 ALL = [tuple(sorted(pair)) for pair in PAIRS]
