@@ -14,6 +14,8 @@ class Pair(NamedTuple):
 
 _OBSERVED = "the monitor only looks; it comes after the other, wherever it stands in the list"
 
+_TESTED = "the monitor only looks, at the end of an epoch"
+
 PAIRS: dict[frozenset[str], Pair] = {
     frozenset(names): pair
     for names, pair in {
@@ -64,6 +66,23 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("BNStatsMonitor", "AdaBNCallback"): Pair("works", _OBSERVED),
         ("BNStatsMonitor", "GhostBNCallback"): Pair("works", _OBSERVED + "; its noise is that of the whole batch"),
         ("BNStatsMonitor", "SyncBNCallback"): Pair("works", _OBSERVED + "; its noise is that of all ranks' batch"),
+        ("BatchLeakageMonitor", "PreciseBNCallback"): Pair("works", _TESTED + ", with the statistics of the last pass"),
+        ("BatchLeakageMonitor", "FreezeBNCallback"): Pair(
+            "works", _TESTED + ", until the switch; through frozen statistics nothing leaks"
+        ),
+        ("BatchLeakageMonitor", "MiniBatchInferenceCallback"): Pair(
+            "works", _TESTED + "; `compare=True` is refused where validation has no population"
+        ),
+        ("BatchLeakageMonitor", "AdaBNCallback"): Pair(
+            "works", _TESTED + ", and evaluates in fits alone, AdaBN outside"
+        ),
+        ("BatchLeakageMonitor", "GhostBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are the ghosts"
+        ),
+        ("BatchLeakageMonitor", "SyncBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are all ranks'"
+        ),
+        ("BatchLeakageMonitor", "BNStatsMonitor"): Pair("works", "both only look"),
     }.items()
 }
 """Every pair of two callbacks."""

@@ -104,8 +104,7 @@ class PopulationPass:
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
             )
-        if not callable(self.forward) and self.forward not in ("training_step", "forward"):
-            raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {self.forward!r}.")
+        require_forward(self.forward)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse at the start what could not be done later, naming the way out.
@@ -116,17 +115,7 @@ class PopulationPass:
         """
         storing_layers(module, self.layers)
         refuse_sharding(trainer)
-        if self.forward == "training_step":
-            if not module.automatic_optimization:
-                raise ValueError(
-                    f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
-                    "pass forward='forward' or a function of module and batch."
-                )
-            if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-                raise ValueError(
-                    f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
-                    "forward='forward' or a function of module and batch."
-                )
+        check_forward(self.forward, module)
 
     def check_loader(self, trainer: Trainer) -> None:
         """Refuse, as soon as it exists, a train dataloader that cannot be read a second time.
@@ -156,15 +145,13 @@ class PopulationPass:
             RuntimeError: If the training step needs gradients, changes parameters, or raises StopIteration.
         """
         started = time.perf_counter()
-        modes = modes_of_training(trainer, module)
-        layers = estimable_layers(module, self.layers, modes.__getitem__)
+        layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         try:
-            with neutral(trainer, module), self._batches(trainer, module) as batches:
-                set_modes(modes, like_training=self.forward == "training_step")
+            with muted_forward(self.forward, trainer, module) as run, self._batches(trainer, module) as batches:
                 statistics = measure(
                     layers,
                     batches,
-                    run=self._runner(trainer, module),
+                    run=run,
                     num_samples=self.num_samples,
                     count=self.count,
                     progress=progress_of(trainer),
@@ -200,27 +187,67 @@ class PopulationPass:
         assert self._replay is not None  # nothing_to_do saw to it
         yield self._replay.batches(module.device)
 
-    def _runner(self, trainer: Trainer, module: LightningModule) -> Callable[[Any], None]:
-        number = iter(range(2**63))
-        with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
-        def run(batch: Any) -> None:
-            if self.forward == "training_step":
-                with trainer.precision_plugin.train_step_context():
-                    try:
-                        module.training_step(*((batch, next(number)) if with_index else (batch,)))
-                    except RuntimeError as error:
-                        if "does not require grad" in str(error):
-                            raise RuntimeError(
-                                f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
-                                "without: pass forward='forward' or a function of module and batch."
-                            ) from error
-                        raise
-            else:
-                with trainer.precision_plugin.forward_context():
-                    (self.forward if callable(self.forward) else call_model)(module, batch)
+@contextmanager
+def muted_forward(forward: Forward, trainer: Trainer, module: LightningModule) -> Iterator[Callable[[Any], None]]:
+    """What shows one batch after the other to the fixed model, in the modes of a pass and in a `neutral` zone.
 
-        return run
+    Raises:
+        RuntimeError: If the training step needs gradients or changes parameters.
+    """
+    modes = modes_of_training(trainer, module)
+    number = iter(range(2**63))
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+    def run(batch: Any) -> None:
+        if forward == "training_step":
+            with trainer.precision_plugin.train_step_context():
+                try:
+                    module.training_step(*((batch, next(number)) if with_index else (batch,)))
+                except RuntimeError as error:
+                    if "does not require grad" in str(error):
+                        raise RuntimeError(
+                            f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
+                            "without: pass forward='forward' or a function of module and batch."
+                        ) from error
+                    raise
+        else:
+            with trainer.precision_plugin.forward_context():
+                (forward if callable(forward) else call_model)(module, batch)
+
+    with neutral(trainer, module):
+        set_modes(modes, like_training=forward == "training_step")
+        yield run
+
+
+def require_forward(forward: Any) -> None:
+    """Raise for something that says not how a batch reaches the model.
+
+    Raises:
+        ValueError: If it is none of `Forward`.
+    """
+    if not callable(forward) and forward not in ("training_step", "forward"):
+        raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {forward!r}.")
+
+
+def check_forward(forward: Forward, module: LightningModule) -> None:
+    """Refuse a training step that cannot be run by a pass.
+
+    Raises:
+        ValueError: Naming the way out.
+    """
+    if forward != "training_step":
+        return
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
+            "pass forward='forward' or a function of module and batch."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
+            "forward='forward' or a function of module and batch."
+        )
 
 
 def refuse_sharding(trainer: Trainer) -> None:

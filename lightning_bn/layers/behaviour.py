@@ -36,6 +36,10 @@ class Behaviour(ABC):
         """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
         return samples
 
+    def normalization_groups(self, input: Tensor) -> Tensor | None:
+        """Which rows of ``input`` a layer in train mode normalises together: numbers ``(N,)``; None for all of them."""
+        return None
+
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
     """The behaviours a layer has at the moment, in the order in which it was given them."""

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from lightning_bn import (
     AdaBNCallback,
+    BatchLeakageMonitor,
     BNStatsMonitor,
     FreezeBNCallback,
     GhostBNCallback,
@@ -73,6 +74,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     **WITH_A_PASS,
     **EVALUATING,
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24, compare=True),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
 }
@@ -86,11 +88,12 @@ OBSERVING: dict[str, Callable[[], Any]] = {
         FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
     ),
     "BNStatsMonitor": CALLBACKS["BNStatsMonitor"],
+    "BatchLeakageMonitor": CALLBACKS["BatchLeakageMonitor"],
     **EVALUATING,
 }
 """Those that must not be noticed by the training."""
 
-OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor"]
+OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
 """Those that are held against every way to train; the others have the same machinery, and a few will do."""
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
@@ -286,7 +289,7 @@ A_FEW = ["dropout, mid-epoch validation", "persistent workers", "validation in m
 def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
     callback = OBSERVING[observer]()
     observed = trace(SETUPS[name], callback)
-    if isinstance(callback, PreciseBNCallback):
+    if isinstance(callback, (PreciseBNCallback, BatchLeakageMonitor)):
         assert callback.result is not None, "no pass was run: this test shows nothing"
     for ours, theirs in zip(observed, undisturbed(name), strict=True):
         assert ours == theirs
@@ -440,7 +443,7 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     with_a_pass = make in WITH_A_PASS.values()
     assert callback.layers == ["bn*"]
-    assert not counts or (callback._pass.count if with_a_pass else callback._count) is samples
+    assert not counts or (callback._pass.count if hasattr(callback, "_pass") else callback._count) is samples
     if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
 
@@ -619,7 +622,7 @@ def fit_on_rank(name: str, world_size: int) -> dict[str, Any]:
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN"])
+@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN", "BatchLeakageMonitor"])
 def test_ranks_agree_on_what_is_written(name: str, world_size: int) -> None:
     first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size)
     assert first["passes"] == 2
@@ -654,6 +657,7 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
     "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),

@@ -28,6 +28,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "GhostBNCallback": functools.partial(lbn.GhostBNCallback, size=4),
     "SyncBNCallback": lbn.SyncBNCallback,
     "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
+    "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 32),
 }
 ALL = [tuple(sorted(pair)) for pair in PAIRS]
 
