@@ -72,7 +72,7 @@ def batch_leakage(
     share statistics (`sync_bn`, SyncBatchNorm), or a group of them (`ghost_bn`).
 
     When it does not help: it says that batches are not i.i.d., not what that costs; easy tasks take no harm (ten
-    digits as 8 classes x 2: 3.6 % error against 3.8). Some 2000 samples in 4 batches or more are needed to see 16
+    digits as 8 classes x 2: 3.6 % error against 3.8). Some 4000 samples in 4 batches or more are needed to see 16
     classes x 2 in 32. Epochs without repetition should not be mixed: a sample that comes in two batches, but never
     twice in one, makes those more unlike than chance.
 
