@@ -1,4 +1,4 @@
-"""Real images of many classes: MNIST's digits in eight orientations, and what a network that trains on them makes of them."""
+"""Real images of many classes: MNIST's digits in eight orientations, and a network's features of them."""
 
 from __future__ import annotations
 

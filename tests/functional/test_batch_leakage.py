@@ -91,8 +91,8 @@ def test_interleaved_ghosts_break_neighbours_up_and_contiguous_ones_keep_them() 
         net = model()
         with ghost_bn(net, size=2, grouping=grouping):
             found[grouping] = batch_leakage(net, images.split(32), layers="1")
-    assert found["contiguous"].icc["1"] > 0.9 and found["contiguous"].p_value < 0.001
-    assert abs(found["interleaved"].icc["1"]) < 0.2
+    assert found["contiguous"].icc["1"] > 0.3 and found["contiguous"].p_value < 0.001
+    assert abs(found["interleaved"].icc["1"]) < 3 * found["interleaved"].noise["1"]
 
 
 @pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
