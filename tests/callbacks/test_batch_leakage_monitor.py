@@ -29,11 +29,11 @@ from tests.callbacks.zoo import (
 )
 from tests.ranks import run_on_ranks
 
-KINDS = 64
+KINDS = 128
 
 
 def images_of_kinds() -> tuple[Tensor, Tensor]:
-    """16 images of each of 64 kinds, sorted by kind."""
+    """16 images of each of 128 kinds, sorted by kind."""
     generator = torch.Generator().manual_seed(0)
     kind = torch.arange(KINDS).repeat_interleave(16)
     images = (
@@ -44,17 +44,17 @@ def images_of_kinds() -> tuple[Tensor, Tensor]:
 
 
 def batches(pattern: str) -> list[list[int]]:
-    """An epoch in 32 batches of 32: shuffled, in order, or 16 kinds x 2 each."""
+    """An epoch in 64 batches of 32: shuffled, in order, or 16 kinds x 2 each."""
     generator = torch.Generator().manual_seed(1)
     if pattern == "16 x 2":
-        kinds = [torch.randperm(KINDS, generator=generator).view(4, 16) for _ in range(8)]
+        kinds = [torch.randperm(KINDS, generator=generator).view(8, 16) for _ in range(8)]
         return [
             (16 * k.repeat_interleave(2) + torch.arange(2).repeat(16) + 2 * i).tolist()
             for i, ks in enumerate(kinds)
             for k in ks
         ]
-    order = torch.randperm(1024, generator=generator) if pattern == "shuffled" else torch.arange(1024)
-    return order.view(32, 32).tolist()
+    order = torch.randperm(2048, generator=generator) if pattern == "shuffled" else torch.arange(2048)
+    return order.view(64, 32).tolist()
 
 
 def loader(pattern: str) -> DataLoader[Any]:
@@ -88,8 +88,8 @@ def test_shuffled_batches_do_not_alarm() -> None:
 
 
 def test_balanced_batches_alarm_and_are_called_so() -> None:
-    """Each batch holds a half of all kinds, every second one: less unlike each other than chance."""
-    order = torch.arange(1024).view(KINDS, 16).T.reshape(16, 64)
+    """Each batch holds one image of each kind."""
+    order = torch.arange(2048).view(KINDS, 16).T.reshape(16, KINDS)
     balanced = DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=order.tolist())
     _, said = warned(TinyNet(), BatchLeakageMonitor(), balanced, val=None, max_epochs=1)
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
@@ -109,7 +109,7 @@ def test_after_its_alarm_it_rests() -> None:
     monitor = BatchLeakageMonitor()
     passes = Passes(monitor)
     fit(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=4)
-    assert passes.seen == [("epoch end", 32)]
+    assert passes.seen == [("epoch end", 64)]
     assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
 
 

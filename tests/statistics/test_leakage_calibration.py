@@ -76,6 +76,6 @@ def test_16_classes_of_80_times_2_alarm_within_one_epoch() -> None:
 @pytest.mark.timeout(3600)
 def test_16_classes_of_80_times_2_nearly_always_alarm_within_one_epoch() -> None:
     """Measured: %POWER%"""
-    alarms = sum(first_alarm(seed) <= 0.01 for seed in range(20))
-    print(f"{alarms} of 20 runs alarm in their first epoch")
-    assert alarms >= 18
+    alarms = sum(first_alarm(seed) <= 0.01 for seed in range(10))
+    print(f"{alarms} of 10 runs alarm in their first epoch")
+    assert alarms >= 9
