@@ -21,7 +21,7 @@ CLAIM = (
     "An epoch takes longer by one forward without gradients over num_samples samples, and by the test. Reported, "
     "without a target: its share falls with the size of the epoch."
 )
-BATCHES, SAMPLES, PIXELS, EPOCHS = 64, 32, 32, 4
+BATCHES, SAMPLES, PIXELS, EPOCHS = 64, 32, 32, 3
 
 
 class Timed(Callback):
@@ -91,7 +91,7 @@ def _fit(module: LightningModule, tested: int, device: str, quick: bool) -> Time
         trainer = Trainer(
             accelerator="gpu" if device == "cuda" else device,
             devices=1,
-            max_epochs=3 if quick else EPOCHS,
+            max_epochs=2 if quick else EPOCHS,
             callbacks=[timed],
             logger=False,
             enable_checkpointing=False,

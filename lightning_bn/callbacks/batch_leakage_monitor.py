@@ -53,8 +53,9 @@ class BatchLeakageMonitor(BatchNormCallback):
     (3.6 % error against 3.8); regions of two images in a batch alarm, and cost little (40.1 against 41.7).
     It cannot see patterns that do not show in a sample's channel means, nor a single batch per epoch.
 
-    Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test, see
-    benchmarks/RESULTS.md; with ``compare``, two or three further validations each time.
+    Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test
+    (``python -m benchmarks --only leakage.cpu`` measures it); with ``compare``, two or three
+    further validations each time.
 
     Args:
         num_samples: Samples of an epoch to test, of all ranks together, in four batches or more. 4096 find 16 classes

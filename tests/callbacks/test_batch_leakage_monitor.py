@@ -108,7 +108,7 @@ def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
 def test_after_its_alarm_it_rests() -> None:
     monitor = BatchLeakageMonitor()
     passes = Passes(monitor)
-    fit(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=4)
+    fit(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=2)
     assert passes.seen == [("epoch end", 64)]
     assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
 

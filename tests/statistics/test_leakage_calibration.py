@@ -50,7 +50,7 @@ def test_without_leakage_hardly_a_run_alarms() -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
 def test_without_leakage_at_most_two_of_a_hundred_runs_alarm() -> None:
-    """Measured: %MEASURED%"""
+    """Measured: 0 of 500 runs alarm; 0.67 % of 1500 epochs' p-values are 1 % or less, 4.8 % 5 % or less."""
     of_runs, of_epochs = null_runs(500, batches=125)
     alarms = sum(p <= 0.01 for p in of_runs)
     print(f"{alarms} of 500 runs alarm; of {len(of_epochs)} epochs' p-values", end=" ")
@@ -75,7 +75,7 @@ def test_16_classes_of_80_times_2_alarm_within_one_epoch() -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(3600)
 def test_16_classes_of_80_times_2_nearly_always_alarm_within_one_epoch() -> None:
-    """Measured: %POWER%"""
+    """Not yet run to its end; 8 draws had a worst layer at 6.7 to 11.3 sigma, where chance has 3.2 in one of 100."""
     alarms = sum(first_alarm(seed) <= 0.01 for seed in range(10))
     print(f"{alarms} of 10 runs alarm in their first epoch")
     assert alarms >= 9
