@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forecast, ghost, monitor, precise_pass, roi_shuffle, sync
+from benchmarks import forecast, ghost, leakage, monitor, precise_pass, roi_shuffle, sync
 from benchmarks.results import machine, update, versions
 
 BENCHMARKS = {
     "forecast": forecast,
     "ghost": ghost,
+    "leakage": leakage,
     "monitor": monitor,
     "precise_pass": precise_pass,
     "roi_shuffle": roi_shuffle,

@@ -5,6 +5,7 @@ exist for plain PyTorch.
 """
 
 from lightning_bn.callbacks.ada_bn import AdaBNCallback
+from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.ghost_bn import GhostBNCallback
@@ -17,6 +18,7 @@ from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.adapt import adapt_bn
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
+from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
 from lightning_bn.functional.roi_shuffle import roi_shuffle
@@ -29,6 +31,8 @@ from lightning_bn.statistics.population import LayerStatistics, PopulationStatis
 __all__ = [
     "AdaBNCallback",
     "BNStatsMonitor",
+    "BatchLeakage",
+    "BatchLeakageMonitor",
     "DeadChannels",
     "FreezeBNCallback",
     "GhostBNCallback",
@@ -43,6 +47,7 @@ __all__ = [
     "SyncBNCallback",
     "VarGap",
     "adapt_bn",
+    "batch_leakage",
     "exchange_rows",
     "find_bn",
     "freeze_bn",

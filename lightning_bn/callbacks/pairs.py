@@ -14,6 +14,8 @@ class Pair(NamedTuple):
 
 _OBSERVED = "the monitor only looks; it comes after the other, wherever it stands in the list"
 
+_TESTED = "the monitor only looks, at the end of an epoch"
+
 PAIRS: dict[frozenset[str], Pair] = {
     frozenset(names): pair
     for names, pair in {
@@ -80,6 +82,26 @@ PAIRS: dict[frozenset[str], Pair] = {
         ),
         ("RoIShuffleCallback", "BNStatsMonitor"): Pair(
             "works", _OBSERVED + "; its batches are those of exchanged rows"
+        ),
+        ("BatchLeakageMonitor", "PreciseBNCallback"): Pair("works", _TESTED + ", with the statistics of the last pass"),
+        ("BatchLeakageMonitor", "FreezeBNCallback"): Pair(
+            "works", _TESTED + ", until the switch; through frozen statistics nothing leaks"
+        ),
+        ("BatchLeakageMonitor", "MiniBatchInferenceCallback"): Pair(
+            "works", _TESTED + "; `compare=True` is refused where validation has no population"
+        ),
+        ("BatchLeakageMonitor", "AdaBNCallback"): Pair(
+            "works", _TESTED + ", and evaluates in fits alone, AdaBN outside"
+        ),
+        ("BatchLeakageMonitor", "GhostBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are the ghosts"
+        ),
+        ("BatchLeakageMonitor", "SyncBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are all ranks'"
+        ),
+        ("BatchLeakageMonitor", "BNStatsMonitor"): Pair("works", "both only look"),
+        ("BatchLeakageMonitor", "RoIShuffleCallback"): Pair(
+            "works", _TESTED + "; its pass exchanges nothing, so it tests the rows of each rank as they were"
         ),
     }.items()
 }

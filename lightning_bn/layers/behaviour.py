@@ -38,6 +38,10 @@ class Behaviour(ABC):
         """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
         return samples
 
+    def normalization_groups(self, input: Tensor) -> Tensor | None:
+        """Which rows of ``input`` a layer in train mode normalises together: numbers ``(N,)``; None for all of them."""
+        return None
+
 
 class ModuleBehaviour(Behaviour):
     """What a module of any class does differently: wraps every call of it; of a BatchNorm layer, its forward.

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from lightning_bn import (
     AdaBNCallback,
+    BatchLeakageMonitor,
     BNStatsMonitor,
     FreezeBNCallback,
     GhostBNCallback,
@@ -76,6 +77,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     **EVALUATING,
     "PreciseBN, forecast": functools.partial(PreciseBNCallback, source="training"),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24, compare=True),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
     "RoIShuffle": functools.partial(RoIShuffleCallback, modules="bn*"),
@@ -92,11 +94,12 @@ OBSERVING: dict[str, Callable[[], Any]] = {
         FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
     ),
     "BNStatsMonitor": CALLBACKS["BNStatsMonitor"],
+    "BatchLeakageMonitor": CALLBACKS["BatchLeakageMonitor"],
     **EVALUATING,
 }
 """Those that must not be noticed by the training."""
 
-OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor"]
+OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
 """Those that are held against every way to train; the others have the same machinery, and a few will do."""
 
 
@@ -298,7 +301,7 @@ A_FEW = ["dropout, mid-epoch validation", "persistent workers", "validation in m
 def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
     callback = OBSERVING[observer]()
     observed = trace(SETUPS[name], callback)
-    if isinstance(callback, PreciseBNCallback):
+    if isinstance(callback, (PreciseBNCallback, BatchLeakageMonitor)):
         assert callback.result is not None, "no pass was run: this test shows nothing"
     for ours, theirs in zip(observed, undisturbed(name), strict=True):
         assert ours == theirs
@@ -669,6 +672,7 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
     "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
     "RoIShuffle": CALLBACKS["RoIShuffle"],
@@ -821,7 +825,7 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tm
     )
     module = Elsewhere()
     trainer.fit(module, train_loader(), val_loader())
-    assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3)  # no pass, one or two
+    assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3, 8 + 2 * 4)  # no pass, one or two
 
 
 @every_evaluating

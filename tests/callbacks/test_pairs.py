@@ -29,6 +29,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "SyncBNCallback": lbn.SyncBNCallback,
     "RoIShuffleCallback": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
     "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
+    "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 32),
 }
 ALL = [tuple(sorted(pair)) for pair in PAIRS]
 
