@@ -193,6 +193,8 @@ def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
 
 def _largest_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
+    if any(s.calls < 2 for s in statistics.values()):
+        return inf  # of a layer that was called once nobody knows
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either, and 0/0 says so
     return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)

@@ -76,6 +76,24 @@ class _Meeting(NamedTuple):
     var: Tensor
 
 
+class _First:
+    """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = copy.deepcopy(batch)
+        self._began = _generators()
+
+    @contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        """Draw them from there, and on leaving from where they were before."""
+        before = _generators()
+        _set_generators(*self._began)
+        try:
+            yield
+        finally:
+            _set_generators(*before)
+
+
 class Pooled:
     """Runs micro-batches as one normalization batch.
 
@@ -105,7 +123,7 @@ class Pooled:
         self._device = device
         self._numbers = {name: number for number, name in enumerate(layers)}
         self._room = None if memory_limit is None else Room(memory_limit)
-        self._sample: Any = None
+        self._first: _First | None = None
         self._needs: Needs | None = None
         self._verified = self._over = False
 
@@ -116,8 +134,9 @@ class Pooled:
 
     def needs(self, own: MicroBatch) -> Needs:
         """What the first micro-batch needs, found out by running it alone."""
+        if own.batch is NOTHING:
+            return Needs(0, 1, 0)
         if self._needs is None:
-            self._sample = copy.deepcopy(own.batch)  # running it may change it
             alive, seen = Alive(), [0]
 
             def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
@@ -125,14 +144,15 @@ class Pooled:
                 return brought.mean, brought.var
 
             with self._arriving(arrive), alive:
-                self._alone()
+                self._alone(_First(own.batch))
             batch = sum(t.nbytes for t in tree_leaves(own.batch) if isinstance(t, Tensor))
             self._needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
         return self._needs
 
     def most(self, own: MicroBatch, share: float) -> int:
         """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
-        fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
+        with self._on_all_ranks():
+            fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
         (fewest,) = max_over_ranks([-fit], self._device)
         return max(-fewest, 1)
 
@@ -160,19 +180,16 @@ class Pooled:
             progress(min(done / self.needs(going[0]).arrivals, 1.0))
             return [pooled] * len(going)
 
-        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True)
-        others = random.getstate(), np.random.get_state()
+        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
         with self._on_all_ranks(), self._arriving(self._spilling(lockstep.arrive)):
             lockstep.run(self._functions(micro_batches, going))
             if not going:
                 self._keep_company()
         if not self._verified:
             with self._on_all_ranks():
-                if going:
-                    random.setstate(others[0])
-                    np.random.set_state(others[1])
-                    self._verify(met)
-            self._verified, self._sample = True, None
+                if self._first:
+                    self._verify(self._first, met)
+            self._verified, self._first = True, None
         progress(1.0)
 
     def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
@@ -181,6 +198,8 @@ class Pooled:
         for own in micro_batches:
             needs = self.needs(own)
             free = self.free() if free is None else free
+            if not going and not self._verified:
+                self._first = _First(own.batch)
             going.append(own)
             samples = sum(m.samples for m in going)
             expected = needs.num_bytes * samples / needs.samples
@@ -236,7 +255,7 @@ class Pooled:
             name = names[number]
             self._merged(name, Moments.empty(self._layers[name].num_features, self._seen.home))
 
-    def _verify(self, met: Sequence[_Meeting]) -> None:
+    def _verify(self, first: _First, met: Sequence[_Meeting]) -> None:
         """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
         expected = iter(met)
 
@@ -251,12 +270,12 @@ class Pooled:
             return then.mean, then.var
 
         with self._arriving(arrive):
-            self._alone()
+            self._alone(first)
 
-    def _alone(self) -> None:
+    def _alone(self, first: _First) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
-        with next(random_streams()).entered():
-            self._run(copy.deepcopy(self._sample))
+        with first.random_numbers(), next(random_streams()).entered():
+            self._run(copy.deepcopy(first.batch))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
@@ -324,3 +343,14 @@ def _differ(then: _Meeting, now: Brought) -> bool:
     """Whether the means of a micro-batch are not those that it brought then."""
     off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
     return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
+
+
+def _generators() -> tuple[Any, Any, Tensor]:
+    """States of Python's, NumPy's and torch's global generators; CUDA's is not drawn from here."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_generators(of_python: Any, of_numpy: Any, of_torch: Tensor) -> None:
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
