@@ -126,7 +126,7 @@ class _Suspended(greenlet, Generic[P, V, A, T]):
     def go_on(self) -> None:
         """Run to the next point, or to the end."""
         with self._own_state():
-            came_back = self.switch() if self.answer is None else self.switch(self.answer)
+            came_back = self.switch(self.answer) if self else self.switch()
         self.answer = None
         if self.dead:
             self.result = came_back

@@ -78,6 +78,7 @@ def measure(
     pooled = Pooled(layers, mode, seen, run, device, memory_limit)
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
+    told = False
     look_again = _SPREAD
 
     with contextlib.ExitStack() as stack:
@@ -93,8 +94,10 @@ def measure(
                 first.small
                 and at_most is not None
                 and first.everywhere * (most := pooled.most(first, at_most)) < wanted
+                and not told
             ):
                 say(_less(wanted, first, int(most), pooled))
+                told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)

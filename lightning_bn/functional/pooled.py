@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -229,7 +229,8 @@ class Pooled:
             return arrive
 
         def waiting(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
-            with room.waiting(_ALIVE.get(), (brought.mean, brought.var)):
+            alive = _ALIVE.get(None)
+            with room.waiting(alive, (brought.mean, brought.var)) if alive else nullcontext():  # none: another thread
                 return arrive(name, brought)
 
         return waiting

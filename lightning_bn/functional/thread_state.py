@@ -61,6 +61,7 @@ class _Held(NamedTuple):
     """What a thread holds."""
 
     inference: bool
+    grad: bool
     settings: tuple[Any, ...]
     dispatch_modes: tuple[Any, ...]
     function_modes: tuple[Any, ...]
@@ -71,6 +72,7 @@ class _Held(NamedTuple):
     def now(cls) -> _Held:
         return cls(
             torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
             tuple(get() for get, _ in _SETTINGS),
             _listed(_C._len_torch_dispatch_stack(), _C._get_dispatch_stack_at),
             _listed(_C._len_torch_function_stack(), _C._get_function_stack_at),
@@ -91,6 +93,7 @@ class _Held(NamedTuple):
         _refill(self.dispatch_modes, other.dispatch_modes, *dispatch)
         _refill(self.saved_tensor_hooks, other.saved_tensor_hooks, *hooks)
         _refill((), other.function_modes, *function)  # which would see some of these settings
+        _C._set_grad_enabled(self.grad)  # whatever the other's is: changing inference mode changes it
         for (_, set_to), wanted, found in zip(_SETTINGS, self.settings, other.settings, strict=True):
             if wanted != found:
                 set_to(wanted)
@@ -179,7 +182,6 @@ def _set_in_a_mode(values: tuple[bool, ...]) -> None:
 
 _SETTINGS: list[Setting] = [
     (lambda: tuple(getattr(_python_dispatch, name) for name in _IN_A_MODE), _set_in_a_mode),
-    (torch.is_grad_enabled, _C._set_grad_enabled),
     *_autocast("cpu"),
     *_autocast("cuda"),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),

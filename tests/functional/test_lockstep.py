@@ -98,7 +98,7 @@ def test_functions_are_taken_one_by_one() -> None:
 def test_another_point_is_an_error_that_names_both() -> None:
     lockstep = Lockstep[str, int, int](lambda point, values: values, advice="Do something.")
     with pytest.raises(LockstepError, match=r"number 1 was at a when number 3 was at b\. Do something\."):
-        lockstep.run([lambda: lockstep.arrive(point, 0) for point in "aab"])  # type: ignore[misc]  # noqa: B023
+        lockstep.run([lambda p=p: lockstep.arrive(p, 0) for p in "aab"])  # type: ignore[misc]
 
 
 def test_an_end_where_others_wait_is_an_error_that_names_both() -> None:
@@ -198,7 +198,7 @@ def test_a_function_that_catches_its_end_and_goes_on_is_ended_again() -> None:
 
     with pytest.raises(Trouble):
         lockstep.run([stubborn, failing])
-    assert log == ["b", "c"]
+    assert log == ["a", "b", "c"]
 
 
 def test_a_function_that_makes_another_error_of_its_end_hides_nothing_and_stops_nothing() -> None:
@@ -259,7 +259,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
     where: str, error: type[BaseException], memory_limit: int | None
 ) -> None:
-    model = cnn().train()
+    model, batches = cnn().train(), images(4, 3, 2)
     model[3].eval()
     before = state(copy.deepcopy(model))
 
@@ -274,16 +274,16 @@ def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
 
     hook = model.get_submodule(where).register_forward_hook(raise_in_the_last)
     with pytest.raises(error):
-        precise_bn(model, images(4, 3, 2), forward=forward, batch_size="population", memory_limit=memory_limit)
+        precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
     hook.remove()
     assert state(model) == before
     assert all(type(layer) is nn.BatchNorm2d for layer in find_bn(model).values())
-    precise_bn(model, images(4, 3, 2), forward=forward, batch_size="population", memory_limit=memory_limit)
+    precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1000])
 def test_a_layer_in_another_thread_is_refused(memory_limit: int | None) -> None:
-    model = cnn()
+    model, batches = cnn(), images(4, 3, 2)
     before = state(model)
 
     def forward(model: nn.Module, x: Tensor) -> None:
@@ -302,12 +302,12 @@ def test_a_layer_in_another_thread_is_refused(memory_limit: int | None) -> None:
             raise error
 
     with pytest.raises(LockstepError, match="in another thread"):
-        precise_bn(model, images(4, 3), forward=forward, batch_size="population", memory_limit=memory_limit)
+        precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
     assert state(model) == before
 
 
 def test_a_bare_except_around_a_layer_does_not_keep_a_pass_from_ending() -> None:
-    model = cnn()
+    model, batches = cnn(), images(4, 3, 2)
     before = state(model)
 
     def forward(model: Any, x: Tensor) -> None:
@@ -320,5 +320,5 @@ def test_a_bare_except_around_a_layer_does_not_keep_a_pass_from_ending() -> None
             model(x)
 
     with pytest.raises(Trouble):
-        precise_bn(model, images(4, 3, 2), forward=forward, batch_size="population")
+        precise_bn(model, batches, forward=forward, batch_size="population")
     assert state(model) == before
