@@ -71,8 +71,8 @@ def layer_by_layer(
 
 def _moments(x: Tensor) -> Moments:
     dims = [0, *range(2, x.ndim)]
-    count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64)
-    if not count:
+    count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device)
+    if not x.numel():
         return Moments.empty(x.shape[1], x.device)
     var, mean = torch.var_mean(x.double(), dims, correction=0)
     return Moments(count, mean, var * count)

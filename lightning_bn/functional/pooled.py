@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
@@ -80,7 +80,7 @@ class _First:
     """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
 
     def __init__(self, batch: Any) -> None:
-        self.batch = copy.deepcopy(batch)
+        self.batch = _copied(batch)
         self._began = _generators()
 
     @contextmanager
@@ -143,10 +143,10 @@ class Pooled:
                 seen.append(alive.num_bytes)
                 return brought.mean, brought.var
 
+            first = _First(own.batch)
             with self._arriving(arrive), alive:
-                self._alone(_First(own.batch))
-            batch = sum(t.nbytes for t in tree_leaves(own.batch) if isinstance(t, Tensor))
-            self._needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
+                self._alone(first)  # with a copy of the batch, which counts
+            self._needs = Needs(max(seen), max(own.samples, 1), len(seen) - 1)
         return self._needs
 
     def most(self, own: MicroBatch, share: float) -> int:
@@ -276,7 +276,7 @@ class Pooled:
     def _alone(self, first: _First) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
         with first.random_numbers(), next(random_streams()).entered():
-            self._run(copy.deepcopy(first.batch))
+            self._run(_copied(first.batch))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
@@ -344,6 +344,14 @@ def _differ(then: _Meeting, now: Brought) -> bool:
     """Whether the means of a micro-batch are not those that it brought then."""
     off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
     return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
+
+
+def _copied(batch: Any) -> Any:
+    """A deep copy, but of no more of a tensor than can be seen: batches are often views of the whole data."""
+    return tree_map(
+        lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else copy.deepcopy(x),
+        batch,
+    )
 
 
 def _generators() -> tuple[Any, Any, Tensor]:
