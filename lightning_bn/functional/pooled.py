@@ -160,7 +160,8 @@ class Pooled:
         """Run micro-batches together, and put the statistics of every call of a layer into a slot.
 
         Args:
-            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch.
+            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
+                second time goes on where the first time ended.
             progress: Told the share of the work that is done.
 
         Raises:
@@ -181,7 +182,11 @@ class Pooled:
             return [pooled] * len(going)
 
         lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
-        with self._on_all_ranks(), self._arriving(self._spilling(lockstep.arrive)):
+        with (
+            self._on_all_ranks(),
+            self._taking_all(micro_batches),
+            self._arriving(self._spilling(lockstep.arrive)),
+        ):
             lockstep.run(self._functions(micro_batches, going))
             if not going:
                 self._keep_company()
@@ -290,6 +295,18 @@ class Pooled:
             yield
         finally:
             self._mode.arrive = before
+
+    @staticmethod
+    @contextmanager
+    def _taking_all(micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
+        """Where ranks count together what they take: one that fails takes the rest before it tells the others."""
+        try:
+            yield
+        except Exception:
+            if num_ranks() > 1:
+                for _ in micro_batches:
+                    pass
+            raise
 
     @contextmanager
     def _on_all_ranks(self) -> Iterator[None]:
