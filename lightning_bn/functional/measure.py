@@ -80,6 +80,7 @@ def measure(
     pooled = Pooled(layers, mode, seen, run, device, memory_limit, tried or Tried())
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
+    told = False
     look_again = _SPREAD
 
     with contextlib.ExitStack() as stack:
@@ -95,8 +96,10 @@ def measure(
                 first.small
                 and at_most is not None
                 and first.everywhere * (most := pooled.most(first, at_most)) < wanted
+                and not told
             ):
                 say(_less(wanted, first, int(most), pooled))
+                told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)
@@ -195,6 +198,8 @@ def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
 
 def _largest_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
+    if any(s.calls < 2 for s in statistics.values()):
+        return inf  # of a layer that was called once nobody knows
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either, and 0/0 says so
     return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)
