@@ -4,31 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import wandb
 from matplotlib.image import imread
 
 from recipes.ema_vs_precise.__main__ import PRESETS, main, make_parser
 from recipes.registry import all_recipes, as_markdown
+from tests.recipes.offline import offline, wandb_runs  # noqa: F401
 
 TINY = ["--preset", "smoke", "--data.train_images", "200", "--data.val_images", "60", "--data.batch_size", "50"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    """W&B without network, and without a run left over for the next test."""
-    torch.set_num_threads(1)  # as for every test, but before the first recipe runs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        wandb.finish()
-        yield
-        wandb.finish()
-        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +26,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(smoke: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((smoke / "report.json").read_text(encoding="utf-8"))
     return read
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Every record of an offline W&B run."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    return [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
-
-
-def wandb_runs(folder: Path) -> dict[str, str]:
-    """Name of each W&B run -> all its records as one text."""
-    runs = {}
-    for run in sorted((folder / "wandb").glob("offline-run-*")):
-        found = records(run)
-        (name,) = {r["run"]["display_name"] for r in found if "run" in r and r["run"].get("display_name")}
-        runs[name] = "\n".join(json.dumps(record) for record in found)
-    return runs
 
 
 def test_both_arms_share_one_weight_trajectory_and_differ_in_their_error(report: dict[str, Any]) -> None:
