@@ -17,7 +17,7 @@ from recipes.images import ImageData
 
 BATCH = 100  # B of Table 2 that suffices
 MOST = 10_000
-TOLERANCES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01)
+TOLERANCES = (0.1, 0.05, 0.03, 0.02, 0.01)
 
 SECTION = """
 ## How many images are needed

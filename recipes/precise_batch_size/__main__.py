@@ -52,8 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "data_root": FASHION_MNIST,
-        "data.train_images": 20_000,
-        "trainer.max_epochs": 4,
+        "data.train_images": 30_000,
+        "trainer.max_epochs": 3,
         "seeds": [0, 1, 2],
         "images": 20_000,
         "batch_sizes": [2, 10, 100, 1000],

@@ -97,8 +97,10 @@ def test_the_printed_command_reads_the_report_run(
     assert "report" in subprocess.check_output(command, text=True)
 
 
-def test_overrides_arrive(tmp_path: Path) -> None:
+def test_overrides_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.tolerance.MOST", 100)
     overrides = ["--trainer.max_epochs", "1", "--model.lr", "0.05", "--seeds", "[3,4]", "--samples", "[20]"]
+    overrides += ["--tolerances", "[0.1]"]
     main([*TINY, *overrides, "--precise_bn.num_samples", "150", "--draws", "3", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(run["seed"], len(run["errors"])) for run in report["runs"]] == [(3, 1), (3, 1), (4, 1), (4, 1)]
@@ -106,6 +108,8 @@ def test_overrides_arrive(tmp_path: Path) -> None:
     assert {n: len(errors) for n, errors in report["samples"][0]["errors"].items()} == {"20": 3, "200": 1}
     assert report["about"]["pass_images"] == 150
     assert "0.05" in report["about"]["training"]
+    assert [stops["model"] for stops in report["samples_needed"]] == ["epoch 1, seed 3", "epoch 1, seed 4"]
+    assert "How many images are needed" in (tmp_path / "report.md").read_text()
 
 
 def test_the_config_it_writes_repeats_the_run(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_b_sees_the_same_images(row: Row) -> None:
 
 def test_small_b_is_further_from_exact_than_large_b_and_all_images_are_exact(row: Row) -> None:
     deepest = [float(row.precise[b].gaps[:, -3:, 1].mean()) for b in (2, 20, 40, 60)]
-    assert deepest == sorted(deepest, reverse=True) and deepest[0] > 10 * deepest[2] > 0
+    assert deepest == sorted(deepest, reverse=True) and deepest[0] > 3 * deepest[2] > 0
     assert row.precise[60].gaps.abs().max() == 0
 
 
