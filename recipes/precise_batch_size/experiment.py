@@ -102,6 +102,7 @@ def precise_batch_size(
     """
     if not seeds:
         raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
+    _refuse_impossible(make().data, max(nbs), images)
     rows: list[Row] = []
     stops: list[Stops] = []
     for seed in seeds:
@@ -116,15 +117,20 @@ def precise_batch_size(
     return Results(data.source, *counts, layers, rows, stops)
 
 
+def _refuse_impossible(data: ImageData, nbs: int, images: int) -> None:
+    batch, there = data.batch_size, data.num_training_images
+    if nbs > batch:
+        raise ValueError(f"A batch of {batch} images cannot be normalised {nbs} together: raise --data.batch_size.")
+    if images > there:
+        raise ValueError(f"{images:,} images were asked for, but there are only {there:,}: lower --images.")
+
+
 def train(nbs: int, seed: int, make: Callable[[], Parts], make_logger: Callable[[int, int], Logger], say: Say) -> Parts:
     """Trains once. The models of a seed differ in how many images are normalised together, and in nothing else."""
     say(f"\nTraining with NBS {nbs}, seed {seed}")
     L.seed_everything(seed, workers=True, verbose=False)
     parts = make()
-    batch = parts.data.batch_size
-    if nbs > batch:
-        raise ValueError(f"A batch of {batch} images cannot be normalised {nbs} together: raise --data.batch_size.")
-    ghosts = [lbn.GhostBNCallback(size=nbs)] if nbs < batch else []
+    ghosts = [lbn.GhostBNCallback(size=nbs)] if nbs < parts.data.batch_size else []
     callbacks = [*(parts.trainer.get("callbacks") or []), *ghosts, _Progress(say)]
     trainer = L.Trainer(**{**parts.trainer, "callbacks": callbacks, "logger": make_logger(nbs, seed)})
     trainer.fit(parts.model, datamodule=parts.data)
@@ -146,8 +152,6 @@ class _Progress(L.Callback):
 def table_row(parts: Parts, nbs: int, seed: int, batch_sizes: Sequence[int], images: int, draws: int, say: Say) -> Row:
     """Validation error of one model by B, with the same images for every B."""
     model, data = parts.model, parts.data
-    if images > data.num_training_images:
-        raise ValueError(f"{images:,} images were asked for, but there are only {data.num_training_images:,}.")
     sizes = [b for b in sorted(batch_sizes) if b < images] + [images]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     validation = data.val_dataloader()

@@ -15,7 +15,16 @@ from recipes.classifier import ImageClassifier
 from recipes.images import ImageData
 from recipes.precise_batch_size.__main__ import PRESETS, main, make_parser
 from recipes.precise_batch_size.claims import claims
-from recipes.precise_batch_size.experiment import Estimate, Parts, Results, Row, micro_batch, table_row, train
+from recipes.precise_batch_size.experiment import (
+    Estimate,
+    Parts,
+    Results,
+    Row,
+    micro_batch,
+    precise_batch_size,
+    table_row,
+    train,
+)
 from recipes.registry import all_recipes
 from tests.recipes.offline import offline, wandb_runs  # noqa: F401
 
@@ -105,11 +114,13 @@ def test_the_models_of_a_seed_start_alike_and_differ_in_what_is_normalised_toget
     assert torch.equal(noted[20].weights, noted[2].weights)
 
 
-def test_what_cannot_be_is_refused_with_both_numbers() -> None:
+def test_what_cannot_be_is_refused_before_any_training() -> None:
     with pytest.raises(ValueError, match="20 images cannot be normalised 32 together"):
-        train(32, 0, make, no_logger, lambda line: None)
+        precise_batch_size(make, no_logger, nbs=[32, 2])
     with pytest.raises(ValueError, match="100 images were asked for, but there are only 60"):
-        table_row(make(), 20, 0, [2], 100, 1, lambda line: None)
+        precise_batch_size(make, no_logger, nbs=[20, 2], images=100)
+    with pytest.raises(ValueError, match=r"--seeds \[0\]"):
+        precise_batch_size(make, no_logger, seeds=[])
 
 
 def wrong(error: float) -> torch.Tensor:
