@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
@@ -363,6 +362,11 @@ _ALIVE: ContextVar[Alive] = ContextVar("alive")
 """What keeps track of the micro-batch that is running."""
 
 
+def _copied(batch: Any) -> Any:
+    """A deep copy, with of each tensor what it shows only: of a part of a large one, ``deepcopy`` would copy all."""
+    return copy.deepcopy(batch, {id(t): t.clone() for t in tree_leaves(batch) if isinstance(t, Tensor)})
+
+
 def _together(brought: Sequence[Brought], home: torch.device) -> Moments:
     """Moments of what several micro-batches bring, in one go; the count stays on the CPU, where it is known."""
     count = torch.tensor([[float(b.values)] for b in brought], dtype=torch.float64)
@@ -376,14 +380,6 @@ def _differ(then: _Meeting, now: Brought) -> bool:
     """Whether the means of a micro-batch are not those that it brought then."""
     off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
     return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
-
-
-def _copied(batch: Any) -> Any:
-    """A deep copy, but of no more of a tensor than can be seen: batches are often views of the whole data."""
-    return tree_map(
-        lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else copy.deepcopy(x),
-        batch,
-    )
 
 
 def _generators() -> tuple[Any, Any, Tensor]:
