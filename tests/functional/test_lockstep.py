@@ -72,7 +72,7 @@ def test_an_exception_that_is_being_handled_stays_with_its_function() -> None:
         except KeyError:
             lockstep.arrive("a", 0)
             try:
-                raise  # noqa: PLE0704
+                raise
             except KeyError as error:
                 return str(error)
 
