@@ -7,6 +7,7 @@ against the truth, a float64 forward of all samples as one batch, and its time.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def report(device: str, quick: bool) -> str:
 
 def _measure(setting: Setting, model: nn.Module, batches: Batches, truth: Truth, device: str) -> list[Row]:
     seconds = take_turns(
-        {name: lambda estimate=estimate: estimate(model, batches) for name, estimate in ESTIMATES.items()},
+        {name: functools.partial(estimate, model, batches) for name, estimate in ESTIMATES.items()},
         setting.rounds,
         device,
     )

@@ -109,12 +109,17 @@ PARTITIONS: dict[str, list[int]] = {
 }
 
 
+SMALL = ("U-Net", "MLP", "timm BatchNormAct2d")
+"""Quick enough for all partitions, every time."""
+
+
+@pytest.mark.parametrize("partitions", [["2"], pytest.param(list(PARTITIONS), marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_micro_batches_are_one_batch_to_the_last_digits(name: str) -> None:
+def test_micro_batches_are_one_batch_to_the_last_digits(name: str, partitions: list[str]) -> None:
     make, pixels = NETWORKS[name]
     model, x = make().double(), population(16, pixels).double()
     truth = in_double(model, [x])
-    for partition in PARTITIONS.values():
+    for partition in (PARTITIONS[p] for p in (PARTITIONS if name in SMALL else partitions)):
         statistics = precise_bn(model, x.split(partition), batch_size="population")
         assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
         assert_stored(model, statistics)
@@ -122,7 +127,9 @@ def test_micro_batches_are_one_batch_to_the_last_digits(name: str) -> None:
         assert statistics.batch_size == 16
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [n if n != "ResNet-50" else pytest.param(n, marks=pytest.mark.heavy) for n in NETWORKS]
+)
 def test_in_float32_they_are_as_close_as_a_real_forward(name: str) -> None:
     """To 1e-5 sigma, rms over channels, in float32; a real forward is as far from the truth."""
     make, pixels = NETWORKS[name]
@@ -236,10 +243,10 @@ def test_the_backbone_of_a_detector_is_estimated_as_layer_by_layer(detector: Any
 @pytest.mark.parametrize("without_rois", [False, True])
 def test_the_box_head_of_a_detector_is_estimated_as_layer_by_layer(detector: Any, without_rois: bool) -> None:
     batches = []
-    for images in scenes():
-        corners = [torch.rand(5, 2).double() * 40 for _ in images]
+    for scene in scenes():
+        corners = [torch.rand(5, 2).double() * 40 for _ in scene]
         proposals = [torch.cat([c, c + 4 + torch.rand(5, 2).double() * 20], 1) for c in corners]
-        batches.append((images, proposals))
+        batches.append((scene, proposals))
     if without_rois:
         batches[1] = (batches[1][0], [torch.zeros(0, 4).double()])
 
