@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
