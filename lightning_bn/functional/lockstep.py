@@ -60,7 +60,8 @@ class Lockstep(Generic[P, V, A]):
         own = getcurrent()
         if not isinstance(own, _Suspended):
             raise LockstepError(
-                f"{point} was reached outside of the functions that run in lockstep, or in another thread. {self._advice}"
+                f"{point} was reached outside of the functions that run in lockstep, or in another thread. "
+                f"{self._advice}"
             )
         assert own.parent is not None  # it is run by `run`
         answer: A = own.parent.switch((point, value))
