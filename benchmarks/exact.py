@@ -231,8 +231,13 @@ def _verdicts(rows: list[Row]) -> list[str]:
     claimed = [row for row in rows if row.estimate == "exact" and row.micro_batch in CLAIMED]
     missed = [row for row in claimed if row.missed]
     most = max(row.to_one_pass.median for row in claimed)
+<<<<<<< HEAD
     kept = f"{len(claimed) - len(missed)} of {len(claimed)}"
     first = f"- Exact in at most {claimed[0].most} passes: {kept}; {most:.2f} at most."
+=======
+    within = f"{len(claimed) - len(missed)} of {len(claimed)}; {most:.2f} at most."
+    first = f"- Exact in at most {claimed[0].most} passes: {within}"
+>>>>>>> exact
     exact = {(r.setting, r.micro_batch): r.to_one_pass.median for r in claimed}
     faster = [
         row.to_one_pass.median / exact[row.setting, row.micro_batch]

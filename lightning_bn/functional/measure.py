@@ -74,6 +74,8 @@ def measure(
         MemoryError: If the memory that is free does not suffice for that.
     """
     check_amounts(batch_size, num_samples, tolerance, memory_limit)
+    if memory_limit is not None and batch_size is None:
+        raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
     device, dtype = _home(layers)
     seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
     mode = InLockstep(layers, seen)

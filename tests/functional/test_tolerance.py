@@ -30,14 +30,14 @@ def errors(statistics: PopulationStatistics) -> Tensor:
 @pytest.mark.parametrize("kwargs", [{}, {"batch_size": 32}])
 def test_standard_errors_are_the_spread_of_repetitions(kwargs: dict[str, Any]) -> None:
     means, variances, told = [], [], []
-    for _ in range(300):
+    for _ in range(120):
         statistics = precise_bn(layer(), samples(640).split([8, 24] * 20), **kwargs)
         means.append(statistics["0"].mean)
         variances.append(statistics["0"].var)
         told.append(errors(statistics).square())
     var = torch.stack(variances)
     real = torch.stack([torch.stack(means).std(0) / var.mean(0).sqrt(), var.std(0) / var.mean(0)])
-    torch.testing.assert_close(torch.stack(told).mean(0).sqrt()[:, [0, 2]], real[:, [0, 2]], rtol=0.15, atol=0)
+    torch.testing.assert_close(torch.stack(told).mean(0).sqrt()[:, [0, 2]], real[:, [0, 2]], rtol=0.2, atol=0)
     torch.testing.assert_close(torch.stack(told).mean(0).sqrt(), real, rtol=0.3, atol=0)  # heavy tails are hard to know
 
 
