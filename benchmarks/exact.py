@@ -56,7 +56,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": (Setting("resnet50", 128, 64, (2, 8, 32, 128), 5), Setting("mobilenet_v2", 256, 64, (2, 8, 32, 128), 5)),
+    "cpu": (Setting("resnet50", 256, 64, (2, 8, 32, 128), 5), Setting("mobilenet_v2", 256, 64, (2, 8, 32, 128), 5)),
     "cuda": (Setting("resnet50", 512, 224, (2, 8, 32, 128), 5),),
 }
 QUICK = (Setting("resnet50", 8, 32, (2, 8), 2), Setting("mobilenet_v2", 8, 32, (2,), 2))
@@ -231,13 +231,8 @@ def _verdicts(rows: list[Row]) -> list[str]:
     claimed = [row for row in rows if row.estimate == "exact" and row.micro_batch in CLAIMED]
     missed = [row for row in claimed if row.missed]
     most = max(row.to_one_pass.median for row in claimed)
-<<<<<<< HEAD
     kept = f"{len(claimed) - len(missed)} of {len(claimed)}"
     first = f"- Exact in at most {claimed[0].most} passes: {kept}; {most:.2f} at most."
-=======
-    within = f"{len(claimed) - len(missed)} of {len(claimed)}; {most:.2f} at most."
-    first = f"- Exact in at most {claimed[0].most} passes: {within}"
->>>>>>> exact
     exact = {(r.setting, r.micro_batch): r.to_one_pass.median for r in claimed}
     faster = [
         row.to_one_pass.median / exact[row.setting, row.micro_batch]
