@@ -251,7 +251,7 @@ def report(device: str, quick: bool) -> str:
         "that with a pass after every epoch."
     )
     lines = [
-        f"- Recovered of the gain, all trainings together: {100 * recovered / gain:.0f} %.",
+        f"- Recovered of the gain, all trainings together: {100 * recovered / gain:.1f} %.",
         f"- Worse than the EMA by more than noise: {worse} of {epochs} epochs.",
     ]
     return "\n".join([*head, *rows, "", *lines, "", *passes, *needed, "", method])
@@ -265,8 +265,8 @@ def _row(case: Case, runs: list[Run]) -> str:
     gain, recovered = mean([r.gain for r in runs]), mean([r.recovered for r in runs])
     share, seeds = "no gain", "-"
     if gain >= LEAST_GAIN:
-        share = f"{100 * recovered / gain:.0f} %" + ("" if recovered >= 0.9 * gain else " **missed**")
-        seeds = ", ".join(f"{100 * r.recovered / r.gain:.0f}" if r.gain >= LEAST_GAIN else "-" for r in runs)
+        share = f"{100 * recovered / gain:.1f} %" + ("" if recovered >= 0.9 * gain else " **missed**")
+        seeds = ", ".join(f"{100 * r.recovered / r.gain:.1f}" if r.gain >= LEAST_GAIN else "-" for r in runs)
     worst = max(f - e for r in runs for e, f in zip(r.ema, r.forecast, strict=True))
     worse = sum(len(_worse(r)) for r in runs)
     errors = " | ".join(
