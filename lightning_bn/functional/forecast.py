@@ -26,7 +26,7 @@ AT_ONCE = 32
 """Steps that are kept until they are taken in together."""
 
 _CHANNELS_AT_ONCE = 2048
-"""Channels, in whole layers, that are taken in together: what that needs fits into a processor's cache."""
+"""Channels, in whole layers, that are taken in together: bounds the memory of that, and larger is not faster."""
 
 
 class StepForecast:
@@ -36,7 +36,7 @@ class StepForecast:
     from (DistributedDataParallel hands them round); all ranks get its forecast.
 
     Memory: copies of the running statistics around up to 32 steps, 512 bytes a channel in float32; 13 float64 numbers
-    a channel and 99 a layer; and for a moment about 25 MB, or 12 kB a channel if that of the widest layer is more.
+    a channel and 99 a layer; and for a moment about 25 MB, or 12 kB a channel of a layer that has more than 2,048.
 
     Args:
         layers: Qualified name -> layer; each stores running statistics.

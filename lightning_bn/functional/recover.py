@@ -122,15 +122,15 @@ class Recovery:
         channels = slice(self._starts[first], self._starts[end])
         layer_of = self.layer_of[channels] - first
         before, after = (
-            torch.stack([read.unflatten(0, (2, -1))[:, channels] for read in side]).to(self.eps)
+            torch.stack([read.view(2, -1)[:, channels] for read in side]).to(self.eps)
             for side in ([b.before for b in batches], [b.after for b in batches])
         )
         tracked, calls, momentum = (
             torch.stack([read[layers] for read in each])
             for each in ([b.tracked for b in batches], [b.calls for b in batches], [b.momentum for b in batches])
         )
-        kept = share_kept(momentum, calls.to(momentum), tracked.to(momentum))[:, layer_of]
-        return Step(before, after, recovered(before, after, kept[:, None]), kept, (calls > 0)[:, layer_of])
+        kept = share_kept(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
+        return Step(before, after, recovered(before, after, kept[:, None]), kept, (calls > 0).index_select(1, layer_of))
 
     def abandon(self) -> None:
         """Forget a batch that has begun."""
@@ -138,7 +138,7 @@ class Recovery:
 
     def running(self) -> Tensor:
         """Running means and variances as they are, ``(2, C)``: a copy."""
-        return self._read()[0].unflatten(0, (2, -1)).to(self.eps)
+        return self._read()[0].view(2, -1).to(self.eps)
 
     def inaccuracy(self) -> Tensor:
         """Sigma by which a mean recovered now may be off by rounding, ``(C,)``; 0 for dead channels."""
@@ -164,7 +164,7 @@ class Recovery:
         """Of each layer, NaN for None; made anew only when one has changed, since that is a copy to the device."""
         if self._momenta != self._momenta_in_tensor:
             self._momenta_in_tensor = self._momenta
-            self._momentum_tensor = torch.tensor([torch.nan if m is None else m for m in self._momenta]).to(self.eps)
+            self._momentum_tensor = self.eps.new_tensor([torch.nan if m is None else m for m in self._momenta])
         return self._momentum_tensor
 
 

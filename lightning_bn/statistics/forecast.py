@@ -102,9 +102,13 @@ class Forecaster:
         first, end, _ = layers.indices(len(self._sizes))
         channels, sizes = slice(self._starts[first], self._starts[end]), self._sizes[layers]
         eps, layer_of = self._eps[channels], self._layer_of[channels] - first
-        counted = counted & (batches.isfinite() & running.isfinite()).all(1)
+        counted = counted & (batches + running).sum(1).isfinite()
+        if not bool(counted.any()):
+            return
+        if not bool(counted.all()):  # seldom
+            batches, running = (torch.where(counted[:, None], part, 1.0) for part in (batches, running))
         steps = self._steps[channels] + counted.cumsum(0) - counted.to(eps)  # that count before each, (N, C)
-        seen, before = (_logged(torch.where(counted[:, None], part, 1.0), 1) for part in (batches, running))
+        seen, before = (_logged(part, 1) for part in (batches, running))
         alive = ~is_dead(batches[:, 1], eps) & ~is_dead(running[:, 1], eps)
         taught = counted & (steps > 0) & alive
 
@@ -118,11 +122,11 @@ class Forecaster:
         errors = errors[:, :, :-1]
         errors -= seen.transpose(0, 1)[:, None]
 
-        numbers = eps.new_zeros(len(batches), len(sizes)).index_add_(1, layer_of, taught.to(eps))  # channels, (N, L)
+        numbers = torch.stack([part.sum(1) for part in taught.split(sizes, 1)], 1).to(eps)  # of channels, (N, L)
         teaches = (numbers > 0).to(eps)
         kept = _KEPT ** (teaches.sum(0) - teaches.cumsum(0))  # of each step at the end, (N, L)
         left = _KEPT ** teaches.sum(0)  # of what was before
-        scale = torch.where(taught, kept.sqrt()[:, layer_of], 0.0)
+        scale = taught * kept.sqrt().index_select(1, layer_of)
         scale = torch.stack([scale * torch.exp(-0.5 * seen[:, 1]), scale])[:, None]
         parts = zip(errors.split(sizes, -1), scale.split(sizes, -1), strict=True)
         flat = ((part * factor).flatten(2) for part, factor in parts)
