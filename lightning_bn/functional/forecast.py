@@ -26,7 +26,7 @@ AT_ONCE = 32
 """Steps that are kept until they are taken in together."""
 
 _CHANNELS_AT_ONCE = 2048
-"""Channels, in whole layers, that are taken in together: bounds the memory of that, and larger is not faster."""
+"""Channels, in whole layers, that are taken in together: bounds the memory of that,."""
 
 
 class StepForecast:
