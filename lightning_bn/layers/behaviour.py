@@ -27,6 +27,8 @@ class Behaviour(ABC):
 
     name: str
     """Shown in ``repr(model)`` behind the layer's own description."""
+    outermost = False
+    """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -36,9 +38,13 @@ class Behaviour(ABC):
         """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
         return samples
 
+    def domain(self, layer: _BatchNorm) -> int | None:
+        """Which of several domains the layer is shown, if this behaviour tells domains apart."""
+        return None
+
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
-    """The behaviours a layer has at the moment, in the order in which it was given them."""
+    """The behaviours a layer has at the moment, in the order in which it was given them, the outermost ones last."""
     return tuple(vars(layer).get(_LIST, ()))
 
 
@@ -48,10 +54,10 @@ def behaves(layer: nn.Module, *kinds: type[Behaviour]) -> bool:
 
 
 def give(layer: nn.Module, behaviour: Behaviour) -> None:
-    """Give a layer a behaviour, on top of those it has."""
+    """Give a layer (or another module) a behaviour, on top of those it has."""
     if not behaviours_of(layer):
         layer.__class__ = _derived(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
-    vars(layer)[_LIST] = (*behaviours_of(layer), behaviour)
+    vars(layer)[_LIST] = tuple(sorted((*behaviours_of(layer), behaviour), key=lambda b: b.outermost))
 
 
 def take_back(layer: nn.Module, behaviour: Behaviour) -> None:
@@ -91,10 +97,10 @@ class Handle:
         self.undo()
 
 
-class _Behaving(_BatchNorm):
+class _Behaving(nn.Module):
     """First base of every derived class."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         own_forward = super().forward
         if args:
             input, *rest = args
@@ -102,16 +108,15 @@ class _Behaving(_BatchNorm):
             first = next(iter(signature(own_forward).parameters))
             input, rest = kwargs.pop(first), []
 
-        def forward(input: Tensor) -> Tensor:
+        def forward(input: Any) -> Any:
             return own_forward(input, *rest, **kwargs)
 
         for behaviour in behaviours_of(self):
-            forward = functools.partial(behaviour.forward, self, forward)
+            forward = functools.partial(behaviour.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 
     def extra_repr(self) -> str:
-        own: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return ", ".join([own, *(b.name for b in behaviours_of(self))])
+        return ", ".join(filter(None, [super().extra_repr(), *(b.name for b in behaviours_of(self))]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled, copied: as the plain layer."""
