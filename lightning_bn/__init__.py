@@ -13,6 +13,7 @@ from lightning_bn.callbacks.precise_bn import PreciseBNCallback
 from lightning_bn.callbacks.sync_bn import SyncBNCallback
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.adapt import adapt_bn
+from lightning_bn.functional.domains import domain_bn
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
 from lightning_bn.functional.mini_batch import mini_batch_inference
@@ -39,6 +40,7 @@ __all__ = [
     "SyncBNCallback",
     "VarGap",
     "adapt_bn",
+    "domain_bn",
     "find_bn",
     "freeze_bn",
     "ghost_bn",

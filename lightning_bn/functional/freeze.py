@@ -60,8 +60,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
 
 
 def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
-    """Weights and biases of layers, as far as they have any."""
-    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    """Weights and biases of layers, as far as they have any, those of domains among them."""
+    return [p for layer in layers for p in layer._parameters.values() if p is not None]
 
 
 def refuse_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:

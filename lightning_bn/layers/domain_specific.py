@@ -210,9 +210,10 @@ def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Ch
     return take_away
 
 
-def has_own_statistics(layer: nn.Module) -> bool:
-    """Whether a layer keeps population statistics of each domain."""
-    return STATISTICS[0] in layer._buffers
+def num_domains(layer: nn.Module) -> int:
+    """Domains for which a layer keeps population statistics; 0 for one that keeps none."""
+    mean = layer._buffers.get(STATISTICS[0])
+    return 0 if mean is None else len(mean)
 
 
 def together(parts: list[Statistics]) -> tuple[Tensor, Tensor]:
