@@ -6,6 +6,7 @@ exist for plain PyTorch.
 
 from lightning_bn.callbacks.ada_bn import AdaBNCallback
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
+from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.ghost_bn import GhostBNCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
@@ -28,6 +29,7 @@ __all__ = [
     "AdaBNCallback",
     "BNStatsMonitor",
     "DeadChannels",
+    "DomainSpecificBNCallback",
     "FreezeBNCallback",
     "GhostBNCallback",
     "LayerStatistics",

@@ -56,6 +56,27 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("GhostBNCallback", "SyncBNCallback"): Pair(
             "refused", "one makes the normalization batch smaller than the device's, the other larger"
         ),
+        ("DomainSpecificBNCallback", "PreciseBNCallback"): Pair(
+            "works", "a pass estimates each domain, or all together, as they are trained and evaluated"
+        ),
+        ("DomainSpecificBNCallback", "FreezeBNCallback"): Pair(
+            "works", "a frozen layer normalises each domain with the population that evaluation uses"
+        ),
+        ("DomainSpecificBNCallback", "MiniBatchInferenceCallback"): Pair(
+            "refused", "both say which statistics evaluation uses, the domain's or the batch's"
+        ),
+        ("DomainSpecificBNCallback", "AdaBNCallback"): Pair(
+            "refused", "both say which statistics evaluation uses, the domain's or the target's"
+        ),
+        ("DomainSpecificBNCallback", "GhostBNCallback"): Pair(
+            "refused", "both say which parts of a batch are normalised by themselves"
+        ),
+        ("DomainSpecificBNCallback", "SyncBNCallback"): Pair(
+            "refused", "ranks would wait for each other where they are shown different domains"
+        ),
+        ("BNStatsMonitor", "DomainSpecificBNCallback"): Pair(
+            "works", _OBSERVED + "; it shows the running statistics, those of all domains together"
+        ),
         ("BNStatsMonitor", "PreciseBNCallback"): Pair(
             "works", _OBSERVED + ", and logs how far each pass moved a layer"
         ),

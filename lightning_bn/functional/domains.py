@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,6 +87,29 @@ def state_of(layers: dict[str, _BatchNorm], affine: bool = False) -> dict[str, d
         own = {**layer._buffers, **layer._parameters}
         found[name] = {k: v.detach().cpu().clone() for k in keys if (v := own.get(k)) is not None}
     return {name: own for name, own in found.items() if own}
+
+
+def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]]) -> None:
+    """Give layers back what `state_of` has found in them.
+
+    Raises:
+        ValueError: If it is of other layers, or of another number of domains.
+    """
+    for name, layer in layers.items():
+        own = {**layer._buffers, **layer._parameters}
+        saved = state.get(name, {})
+        if not saved and any(own.get(key) is not None for key in STATISTICS):
+            raise ValueError(f"There are no saved statistics of domains of layer {name!r}: were its layers= others?")
+        for key, value in saved.items():
+            stored = own.get(key)
+            if stored is None or stored.shape != value.shape:
+                there = "none" if stored is None else f"{len(stored)} domains"
+                raise ValueError(
+                    f"{key} of layer {name!r} was saved for {len(value)} domains, and there are {there} now: pass the "
+                    "domains=, population= and affine= of the fit that saved it."
+                )
+            with torch.no_grad():
+                stored.copy_(value)
 
 
 def domain_bn(

@@ -105,7 +105,7 @@ class Levels:
         """
         now = self.now()
         if now is None:
-            if not recomputing() or self._again is None:
+            if not recomputing() or self._again is None or (self._sgd == "shared" and by_batch(layer)):
                 raise self._outside(layer)
             return Shown(self._again)
         if now.side_by_side is not None:
@@ -264,7 +264,7 @@ class _Tower(Behaviour):
         self._layers = [m for m in tower.modules() if m in levels.layers]
 
     def forward(self, layer: nn.Module, forward: Callable[[Any], Any], input: Any) -> Any:
-        if not any(by_batch(within) for within in self._layers):  # type: ignore[arg-type]
+        if not any(by_batch(within) for within in self._layers):
             return forward(input)
         return self._levels.tower_forward(layer, forward, input)
 

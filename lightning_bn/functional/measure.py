@@ -214,8 +214,7 @@ def _statistics(seen: Accumulator, device: torch.device) -> dict[str, LayerStati
 
 
 def _with_domains(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """All names under which something may be measured: those of layers, and of the domains for which they keep own
-    statistics."""
+    """All names under which something may be measured: those of layers, and those of their domains."""
     return {
         part: layer
         for name, layer in layers.items()

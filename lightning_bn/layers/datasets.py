@@ -112,6 +112,11 @@ class Apart(Behaviour):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Run the layer's forward on the parts of ``input`` that are normalised by themselves."""
+        output: Tensor = self._in_parts(layer, forward, input)
+        return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _in_parts(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         if not by_batch(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.now()

@@ -112,19 +112,19 @@ class DomainSpecific(Behaviour):
                     self._move(layer, domain, _statistics(part, values))
 
     def _training(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:
-        running = cast("tuple[Tensor, Tensor]", tuple(layer._buffers[key] for key in ("running_mean", "running_var")))
+        running = [cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var")]
         if not isinstance(shown.domain, int):  # all together: plain BatchNorm, whose parts `see` has seen
             if recomputing():
-                return lent(layer, forward, input, True, *(r.clone() for r in running), momentum=0.0)
+                mean, var = (r.clone() for r in running)
+                return lent(layer, forward, input, True, mean, var, momentum=0.0)
             return forward(input)
         values = input.numel() // layer.num_features
         if running[0].element_size() == 2 and values > 1:  # such buffers would round the statistics of every batch
             own = _statistics(input, values)
             output = lent(layer, forward, input, True, None, None)
         else:
-            scratch = [torch.zeros_like(r) for r in running]
-            output = lent(layer, forward, input, True, *scratch, momentum=1.0)
-            own = Statistics(*scratch, values)
+            own = Statistics(torch.zeros_like(running[0]), torch.zeros_like(running[1]), values)
+            output = lent(layer, forward, input, True, own.mean, own.var, momentum=1.0)
         if not recomputing():
             with torch.no_grad():
                 if self.population == "domain":

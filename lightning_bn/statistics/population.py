@@ -46,17 +46,13 @@ def together(parts: Sequence[LayerStatistics]) -> LayerStatistics | None:
     if not parts:
         return None
     count = sum(p.count for p in parts)
-    pooled = sum(
-        (Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count) for p in parts),
-        Moments.empty(len(parts[0].mean), parts[0].mean.device),
-    )
-    var = pooled.var
-    squared = [
-        sum((p.count / count) ** 2 * (error(p)).square() for p in parts)
-        for error in (lambda p: p.standard_error * p.var.sqrt(), lambda p: p.var_standard_error * p.var)
-    ]
-    errors = (torch.as_tensor(squared[0]) / var).sqrt(), torch.as_tensor(squared[1]).sqrt() / var
-    return LayerStatistics(pooled.mean, var, count, sum(p.calls for p in parts), *errors)
+    pooled = Moments.empty(len(parts[0].mean), parts[0].mean.device)
+    for p in parts:
+        pooled += Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count)
+    mean_errors = torch.stack([p.count / count * p.standard_error * p.var.sqrt() for p in parts])
+    var_errors = torch.stack([p.count / count * p.var_standard_error * p.var for p in parts])
+    errors = mean_errors.norm(dim=0) / pooled.var.sqrt(), var_errors.norm(dim=0) / pooled.var
+    return LayerStatistics(pooled.mean, pooled.var, count, sum(p.calls for p in parts), *errors)
 
 
 class PopulationStatistics(Mapping[str, LayerStatistics]):

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -33,6 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from lightning_bn import (
     AdaBNCallback,
     BNStatsMonitor,
+    DomainSpecificBNCallback,
     FreezeBNCallback,
     GhostBNCallback,
     MiniBatchInferenceCallback,
@@ -75,6 +77,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
+    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=2),
 }
 """Every callback, in a version that does what it does within two epochs of four batches of eight."""
 
@@ -619,7 +622,7 @@ def fit_on_rank(name: str, world_size: int) -> dict[str, Any]:
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN"])
+@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN", "DomainSpecificBN"])
 def test_ranks_agree_on_what_is_written(name: str, world_size: int) -> None:
     first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size)
     assert first["passes"] == 2
@@ -656,6 +659,7 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
+    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=3, domain_of=operator.itemgetter(1)),
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
 }
 

@@ -117,9 +117,7 @@ class ByHand:
         weights = bn.weight.expand(len(rows), -1) if weights is None else weights
         biases = bn.bias.expand(len(rows), -1) if biases is None else biases
         normal = [n * weights[d] + biases[d] for d, n in enumerate(normal)]
-        return [
-            n.view(len(x), *x.shape[2:], -1).movedim(-1, 1) for n, x in zip(normal, inputs, strict=True)
-        ]
+        return [n.view(len(x), *x.shape[2:], -1).movedim(-1, 1) for n, x in zip(normal, inputs, strict=True)]
 
 
 class Unrolled(nn.Module):
@@ -128,8 +126,6 @@ class Unrolled(nn.Module):
     def __init__(self, head: nn.Module, row: int, number: int) -> None:
         super().__init__()
         self.head = copy.deepcopy(head)
-        for name, p in head.named_parameters():  # those of domains as well, for autograd to find
-            assert name in dict(self.head.named_parameters()), name
         self.by_hand: dict[str, ByHand] = {}
         for name in OWNERS:
             tower = self.head.get_submodule(name).conv

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bn import domain_bn, find_bn
 from tests.functional.domains import (
-    CONSISTENT,
     HEADS,
     OWNERS,
     ROWS,
@@ -19,7 +18,6 @@ from tests.functional.domains import (
     choices,
     levels,
     outputs_and_gradients,
-    retinanet_head,
 )
 
 
@@ -47,8 +45,9 @@ def test_a_head_trains_and_evaluates_as_its_row_of_table_5(make: Any, row: int) 
         assert int(layer.num_batches_tracked) == 3
         if ROWS[row][1] == "domain":
             table = next(b for owner, b in by_hand.by_hand.items() if name.startswith(owner))
-            torch.testing.assert_close(handle.state()[name]["domain_mean"], table.means[truth], rtol=1e-11, atol=1e-12)
-            torch.testing.assert_close(handle.state()[name]["domain_var"], table.variances[truth], rtol=1e-11, atol=1e-12)
+            own = handle.state()[name]
+            torch.testing.assert_close(own["domain_mean"], table.means[truth], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(own["domain_var"], table.variances[truth], rtol=1e-11, atol=1e-12)
     head.eval(), by_hand.eval()
     for a, b in zip(head(levels()).values(), by_hand(levels()).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bn import domain_bn, find_bn, precise_bn
-from tests.functional.domains import HEADS, OWNERS, ROWS, choices, levels
+from lightning_bn import find_bn, precise_bn
+from tests.functional.domains import HEADS, OWNERS, ROWS, levels
 from tests.functional.test_domain_bn import given
 
 
@@ -46,10 +46,12 @@ def truth(head: nn.Module, row: int, shown: list[list[list[Tensor]]]) -> dict[st
                     mean, var = own.mean(0), own.var(0, correction=0)
                     scale = module.weight if ROWS[row][2] == "shared" else module.domain_weight[level]
                     shift = module.bias if ROWS[row][2] == "shared" else module.domain_bias[level]
-                    out.append([
-                        ((x.movedim(1, -1) - mean) / (var + module.eps).sqrt() * scale + shift).movedim(-1, 1)
-                        for x in xs
-                    ])
+                    out.append(
+                        [
+                            ((x.movedim(1, -1) - mean) / (var + module.eps).sqrt() * scale + shift).movedim(-1, 1)
+                            for x in xs
+                        ]
+                    )
                 now = out
     found = {}
     for name, kept in inputs.items():
@@ -69,9 +71,7 @@ def test_levels_are_measured_as_they_are_trained(make: Any, row: int, together: 
         for p in layer.parameters():
             p += 0.1 * torch.randn(p.shape, dtype=p.dtype)
     expected = truth(copy.deepcopy(head).eval(), row, [batches()] if together else [[b] for b in batches()])
-    statistics = precise_bn(
-        head, batches(), forward=lambda m, b: m(b), batch_size="population" if together else None
-    )
+    statistics = precise_bn(head, batches(), forward=lambda m, b: m(b), batch_size="population" if together else None)
     assert set(statistics) == set(expected)
     for name, layer in find_bn(head).items():
         *each, whole = expected[name]
