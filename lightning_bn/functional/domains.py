@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.distributed.moments import own_rank
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.levels import Levels
 from lightning_bn.layers.adapted import Adapted, Adapting
@@ -209,8 +210,10 @@ def domain_bn(
             raise ValueError(f"There is no BatchNorm layer within {', '.join(owners)}.")
     for name, layer in found.items():
         _refuse(name, layer)
-    if sgd != population:
+    if own_rank() == 0 and sgd != population:
         warnings.warn(inconsistent(sgd, population, affine), stacklevel=2)
+    if own_rank() == 0 and not owners and sgd == population == affine == "shared":
+        warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=2)
     undo: list[Callable[[], None]] = []
     names = {layer: name for name, layer in found.items()}
     datasets = None if owners else Datasets(domains)

@@ -106,6 +106,16 @@ def test_every_row_of_table_5_trains_and_is_tested_from_its_checkpoint(
     assert [type(m) for m in module.modules()] == [type(m) for m in net().modules()]
 
 
+@BOTH
+def test_a_checkpoint_saved_after_the_fit_has_everything(net: Any, make: Any, tmp_path: Path) -> None:
+    module = net()
+    trainer = fit(module, make(6))
+    after = trainer.validate(module, val_loader(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    again = trainer_with(make(6)).validate(net(), val_loader(), ckpt_path=tmp_path / "later.ckpt", verbose=False)
+    assert again == after
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_inconsistent_rows_warn_with_the_papers_numbers(row: int) -> None:
     ap = {2: "2.1", 3: "34.1", 5: "35.5"}

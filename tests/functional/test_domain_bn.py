@@ -308,6 +308,17 @@ def test_frozen_layers_use_the_population_that_evaluation_uses(row: int) -> None
     assert_same(frozen.values(), evaluated.values())
 
 
+def test_the_affine_of_domains_is_frozen_with_the_layer() -> None:
+    model = Model()
+    by_owner(model, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.head.tower.norm1.domain_weight.clone()
+    with lbn.freeze_bn(model, affine=True):
+        sum(y.square().sum() for y in model(levels())).backward()
+        optimizer.step()
+    assert torch.equal(model.head.tower.norm1.domain_weight, before)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_a_layer_with_an_activation_of_its_own_keeps_it(row: int) -> None:
     act, plain = (
