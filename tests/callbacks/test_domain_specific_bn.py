@@ -198,6 +198,22 @@ def test_averaged_weights_have_averaged_statistics_of_domains_that_a_checkpoint_
     torch.testing.assert_close(seen.found[-1], twins.average)  # and so does a test of its weights
 
 
+@BOTH
+def test_a_resumed_fit_with_averaged_weights_is_the_uninterrupted_one(net: Any, make: Any, tmp_path: Path) -> None:
+    def train(epochs: int, folder: str, **options: Any) -> dict[str, Any]:
+        saving = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        callbacks = [callback := make(6), EMAWeightAveraging(decay=0.5), PreciseBNCallback(16), saving]
+        fit(module := net(), callbacks, enable_checkpointing=True, max_epochs=epochs, **options)
+        last = torch.load(tmp_path / folder / f"epoch={epochs - 1}.ckpt", weights_only=True)
+        return {"module": module.state_dict(), "domains": callback.state_dict(), "saved": last["callbacks"]}
+
+    whole = train(2, "whole")
+    resumed = train(2, "resumed", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    own = make(6).state_key
+    assert digest([resumed["module"], resumed["domains"]]) == digest([whole["module"], whole["domains"]])
+    assert digest(resumed["saved"][own]) == digest(whole["saved"][own]) and whole["saved"][own]["averaged"]
+
+
 def test_weight_averaging_before_it_is_refused() -> None:
     with pytest.raises(ValueError, match="stands behind EMAWeightAveraging"):
         fit(Pyramid(), [EMAWeightAveraging(), of_levels()])

@@ -57,7 +57,7 @@ class ByHand:
                 else F.relu(x)
                 if isinstance(m, nn.ReLU)
                 else m(x)
-            )  # noqa: E501
+            )
         return x
 
     def normalised(self, bn: nn.BatchNorm2d, x: Tensor, domain: Tensor) -> Tensor:
