@@ -155,10 +155,11 @@ def domain_bn(
 
     Statistics of domains are buffers that no state dict holds (``handle.state()`` does). The layer's own running
     statistics stay those of all domains together. The affine of domains are new parameters, ``domain_weight`` and
-    ``domain_bias``: make the optimizer afterwards; the layer's own ones get no gradient meanwhile.
+    ``domain_bias``: make the optimizer, and wrap the model, afterwards; the layer's own ones get no gradient meanwhile.
 
-    Cost: levels apart, one kernel each as without; together, a copy of the input there and back. Per sample, a copy for
-    each domain. `precise_bn` measures each domain.
+    Cost: levels apart, one kernel each as without; together, a copy of the input there and back: forward and backward
+    of a RetinaNet head of 64 channels took 1.02 and 1.14 times as long on a CPU. Samples of several domains in a batch
+    are copied there and back as well. `precise_bn` measures each domain.
 
     Args:
         model: The model.
@@ -176,7 +177,8 @@ def domain_bn(
     Raises:
         ValueError: For a choice that is none, a pattern that matches nothing, a layer outside of every owner, owners
             within each other, layers without running statistics, or that `ghost_bn`, `sync_bn`,
-            `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on.
+            `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on, or layers
+            without an affine for domains to have their own.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is no element of its owner's input.
         RuntimeError: In a forward: if the number of levels is another, or nobody has said which domain it is.
 
@@ -210,6 +212,8 @@ def domain_bn(
             raise ValueError(f"There is no BatchNorm layer within {', '.join(owners)}.")
     for name, layer in found.items():
         _refuse(name, layer)
+        if affine == "domain" and not layer.affine:
+            raise ValueError(f"Layer {name!r} has no weight and bias (affine=False), so domains cannot have their own.")
     if own_rank() == 0 and sgd != population:
         warnings.warn(inconsistent(sgd, population, affine), stacklevel=2)
     if own_rank() == 0 and not owners and sgd == population == affine == "shared":
@@ -224,7 +228,7 @@ def domain_bn(
         within = {layer: n for layer, n in names.items() if layer in of_owner[name]}
         wheres.append((Levels(name, module, within, domains, sgd), within))
     for where, within in wheres:
-        specific = DomainSpecific(domains, population, affine, where)
+        specific = DomainSpecific(within, domains, population, affine, where)
         for layer in within:
             undo.append(give_domains(layer, domains, population, affine))
             undo.append(_given(layer, specific))

@@ -6,8 +6,7 @@ statistics go on as if there were one domain: an EMA of the batches of all domai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
 
@@ -67,16 +66,19 @@ class DomainSpecific(Behaviour):
     """Population statistics, or an affine, of each domain. Which inputs are normalised together, others see to.
 
     Args:
+        names: Layer -> qualified name, to name one that cannot do it.
         domains: How many there are.
         population: Whether each has population statistics.
         affine: Whether each has a weight and a bias.
         where: What says which one a layer is shown.
     """
 
-    def __init__(self, domains: int, population: Choice, affine: Choice, where: Where) -> None:
+    def __init__(
+        self, names: Mapping[_BatchNorm, str], domains: int, population: Choice, affine: Choice, where: Where
+    ) -> None:
         self.name = f"{domains} domains"
-        self.domains, self.population, self.affine = domains, population, affine
-        self._where = where
+        self.population, self.affine = population, affine
+        self._names, self._where = names, where
 
     def domain(self, layer: _BatchNorm) -> int | None:
         """The one it is shown, if each has population statistics; None for several together."""
@@ -86,7 +88,7 @@ class DomainSpecific(Behaviour):
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Run the layer's own forward with the statistics and the affine of a domain."""
         shown = self._where.shown(layer)
-        if self.affine == "domain" and layer.affine:
+        if self.affine == "domain":
             forward = self._with_affine(layer, forward, shown)
         if behaves(layer, BatchMode) or (layer.training and not layer.track_running_stats):
             return forward(input)
@@ -167,7 +169,7 @@ class DomainSpecific(Behaviour):
                 output = output * _along(weight[ids], dim, input).to(output.dtype)
             return output if bias is None else output + _along(bias[ids], dim, input).to(output.dtype)
 
-        return lambda input: with_batch_norm(batch_norm, self.name, forward, input)
+        return lambda input: with_batch_norm(batch_norm, self._names[layer], forward, input)
 
 
 def by_batch(layer: _BatchNorm) -> bool:
@@ -191,7 +193,7 @@ def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Ch
             stored = cast(Tensor, layer._buffers[own])
             stored = torch.zeros_like(stored) if own == "num_batches_tracked" else stored
             layer.register_buffer(key, stored.expand(domains, *stored.shape).clone(), persistent=False)
-    if affine == "domain" and layer.affine:
+    if affine == "domain":
         for key, name in zip(AFFINE, ("weight", "bias"), strict=True):
             parameter = layer._parameters.get(name)
             if parameter is not None:
@@ -253,15 +255,11 @@ def _lent_affine(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    with _parameters(layer._parameters, {"weight": weight, "bias": bias}):  # type: ignore[arg-type]
-        return forward(input)
-
-
-@contextmanager
-def _parameters(own: dict[str, Tensor | None], others: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """The layer's own forward with another weight and bias, which are rows of parameters."""
+    own = cast("dict[str, Tensor | None]", layer._parameters)
     kept = dict(own)
-    own.update(others)
+    own.update(weight=weight, bias=bias)
     try:
-        yield
+        return forward(input)
     finally:
         own.update(kept)

@@ -266,6 +266,8 @@ def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     handle.undo()
     with lbn.ghost_bn(head, size=2), pytest.raises(ValueError, match="ghosts of 2"):
         again(head)
+    with pytest.raises(ValueError, match=r"Layer '0' has no weight and bias"):
+        domain_bn(nn.Sequential(nn.BatchNorm2d(2, affine=False)), domains=3, **choices(6))
     model = nn.Sequential(nn.SyncBatchNorm(2))
     with pytest.raises(TypeError, match="'0' is a SyncBatchNorm"):
         domain_bn(model, domains=3, **choices(4))
