@@ -9,10 +9,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ghost, monitor, precise_pass, sync
+from benchmarks import exact, forecast, ghost, leakage, monitor, precise_pass, roi_shuffle, sync
 from benchmarks.results import machine, update, versions
 
-BENCHMARKS = {"ghost": ghost, "monitor": monitor, "precise_pass": precise_pass, "sync": sync}
+BENCHMARKS = {
+    "exact": exact,
+    "forecast": forecast,
+    "ghost": ghost,
+    "leakage": leakage,
+    "monitor": monitor,
+    "precise_pass": precise_pass,
+    "roi_shuffle": roi_shuffle,
+    "sync": sync,
+}
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 

@@ -5,20 +5,25 @@ exist for plain PyTorch.
 """
 
 from lightning_bn.callbacks.ada_bn import AdaBNCallback
+from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
 from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.ghost_bn import GhostBNCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.precise_bn import PreciseBNCallback
+from lightning_bn.callbacks.roi_shuffle import RoIShuffleCallback
 from lightning_bn.callbacks.sync_bn import SyncBNCallback
+from lightning_bn.distributed.exchange import exchange_rows, restore_rows
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.adapt import adapt_bn
 from lightning_bn.functional.domains import domain_bn
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
+from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import precise_bn
+from lightning_bn.functional.roi_shuffle import roi_shuffle
 from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.find import find_bn
 from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
@@ -28,6 +33,8 @@ from lightning_bn.statistics.population import LayerStatistics, PopulationStatis
 __all__ = [
     "AdaBNCallback",
     "BNStatsMonitor",
+    "BatchLeakage",
+    "BatchLeakageMonitor",
     "DeadChannels",
     "DomainSpecificBNCallback",
     "FreezeBNCallback",
@@ -39,15 +46,20 @@ __all__ = [
     "NonFiniteChannels",
     "PopulationStatistics",
     "PreciseBNCallback",
+    "RoIShuffleCallback",
     "SyncBNCallback",
     "VarGap",
     "adapt_bn",
+    "batch_leakage",
     "domain_bn",
+    "exchange_rows",
     "find_bn",
     "freeze_bn",
     "ghost_bn",
     "mini_batch_inference",
     "normalization_batch_size",
     "precise_bn",
+    "restore_rows",
+    "roi_shuffle",
     "sync_bn",
 ]

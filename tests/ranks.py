@@ -12,9 +12,11 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,53 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     if any(error for error, _ in outcomes):
         raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error))
     return [result for _, result in outcomes]
+
+
+@contextmanager
+def ranks_at_hand(world_size: int) -> Iterator[Callable[..., list[Any]]]:
+    """Ranks that stay, for many small calls: ``call(fn, *args)`` is what `run_on_ranks` does, in milliseconds."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        address = str(Path(folder) / "calls")
+        with Listener(address, "AF_UNIX") as listener:
+            ended = pool.submit(run_on_ranks, _serve, world_size, address)
+            connections = dict(_introduced(listener.accept()) for _ in range(world_size))
+
+            broken: list[str] = []
+
+            def call(fn: Callable[..., Any], *args: Any) -> list[Any]:
+                task = pickle.dumps((fn, args))  # plainly: the ranks' own pickler would share tensors' memory
+                if not broken:
+                    for connection in connections.values():
+                        connection.send_bytes(task)
+                    found = [pickle.loads(connections[rank].recv_bytes()) for rank in range(world_size)]
+                    broken.extend(f"rank {rank}: {error}" for rank, (error, _) in enumerate(found) if error)
+                if broken:  # for good: the ranks are gone
+                    raise RuntimeError("\n".join(broken))
+                return [result for _, result in found]
+
+            try:
+                yield call
+            finally:
+                if not broken:
+                    for connection in connections.values():
+                        connection.send_bytes(pickle.dumps(None))
+                    ended.result()
+
+
+def _introduced(connection: Connection) -> tuple[int, Connection]:
+    return connection.recv(), connection
+
+
+def _serve(address: str) -> None:
+    with Client(address, "AF_UNIX") as connection:
+        connection.send(dist.get_rank())
+        while (task := pickle.loads(connection.recv_bytes())) is not None:
+            fn, args = task
+            try:
+                connection.send_bytes(pickle.dumps((None, fn(*args))))
+            except BaseException:
+                connection.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+                raise  # so that the others do not wait
 
 
 def _collect(reports: list[Connection], deadline: float) -> list[tuple[str | None, Any]]:

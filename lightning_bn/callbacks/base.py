@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.pairs import pair_of
 from lightning_bn.engine.population_pass import Recomputed
@@ -25,14 +26,18 @@ class BatchNormCallback(Callback):
         """Refuse another callback of this class on the same layers, and others with which it makes no sense there."""
         self._refuse_overlap(trainer, pl_module)
 
+    def chosen_layers(self, module: LightningModule) -> dict[str, _BatchNorm]:
+        """The layers it acts on, by name."""
+        return find_bn(module, self.layers)
+
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own = find_bn(pl_module, self.layers)
+        own = self.chosen_layers(pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, BatchNormCallback) or not self._may_meet(other):
                 continue
             pair = pair_of(type(self), type(other))
             alike = type(other) is type(self)
-            shared = [name for name in find_bn(pl_module, other.layers) if name in own] if alike or pair else []
+            shared = [name for name in other.chosen_layers(pl_module) if name in own] if alike or pair else []
             if alike and shared:
                 raise ValueError(
                     f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "

@@ -14,6 +14,8 @@ class Pair(NamedTuple):
 
 _OBSERVED = "the monitor only looks; it comes after the other, wherever it stands in the list"
 
+_TESTED = "the monitor only looks, at the end of an epoch"
+
 PAIRS: dict[frozenset[str], Pair] = {
     frozenset(names): pair
     for names, pair in {
@@ -85,6 +87,49 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("BNStatsMonitor", "AdaBNCallback"): Pair("works", _OBSERVED),
         ("BNStatsMonitor", "GhostBNCallback"): Pair("works", _OBSERVED + "; its noise is that of the whole batch"),
         ("BNStatsMonitor", "SyncBNCallback"): Pair("works", _OBSERVED + "; its noise is that of all ranks' batch"),
+        ("RoIShuffleCallback", "PreciseBNCallback"): Pair(
+            "works", "a pass exchanges nothing: in it ranks do not wait for each other"
+        ),
+        ("RoIShuffleCallback", "FreezeBNCallback"): Pair(
+            "works", "exchanged until the switch; frozen layers do not mind whose rows they get"
+        ),
+        ("RoIShuffleCallback", "MiniBatchInferenceCallback"): Pair(
+            "works", "one acts in training, the other in evaluation, which takes the own rank's rows"
+        ),
+        ("RoIShuffleCallback", "AdaBNCallback"): Pair("works", "one acts in training, the other in evaluation"),
+        ("RoIShuffleCallback", "GhostBNCallback"): Pair("works", "ghosts are groups of the rows that were exchanged"),
+        ("RoIShuffleCallback", "SyncBNCallback"): Pair(
+            "refused", "rows that all ranks normalise as one batch need not be exchanged"
+        ),
+        ("RoIShuffleCallback", "BNStatsMonitor"): Pair(
+            "works", _OBSERVED + "; its batches are those of exchanged rows"
+        ),
+        ("BatchLeakageMonitor", "PreciseBNCallback"): Pair("works", _TESTED + ", with the statistics of the last pass"),
+        ("BatchLeakageMonitor", "FreezeBNCallback"): Pair(
+            "works", _TESTED + ", until the switch; through frozen statistics nothing leaks"
+        ),
+        ("BatchLeakageMonitor", "MiniBatchInferenceCallback"): Pair(
+            "works", _TESTED + "; `compare=True` is refused where validation has no population"
+        ),
+        ("BatchLeakageMonitor", "AdaBNCallback"): Pair(
+            "works", _TESTED + ", and evaluates in fits alone, AdaBN outside"
+        ),
+        ("BatchLeakageMonitor", "GhostBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are the ghosts"
+        ),
+        ("BatchLeakageMonitor", "SyncBNCallback"): Pair(
+            "works", _TESTED + "; its normalization batches are all ranks'"
+        ),
+        ("BatchLeakageMonitor", "BNStatsMonitor"): Pair("works", "both only look"),
+        ("DomainSpecificBNCallback", "RoIShuffleCallback"): Pair(
+            "refused", "rows that go to another rank do not take their domain along"
+        ),
+        ("BatchLeakageMonitor", "DomainSpecificBNCallback"): Pair(
+            "refused", "rows of several domains differ by their domain, which would read as a leak"
+        ),
+        ("BatchLeakageMonitor", "RoIShuffleCallback"): Pair(
+            "works", _TESTED + "; its pass exchanges nothing, so it tests the rows of each rank as they were"
+        ),
     }.items()
 }
 """Every pair of two callbacks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
 from lightning_bn.engine.batches import Source
+from lightning_bn.engine.forecasting import Forecasting
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
 from lightning_bn.functional.arguments import require_whole
@@ -50,12 +52,15 @@ class PreciseBNCallback(BatchNormCallback):
             into half of the memory that is free; and, with a warning, 1 if the model's batches cannot wait for each
             other.
         tolerance: Stop before ``num_samples``, once the standard errors of every layer's means (in sigma) and variances
-            (relative) are below it.
+            (relative) are below it. By default 0.02, at which validation errors could not be told from those after
+            10,000 samples: that took 9 to 14 % of these (docs/recipes.md). Smaller ones come to ``num_samples``.
         memory_limit: Bytes that waiting batches may take on each rank; what is beyond goes to the host's memory or to
             disk.
         every_n: Run at every n-th occasion only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
             memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
+            ``"training"``: no pass at all, but statistics forecast from the training steps (see the docs page); the
+            options of a pass (all but ``every_n`` and ``layers``) are then refused.
         forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping), everything but BatchNorm in eval mode; or
             a function of module and batch. Manual optimization needs one of the latter two.
@@ -66,6 +71,10 @@ class PreciseBNCallback(BatchNormCallback):
         count: Number of samples in a batch; None takes the length of the first tensor in it.
         shard: Whether ranks share the batches of a ``source`` function out, or each shows all of them.
         replay_bytes: What replayed batches may take in main memory on each rank.
+        when_needed: Skip a pass of a fit where a forecast from the training steps says that the EMA is good enough; it
+            then stays as it is.
+        needed_above: By how much the EMA may be off for that in any layer, as forecast: sigma for means, log ratio for
+            variances.
 
     Attributes:
         result: What the last pass measured, or None.
@@ -73,7 +82,7 @@ class PreciseBNCallback(BatchNormCallback):
     Raises:
         ValueError: At fit start, naming the way out: no layer to estimate, a module or loader that cannot be shown
             batches neutrally, another PreciseBNCallback on the same layers, weight averaging listed after this
-            callback.
+            callback. With a forecast also: weight averaging, a schedule-free optimizer, no layer to forecast.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -97,21 +106,37 @@ class PreciseBNCallback(BatchNormCallback):
         tolerance: float | None = None,
         memory_limit: int | None = None,
         every_n: int = 1,
-        source: Source = "train_dataloader",
+        source: Source | Literal["training"] = "train_dataloader",
         forward: Forward = "training_step",
         before: Sequence[Literal["validate", "test", "predict"]] = (),
         layers: Layers = None,
         count: Count | None = None,
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
+        when_needed: bool = False,
+        needed_above: float = 0.05,
     ) -> None:
         require_whole("every_n", every_n, at_least=1)
+        if not isinstance(needed_above, (int, float)) or not needed_above >= 0:
+            raise ValueError(f"needed_above must be a number of sigma, 0 or more, but is {needed_above!r}.")
         self.layers = layers
         self.every_n = every_n
         self.before = as_stages("before", before)
         self.result: PopulationStatistics | None = None
-        self._pass = PopulationPass(
-            num_samples, source, forward, layers, count, shard, replay_bytes, batch_size, tolerance, memory_limit
+        self.when_needed = when_needed
+        self.needed_above = needed_above
+        if source == "training":
+            options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "tolerance": tolerance}
+            options |= {"memory_limit": memory_limit, "forward": forward, "before": self.before, "count": count}
+            options |= {"shard": shard, "replay_bytes": replay_bytes, "when_needed": when_needed}
+            _refuse_without_a_pass(options)
+        self._forecasting = Forecasting(layers) if source == "training" or when_needed else None
+        self._pass = (
+            PopulationPass(
+                num_samples, source, forward, layers, count, shard, replay_bytes, batch_size, tolerance, memory_limit
+            )
+            if source != "training"
+            else None
         )
         self._occasions = 0
         self._evaluated: tuple[int, ...] | None = None
@@ -127,21 +152,34 @@ class PreciseBNCallback(BatchNormCallback):
         self._said = ""
         if stage == "fit":
             self._occasions, self._evaluated = 0, None
-            self._pass.forget()
+            for each in (self._pass, self._forecasting):
+                if each:
+                    each.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
         refuse_before_averaging(trainer, self)
-        self._pass.check(trainer, pl_module)
+        for each in (self._pass, self._forecasting):
+            if each:
+                each.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a loader that cannot be read a second time; it did not exist before."""
-        self._pass.check_loader(trainer)
+        if self._pass:
+            self._pass.check_loader(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, if batches are to be replayed."""
-        self._pass.keep(batch)
+        """Keep the batch, if batches are to be replayed; watch the step, if there is a forecast."""
+        if self._pass:
+            self._pass.keep(batch)
+        if self._forecasting:
+            self._forecasting.before_batch()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Watch the step."""
+        if self._forecasting:
+            self._forecasting.after_batch()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that an occasion has come; the pass waits for the other hooks of this moment, which may swap weights."""
@@ -181,12 +219,15 @@ class PreciseBNCallback(BatchNormCallback):
                 self._run(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of occasions so far, and the version of the weights at the last one."""
-        return {"occasions": self._occasions, "evaluated": self._evaluated}
+        """The number of occasions so far, the version of the weights at the last one, and what a forecast has seen."""
+        forecast = {"forecast": self._forecasting.state_dict()} if self._forecasting else {}
+        return {"occasions": self._occasions, "evaluated": self._evaluated, **forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both back."""
+        """Take it back."""
         self._occasions, self._evaluated = state_dict["occasions"], state_dict["evaluated"]
+        if self._forecasting:
+            self._forecasting.load_state_dict(state_dict.get("forecast", {}))
 
     def _occasion(self, trainer: Trainer) -> bool:
         self._occasions += 1
@@ -195,18 +236,22 @@ class PreciseBNCallback(BatchNormCallback):
     def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         if self._due:
             self._due = False
-            if trainer.state.fn != "fit":  # whose start has seen to it
+            if self._pass and trainer.state.fn != "fit":  # whose start has seen to it
                 self._pass.check(trainer, module)
             self._run(trainer, module)
 
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
-        reason = self._pass.nothing_to_do(trainer, module)
+        recomputes = self._pass or self._forecasting
+        assert recomputes is not None  # one of them was made
+        reason = recomputes.nothing_to_do(trainer, module)
         if reason:
             if reason != self._said:
                 rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
             self._said = reason
             return
-        recomputed = self._pass.run(trainer, module)
+        if self.when_needed and trainer.state.fn == "fit" and not self._is_needed(trainer, module):
+            return
+        recomputed = recomputes.run(trainer, module)
         self.result = recomputed.statistics
         if self.result.spilled:
             rank_zero_info(
@@ -214,3 +259,24 @@ class PreciseBNCallback(BatchNormCallback):
             )
         log_row(trainer, recomputed.figures("precise_bn"))
         self._announce(trainer, recomputed)
+
+    def _is_needed(self, trainer: Trainer, module: LightningModule) -> bool:
+        assert self._forecasting is not None  # when_needed has made it
+        gap = self._forecasting.ema_gap(trainer, module)
+        log_row(trainer, {"precise_bn/ema_gap": gap})
+        return gap > self.needed_above
+
+
+def _refuse_without_a_pass(given: dict[str, Any]) -> None:
+    """Raise if an option of a pass is given where there is none.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    defaults = inspect.signature(PreciseBNCallback).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"{name}={value!r} is for a pass over data, and source='training' runs none: leave it out, or choose "
+                "another source."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -43,3 +43,20 @@ def borrow_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any]
                 dist.destroy_process_group(group)
 
     return group, give_back
+
+
+def own_group() -> tuple[dist.ProcessGroup | None, Callable[[], Any]]:
+    """A group of all ranks for one user alone, whose collectives never mix with others', and what destroys it.
+
+    Every rank calls this. None without torch.distributed.
+    """
+    everyone = dist.group.WORLD
+    if everyone is None:
+        return None, lambda: None
+    group = cast(dist.ProcessGroup, dist.new_group(list(range(num_ranks()))))
+
+    def destroy() -> None:
+        if dist.group.WORLD is everyone:
+            dist.destroy_process_group(group)
+
+    return group, destroy

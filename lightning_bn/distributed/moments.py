@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_bn.statistics.moments import Moments
 
@@ -24,7 +25,7 @@ def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     """Whole numbers, each summed over all ranks."""
     if num_ranks() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.int64, device=_on_backend(device))
+    total = torch.tensor(values, dtype=torch.int64, device=on_backend(device))
     dist.all_reduce(total)
     return [int(v) for v in total.tolist()]
 
@@ -33,7 +34,7 @@ def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     """Whole numbers, each the largest of all ranks'."""
     if num_ranks() == 1:
         return list(values)
-    largest = torch.tensor(values, dtype=torch.int64, device=_on_backend(device))
+    largest = torch.tensor(values, dtype=torch.int64, device=on_backend(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [int(v) for v in largest.tolist()]
 
@@ -47,7 +48,7 @@ def merge_over_ranks(moments: Moments, group: dist.ProcessGroup | None = None) -
         return moments
     home = moments.mean.device
     count, mean, m2 = (
-        v.expand_as(moments.mean).to(_on_backend(home)) for v in (moments.count, moments.mean, moments.m2)
+        v.expand_as(moments.mean).to(on_backend(home)) for v in (moments.count, moments.mean, moments.m2)
     )
     first = torch.stack([count, count * mean])
     dist.all_reduce(first, group=group)
@@ -71,7 +72,16 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     return Moments(total, pooled, m2.addcmul_(count, (mean - pooled).square_()).sum(0))
 
 
-def _on_backend(device: torch.device) -> torch.device:
+def of_first_rank(values: Tensor) -> Tensor:
+    """What the first rank holds, on every rank; the others' ``values`` say shape and precision."""
+    if num_ranks() == 1:
+        return values
+    shared = values.to(on_backend(values.device), copy=True)
+    dist.broadcast(shared, src=0)
+    return shared.to(values.device)
+
+
+def on_backend(device: torch.device) -> torch.device:
     """A device whose tensors the ranks' backend takes: ``device`` where it does."""
     backend = dist.get_backend()
     if "nccl" in backend and "gloo" not in backend:

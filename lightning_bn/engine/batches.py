@@ -171,21 +171,62 @@ class Replay:
         """
         if samples < 1:
             return
-        needed = _bytes_of(batch) * max(self.num_samples / samples, 1)
+        needed = bytes_of(batch) * max(self.num_samples / samples, 1)
         if needed > self.max_bytes:
             raise ValueError(
-                f"source='replay': {self.num_samples} samples a rank of {_bytes_of(batch) / samples:,.0f} bytes "
+                f"source='replay': {self.num_samples} samples a rank of {bytes_of(batch) / samples:,.0f} bytes "
                 f"take {needed:,.0f} bytes, more than replay_bytes={self.max_bytes:,}. Raise replay_bytes, or lower "
                 "num_samples."
             )
-        self._batches.append((move_data_to_device(copy.deepcopy(batch), torch.device("cpu")), samples))
+        self._batches.append((_copied_to(torch.device("cpu"), batch), samples))
         while self.held - self._batches[0][1] >= self.num_samples:
             self._batches.popleft()
 
     def batches(self, device: torch.device) -> Iterator[Any]:
         """Copies of the batches held, newest first, on a device."""
         for batch, _ in reversed(self._batches):
-            yield move_data_to_device(copy.deepcopy(batch), device)
+            yield _copied_to(device, batch)
+
+
+class Reservoir:
+    """Some training batches of an epoch, each as likely as any other, to show them to the model once more at its end.
+
+    Spread over the whole epoch, because the last ones of an epoch that comes in order would be too much alike. Kept as
+    `Replay` keeps its batches.
+
+    Args:
+        num_batches: How many to hold.
+        seed: Of the choice; ranks that have the same hold batches of the same steps.
+    """
+
+    def __init__(self, num_batches: int, seed: int) -> None:
+        self.num_batches = num_batches
+        self._random = random.Random(seed)
+        self._shown = 0
+        self._batches: list[Any] = []
+
+    @property
+    def held(self) -> int:
+        """Batches held at the moment."""
+        return len(self._batches)
+
+    def keep(self, batch: Any) -> None:
+        """Perhaps keep a copy of a batch, before the training step can change it, in the place of another."""
+        place = self._shown if self.held < self.num_batches else self._random.randrange(self._shown + 1)
+        self._shown += 1
+        if place < self.num_batches:
+            self._batches[place : place + 1] = [_copied_to(torch.device("cpu"), batch)]
+
+    def batches(self, device: torch.device) -> Iterator[Any]:
+        """Copies of the batches held, on a device."""
+        return (_copied_to(device, batch) for batch in self._batches)
+
+
+def bytes_of(batch: Any) -> int:
+    """What the tensors in a batch take."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
+    return sum(sizes)
 
 
 def refuse_unprotectable(
@@ -254,10 +295,8 @@ def _to_device(trainer: Trainer, module: LightningModule, batch: Any, dataloader
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
-def _bytes_of(batch: Any) -> int:
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
-    return sum(sizes)
+def _copied_to(device: torch.device, batch: Any) -> Any:
+    return move_data_to_device(copy.deepcopy(batch), device)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
@@ -46,6 +45,8 @@ Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningMo
 
 ENOUGH = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
+TOLERANCE = 0.02
+"""Standard error at which validation errors could not be told from those after 10,000 samples (docs/recipes.md)."""
 REPLAY_BYTES = 2**30
 """What replayed batches may take by default: 1700 images of 224 px in float32."""
 
@@ -90,7 +91,7 @@ class PopulationPass:
         replay_bytes: What the replayed batches may take on each rank.
         batch_size: Samples of all ranks to normalise together; by default the 100 that suffice (Table 2), or as many as
             fit into half of the memory that is free.
-        tolerance: Stop early, once standard errors are below it.
+        tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
         memory_limit: Bytes that batches waiting for each other may take on each rank.
     """
 
@@ -118,8 +119,7 @@ class PopulationPass:
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
             )
-        if not callable(self.forward) and self.forward not in ("training_step", "forward"):
-            raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {self.forward!r}.")
+        require_forward(self.forward)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse at the start what could not be done later, naming the way out.
@@ -130,17 +130,7 @@ class PopulationPass:
         """
         storing_layers(module, self.layers)
         refuse_sharding(trainer)
-        if self.forward == "training_step":
-            if not module.automatic_optimization:
-                raise ValueError(
-                    f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
-                    "pass forward='forward' or a function of module and batch."
-                )
-            if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-                raise ValueError(
-                    f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
-                    "forward='forward' or a function of module and batch."
-                )
+        check_forward(self.forward, module)
 
     def check_loader(self, trainer: Trainer) -> None:
         """Refuse, as soon as it exists, a train dataloader that cannot be read a second time.
@@ -170,11 +160,10 @@ class PopulationPass:
             RuntimeError: If the training step needs gradients, changes parameters, or raises StopIteration.
         """
         started = time.perf_counter()
-        modes = modes_of_training(trainer, module)
-        layers = estimable_layers(module, self.layers, modes.__getitem__)
+        layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         try:
             try:
-                statistics = self._measured(trainer, module, layers, modes, self.batch_size)
+                statistics = self._measured(trainer, module, layers, self.batch_size)
             except LockstepError as error:
                 if self.batch_size is not None:
                     raise
@@ -183,7 +172,7 @@ class PopulationPass:
                     "normalization batches accumulate error in depth (paper, Table 2)."
                 )
                 self.batch_size = 1
-                statistics = self._measured(trainer, module, layers, modes, self.batch_size)
+                statistics = self._measured(trainer, module, layers, self.batch_size)
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("The forward over training batches raised StopIteration.") from error
         moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
@@ -195,19 +184,18 @@ class PopulationPass:
         trainer: Trainer,
         module: LightningModule,
         layers: dict[str, _BatchNorm],
-        modes: dict[nn.Module, bool],
         batch_size: BatchSize,
     ) -> PopulationStatistics:
         count = self.count or samples_in
-        with neutral(trainer, module), self._batches(trainer, module) as batches:
-            set_modes(modes, like_training=self.forward == "training_step")
+        default = None if batch_size == "population" else TOLERANCE
+        with muted_forward(self.forward, trainer, module) as run, self._batches(trainer, module) as batches:
             return measure(
                 layers,
                 enumerate(batches),
-                run=self._runner(trainer, module),
+                run=run,
                 batch_size=ENOUGH if batch_size is None else batch_size,
                 num_samples=self.num_samples,
-                tolerance=self.tolerance,
+                tolerance=default if self.tolerance is None else self.tolerance,
                 memory_limit=self.memory_limit,
                 at_most=0.5 if batch_size is None and self.memory_limit is None else None,
                 say=self._say_once,
@@ -246,27 +234,69 @@ class PopulationPass:
         assert self._replay is not None  # nothing_to_do saw to it
         yield self._replay.batches(module.device)
 
-    def _runner(self, trainer: Trainer, module: LightningModule) -> Callable[[tuple[int, Any]], None]:
-        with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
-        def run(item: tuple[int, Any]) -> None:
-            number, batch = item
-            if self.forward == "training_step":
-                with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
-                    try:
-                        module.training_step(*((batch, number) if with_index else (batch,)))
-                    except RuntimeError as error:
-                        if "does not require grad" in str(error):
-                            raise RuntimeError(
-                                f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
-                                "without: pass forward='forward' or a function of module and batch."
-                            ) from error
-                        raise
-            else:
-                with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
-                    (self.forward if callable(self.forward) else call_model)(module, batch)
+@contextmanager
+def muted_forward(
+    forward: Forward, trainer: Trainer, module: LightningModule
+) -> Iterator[Callable[[tuple[int, Any]], None]]:
+    """What shows a batch, which comes with its number, to the fixed model, in the modes of a pass and a `neutral` zone.
 
-        return run
+    Raises:
+        RuntimeError: If the training step needs gradients or changes parameters.
+    """
+    modes = modes_of_training(trainer, module)
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+    def run(item: tuple[int, Any]) -> None:
+        number, batch = item
+        if forward == "training_step":
+            with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
+                try:
+                    module.training_step(*((batch, number) if with_index else (batch,)))
+                except RuntimeError as error:
+                    if "does not require grad" in str(error):
+                        raise RuntimeError(
+                            f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
+                            "without: pass forward='forward' or a function of module and batch."
+                        ) from error
+                    raise
+        else:
+            with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
+                (forward if callable(forward) else call_model)(module, batch)
+
+    with neutral(trainer, module):
+        set_modes(modes, like_training=forward == "training_step")
+        yield run
+
+
+def require_forward(forward: Any) -> None:
+    """Raise for something that says not how a batch reaches the model.
+
+    Raises:
+        ValueError: If it is none of `Forward`.
+    """
+    if not callable(forward) and forward not in ("training_step", "forward"):
+        raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {forward!r}.")
+
+
+def check_forward(forward: Forward, module: LightningModule) -> None:
+    """Refuse a training step that cannot be run by a pass.
+
+    Raises:
+        ValueError: Naming the way out.
+    """
+    if forward != "training_step":
+        return
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
+            "pass forward='forward' or a function of module and batch."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
+            "forward='forward' or a function of module and batch."
+        )
 
 
 def refuse_sharding(trainer: Trainer) -> None:

@@ -1,8 +1,8 @@
 """Observing training: what batches the layers see, held against the EMA that evaluation will use.
 
-Around each observed batch, running statistics are copied before and after; what the batch must have been follows from
-the two (see `statistics.recovery`). A few vector operations for all layers together, and memory for a few numbers a
-channel. Layers for which that is not accurate, or that store nothing in training (frozen ones), are measured directly.
+What an observed batch had is recovered from running statistics (see `functional.recover`): a few vector operations for
+all layers together, and memory for a few numbers a channel. Layers for which that is not accurate, or that store
+nothing in training (frozen ones), are measured directly.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.functional.recover import Recovery, not_recoverable
 from lightning_bn.layers.behaviour import Handle, behaves
-from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.observed import Observed
 from lightning_bn.layers.synced import Synced
 from lightning_bn.statistics.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.statistics.gaps import mean_offsets, var_offsets
 from lightning_bn.statistics.moments import Moments
-from lightning_bn.statistics.recovery import MOST_ERROR, recovered, recovery_error, share_kept
+from lightning_bn.statistics.recovery import MOST_ERROR
 
 
 class Observer:
@@ -51,25 +51,17 @@ class Observer:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:
-        self._layers = dict(layers)
-        self._sizes = [layer.num_features for layer in layers.values()]
-        home = next(iter(layers.values())).get_buffer("running_mean").device
-        self._like = torch.empty(0, device=home, dtype=torch.float32 if home.type == "mps" else torch.float64)
-        self._layer_of = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes)).to(home)
-        eps = torch.tensor([layer.eps for layer in layers.values()])
-        self._eps = eps.to(self._like)[self._layer_of]
-        self._channels = torch.tensor(list(channels), dtype=torch.int64, device=home)
-        self._momenta: list[float | None] = []
-        self._momenta_in_tensor: list[float | None] = []
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._recovery = Recovery(layers)
+        self._layers, self._sizes, self._eps = self._recovery.layers, self._recovery.sizes, self._recovery.eps
+        self._channels = torch.tensor(list(channels), dtype=torch.int64, device=self._eps.device)
         self._observed: tuple[Observed, Handle, dict[str, str]] | None = None
         self._inaccurate: set[str] = set()
-        self.traced = self._like.new_empty(2, len(channels))
+        self.traced = self._eps.new_empty(2, len(channels))
         self._empty_window()
 
     def _empty_window(self) -> None:
         total = sum(self._sizes)
-        zeros = self._like.new_zeros
+        zeros = self._eps.new_zeros
         self.batches = 0
         self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
         self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
@@ -78,29 +70,23 @@ class Observer:
     def before_batch(self) -> None:
         """Call right before a batch reaches the model, in the modes in which it will."""
         self.abandon()
-        before = self._read()
-        self._momenta = self._momenta_now()
         if self.batches == 0:
-            self._judge_accuracy(*before)
+            self._judge_accuracy()
         reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
         self._direct.update(reasons)
         observed = Observed()
         handle = Handle((self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL), observed)
         self._observed = observed, handle, reasons
-        self._before = before
+        self._recovery.before_batch()
 
     def after_batch(self) -> bool:
         """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
-        if self._before is None or self._observed is None:
+        around = self._recovery.after_batch()
+        if around is None or self._observed is None:
             return False
-        (before, tracked), (after, tracked_after) = self._before, self._read()
         observed, _, reasons = self._observed
         self.abandon()
-        # a momentum that was changed in between says nothing of the one with which the batch was taken in
-        same = [a == b for a, b in zip(self._momenta, self._momenta_now(), strict=True)]
-        calls = (tracked_after - tracked) * (1.0 if all(same) else torch.tensor(same).to(self._like))
-        kept = share_kept(self._momentum(), calls, tracked)[self._layer_of]
-        batch, called = recovered(before, after, kept), (calls > 0)[self._layer_of]
+        before, after, batch, _, called = (found[0] for found in self._recovery.recover([around]))
         parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
         for (name, layer), statistics, was_called in parts if reasons else ():
             if name in reasons:
@@ -128,7 +114,8 @@ class Observer:
         """Take back from the layers what an observed batch was given, whether or not it came to its end."""
         if self._observed is not None:
             self._observed[1].undo()
-        self._before = self._observed = None
+        self._observed = None
+        self._recovery.abandon()
 
     def take(self) -> Observation:
         """What the window says; and start a new one."""
@@ -154,53 +141,20 @@ class Observer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a window."""
         self.batches = state["batches"]
-        self._window = Moments(*(v.to(self._like) for v in state["window"]))
-        self._dead, self._nonfinite = (state[key].to(self._like.device) for key in ("dead", "nonfinite"))
+        self._window = Moments(*(v.to(self._eps) for v in state["window"]))
+        self._dead, self._nonfinite = (state[key].to(self._eps.device) for key in ("dead", "nonfinite"))
         self._direct, self._inaccurate = dict(state["direct"]), set(state["inaccurate"])
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """Running means and variances, ``(2, C)``, and batches tracked, ``(L,)``: copies."""
-        buffers = [layer._buffers for layer in self._layers.values()]
-        mean, var = (
-            torch.cat([b[kind].to(self._like.device) for b in buffers])  # type: ignore[union-attr]
-            for kind in ("running_mean", "running_var")
-        )
-        none = self._layer_of.new_zeros(())
-        tracked = [none if (count := b["num_batches_tracked"]) is None else count.to(none.device) for b in buffers]
-        return torch.stack([mean, var]).to(self._like.dtype), torch.stack(tracked).to(self._like)
-
-    def _momenta_now(self) -> list[float | None]:
-        return [layer.momentum for layer in self._layers.values()]
-
-    def _momentum(self) -> Tensor:
-        """Of each layer, NaN for None; made anew only when one has changed, since that is a copy to the device."""
-        if self._momenta != self._momenta_in_tensor:
-            self._momenta_in_tensor = self._momenta
-            self._momentum_tensor = torch.tensor([torch.nan if m is None else m for m in self._momenta]).to(self._like)
-        return self._momentum_tensor
-
     def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
-        """Why a layer's batch statistics cannot be recovered; empty if they can."""
-        running_mean = layer._buffers["running_mean"]
-        if is_frozen(layer) or not layer.training:
-            return "frozen"
-        if layer.momentum == 0:
-            reason = "momentum 0"
-        elif running_mean is not None and running_mean.element_size() == 2:
-            reason = "16-bit statistics"
-        elif layer._buffers["num_batches_tracked"] is None:
-            reason = "batches not tracked"
-        else:
-            reason = "mean of many sigma" if name in self._inaccurate else ""
+        """Why a layer's batch statistics are not recovered; empty if they are."""
+        reason = not_recoverable(layer) or ("mean of many sigma" if name in self._inaccurate else "")
         # its batch is spread over ranks, which do not all measure
         spread = isinstance(layer, SyncBatchNorm) or behaves(layer, Synced)
         return _NOT_AT_ALL if reason and spread and num_ranks() > 1 else reason
 
-    def _judge_accuracy(self, running: Tensor, tracked: Tensor) -> None:
+    def _judge_accuracy(self) -> None:
         """From where the running statistics are now: which layers to measure directly in the window that begins."""
-        kept = share_kept(self._momentum(), torch.ones_like(tracked), tracked)[self._layer_of]
-        error = torch.where(is_dead(running[1], self._eps), 0.0, recovery_error(running[0], running[1], kept)).cpu()
-        worst = [float(part.amax()) for part in error.split(self._sizes)]
+        worst = [float(part.amax()) for part in self._recovery.inaccuracy().cpu().split(self._sizes)]
         self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
 
 

@@ -137,7 +137,7 @@ def measure_model(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen (by freeze_bn or BaseFinetuning, or "
             "in eval mode while the model is in train mode): there are no statistics to recompute."
         )
-    with _everything_in_eval(model):
+    with everything_in_eval(model):
         return chosen, measure(
             chosen,
             batches,
@@ -212,7 +212,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _everything_in_eval(model: nn.Module) -> Iterator[None]:
+def everything_in_eval(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and in its own again on leaving."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:

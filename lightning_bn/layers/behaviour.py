@@ -4,6 +4,8 @@ No module, parameter or buffer is replaced. A layer's class becomes one derived 
 layer's behaviours, innermost first; each may lend the layer other values *while its own forward runs* and no longer. So
 between forwards nothing of ours can be seen in the layer: `train()` and `eval()` mean what they always did, the state
 dict is the plain model's, a pickle or a deep copy holds the plain layer, and handles can be undone in any order.
+
+A module that is no BatchNorm layer can be given a behaviour as well, a `ModuleBehaviour`: it wraps the whole call.
 """
 
 from __future__ import annotations
@@ -41,6 +43,27 @@ class Behaviour(ABC):
     def domain(self, layer: _BatchNorm) -> int | None:
         """Which of several domains the layer is shown, if this behaviour tells domains apart."""
         return None
+
+    def normalization_groups(self, input: Tensor) -> Tensor | None:
+        """Which rows of ``input`` a layer in train mode normalises together: numbers ``(N,)``; None for all of them."""
+        return None
+
+
+class ModuleBehaviour(Behaviour):
+    """What a module of any class does differently: wraps every call of it; of a BatchNorm layer, its forward.
+
+    It is the call, hooks included, because Lightning sets the ``forward`` of a LightningModule on the instance, where
+    a class has no say.
+    """
+
+    @abstractmethod
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do what ``call`` does to the arguments, under whatever this behaviour changes."""
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """The same of a BatchNorm layer."""
+        output: Tensor = self.call(layer, forward, input)
+        return output
 
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
@@ -97,8 +120,23 @@ class Handle:
         self.undo()
 
 
-class _Behaving(nn.Module):
+class _Derived(nn.Module):
     """First base of every derived class."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), *(b.name for b in behaviours_of(self))]))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, copied: as the plain module."""
+        plain: nn.Module = object.__new__(type(self).__bases__[1])
+        vars(plain).update({key: value for key, value in vars(self).items() if key != _LIST})
+        rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
+        # pickle takes copyreg's __newobj__ only for the very class of the object it was asked to pickle
+        return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
+
+
+class _Behaving(_Derived):
+    """Of a BatchNorm layer: its behaviours wrap its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own_forward = super().forward
@@ -111,26 +149,32 @@ class _Behaving(nn.Module):
         def forward(input: Any) -> Any:
             return own_forward(input, *rest, **kwargs)
 
-        for behaviour in behaviours_of(self):
+        for behaviour in self._around_forward():
             forward = functools.partial(behaviour.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, [super().extra_repr(), *(b.name for b in behaviours_of(self))]))
+    def _around_forward(self) -> Iterable[Behaviour]:
+        return behaviours_of(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled, copied: as the plain layer."""
-        plain: nn.Module = object.__new__(type(self).__bases__[1])
-        vars(plain).update({key: value for key, value in vars(self).items() if key != _LIST})
-        rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
-        # pickle takes copyreg's __newobj__ only for the very class of the object it was asked to pickle
-        return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
+
+class _BehavingModule(_Behaving):
+    """Of any other module: some wrap its calls."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__
+        for behaviour in behaviours_of(self):
+            if isinstance(behaviour, ModuleBehaviour):
+                call = functools.partial(behaviour.call, self, call)
+        return call(*args, **kwargs)
+
+    def _around_forward(self) -> Iterable[Behaviour]:
+        return [b for b in behaviours_of(self) if not isinstance(b, ModuleBehaviour)]
 
 
 @functools.cache
 def _derived(original: type[nn.Module]) -> type[nn.Module]:
     return type(
         original.__name__,
-        (_Behaving, original),
+        (_Behaving if issubclass(original, _BatchNorm) else _BehavingModule, original),
         {"__module__": original.__module__, "__doc__": original.__doc__},
     )

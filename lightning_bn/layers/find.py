@@ -60,11 +60,24 @@ def chosen(names: Iterable[str], patterns: Sequence[str], option: str, of: str) 
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def as_patterns(layers: Layers) -> tuple[str, ...]:
-    """The patterns that ``layers`` stands for."""
+def find_modules(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a model, itself excluded, whose qualified names match; of those within each other the outermost.
+
+    Raises:
+        ValueError: If a pattern matches none.
+    """
+    everything = {name: m for name, m in model.named_modules() if name}
+    names = chosen(everything, as_patterns(modules, "modules"), "modules", f"module of {type(model).__name__}")
+    return {name: everything[name] for name in names if not any(name.startswith(f"{outer}.") for outer in names)}
+
+
+def as_patterns(layers: Layers, option: str = "layers") -> tuple[str, ...]:
+    """The patterns that the ``option`` stands for."""
     patterns = ("*",) if layers is None else (layers,) if isinstance(layers, str) else layers
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"layers must be a glob pattern over layer names, or a list of some, but is {layers!r}.")
+        raise TypeError(
+            f"{option} must be a glob pattern over {option[:-1]} names, or a list of some, but is {layers!r}."
+        )
     return tuple(patterns)
 
 

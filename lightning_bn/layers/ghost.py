@@ -71,6 +71,14 @@ class Ghost(Behaviour):
             return samples
         return math.ceil(samples / self._number_of_groups(int(samples), 2 * int(samples)))
 
+    def normalization_groups(self, input: Tensor) -> Tensor:
+        """The number of each row's ghost."""
+        groups = self._groups_of(input)
+        if self._grouping == "interleaved":
+            return torch.arange(len(input)) % groups
+        rows, larger = len(input) // groups, len(input) % groups
+        return torch.arange(groups).repeat_interleave(torch.tensor([rows + 1] * larger + [rows] * (groups - larger)))
+
     def _groups_of(self, input: Tensor) -> int:
         samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
         return self._number_of_groups(samples, input.numel() // input.shape[1])

@@ -30,7 +30,7 @@ class Synced(Behaviour):
 
     def __init__(self, layers: Mapping[str, _BatchNorm], group: ProcessGroup | None) -> None:
         self._names = {layer: name for name, layer in layers.items()}
-        self._group = group
+        self.group = group
         self.num_ranks = num_ranks(group)
         """Ranks that share statistics: the normalization batch is the sum of their batches."""
         self.name = f"synced over {self.num_ranks} ranks"
@@ -63,4 +63,4 @@ class Synced(Behaviour):
     ) -> Tensor:
         if not training:  # frozen by a behaviour nearer to the layer
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return synced_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self._group)
+        return synced_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.group)

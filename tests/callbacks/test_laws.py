@@ -33,12 +33,14 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from lightning_bn import (
     AdaBNCallback,
+    BatchLeakageMonitor,
     BNStatsMonitor,
     DomainSpecificBNCallback,
     FreezeBNCallback,
     GhostBNCallback,
     MiniBatchInferenceCallback,
     PreciseBNCallback,
+    RoIShuffleCallback,
     SyncBNCallback,
 )
 from tests.callbacks.zoo import (
@@ -62,6 +64,7 @@ from tests.ranks import run_on_ranks
 
 WITH_A_PASS: dict[str, Callable[..., Any]] = {
     "PreciseBN": functools.partial(PreciseBNCallback, 20),
+    "PreciseBN, when needed": functools.partial(PreciseBNCallback, 20, when_needed=True, needed_above=0.0),
     "FreezeBN": functools.partial(FreezeBNCallback, start_epoch=1, num_samples=20),
 }
 EVALUATING: dict[str, Callable[..., Any]] = {
@@ -74,10 +77,13 @@ EVALUATING: dict[str, Callable[..., Any]] = {
 CALLBACKS: dict[str, Callable[..., Any]] = {
     **WITH_A_PASS,
     **EVALUATING,
+    "PreciseBN, forecast": functools.partial(PreciseBNCallback, source="training"),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24, compare=True),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
     "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=2),
+    "RoIShuffle": functools.partial(RoIShuffleCallback, modules="bn*"),
 }
 """Every callback, in a version that does what it does within two epochs of four batches of eight."""
 
@@ -85,16 +91,25 @@ OBSERVING: dict[str, Callable[[], Any]] = {
     "PreciseBN": CALLBACKS["PreciseBN"],
     "PreciseBN, replay": functools.partial(PreciseBNCallback, 20, source="replay"),
     "PreciseBN, forward": functools.partial(PreciseBNCallback, 20, forward="forward"),
+    "PreciseBN, forecast": CALLBACKS["PreciseBN, forecast"],
+    "PreciseBN, when needed": CALLBACKS["PreciseBN, when needed"],
     "FreezeBN before its switch": functools.partial(
         FreezeBNCallback, start_step=10**6, warmup_steps=0, source="replay"
     ),
     "BNStatsMonitor": CALLBACKS["BNStatsMonitor"],
+    "BatchLeakageMonitor": CALLBACKS["BatchLeakageMonitor"],
     **EVALUATING,
 }
 """Those that must not be noticed by the training."""
 
-OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor"]
+OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
 """Those that are held against every way to train; the others have the same machinery, and a few will do."""
+
+
+def patterns_of(make: Any) -> str:
+    """The option that says on which layers a callback acts."""
+    return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
+
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 every_evaluating = pytest.mark.parametrize("make", EVALUATING.values(), ids=EVALUATING)
@@ -289,7 +304,7 @@ A_FEW = ["dropout, mid-epoch validation", "persistent workers", "validation in m
 def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
     callback = OBSERVING[observer]()
     observed = trace(SETUPS[name], callback)
-    if isinstance(callback, PreciseBNCallback):
+    if isinstance(callback, (PreciseBNCallback, BatchLeakageMonitor)):
         assert callback.result is not None, "no pass was run: this test shows nothing"
     for ours, theirs in zip(observed, undisturbed(name), strict=True):
         assert ours == theirs
@@ -419,8 +434,9 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     import yaml
 
     here = __name__
-    options = {**make.keywords, "layers": ["bn*"]}
-    counts = "count" in inspect.signature(make.func).parameters
+    option = patterns_of(make)
+    options = {**make.keywords, option: ["bn*"]}
+    counts = "count" in inspect.signature(make.func).parameters and options.get("source") != "training"
     if counts:
         options |= {"count": f"{here}.samples"}
     if make in WITH_A_PASS.values():
@@ -442,8 +458,8 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     with_a_pass = make in WITH_A_PASS.values()
-    assert callback.layers == ["bn*"]
-    assert not counts or (callback._pass.count if with_a_pass else callback._count) is samples
+    assert getattr(callback, option) == ["bn*"]
+    assert not counts or (callback._pass.count if hasattr(callback, "_pass") else callback._count) is samples
     if with_a_pass:
         assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
 
@@ -615,14 +631,14 @@ def fit_on_rank(name: str, world_size: int) -> dict[str, Any]:
     return {
         "after a pass": digest(after.statistics),
         "at the end": digest(module.state_dict()),
-        "state": callback.state_dict(),
+        "state": {k: v for k, v in callback.state_dict().items() if k != "forecast"},  # which the first rank keeps
         "passes": len(after.statistics),
     }
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN"])
+@pytest.mark.parametrize("name", [*WITH_A_PASS, "SyncBN", "PreciseBN, forecast"])
 def test_ranks_agree_on_what_is_written(name: str, world_size: int) -> None:
     first, *others = run_on_ranks(fit_on_rank, world_size, name, world_size)
     assert first["passes"] == 2
@@ -654,12 +670,16 @@ class StateAtStart(Callback):
 
 RESUMED: dict[str, Callable[[], Any]] = {
     "PreciseBN": functools.partial(PreciseBNCallback, 20, every_n=2),
+    "PreciseBN, forecast": CALLBACKS["PreciseBN, forecast"],
+    "PreciseBN, when needed": functools.partial(PreciseBNCallback, 20, when_needed=True, needed_above=0.3),
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
     "FreezeBN after the switch": functools.partial(FreezeBNCallback, start_step=3, num_samples=20, warmup_epochs=1.5),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=2, window=2),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
     "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=3, domain_of=operator.itemgetter(1)),
+    "RoIShuffle": CALLBACKS["RoIShuffle"],
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
 }
 
@@ -740,19 +760,22 @@ def test_a_model_without_batchnorm_is_refused(make: Callable[[], Any]) -> None:
 
 @every_callback
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(make: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"layers='backbone\.\*' matches no BatchNorm layer of TinyNet.*bn1, bn2"):
-        fit(TinyNet(), make(layers="backbone.*"))
+    option = patterns_of(make)
+    match = rf"{option}='backbone\.\*' matches no (BatchNorm layer|module) of TinyNet.*bn1.* bn2"
+    with pytest.raises(ValueError, match=match):
+        fit(TinyNet(), make(**{option: "backbone.*"}))
 
 
 @every_callback
 def test_two_on_one_layer_are_refused_by_its_name(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"Two \w+s act on layer 'bn2' \(1 in all\).*do not overlap"):
-        fit(TinyNet(), [make(layers="bn*"), make(layers="bn2")])
+        fit(TinyNet(), [make(**{patterns_of(make): patterns}) for patterns in ("bn*", "bn2")])
 
 
 @every_callback
 def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..., Any], tmp_path: Path) -> None:
-    callbacks = [make(layers="bn1"), make(layers=["bn2"]), ModelCheckpoint(tmp_path)]
+    first, second = (make(**{patterns_of(make): patterns}) for patterns in ("bn1", ["bn2"]))
+    callbacks = [first, second, ModelCheckpoint(tmp_path)]
     trainer = fit(TinyNet(), callbacks, enable_checkpointing=True)
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
@@ -795,18 +818,18 @@ class Elsewhere(pytorch_lightning.LightningModule):
 
 
 @every_callback
-def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[[], Any], tmp_path: Path) -> None:
+def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tmp_path: Path) -> None:
     trainer = pytorch_lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,
-        callbacks=[make()],
+        callbacks=[make(**{patterns_of(make): "net.*"})],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
     module = Elsewhere()
     trainer.fit(module, train_loader(), val_loader())
-    assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3)  # no pass, one or two
+    assert module.shown.batches in (8, 8 + 3, 8 + 2 * 3, 8 + 2 * 4)  # no pass, one or two
 
 
 @every_evaluating

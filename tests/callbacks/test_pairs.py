@@ -29,7 +29,9 @@ MAKE: dict[str, Callable[[], Any]] = {
     "GhostBNCallback": functools.partial(lbn.GhostBNCallback, size=4),
     "SyncBNCallback": lbn.SyncBNCallback,
     "DomainSpecificBNCallback": functools.partial(lbn.DomainSpecificBNCallback, 3, domain_of=operator.itemgetter(1)),
+    "RoIShuffleCallback": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
     "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
+    "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 32),
 }
 ALL = [tuple(sorted(pair)) for pair in PAIRS]
 

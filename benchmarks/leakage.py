@@ -1,0 +1,102 @@
+"""What BatchLeakageMonitor adds to an epoch: the copies, the pass over kept batches, and the test of all layers."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from typing import Any
+
+import torch
+import torchvision
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.monitor import Classifier
+from benchmarks.timing import Spread
+from lightning_bn import BatchLeakageMonitor
+
+TITLE = "What BatchLeakageMonitor costs"
+CLAIM = (
+    "An epoch takes longer by one forward without gradients over num_samples samples, and by the test. Reported, "
+    "without a target: its share falls with the size of the epoch."
+)
+BATCHES, SAMPLES, PIXELS, EPOCHS = 64, 32, 32, 3
+
+
+class Timed(Callback):
+    """Seconds of each epoch, and of those what a monitor took in its hooks."""
+
+    def __init__(self, monitor: BatchLeakageMonitor) -> None:
+        self.monitor = monitor
+        self.whole: list[float] = []
+        self.copies: list[float] = []
+        self.tests: list[float] = []
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self._started = time.perf_counter()
+        self._copied = 0.0
+        self.monitor.on_train_epoch_start(*args)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        started = time.perf_counter()
+        self.monitor.on_train_batch_start(*args)
+        self._copied += time.perf_counter() - started
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        trained = time.perf_counter() - self._started
+        started = time.perf_counter()
+        self.monitor.on_train_epoch_end(*args)
+        self.whole.append(trained - self._copied)
+        self.copies.append(self._copied)
+        self.tests.append(time.perf_counter() - started)
+
+
+def report(device: str, quick: bool) -> str:
+    """Measure, as Markdown."""
+    torch.set_num_threads(2)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    lines = [
+        "| network, batch | samples tested, of an epoch | copies, % of the epoch | pass and test, % of the epoch | s |",
+        "|---|---|---|---|---|",
+    ]
+    for tested in (512, 2048):
+        timed = _fit(Classifier(torchvision.models.resnet18(weights=None)), tested, device, quick)
+        copies, tests = (
+            Spread.of([100 * a / b for a, b in zip(part[1:], timed.whole[1:], strict=True)])
+            for part in (timed.copies, timed.tests)
+        )
+        lines.append(
+            f"| ResNet-18, {SAMPLES} of {PIXELS} px | {tested} of {BATCHES * SAMPLES} | {copies} | {tests} "
+            f"| {Spread.of(timed.tests[1:]).median:.1f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"**Method.** Random images and weights, SGD at rate 0, epochs of {BATCHES * SAMPLES} samples, of which "
+            "the first is not counted; the monitor's hooks by a clock around them, against the rest of the same epoch. "
+            "Median and quartiles. Data without leakage: the test stops early, as it does in most epochs. The share of "
+            "an epoch of n samples is that above times 2048 / n.",
+        ]
+    )
+
+
+def _fit(module: LightningModule, tested: int, device: str, quick: bool) -> Timed:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(BATCHES * SAMPLES, 3, PIXELS, PIXELS), torch.randint(10, (BATCHES * SAMPLES,)))
+    timed = Timed(BatchLeakageMonitor(tested, level=1e-9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            accelerator="gpu" if device == "cuda" else device,
+            devices=1,
+            max_epochs=2 if quick else EPOCHS,
+            callbacks=[timed],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(data, SAMPLES, shuffle=True))
+    return timed

@@ -1,0 +1,222 @@
+"""BatchLeakageMonitor: whether the samples that share a normalization batch were put together at random (Sec. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_bn import plots
+from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
+from lightning_bn.engine.leakage_pass import LeakagePass, three_errors
+from lightning_bn.engine.logging import log_row, log_step, safe_keys
+from lightning_bn.engine.population_pass import Forward
+from lightning_bn.functional.leakage import BatchLeakage
+from lightning_bn.functional.samples import Count
+from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.statistics.leakage import Evidence
+
+_MOST_KEYED = 64
+"""Layers that get keys of their own, as of `BNStatsMonitor`."""
+
+
+class BatchLeakageMonitor(BatchNormCallback):
+    """Tell whether normalization batches are i.i.d. in what BatchNorm sees, and sound an alarm if not (Sec. 6).
+
+    A model learns to read a pattern in its batches off their statistics, and is lost in evaluation: with batches of
+    16 classes x 2 images validation error was 51.1 % with population and 23.3 % with mini-batch statistics (Fig. 8).
+    Training shows nothing of it, and in train mode BatchNorm subtracts the evidence. So some batches of each epoch,
+    chosen at random, are shown once more to the model as it is at the epoch's end, with population statistics and
+    without leaving a trace; of each layer the intra-class correlation of its normalization batches (its own: `ghost_bn`
+    and SyncBN count) is held against random regrouping, two-sided. See `batch_leakage`, which this is; the epochs'
+    p-values make one of the run, which falls below ``level`` by chance in at most that share of runs, however
+    many layers and epochs they have. An alarm is final: the monitor then rests.
+
+    On alarm, if correlations are positive (samples that share a batch are alike):
+
+    - Shuffle, if it was left out; sample the classes of a batch independently.
+    - If the loss needs the pattern: `GhostBNCallback` with groups that cut across it. Interleaved groups separate
+      neighbours, c0, c0, c1, c1, ...; contiguous ones keep pairs together and the leak with them.
+    - In an R-CNN head (one image's regions are alike): `SyncBNCallback` on the head, or rows exchanged between ranks;
+      box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
+    - `FreezeBNCallback`: what normalises with the population cannot leak.
+
+    Negative correlations say that batches are balanced, by class for instance. That is not i.i.d. either; compare
+    the errors (``compare=True``) before changing anything.
+
+    When it does not help: it does not say what leakage costs. Ten digit classes as 8 x 2 alarm, and cost nothing
+    (3.6 % error against 3.8); regions of two images in a batch alarm, and cost little (40.1 against 41.7).
+    It cannot see patterns that do not show in a sample's channel means, nor a single batch per epoch.
+
+    Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test
+    (``python -m benchmarks --only leakage.cpu`` measures it); with ``compare``, two or three
+    further validations each time.
+
+    Args:
+        num_samples: Samples of an epoch to test, of all ranks together, in four batches or more. 4096 find 16 classes
+            x 2 of 80 classes at the first epoch's end; 2048 did not always.
+        level: Share of runs without leakage that may alarm.
+        forward: As `PreciseBNCallback`'s: ``"training_step"``, muted; ``"forward"``; or a function of module and batch.
+        compare: Log in each validation of the fit what it logs with population statistics, with mini-batch statistics,
+            and, where ``same_pattern`` is given, with those of batches in training's pattern: the curves of Fig. 8.
+            Leakage makes the first rise while the last falls. The second needs a validation loader that is shuffled.
+        same_pattern: From the Trainer to a loader of validation samples, put together as in training. Ranks share it.
+        layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every layer that is not
+            frozen.
+        count: Number of samples in a batch; None takes the length of the first tensor in it. Detectors' lists of images
+            need it (``len``).
+        replay_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
+            2.5e9, of all ranks together.
+
+    Attributes:
+        result: What the last test found, or None.
+        p_value: Of the run so far.
+        alarmed: Whether it fell below ``level``.
+
+    Raises:
+        ValueError: At fit start, naming the way out: no layer to test, a module that cannot be shown batches neutrally,
+            ``compare`` beside a `MiniBatchInferenceCallback`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bn import BatchLeakageMonitor
+        >>> trainer = Trainer(callbacks=[BatchLeakageMonitor()], logger=False, enable_checkpointing=False)
+
+        As YAML for LightningCLI:
+
+        ```yaml
+        trainer:
+          callbacks:
+            - class_path: lightning_bn.BatchLeakageMonitor
+              init_args: {layers: "roi_heads.*", count: builtins.len}
+        ```
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 4096,
+        level: float = 0.01,
+        forward: Forward = "training_step",
+        compare: bool = False,
+        same_pattern: Callable[[Trainer], Iterable[Any]] | None = None,
+        layers: Layers = None,
+        count: Count | None = None,
+        replay_bytes: int = 2**32,
+    ) -> None:
+        if not (isinstance(level, float) and 0 < level < 1):
+            raise ValueError(f"level must be a share of runs between 0 and 1 but is {level!r}.")
+        if same_pattern is not None and not compare:
+            raise ValueError("same_pattern is for compare=True, whose third error it gives.")
+        self.level = level
+        self.compare = compare
+        self.same_pattern = same_pattern
+        self.layers = layers
+        self.result: BatchLeakage | None = None
+        self._pass = LeakagePass(num_samples, forward, layers, count, replay_bytes)
+        self._evidence = Evidence()
+        self._said = ""
+
+    @property
+    def p_value(self) -> float:
+        """Of the run so far."""
+        return self._evidence.p_value
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the run's p-value is at most ``level``."""
+        return self.p_value <= self.level
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a checkpoint is restored after this."""
+        if stage == "fit":
+            self.result, self._evidence, self._said = None, Evidence(), ""
+            self._pass.forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now what could not be done later."""
+        super().on_fit_start(trainer, pl_module)
+        self._pass.check(pl_module, trainer)
+        others = [c for c in trainer.callbacks if isinstance(c, MiniBatchInferenceCallback)]  # type: ignore[attr-defined]
+        if self.compare and any("validate" in c.stages for c in others):
+            raise ValueError(
+                "BatchLeakageMonitor(compare=True) evaluates with population and with mini-batch statistics, and "
+                "MiniBatchInferenceCallback leaves no population: give that one other stages than 'validate'."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the batches of one epoch alone: a sample may come again in the next, but never twice in a batch."""
+        self._pass.forget()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Perhaps keep the batch."""
+        if not self.alarmed:
+            self._pass.keep(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the errors of Fig. 8, if asked for."""
+        if self.compare and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            log_row(trainer, three_errors(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage"))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the epoch's batches; log, and sound the alarm."""
+        if not self.alarmed:
+            self._test(trainer, pl_module)
+        self._pass.forget()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last epoch tested."""
+        if self.result is not None and not self.alarmed:
+            self._draw(trainer, self.result)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the batches of an epoch that was broken off."""
+        self._pass.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The evidence so far."""
+        return asdict(self._evidence)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self._evidence = Evidence(**state_dict)
+
+    def _test(self, trainer: Trainer, module: LightningModule) -> None:
+        reason = self._pass.nothing_to_do(trainer, module)
+        found = None if reason else self._pass.run(trainer, module)
+        if found is None:
+            reason = reason or "its layers were given equal or non-finite rows, or one batch alone"
+            if reason != self._said:
+                rank_zero_warn(f"BatchLeakageMonitor tests nothing in this epoch: {reason}.")
+            self._said = reason
+            return
+        self.result = found
+        self._evidence.add(found.p_value)
+        keys = safe_keys(storing_layers(module, self.layers))
+        worst = found.worst_layer
+        row = {"p_value": self.p_value, "epoch_p_value": found.p_value, "icc_worst": found.icc[worst]}
+        if len(found.icc) <= _MOST_KEYED:
+            row |= {f"icc/{keys[name]}": value for name, value in found.icc.items()}
+        log_row(trainer, {f"batch_leakage/{key}": value for key, value in row.items()})
+        if self.alarmed:
+            alike = found.icc[worst] > 0
+            plots.alert(
+                trainer,
+                "Batches leak information" if alike else "Batches are balanced",
+                f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalises together are "
+                f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
+                f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
+                + ("Shuffle; or GhostBN across the pattern, SyncBN, FrozenBN. " if alike else "")
+                + "compare=True shows what it costs.",
+            )
+            self._draw(trainer, found)
+
+    def _draw(self, trainer: Trainer, found: BatchLeakage) -> None:
+        if plots.any_logs(trainer):
+            with suppress(ValueError):  # a logger without a place for pictures
+                figure = plots.leakage_by_layer(found.icc, found.noise, p_value=self.p_value)
+                plots.log_figure(trainer, "batch_leakage/layers", figure, log_step(trainer))

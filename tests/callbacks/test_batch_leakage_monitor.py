@@ -1,0 +1,237 @@
+"""BatchLeakageMonitor alarms on batches that were put together by a pattern, on no others, and logs what it finds."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
+from lightning_bn.engine.batches import Reservoir
+from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
+from tests.callbacks.zoo import (
+    Evaluated,
+    Passes,
+    TinyNet,
+    digest,
+    fit,
+    train_loader,
+    trainer_with,
+    val_loader,
+)
+from tests.ranks import run_on_ranks
+
+KINDS = 128
+
+
+def images_of_kinds() -> tuple[Tensor, Tensor]:
+    """16 images of each of 128 kinds, sorted by kind."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(KINDS).repeat_interleave(16)
+    images = (
+        torch.randn(len(kind), 3, 6, 6, generator=generator)
+        + 2 * torch.randn(KINDS, 3, 1, 1, generator=generator)[kind]
+    )
+    return images, kind % 3
+
+
+def batches(pattern: str) -> list[list[int]]:
+    """An epoch in 64 batches of 32: shuffled, in order, or 16 kinds x 2 each."""
+    generator = torch.Generator().manual_seed(1)
+    if pattern == "16 x 2":
+        kinds = [torch.randperm(KINDS, generator=generator).view(8, 16) for _ in range(8)]
+        return [
+            (16 * k.repeat_interleave(2) + torch.arange(2).repeat(16) + 2 * i).tolist()
+            for i, ks in enumerate(kinds)
+            for k in ks
+        ]
+    order = torch.randperm(2048, generator=generator) if pattern == "shuffled" else torch.arange(2048)
+    return order.view(64, 32).tolist()
+
+
+def loader(pattern: str) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=batches(pattern))
+
+
+def warned(module: Any, callbacks: Any, *args: Any, **kwargs: Any) -> tuple[Trainer, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, callbacks, *args, **kwargs)
+    said = [str(w.message) for w in caught]
+    return trainer, [m for m in said if "BatchLeakage" in m or m.startswith("Batches ")]
+
+
+@pytest.mark.parametrize("pattern", ["16 x 2", "in order"])
+def test_a_pattern_alarms_within_one_epoch(pattern: str) -> None:
+    monitor = BatchLeakageMonitor()
+    trainer, said = warned(TinyNet(), monitor, loader(pattern), val=None, max_epochs=1)
+    assert monitor.alarmed and monitor.p_value <= 0.01
+    assert len(said) == 1 and "Batches leak information: In epoch 0 the samples that layer 'bn" in said[0]
+    (row,) = [row for _, row in trainer.loggers[0].rows if "batch_leakage/p_value" in row]
+    assert set(row) == {f"batch_leakage/{k}" for k in ("p_value", "epoch_p_value", "icc_worst", "icc/bn1", "icc/bn2")}
+    assert row["batch_leakage/p_value"] == monitor.p_value and row["batch_leakage/icc_worst"] > 0
+
+
+def test_shuffled_batches_do_not_alarm() -> None:
+    monitor = BatchLeakageMonitor()
+    trainer, said = warned(TinyNet(), monitor, loader("shuffled"), max_epochs=3)
+    assert not monitor.alarmed and said == []
+    assert len(trainer.loggers[0].logged("batch_leakage/epoch_p_value")) == 3
+
+
+def test_balanced_batches_alarm_and_are_called_so() -> None:
+    """Each batch holds one image of each kind."""
+    order = torch.arange(2048).view(KINDS, 16).T.reshape(16, KINDS)
+    balanced = DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=order.tolist())
+    _, said = warned(TinyNet(), BatchLeakageMonitor(), balanced, val=None, max_epochs=1)
+    assert len(said) == 1 and said[0].startswith("Batches are balanced")
+
+
+def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
+    """Two ghosts of 16: one image of each kind, or eight kinds twice."""
+    monitors = {grouping: BatchLeakageMonitor(level=1e-9) for grouping in ("interleaved", "contiguous")}
+    for grouping, monitor in monitors.items():
+        ghosts = GhostBNCallback(size=16, grouping=grouping)
+        fit(TinyNet(), [monitor, ghosts], loader("16 x 2"), val=None, max_epochs=1)
+    assert monitors["contiguous"].p_value < 0.01
+    assert monitors["interleaved"].result.icc["bn1"] < monitors["contiguous"].result.icc["bn1"] / 3
+
+
+def test_after_its_alarm_it_rests() -> None:
+    monitor = BatchLeakageMonitor()
+    passes = Passes(monitor)
+    fit(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=2)
+    assert passes.seen == [("epoch end", 64)]
+    assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
+
+
+def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
+    class Single(Scenes):
+        def __getitem__(self, index: int) -> Any:
+            image, target = super().__getitem__(index)
+            return image * (0.2 + index), target
+
+    singles = DataLoader(Single(), batch_size=1, collate_fn=lambda items: tuple(zip(*items, strict=True)))
+    monitor = BatchLeakageMonitor(layers="*roi_heads*", count=count_images)
+    _, said = warned(Detector(), monitor, singles, val=None, max_epochs=1)
+    assert monitor.alarmed and list(monitor.result.icc) == ["net.roi_heads.box_head.2"] and len(said) == 1
+
+
+# ------------------------------------------------------------------------------------------------- errors of Fig. 8
+def in_pattern(trainer: Trainer) -> Any:
+    return val_loader(batch_size=3)
+
+
+def test_the_three_errors_are_what_validation_would_log() -> None:
+    evaluated, monitor = Evaluated(), BatchLeakageMonitor(compare=True, same_pattern=in_pattern)
+    module = TinyNet()
+    trainer = fit(module, [monitor, evaluated], max_epochs=1)
+    found = {k: v for _, row in trainer.loggers[0].rows for k, v in row.items() if k.startswith("batch_leakage/")}
+    state = evaluated.states[0]
+    for key, loader, callbacks in (
+        ("population", val_loader(), []),
+        ("mini_batch", val_loader(), [MiniBatchInferenceCallback()]),
+        ("same_pattern", val_loader(batch_size=3), [MiniBatchInferenceCallback()]),
+    ):
+        twin = TinyNet()
+        twin.load_state_dict(state)
+        (oracle,) = trainer_with(callbacks).validate(twin, loader, verbose=False)
+        assert found[f"batch_leakage/{key}/val_loss"] == pytest.approx(oracle["val_loss"], rel=1e-5)
+    assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[0]["val_loss"], rel=1e-6)
+    assert "batch_leakage/population/val_loss" not in trainer.callback_metrics
+
+
+def test_comparing_beside_mini_batch_inference_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves no population"):
+        fit(TinyNet(), [BatchLeakageMonitor(compare=True), MiniBatchInferenceCallback()])
+    fit(TinyNet(), [BatchLeakageMonitor(compare=True), MiniBatchInferenceCallback(stages=["test"])])
+
+
+# ------------------------------------------------------------------------------------------------------- says so
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": 0}, "level must be"),
+        ({"level": 2.0}, "level must be"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"same_pattern": in_pattern}, "same_pattern is for compare=True"),
+        ({"forward": "backward"}, "forward must be"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchLeakageMonitor(**arguments)
+
+
+def test_batches_that_do_not_fit_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"keeps 4 batches.*Raise replay_bytes, or lower num_samples"):
+        fit(TinyNet(), BatchLeakageMonitor(8, replay_bytes=4000))
+
+
+def test_an_epoch_of_one_batch_is_said_once() -> None:
+    _, said = warned(TinyNet(), BatchLeakageMonitor(), train_loader(8, 8))
+    assert len(said) == 1 and "fewer than two batches" in said[0]
+
+
+def test_frozen_layers_are_said_once() -> None:
+    _, said = warned(TinyNet(), [BatchLeakageMonitor(), FreezeBNCallback(start_step=0, statistics="ema")])
+    assert len(said) == 1 and "normalise with the population" in said[0]
+
+
+def test_manual_optimization_is_refused_with_the_way_out() -> None:
+    class Manual(TinyNet):
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="pass forward='forward'"):
+        fit(Manual(), BatchLeakageMonitor())
+
+
+def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
+    fit(TinyNet(), BatchLeakageMonitor(), logger=CSVLogger(tmp_path))
+    (picture,) = tmp_path.rglob("figures/batch_leakage/layers-*.png")
+    assert picture.stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------- which batches are kept
+def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
+    kept: Counter[int] = Counter()
+    for seed in range(2000):
+        reservoir = Reservoir(3, seed)
+        for number in range(10):
+            reservoir.keep(torch.tensor(number))
+        assert reservoir.held == 3
+        kept.update(int(b) for b in reservoir.batches(torch.device("cpu")))
+    assert all(count == pytest.approx(600, abs=100) for count in kept.values()) and len(kept) == 10
+
+
+def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
+    reservoir, batch = Reservoir(1, 0), torch.zeros(2)
+    reservoir.keep(batch)
+    batch += 1
+    for shown in (next(reservoir.batches(torch.device("cpu"))) for _ in range(2)):
+        assert torch.equal(shown, torch.zeros(2))
+        shown += 1
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+def fit_on_rank(world_size: int) -> Any:
+    """The sampler hands rank 0 the even samples and rank 1 the odd ones."""
+    module, monitor = TinyNet(), BatchLeakageMonitor(compare=True)
+    trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
+    logged = trainer.loggers[0].rows if torch.distributed.get_rank() == 0 else None
+    return monitor.state_dict(), monitor.result, digest(dict(module.named_parameters())), logged
+
+
+@pytest.mark.ddp
+def test_ranks_agree() -> None:
+    first, second = run_on_ranks(fit_on_rank, 2, 2)
+    assert first[:3] == second[:3] and first[0]["epochs"] == 2
+    assert any("batch_leakage/p_value" in row for _, row in first[3])

@@ -1,0 +1,161 @@
+"""How many samples a pass of PreciseBNCallback normalises together: B of the paper's Table 2."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.testing import assert_close
+
+import lightning_bn.functional.pooled as pooled
+from lightning_bn import PreciseBNCallback
+from tests.callbacks.zoo import TinyNet, digest, exact_statistics, fit, statistics_of, train_loader
+
+SAMPLES = 232  # 29 batches of 8: two groups of 104 samples and one of 24
+
+
+def together(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Several batches as one."""
+    x, y = zip(*batches, strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def fitted(precise: Callback, module: TinyNet | None = None, **trainer: Any) -> TinyNet:
+    module = module or TinyNet()
+    fit(module, precise, train_loader(SAMPLES), max_epochs=1, **trainer)
+    return module
+
+
+def assert_measured(module: TinyNet, precise: PreciseBNCallback, batches: list[Any]) -> None:
+    """What was measured and written is what float64 gives on these batches, each normalised by itself."""
+    assert precise.result is not None
+    for name, (mean, var) in exact_statistics(module, batches, together=False).items():
+        assert_close(precise.result[name].mean, mean, rtol=1e-5, atol=1e-5)
+        assert_close(precise.result[name].var, var, rtol=1e-5, atol=1e-5)
+        assert digest(module.get_submodule(name).running_mean) == digest(precise.result[name].mean.float())
+
+
+def warned(run: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "opulation" in str(w.message) or "PreciseBN" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "group"), [(None, 13), (100, 13), (1, 1), (8, 1), (9, 2), ("population", 29), (10**9, 29)]
+)
+def test_whole_batches_are_normalised_together_until_they_hold_enough(batch_size: Any, group: int) -> None:
+    precise = PreciseBNCallback(SAMPLES, batch_size=batch_size)
+    module = fitted(precise)
+    batches = list(train_loader(SAMPLES))
+    groups = [together(batches[i : i + group]) for i in range(0, len(batches), group)]
+    assert_measured(module, precise, groups)
+    assert precise.result.batch_size == SAMPLES / len(groups)
+    assert (precise.result.num_samples, precise.result.num_batches) == (SAMPLES, 29)
+
+
+class Diverging(TinyNet):
+    """Skips a layer for some batches."""
+
+    def features(self, x: Tensor) -> Tensor:
+        skipped = x.flatten()[0] > 0
+        x = self.conv2(F.relu(self.bn1(self.conv1(x))))
+        return F.relu(x if skipped else self.bn2(x)).mean((2, 3))
+
+
+def test_by_default_a_model_whose_batches_diverge_gets_one_pass_statistics_and_one_warning() -> None:
+    precise, module = PreciseBNCallback(SAMPLES), Diverging()
+    said = warned(lambda: fit(module, precise, train_loader(SAMPLES), max_epochs=2, val_check_interval=10))
+    assert len(said) == 1 and "takes the batches as they come" in said[0]
+    assert ("bn2" in said[0] and "their end" in said[0]) or "had come to its end" in said[0]
+    alone, plain = PreciseBNCallback(SAMPLES, batch_size=1), Diverging()
+    fit(plain, alone, train_loader(SAMPLES), max_epochs=2, val_check_interval=10)
+    assert digest(statistics_of(module)) == digest(statistics_of(plain))
+
+
+def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_was() -> None:
+    class Before(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            self.state = digest({key: value.clone() for key, value in module.state_dict().items()})
+
+    module, before = Diverging(), Before()
+    with pytest.raises(RuntimeError, match=r"diverge.*bn2.*layers="):
+        fit(module, [PreciseBNCallback(SAMPLES, batch_size=64), before], train_loader(SAMPLES), max_epochs=1)
+    assert digest(module.state_dict()) == before.state
+    assert type(module.bn1) is torch.nn.BatchNorm2d
+
+
+def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs: list[pooled.Needs] = []
+    look = pooled.Pooled.needs
+    monkeypatch.setattr(pooled.Pooled, "needs", lambda self, own: needs.append(look(self, own)) or needs[-1])
+    fitted(PreciseBNCallback(SAMPLES))
+    monkeypatch.setattr(pooled, "free_memory", lambda device: 2 * 4 * needs[0].num_bytes + 10)  # 4 batches in half
+    precise = PreciseBNCallback(SAMPLES)
+    module = TinyNet()
+    said = warned(lambda: fit(module, precise, train_loader(SAMPLES), max_epochs=1, val_check_interval=10))
+    assert len(said) == 1 and "of 32 samples, not of 100" in said[0] and "memory_limit=" in said[0]
+    batches = list(train_loader(SAMPLES))
+    assert_measured(module, precise, [together(batches[i : i + 4]) for i in range(0, 29, 4)])
+
+
+def test_what_does_not_fit_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooled, "free_memory", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"micro-batches of 8 samples.*1,000 are free.*memory_limit="):
+        fitted(PreciseBNCallback(SAMPLES, batch_size="population"))
+
+
+def test_a_memory_limit_changes_no_number_and_is_reported() -> None:
+    plain, limited = PreciseBNCallback(SAMPLES), PreciseBNCallback(SAMPLES, memory_limit=5_000)
+    one, other = fitted(plain), fitted(limited)
+    assert digest(statistics_of(one)) == digest(statistics_of(other))
+    assert plain.result.spilled == 0 < limited.result.spilled
+
+
+def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None:
+    exact, rough, hopeless = (
+        PreciseBNCallback(SAMPLES, batch_size=1, tolerance=tolerance) for tolerance in (None, 0.2, 1e-6)
+    )
+    for precise in (exact, rough, hopeless):
+        fitted(precise)
+    assert hopeless.result.num_samples == exact.result.num_samples == SAMPLES
+    assert 8 * 8 <= rough.result.num_samples < SAMPLES
+    for measured in rough.result.values():
+        for error in (measured.standard_error, measured.var_standard_error):
+            assert error.square().mean().sqrt() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be a whole number"),
+        ({"batch_size": "all"}, ValueError, "batch_size must be a number of samples, 'population' or None"),
+        ({"tolerance": 0}, ValueError, "tolerance must be above 0"),
+        ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
+        ({"tolerance": 0.1, "batch_size": "population"}, ValueError, "leave one of them out"),
+        ({"memory_limit": 0}, ValueError, "memory_limit must be at least 1"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_at_once(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        PreciseBNCallback(**arguments)
+
+
+@pytest.mark.parametrize("batch_size", ["population", 256, None])
+def test_the_command_line_takes_it(batch_size: Any) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PreciseBNCallback, "precise")
+    given = "null" if batch_size is None else str(batch_size)
+    assert parser.parse_args([f"--precise.batch_size={given}"]).precise.batch_size == batch_size

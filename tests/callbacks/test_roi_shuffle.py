@@ -1,0 +1,383 @@
+"""RoIShuffleCallback: fits on two ranks, torchvision's detectors as they are, and resuming."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+
+from lightning_bn import FreezeBNCallback, GhostBNCallback, PreciseBNCallback, RoIShuffleCallback, SyncBNCallback
+from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
+from tests.distributed.test_roi_shuffle_ranks import Detector
+from tests.ranks import ranks_at_hand, run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Two of them."""
+    with ranks_at_hand(2) as call:
+        yield call
+
+
+class Scenes(torch.utils.data.Dataset[Any]):
+    """An image a rank and step, with boxes and masks; every fourth has none."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        own = torch.Generator().manual_seed(index)
+        image = torch.rand(3, 64, 64, generator=own, dtype=torch.float64)
+        count = (2, 3, 1, 0)[index % 4]
+        corner = torch.rand(count, 2, generator=own, dtype=torch.float64) * 32
+        boxes = torch.cat([corner, corner + 24], 1)
+        masks = torch.zeros(count, 64, 64, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        return image, {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
+
+
+def detector(masks: bool, norm: Any) -> nn.Module:
+    """torchvision's Faster or Mask R-CNN on a small backbone, with ``norm`` in its heads."""
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+    trunk.out_channels = 8
+    options: dict[str, Any] = {
+        "num_classes": 3,
+        "min_size": 64,
+        "max_size": 64,
+        "rpn_anchor_generator": AnchorGenerator(((16, 32),), ((1.0,),)),
+        "rpn_pre_nms_top_n_train": 50,
+        "rpn_post_nms_top_n_train": 20,
+        "box_head": FastRCNNConvFCHead((8, 7, 7), [8], [1024], norm_layer=norm),
+    }
+    if masks:
+        options["mask_head"] = MaskRCNNHeads(8, [256], 1, norm_layer=norm)
+    return (MaskRCNN if masks else FasterRCNN)(trunk, **options)
+
+
+class Detects(LightningModule):
+    """A detector, with BatchNorm in its heads or without, that notes how many rows these are given."""
+
+    def __init__(self, masks: bool, bn: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = detector(masks, nn.BatchNorm2d if bn else None)
+        self.double()
+        self.rows: list[tuple[str, int]] = []
+        self.losses: list[dict[str, float]] = []
+        for name, head in self.model.roi_heads.named_children():
+            if name.endswith("_head") and head is not None:
+                head.register_forward_pre_hook(lambda _, args, name=name: self.rows.append((name, len(args[0]))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, targets = zip(*batch, strict=True)
+        torch.manual_seed(batch_idx)  # the samplers' random numbers
+        losses = self.model(list(images), list(targets))
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+        return sum(losses.values())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Gradients(Callback):
+    """Those that the last step was made with."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.last = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+def detected(masks: bool, bn: bool, callbacks: list[Any]) -> tuple[Detects, dict[str, Tensor]]:
+    """Two steps of an image a rank: of two and three objects, of one and none."""
+    module, gradients = Detects(masks, bn), Gradients()
+    scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
+    fit(
+        module,
+        [*callbacks, gradients],
+        DataLoader(scenes, 1, collate_fn=list),
+        None,
+        max_epochs=1,
+        devices=2,
+        strategy="ddp",
+        use_distributed_sampler=False,
+    )
+    assert list(module.state_dict()) == list(Detects(masks, bn).state_dict())
+    return module, gradients.last
+
+
+def with_and_without(masks: bool, bn: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind in ("without", "with"):
+        shuffle = RoIShuffleCallback(modules="model.roi_heads.*_head")
+        module, gradients = detected(masks, bn, [shuffle] if kind == "with" else [])
+        found[kind] = {"losses": module.losses, "gradients": gradients, "rows": module.rows}
+        found["unshuffled"] = shuffle.unshuffled
+    return found
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:.*has no BatchNorm layer")
+def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle(ranks: Any) -> None:
+    results = ranks(with_and_without, True, False)
+    for found in results:
+        for ours, theirs in zip(found["with"]["losses"], found["without"]["losses"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+        assert found["with"]["gradients"].keys() == found["without"]["gradients"].keys()
+        for name, gradient in found["without"]["gradients"].items():
+            torch.testing.assert_close(found["with"]["gradients"][name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+    before, after = ([dict.fromkeys(("box_head", "mask_head"), 0) for _ in range(4)] for _ in range(2))
+    for rank, found in enumerate(results):
+        for kind, seen in (("without", before), ("with", after)):
+            for call, (name, rows) in enumerate(found[kind]["rows"]):
+                seen[2 * (call // 2) + rank][name] = rows
+    for step in (0, 2):
+        for head in ("box_head", "mask_head"):
+            own, given = ([seen[step + rank][head] for rank in range(2)] for seen in (before, after))
+            assert given == (own if sum(own) < 4 else [sum(own) - sum(own) // 2, sum(own) // 2])
+    assert before[3]["mask_head"] == 0, "this test shows nothing of empty sets"
+    assert {found["unshuffled"] for found in results} == {
+        sum(before[s]["mask_head"] + before[s + 1]["mask_head"] < 4 for s in (0, 2))
+    }
+
+
+@pytest.mark.ddp
+def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently(ranks: Any) -> None:
+    first, second = ranks(with_and_without, False, True)
+    for name, gradient in first["with"]["gradients"].items():
+        assert torch.equal(gradient, second["with"]["gradients"][name]) and gradient.isfinite().all()
+    assert first["with"]["losses"][0] != first["without"]["losses"][0]
+    rpn = [key for key in first["with"]["losses"][0] if "rpn" in key or "objectness" in key]
+    assert all(first["with"]["losses"][0][key] == first["without"]["losses"][0][key] for key in rpn)
+
+
+class Saves(Callback):
+    """A checkpoint in the middle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(self.path)
+
+
+class Copies(Callback):
+    """The module's classes in copies that are made in mid-fit."""
+
+    def __init__(self) -> None:
+        self.classes: set[type] = set()
+        self.keys: set[tuple[str, ...]] = set()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.classes |= {type(m) for m in copy.deepcopy(pl_module).modules()}
+        self.keys.add(tuple(pl_module.state_dict()))
+
+
+def trained(callbacks: list[Any], batch: int = 8, **kwargs: Any) -> dict[str, Any]:
+    """Three epochs of four equal batches, so that it does not matter which of them Lightning repeats on resuming."""
+    module, copies = TinyNet(), Copies()
+    own = Images(16 + dist.get_rank())
+    same = torch.utils.data.ConcatDataset([torch.utils.data.Subset(own, range(batch))] * 4)
+    options = {"max_epochs": 3, "devices": 2, "strategy": "ddp", "use_distributed_sampler": False, **kwargs}
+    fit(module, [*callbacks, copies], DataLoader(same, batch), **options)
+    plain = TinyNet()
+    assert copies.classes == {type(m) for m in plain.modules()} and copies.keys == {tuple(plain.state_dict())}
+    assert [type(m) for m in module.modules()] == [type(m) for m in plain.modules()]
+    shuffle = next((c for c in callbacks if isinstance(c, RoIShuffleCallback)), None)
+    return {
+        "weights": digest(dict(module.named_parameters())),
+        "statistics": digest(statistics_of(module)),
+        "state": digest(shuffle.state_dict()) if shuffle else None,
+    }
+
+
+def resumed(folder: Path) -> list[dict[str, Any]]:
+    checkpoint = folder / "5.ckpt"
+    found = [trained([RoIShuffleCallback(modules="bn*"), Saves(checkpoint)])]
+    dist.barrier()
+    (saved,) = torch.load(checkpoint, weights_only=True)["callbacks"].values()
+    assert set(saved) == {"generator", "unshuffled"}
+    found.append(trained([RoIShuffleCallback(modules="bn*")], ckpt_path=checkpoint))
+    found.append(trained([RoIShuffleCallback(modules="bn*", seed=1)]))
+    found.append(trained([]))
+    used = RoIShuffleCallback(modules="bn*")
+    trained([used])
+    found.append(trained([used]))
+    return found
+
+
+@pytest.mark.ddp
+def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(ranks: Any, tmp_path: Path) -> None:
+    first, second = ranks(resumed, tmp_path)
+    whole, again, other_seed, plain, second_fit = first
+    assert again == whole, "resumed differently"
+    assert second_fit == whole, "the second fit of one callback is not like the first"
+    assert other_seed["weights"] != whole["weights"] != plain["weights"]
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["weights"] == theirs["weights"] and ours["state"] == theirs["state"]
+
+
+class Ignores(LightningModule):
+    """Rank 1 has no rows for the heads, or a loss that ignores what becomes of them."""
+
+    def __init__(self, no_rows: bool) -> None:
+        super().__init__()
+        self.net, self.no_rows = Detector(), no_rows
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        rows = torch.as_tensor(batch)[: 0 if self.no_rows and dist.get_rank() else None]
+        outputs = self.net(rows)
+        return {"loss": outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"]), "batch": batch_idx}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def ignored(no_rows: bool, find_unused: bool) -> dict[str, Tensor]:
+    module, gradients = Ignores(no_rows), Gradients()
+    data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
+    strategy = "ddp_find_unused_parameters_true" if find_unused else "ddp"
+    shuffle = RoIShuffleCallback(modules="net.*_head")
+    fit(module, [shuffle, gradients], data, None, devices=2, strategy=strategy, use_distributed_sampler=False)
+    return gradients.last
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("no_rows", [False, True])
+def test_a_training_step_may_ignore_the_rows(no_rows: bool, find_unused: bool, ranks: Any) -> None:
+    first, second = ranks(ignored, no_rows, find_unused)
+    assert first.keys() == second.keys() == dict(Ignores(no_rows).named_parameters()).keys()
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
+    assert first["net.box_head.fc.weight"].abs().sum() > 0
+
+
+class Killed(Callback):
+    """kill -9 of rank 1, between its exchanges."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if trainer.global_step == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_until_killed() -> None:
+    module, shuffle = TinyNet(), RoIShuffleCallback(modules="bn*")
+    try:
+        fit(module, [shuffle, Killed()], devices=2, strategy="ddp")
+    except RuntimeError as error:
+        left = type(module.bn1) is not nn.BatchNorm2d or shuffle._handle is not None
+        raise RuntimeError(f"ended with {'something' if left else 'nothing'} left") from error
+
+
+@pytest.mark.ddp
+def test_a_killed_rank_ends_the_fit_of_the_other_with_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*ended with nothing left.*rank 1: died"):
+        run_on_ranks(fit_until_killed, 2)
+
+
+class Within(TinyNet):
+    """A layer in a container, which a pass leaves in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn2 = nn.Sequential(self.bn2)
+
+
+def drawn(others: list[Any]) -> Any:
+    """The generator after a fit, in whose passes the ranks have different numbers of batches."""
+    shuffle = RoIShuffleCallback(modules="bn2")
+    rank, options = dist.get_rank(), {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    fit(Within(), [shuffle, *others], train_loader(24), **options)
+    return rank, digest(shuffle.state_dict())
+
+
+def short_or_long(trainer: Trainer) -> Any:
+    return train_loader(8 * (1 + dist.get_rank()))
+
+
+@pytest.mark.ddp
+def test_a_pass_and_frozen_layers_exchange_nothing(ranks: Any) -> None:
+    plain = ranks(drawn, [])
+    passing = PreciseBNCallback(100, source=short_or_long, shard=False)
+    assert ranks(drawn, [passing]) == plain
+    frozen = FreezeBNCallback(start_epoch=1, num_samples=8, warmup_epochs=0)
+    assert ranks(drawn, [frozen]) != plain, "as many were drawn as without freezing"
+
+
+def too_few() -> tuple[Any, ...]:
+    shuffle = RoIShuffleCallback(modules=["bn1", "bn2"])
+    found, plain = trained([shuffle], batch=1), trained([], batch=1)
+    return found["weights"] == plain["weights"], shuffle.unshuffled, copy.deepcopy(shuffle).state_dict()["unshuffled"]
+
+
+@pytest.mark.ddp
+def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted(ranks: Any) -> None:
+    for same, unshuffled, copied in ranks(too_few):
+        assert same and unshuffled == copied == 3 * 4 * 2
+
+
+def beside(kind: type, layers: str) -> str:
+    options = {"size": 4} if kind is GhostBNCallback else {}
+    try:
+        trained([RoIShuffleCallback(modules="bn2"), kind(layers=layers, **options)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.ddp
+def test_beside_others_on_the_same_layer(ranks: Any) -> None:
+    for said in ranks(beside, SyncBNCallback, "bn*"):
+        assert "RoIShuffleCallback and SyncBNCallback act on layer 'bn2' (1 in all)" in said
+    assert ranks(beside, SyncBNCallback, "bn1") == ranks(beside, GhostBNCallback, "bn*") == ["", ""]
+
+
+def test_one_process_is_as_it_was_and_warns_once() -> None:
+    modules, callback = (TinyNet(), TinyNet()), RoIShuffleCallback(modules="bn*")
+    with pytest.warns(UserWarning, match="one process.*Ghost BN") as record:
+        fit(modules[0], callback)
+    assert len([w for w in record if "roi_shuffle" in str(w.message)]) == 1
+    fit(modules[1])
+    assert digest(modules[0].state_dict()) == digest(modules[1].state_dict()) and callback.unshuffled == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"modules": 3}, TypeError, "modules must be a glob pattern over module names"),
+        ({"modules": []}, TypeError, "modules must be"),
+        ({"modules": "bn1", "seed": -1}, ValueError, "seed must be"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        RoIShuffleCallback(**options)
+
+
+def test_two_on_modules_within_each_other_are_refused() -> None:
+    class Nested(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(self.bn1)
+
+    with pytest.raises(ValueError, match="Two RoIShuffleCallbacks act on layer 'bn1'"):
+        fit(Nested(), [RoIShuffleCallback(modules="net"), RoIShuffleCallback(modules="bn1")], train_loader())

@@ -1,0 +1,347 @@
+"""Modules whose rows change ranks: what they see, what comes home, and that no rank waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bn import find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
+from lightning_bn.layers.behaviour import behaviours_of
+from tests.ranks import ranks_at_hand
+
+pytestmark = pytest.mark.ddp
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Two of them."""
+    with ranks_at_hand(2) as call:
+        yield call
+
+
+class Detector(nn.Module):
+    """A trunk, and two heads with BatchNorm or without, each of which returns a structure."""
+
+    def __init__(self, bn: bool = True, checkpointing: str = "") -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.trunk = nn.Linear(4, 6)
+            self.box_head, self.mask_head = (Head(bn) for _ in range(2))
+        self.checkpointing = checkpointing
+        self.double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(x)
+        if "whole" in self.checkpointing:
+            _, boxes, _, masks = self.run(self.heads, features)
+        else:
+            _, boxes = self.run(self.box_head, features)
+            _, masks = self.run(self.mask_head, features[: len(x) // 2])
+        return {"trunk": features.square().sum(), "boxes": boxes.pow(3).sum(), "masks": masks.sin().sum()}
+
+    def heads(self, features: Tensor) -> tuple[Any, ...]:
+        features = features * 2  # not what the region was given
+        self.box_head(features)
+        return *self.box_head(features.cos()), *self.mask_head(features[: len(features) // 2])
+
+    def run(self, function: Callable[..., Any], x: Tensor) -> Any:
+        if not self.checkpointing:
+            return self.heads(x) if function == self.heads else function(x)
+        return checkpoint(function, x, use_reentrant="reentrant" in self.checkpointing)
+
+
+class Head(nn.Module):
+    """Not the same for two rows, unless they are the same."""
+
+    def __init__(self, bn: bool) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(6, 5), nn.BatchNorm1d(5) if bn else nn.Identity()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[str, Tensor]:
+        self.seen.append(x.detach())
+        return "rows", self.bn(self.fc(x)).relu_()
+
+
+def rows(count: int) -> Tensor:
+    """Of this rank, which has so many."""
+    own = torch.Generator().manual_seed(100 * dist.get_rank() + count)
+    return torch.randn(count, 4, dtype=torch.float64, generator=own) + dist.get_rank()
+
+
+def shuffled(model: nn.Module, seed: int = 0) -> Any:
+    return roi_shuffle(model, modules="*_head", generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module) -> State:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, x: Tensor, uses: tuple[str, ...] = ("trunk", "boxes", "masks"), **options: Any) -> State:
+    """Gradients over both ranks of a loss that uses some of the outputs."""
+    ddp = DistributedDataParallel(model, **options)
+    outputs = ddp(x)
+    torch.stack([outputs[name] for name in uses]).sum().backward()
+    return gradients(model)
+
+
+def assert_equal(found: State, expected: State, tolerance: float = 1e-10) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def with_and_without(counts: tuple[int, int]) -> tuple[State, State]:
+    x, model = rows(counts[dist.get_rank()]), Detector(bn=False)
+    without = step(copy.deepcopy(model), x)
+    with pytest.warns(UserWarning, match="no BatchNorm") if dist.get_rank() == 0 else contextlib.nullcontext():
+        handle = shuffled(model)
+    with handle:
+        found = step(model, x)
+        assert handle.unshuffled == (2 if sum(counts) < 4 else 0)
+    return found, without
+
+
+@pytest.mark.parametrize("counts", [(7, 5), (0, 9), (12, 1), (1, 1)])
+def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle(counts: tuple[int, int], ranks: Any) -> None:
+    for found, without in ranks(with_and_without, counts):
+        assert_equal(found, without)
+
+
+def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
+    model = Detector()
+    x = rows(9)
+    with shuffled(model):
+        outputs = model(x)
+        shown = [repr(model)]
+        model.eval()
+        model(x)
+    shown.append(repr(model))
+    moved, in_eval = model.box_head.seen
+    features = model.trunk(x).detach()
+    assert torch.equal(in_eval, features), "rows moved in eval mode"
+    assert all(o.requires_grad for o in outputs.values())
+    return features, moved, dict(model.box_head.bn.named_buffers()), shown
+
+
+def test_a_head_normalises_rows_of_both_ranks(ranks: Any) -> None:
+    first, second = ranks(what_a_head_sees)
+    every = torch.cat([first[0], second[0]])
+    for own, moved, buffers, shown in (first, second):
+        from_here = sum(any(torch.equal(row, o) for o in own) for row in moved)
+        assert 0 < from_here < len(moved) == 9, "rows of one rank alone"
+        normalised = nn.functional.linear(moved, Detector().box_head.fc.weight, Detector().box_head.fc.bias)
+        torch.testing.assert_close(buffers["running_mean"], 0.1 * normalised.mean(0))
+        assert shown[0].count("rows exchanged") == 2 and "exchanged" not in shown[1]
+    moved = torch.cat([first[1], second[1]])
+    assert torch.equal(moved.sort(0)[0], every.sort(0)[0])
+
+
+def ignoring(counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool) -> list[State]:
+    """Gradients where each rank's loss uses other outputs; and with 0 times the outputs it does not use."""
+    rank, found = dist.get_rank(), []
+    for seed in range(2):
+        x, model = rows(counts[rank]), Detector()
+        twin = copy.deepcopy(model)
+        with shuffled(model, seed):
+            found.append(step(model, x, uses[rank], find_unused_parameters=find_unused))
+        ddp = DistributedDataParallel(twin)
+        with shuffled(ddp.module, seed):
+            outputs = ddp(x)
+            sum((name in uses[rank]) * value for name, value in outputs.items()).backward()
+        found.append(gradients(twin))
+    return found
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize(
+    "uses",
+    [
+        [("trunk", "boxes", "masks"), ("trunk",)],
+        [("trunk",), ("masks", "boxes")],
+        [("trunk", "masks"), ("boxes",)],
+        [("boxes", "masks", "trunk"), ("masks", "trunk", "boxes")],
+    ],
+)
+@pytest.mark.parametrize("counts", [(8, 6), (0, 11)])
+def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
+    counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool, ranks: Any
+) -> None:
+    """And gets the gradients that its rows have through the batches of other ranks."""
+    for found in ranks(ignoring, counts, uses, find_unused):
+        for ours, expected in zip(found[::2], found[1::2], strict=True):
+            assert_equal(ours, expected)
+
+
+def recomputed(checkpointing: str) -> tuple[State, State]:
+    """Gradients of two steps with checkpointing and without; a forward in between draws, too."""
+    x, found = rows(5 + dist.get_rank()), []
+    plain = "whole" if checkpointing.startswith("whole") else ""
+    for kind in (checkpointing, plain):
+        model = Detector(checkpointing=kind)
+        if kind == "whole":
+            model.run = lambda function, x: function(x)  # type: ignore[method-assign]
+        with shuffled(model):
+            outputs = [model(x), model(x + 1)]
+            sum(value for output in outputs for value in output.values()).backward()
+        found.append(gradients(model))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", ["head", "head, reentrant", "whole", "whole, reentrant"])
+def test_recomputed_rows_take_the_route_they_took(kind: str, ranks: Any) -> None:
+    for found, expected in ranks(recomputed, kind):
+        assert_equal(found, expected)
+
+
+class Contrastive(nn.Module):
+    """MoCo's two encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encoder_q, self.encoder_k = (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)) for _ in range(2))
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            keys = self.encoder_k(x)
+        return (self.encoder_q(x) * keys).sum(), keys
+
+
+def contrasted() -> tuple[Tensor, bool, bool]:
+    """Rank 1 runs no backward, for which nobody waits."""
+    model, x = Contrastive(), rows(6)
+    with roi_shuffle(model, modules="encoder_k"):
+        loss, keys = model(x)
+        if dist.get_rank() == 0:
+            loss.backward()
+    return keys, keys.requires_grad, torch.allclose(keys, model.encoder_k(x))
+
+
+def test_a_momentum_encoder_is_shuffled_without_gradients(ranks: Any) -> None:
+    for keys, has_gradient, own_batch in ranks(contrasted):
+        assert keys.shape == (6, 3) and not has_gradient and not own_batch
+
+
+def where_nobody_waits() -> None:
+    """Each rank does it a different number of times."""
+    model, x = Detector(), rows(6)
+    with shuffled(model):
+        precise_bn(model, [x] * (1 + dist.get_rank()))
+        precise_bn(model, [x] * (1 + dist.get_rank()), layers="box_head.*")
+        model.eval()
+        for _ in range(dist.get_rank()):
+            model(x)
+        model.train()
+        with freeze_bn(model):
+            for _ in range(dist.get_rank()):
+                model(x)["boxes"].backward()
+        for layer in find_bn(model).values():
+            layer.eval()
+        for _ in range(dist.get_rank()):
+            model(x)
+    assert torch.equal(model.box_head.seen[-1], model.trunk(x)) or dist.get_rank() == 0
+    for _ in range(dist.get_rank()):
+        model.train()(x)  # undone
+
+
+def test_ranks_wait_for_each_other_only_where_batch_statistics_are_used(ranks: Any) -> None:
+    ranks(where_nobody_waits)
+
+
+def copied() -> None:
+    made = dist.distributed_c10d._world.pg_names
+    there_were = len(made)
+    model = Detector()
+    plain = copy.deepcopy(model)
+    with shuffled(model), ghost_bn(model, size=3):
+        assert len(made) == there_were + 1
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
+            assert not any(behaviours_of(m) for m in twin.modules())
+            assert [sorted(vars(m)) for m in twin.modules()] == [sorted(vars(m)) for m in plain.modules()]
+            if dist.get_rank():
+                twin(rows(4))  # alone: it is a plain one
+        assert list(model.state_dict()) == list(plain.state_dict())
+        with pytest.raises(ValueError, match=r"'box_head\.bn' is shuffled already"):
+            roi_shuffle(model, modules="*bn")
+    assert len(made) == there_were, "the group is left"
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_copies_are_plain_and_nothing_is_left(ranks: Any) -> None:
+    ranks(copied)
+
+
+class Strange(Detector):
+    """Its head is given, or returns, what cannot be exchanged."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+        self.box_head.forward = lambda x: x.sum() if isinstance(x, Tensor) else x  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.box_head(self.wrap(x))
+
+
+def wrapped(x: Tensor) -> Any:
+    return {"x": x, "where": slice(None)}
+
+
+def strange() -> list[str]:
+    said = []
+    for wrap in (wrapped, Tensor.double):
+        model = Strange(wrap)
+        with shuffled(model), pytest.raises(TypeError) as error:
+            model(rows(5))
+        said.append(str(error.value))
+    return said
+
+
+def test_errors_name_the_module(ranks: Any) -> None:
+    for structure, summed in ranks(strange):
+        assert "Module 'box_head': exchange_rows was given a slice" in structure
+        assert "Module 'box_head': restore_rows was given a Tensor that is no tensor of rows" in summed
+
+
+def compiled() -> tuple[State, State]:
+    x, model = rows(6), Detector()
+    with shuffled(model):
+        sum(model(x).values()).backward()
+    expected, other = gradients(model), Detector()
+    graphed = torch.compile(other, backend="eager")
+    with shuffled(other):
+        sum(graphed(x).values()).backward()
+    return gradients(other), expected
+
+
+def test_it_works_under_compile(ranks: Any) -> None:
+    for found, expected in ranks(compiled):
+        assert_equal(found, expected)
+
+
+def test_one_process_is_told_that_ghosts_help() -> None:
+    model = Detector()
+    with pytest.warns(UserWarning, match="one process.*Ghost BN") as record, roi_shuffle(model, modules="*head"):
+        assert type(model.box_head) is Head and type(model) is Detector
+    assert len(record) == 1
+    with pytest.raises(ValueError, match=r"modules='roi.\*' matches no module of Detector. There are: trunk, box_head"):
+        roi_shuffle(model, modules="roi.*")
+    with pytest.raises(TypeError, match="modules must be a glob pattern over module names"):
+        roi_shuffle(model, modules=3)  # type: ignore[arg-type]

@@ -1,0 +1,215 @@
+"""`batch_leakage` sees what each layer normalises together in training, on the model with population statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+
+from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
+from lightning_bn.functional.leakage import measure_leakage
+from lightning_bn.layers.behaviour import Handle, behaviours_of
+from lightning_bn.layers.row_means import RowMeans
+from lightning_bn.statistics.leakage import icc, leading_components
+from tests.callbacks.zoo import digest
+from tests.ranks import run_on_ranks
+from tests.zoo import Shared, cnn
+
+
+def model() -> nn.Module:
+    return cnn().train()
+
+
+def classes(number: int, samples: int) -> Tensor:
+    """Images of some classes, c0, c1, c2, ..., c0, c1, ..."""
+    generator = torch.Generator().manual_seed(0)
+    of_class = torch.randn(number, 3, 1, 1, generator=generator)
+    noise = torch.randn(samples, 3, 8, 8, generator=generator)
+    return noise + of_class[torch.arange(samples) % number]
+
+
+def sorted_by_class(number: int, samples: int) -> Tensor:
+    return classes(number, samples).view(-1, number, 3, 8, 8).transpose(0, 1).flatten(0, 1)
+
+
+def shuffled(images: Tensor) -> Tensor:
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
+def test_random_batches_of_classes_pass_and_batches_of_one_class_do_not() -> None:
+    random = batch_leakage(model(), shuffled(classes(8, 512)).split(32))
+    ordered = batch_leakage(model(), sorted_by_class(8, 512).split(32))
+    balanced = batch_leakage(model(), classes(8, 512).split(8))
+    assert random.p_value > 0.01 and ordered.p_value == balanced.p_value == 1 / 20_000
+    assert min(ordered.icc.values()) > 0.05 and max(balanced.icc.values()) < 0
+    assert list(random.icc) == list(random.noise) == ["1", "5"]
+
+
+def test_in_train_mode_the_evidence_would_be_masked() -> None:
+    """Why the model is run with population statistics: normalised by the batch, its samples' means sum to zero."""
+    net, images = model(), sorted_by_class(8, 512)
+    seen: list[Tensor] = []
+    net[5].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3)).detach()))
+    for batch in images.split(32):
+        net(batch)
+    masked = icc(leading_components(torch.cat(seen)), torch.arange(16).repeat_interleave(32))
+    assert batch_leakage(net, images.split(32)).icc["5"] > masked + 0.1
+
+
+def test_the_correlation_is_that_of_the_inputs_means() -> None:
+    net, images = model().eval(), shuffled(classes(4, 96))
+    groups = torch.arange(12).repeat_interleave(8)
+    with torch.no_grad():
+        inputs = {"1": net[0](images), "5": net[:5](images)}
+    found = batch_leakage(net, images.split(8)).icc
+    for name, x in inputs.items():
+        assert found[name] == pytest.approx(icc(leading_components(x.mean((2, 3))), groups), abs=1e-4)
+
+
+def test_the_model_is_as_before_and_its_mode_too() -> None:
+    net = model()
+    before, random = digest(net.state_dict()), digest(torch.get_rng_state())
+    batch_leakage(net, classes(4, 64).split(8))
+    assert (digest(net.state_dict()), digest(torch.get_rng_state())) == (before, random)
+    assert all(m.training and not behaviours_of(m) for m in net.modules())
+
+
+def test_interleaved_ghosts_break_neighbours_up_and_contiguous_ones_keep_them() -> None:
+    """Batches c0, c0, c1, c1, ... as in Fig. 8; a ghost of 2 holds two of one class, or of two."""
+    generator = torch.Generator().manual_seed(1)
+    means = 2 * torch.randn(64, 3, 1, 1, generator=generator)
+    pairs = torch.stack([torch.randperm(64, generator=generator)[:16].repeat_interleave(2) for _ in range(16)])
+    images = means[pairs.flatten()] + torch.randn(512, 3, 8, 8, generator=generator)
+    found = {}
+    for grouping in ("interleaved", "contiguous"):
+        net = model()
+        with ghost_bn(net, size=2, grouping=grouping):
+            found[grouping] = batch_leakage(net, images.split(32), layers="1")
+    assert found["contiguous"].icc["1"] > 0.3 and found["contiguous"].p_value < 0.001
+    assert abs(found["interleaved"].icc["1"]) < 3 * found["interleaved"].noise["1"]
+
+
+@pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("rows", [12, 13, 3])
+def test_the_groups_of_ghosts_are_those_that_are_normalised_together(grouping: Any, rows: int) -> None:
+    """Oracle: rows of one ghost, and no others, share a mean of zero in the output."""
+    layer = nn.BatchNorm1d(1, affine=False)
+    x = torch.randn(rows, 1).exp()
+    with ghost_bn(layer, size=4, grouping=grouping):
+        (behaviour,) = behaviours_of(layer)
+        groups, y = behaviour.normalization_groups(x), layer(x)
+    assert groups is not None
+    for group in groups.unique():
+        assert y[groups == group].mean().abs() < 1e-5
+
+
+def test_frozen_layers_are_left_out_and_nothing_else_than_those_is_refused() -> None:
+    net = model()
+    with freeze_bn(net, layers="1"):
+        assert list(batch_leakage(net, classes(4, 64).split(8)).icc) == ["5"]
+    with freeze_bn(net), pytest.raises(ValueError, match="nothing leaks"):
+        batch_leakage(net, classes(4, 64).split(8))
+
+
+@pytest.mark.parametrize("batches", [[], [torch.randn(8, 3, 8, 8)], [torch.full((4, 3, 8, 8), torch.nan)] * 3])
+def test_nothing_to_compare_is_an_error(batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="two normalization batches or more"):
+        batch_leakage(model(), batches)
+
+
+def test_calls_of_a_layer_are_not_compared_with_each_other() -> None:
+    """Two feature maps of very different mean through one layer: a matter of domains (Sec. 5), not of leakage."""
+    found = batch_leakage(Shared().train(), shuffled(classes(4, 256)).split(16))
+    assert found.p_value > 0.01 and list(found.icc) == ["bn"]
+
+
+def test_large_inputs_are_thinned_alike_in_all_layers() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    layers = find_bn(net)
+    rows = RowMeans(layers)
+    with Handle(layers.values(), rows), torch.no_grad():
+        for _ in range(3):
+            rows.next_batch()
+            net(torch.randn(1000, 3))
+    (first, groups), (second, same) = ([torch.cat(p) for p in zip(*seen, strict=True)] for seen in rows.seen.values())
+    assert len(first) == len(second) == 3 * 256 and torch.equal(groups, same)
+    torch.testing.assert_close(net[1](net[0](first)), second)
+
+
+# ------------------------------------------------------------------------------------------------- heads on regions
+@pytest.fixture(scope="module")
+def detector() -> FasterRCNN:
+    torch.manual_seed(0)
+    return FasterRCNN(
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5),
+        num_classes=3,
+        min_size=64,
+        max_size=96,
+        rpn_pre_nms_top_n_test=60,
+        rpn_post_nms_top_n_test=16,
+        rpn_nms_thresh=0.95,
+        box_head=FastRCNNConvFCHead((256, 7, 7), [8, 8], [1024], norm_layer=nn.BatchNorm2d),
+    )
+
+
+def scenes(images: int, per_batch: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        torch.rand(3, 64, 64, generator=generator) * torch.rand(3, 1, 1, generator=generator) for _ in range(images)
+    ]
+    return [drawn[i : i + per_batch] for i in range(0, images, per_batch)]
+
+
+def test_regions_of_one_image_alarm_in_a_faster_rcnn_head(detector: FasterRCNN) -> None:
+    net = copy.deepcopy(detector).train()
+    for layer in find_bn(net, "backbone.*").values():
+        layer.momentum = 1.0
+    with torch.no_grad():
+        net.backbone(torch.cat([torch.stack(batch) for batch in scenes(16, 1)]))
+    found = batch_leakage(net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*")
+    assert set(found.icc) == {"roi_heads.box_head.0.1", "roi_heads.box_head.1.1"}
+    assert found.p_value == pytest.approx(1 / 20_000) and min(found.icc.values()) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+def on_rank(synced: bool) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Classes spread over ranks: rank 0 has the first half, rank 1 the second; two samples on rank 1 are missing."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    net = model()
+    halves = sorted_by_class(8, 128).split(64)
+    images = shuffled(halves[rank])
+    batches = [*images.split(8)[: 8 - rank]]
+    if synced:
+        with sync_bn(net):
+            found = batch_leakage(net, batches)
+    else:
+        found = batch_leakage(net, batches)
+    return found.p_value, found.icc, found.noise
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("synced", [False, True])
+def test_ranks_agree_with_each_other_and_with_one_process_on_all_batches(synced: bool) -> None:
+    first, second = run_on_ranks(on_rank, 2, synced)
+    assert first == second
+    torch.manual_seed(0)
+    net = model()
+    of_rank = [shuffled(half).split(8)[:7] for half in sorted_by_class(8, 128).split(64)]
+    batches = [torch.cat(b) for b in zip(*of_rank, strict=True)] if synced else [*of_rank[0], *of_rank[1]]
+    alone = batch_leakage(net, batches)
+    assert first[1] == pytest.approx(alone.icc, abs=1e-6) and first[2] == pytest.approx(alone.noise)
+    assert (first[0] > 0.001) == synced, "batches of all ranks hold all classes, those of one rank a half"
+
+
+def test_all_layers_are_measured_on_one_run_of_each_batch() -> None:
+    net = model().eval()
+    shown: list[int] = []
+    measure_leakage(find_bn(net), classes(4, 64).split(8), lambda batch: (shown.append(len(batch)), net(batch)))
+    assert shown == [8] * 8
