@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from types import TracebackType
 from typing import Any, cast
@@ -135,46 +135,54 @@ class _Derived(nn.Module):
         return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
 
 
-class _Behaving(_Derived):
-    """Of a BatchNorm layer: its behaviours wrap its forward."""
+class _BehavingLayer(_Derived):
+    """Of a BatchNorm layer: behaviours wrap its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own_forward = super().forward
-        if args:
-            input, *rest = args
-        else:  # by keyword, under whatever name the layer's own forward gives its first argument
-            first = next(iter(signature(own_forward).parameters))
-            input, rest = kwargs.pop(first), []
-
-        def forward(input: Any) -> Any:
-            return own_forward(input, *rest, **kwargs)
-
-        for behaviour in self._around_forward():
+        forward, input = _of_first(super().forward, args, kwargs)
+        for behaviour in behaviours_of(self):
             forward = functools.partial(behaviour.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 
-    def _around_forward(self) -> Iterable[Behaviour]:
-        return behaviours_of(self)
 
-
-class _BehavingModule(_Behaving):
-    """Of any other module: some wrap its calls."""
+class _BehavingModule(_Derived):
+    """Of any other module: behaviours wrap its calls."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().__call__
+        call: Callable[..., Any] = super().__call__
         for behaviour in behaviours_of(self):
             if isinstance(behaviour, ModuleBehaviour):
                 call = functools.partial(behaviour.call, self, call)
+            else:
+                call = functools.partial(_around_first, behaviour, self, call)
         return call(*args, **kwargs)
 
-    def _around_forward(self) -> Iterable[Behaviour]:
-        return [b for b in behaviours_of(self) if not isinstance(b, ModuleBehaviour)]
+
+def _around_first(behaviour: Behaviour, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call, input = _of_first(call, args, kwargs, type(module).forward.__get__(module))
+    return behaviour.forward(cast(_BatchNorm, module), call, input)
+
+
+def _of_first(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    signed: Callable[..., Any] | None = None,
+) -> tuple[Callable[[Any], Any], Any]:
+    """A call as a function of its first argument, and that; which may come by keyword, under whatever name it has."""
+    if args:
+        first, *rest = args
+    else:
+        name = next(iter(signature(signed or function).parameters))
+        first, rest = kwargs[name], []
+        kwargs = {key: value for key, value in kwargs.items() if key != name}
+    return lambda input: function(input, *rest, **kwargs), first
 
 
 @functools.cache
 def _derived(original: type[nn.Module]) -> type[nn.Module]:
     return type(
         original.__name__,
-        (_Behaving if issubclass(original, _BatchNorm) else _BehavingModule, original),
+        (_BehavingLayer if issubclass(original, _BatchNorm) else _BehavingModule, original),
         {"__module__": original.__module__, "__doc__": original.__doc__},
     )
