@@ -32,7 +32,7 @@ def layer_by_layer(
     model = copy.deepcopy(model).eval()
     found: list[tuple[str, Moments]] = []
     here: list[Moments] = []
-    calls = 0
+    calls, last = 0, ""
 
     def on_call(name: str) -> Callable[[Any, tuple[Tensor]], None]:
         def before_forward(layer: Any, args: tuple[Tensor]) -> None:

@@ -26,6 +26,7 @@ from lightning_bn.engine.batches import (
     refuse_unprotectable,
     train_batches,
 )
+from lightning_bn.engine.domains import domains_of
 from lightning_bn.engine.modes import modes_of_training, set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.progress import progress_of
@@ -249,7 +250,7 @@ def muted_forward(
     def run(item: tuple[int, Any]) -> None:
         number, batch = item
         if forward == "training_step":
-            with trainer.precision_plugin.train_step_context():
+            with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
                 try:
                     module.training_step(*((batch, number) if with_index else (batch,)))
                 except RuntimeError as error:
@@ -260,7 +261,7 @@ def muted_forward(
                         ) from error
                     raise
         else:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
                 (forward if callable(forward) else call_model)(module, batch)
 
     with neutral(trainer, module):

@@ -134,7 +134,7 @@ class StepForecast:
         layers = list(zip(self._recovery.layers, shared.split(self._recovery.sizes, 1), strict=True))
         unknown = torch.tensor(torch.nan)
         forecast = {
-            name: LayerStatistics(part[0], part[1], 0, 0, *[unknown.expand(part.shape[1])] * 2)
+            name: LayerStatistics(part[0], part[1], 0, 0, unknown.expand(part.shape[1]), unknown.expand(part.shape[1]))
             for name, part in layers
             if bool(part[4].all())
         }

@@ -12,6 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal, TypeAlias
 
@@ -24,9 +25,11 @@ from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_ov
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
 from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.domain_specific import num_domains
 from lightning_bn.layers.in_lockstep import InLockstep
-from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics
+from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics, together
 
 BatchSize: TypeAlias = int | Literal["population"] | None
 """B of Table 2: samples to normalise together, of all ranks; None takes the batches as they come."""
@@ -77,9 +80,10 @@ def measure(
     if memory_limit is not None and batch_size is None:
         raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
     device, dtype = _home(layers)
-    seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
+    parts = _with_domains(layers)
+    seen = Accumulator({name: layer.num_features for name, layer in parts.items()}, device, dtype)
     mode = InLockstep(layers, seen)
-    pooled = Pooled(layers, mode, seen, run, device, memory_limit, tried or Tried())
+    pooled = Pooled(parts, mode, seen, run, device, memory_limit, tried or Tried())
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
     told = False
@@ -121,6 +125,7 @@ def measure(
                     break
         statistics = _statistics(seen, device)
         _refuse_unusable(statistics, layers)
+        statistics = _with_domains_folded(statistics, layers)
         return PopulationStatistics(statistics, samples, batches_seen, samples / normalizations, pooled.spilled)
 
 
@@ -213,6 +218,28 @@ def _statistics(seen: Accumulator, device: torch.device) -> dict[str, LayerStati
     of_all.values, of_all.spread = merge_over_ranks(seen.values), merge_over_ranks(seen.spread)
     of_all.calls = dict(zip(seen.calls, sum_over_ranks(list(seen.calls.values()), device), strict=True))
     return of_all.statistics()
+
+
+def _with_domains(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """All names under which something may be measured: those of layers, and those of their domains."""
+    return {
+        part: layer
+        for name, layer in layers.items()
+        for part in (name, *(of_domain(name, domain) for domain in range(num_domains(layer))))
+    }
+
+
+def _with_domains_folded(
+    statistics: Mapping[str, LayerStatistics], layers: Mapping[str, _BatchNorm]
+) -> dict[str, LayerStatistics]:
+    """The statistics of layers, with those of their domains in them."""
+    found = {}
+    for name, layer in layers.items():
+        domains = tuple(statistics.get(of_domain(name, domain)) for domain in range(num_domains(layer)))
+        whole = statistics.get(name) or together([d for d in domains if d is not None])
+        if whole is not None:
+            found[name] = replace(whole, domains=domains)
+    return found
 
 
 def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str]) -> None:
