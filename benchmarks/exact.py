@@ -56,7 +56,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": (Setting("resnet50", 256, 64, (2, 8, 32, 128), 5), Setting("mobilenet_v2", 256, 64, (2, 8, 32, 128), 5)),
+    "cpu": (Setting("resnet50", 128, 64, (2, 8, 32, 128), 3), Setting("mobilenet_v2", 256, 64, (2, 8, 32, 128), 5)),
     "cuda": (Setting("resnet50", 512, 224, (2, 8, 32, 128), 5),),
 }
 QUICK = (Setting("resnet50", 8, 32, (2, 8), 2), Setting("mobilenet_v2", 8, 32, (2,), 2))
