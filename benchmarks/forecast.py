@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_bn import find_bn, precise_bn
 from lightning_bn.functional.forecast import StepForecast
 from lightning_bn.functional.precise import write
-from recipes.classifier import ResNet8
+from recipes.classifier import ResNet
 from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, ShiftedImages
 
 TITLE = "A forecast from training steps recovers most of PreciseBN's gain"
@@ -119,8 +119,8 @@ CASES = (
     Case("digits, MLP", digits, mlp, 100, 0.5),
     Case("digits, MLP", digits, mlp, 100, 0.5, "steps"),
     Case("digits, MLP", digits, mlp, 16, 0.1),
-    Case("MNIST-5k, ResNet-8", mnist, lambda: ResNet8(1, 10, 8), 250, 0.5),
-    Case("MNIST-5k, ResNet-8", mnist, lambda: ResNet8(1, 10, 8), 32, 0.1, epochs=4),
+    Case("MNIST-5k, ResNet-8", mnist, lambda: ResNet(1, 10, 8, blocks=1), 250, 0.5),
+    Case("MNIST-5k, ResNet-8", mnist, lambda: ResNet(1, 10, 8, blocks=1), 32, 0.1, epochs=4),
     Case("Fashion-MNIST, MobileNet", fashion, small_mobilenet, 200, 0.5),
     Case("Fashion-MNIST, MobileNet", fashion, small_mobilenet, 32, 0.1, epochs=4),
 )
