@@ -44,6 +44,8 @@ Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningMo
 
 ENOUGH = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
+TOLERANCE = 0.02
+"""Standard error at which validation errors could not be told from those after 10,000 samples (docs/recipes.md)."""
 REPLAY_BYTES = 2**30
 """What replayed batches may take by default: 1700 images of 224 px in float32."""
 
@@ -88,7 +90,7 @@ class PopulationPass:
         replay_bytes: What the replayed batches may take on each rank.
         batch_size: Samples of all ranks to normalise together; by default the 100 that suffice (Table 2), or as many as
             fit into half of the memory that is free.
-        tolerance: Stop early, once standard errors are below it.
+        tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
         memory_limit: Bytes that batches waiting for each other may take on each rank.
     """
 
@@ -184,6 +186,7 @@ class PopulationPass:
         batch_size: BatchSize,
     ) -> PopulationStatistics:
         count = self.count or samples_in
+        default = None if batch_size == "population" else TOLERANCE
         with muted_forward(self.forward, trainer, module) as run, self._batches(trainer, module) as batches:
             return measure(
                 layers,
@@ -191,7 +194,7 @@ class PopulationPass:
                 run=run,
                 batch_size=ENOUGH if batch_size is None else batch_size,
                 num_samples=self.num_samples,
-                tolerance=self.tolerance,
+                tolerance=default if self.tolerance is None else self.tolerance,
                 memory_limit=self.memory_limit,
                 at_most=0.5 if batch_size is None and self.memory_limit is None else None,
                 say=self._say_once,

@@ -74,12 +74,15 @@ def measure(
         MemoryError: If the memory that is free does not suffice for that.
     """
     check_amounts(batch_size, num_samples, tolerance, memory_limit)
+    if memory_limit is not None and batch_size is None:
+        raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
     device, dtype = _home(layers)
     seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
     mode = InLockstep(layers, seen)
     pooled = Pooled(layers, mode, seen, run, device, memory_limit, tried or Tried())
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
+    told = False
     look_again = _SPREAD
 
     with contextlib.ExitStack() as stack:
@@ -95,8 +98,10 @@ def measure(
                 first.small
                 and at_most is not None
                 and first.everywhere * (most := pooled.most(first, at_most)) < wanted
+                and not told
             ):
                 say(_less(wanted, first, int(most), pooled))
+                told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)
@@ -195,6 +200,8 @@ def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
 
 def _largest_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
+    if any(s.calls < 2 for s in statistics.values()):
+        return inf  # of a layer that was called once nobody knows
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either, and 0/0 says so
     return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)
