@@ -14,7 +14,7 @@ from recipes.claims import Claim
 from recipes.report import claims_table, write_report
 
 REPORT = """\
-# Batches of {pattern} leak: `{preset}`
+# Do batches of {pattern} leak? `{preset}`
 
 {data}, {classes} classes; an epoch is {training_images:,} training images, an error {validation_images:,} validation
 images; {training}; {seeds}. Took {seconds:.0f} s on {machine}.
@@ -34,7 +34,8 @@ interval cannot decide is *within noise*.
 {errors}
 
 *random*: training batches are random. *pattern*: each is {pattern} images. *Ghost BN*: the same batches, of which each
-layer normalises one image of every class together. Population statistics are the EMA's.
+layer normalises one image of every class together. Population statistics are the EMA's. *Same pattern* is measured on
+other draws of the validation images than the other two: compare it with its own curve under *random*, too.
 
 ## What BatchLeakageMonitor said
 
