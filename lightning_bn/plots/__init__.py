@@ -9,7 +9,7 @@ from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
 from lightning_bn.plots.curves import SampleSweep, error_against_samples, error_curves
 from lightning_bn.plots.depth import DepthProfile, gaps_in_depth
 from lightning_bn.plots.drift import aggregates_over_steps, drift_overview, gap_heatmap, lag_against_noise
-from lightning_bn.plots.leakage import leakage_by_layer
+from lightning_bn.plots.leakage import LeakageCurves, leakage_by_layer, leakage_curves
 from lightning_bn.plots.loggers import (
     alert,
     any_logs,
@@ -26,6 +26,7 @@ from lightning_bn.plots.workspace import wandb_workspace
 __all__ = [
     "ChannelTrace",
     "DepthProfile",
+    "LeakageCurves",
     "SampleSweep",
     "aggregates_over_steps",
     "alert",
@@ -38,6 +39,7 @@ __all__ = [
     "gaps_in_depth",
     "lag_against_noise",
     "leakage_by_layer",
+    "leakage_curves",
     "log_figure",
     "log_layer_names",
     "log_line_chart",

@@ -1,11 +1,55 @@
-"""Intra-class correlation by layer: whether, and where in the network, batches are not random."""
+"""Whether, and where in the network, batches are not random; and what that does to the error (the paper's Fig. 8)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from lightning_bn.plots.style import BATCHES, EMA, new_figure, short_names, styled
+from lightning_bn.plots.style import BATCHES, EMA, PRECISE, new_figure, short_names, styled
+
+
+class LeakageCurves(NamedTuple):
+    """A panel of Fig. 8: one way of putting training batches together. Errors in %, a list a seed, one an epoch."""
+
+    title: str
+    population: Sequence[Sequence[float]]
+    mini_batch: Sequence[Sequence[float]]
+    same_pattern: Sequence[Sequence[float]]
+    alarms: Sequence[int] = ()  # epochs of BatchLeakageMonitor's alarms
+
+
+@styled
+def leakage_curves(panels: Sequence[LeakageCurves]) -> Figure:
+    """Validation error with three kinds of statistics over the epochs (Fig. 8), one panel a training.
+
+    Lines are means over seeds, bands their range; a dotted line is an alarm.
+    """
+    figure = new_figure(1.0 + 3.3 * len(panels), 3.8)
+    left = None
+    for index, panel in enumerate(panels):
+        axes = left = figure.add_subplot(1, len(panels), index + 1, sharey=left)
+        for name, errors, colour, marker in (
+            ("population", panel.population, EMA, "s"),
+            ("mini-batch, random", panel.mini_batch, BATCHES, "^"),
+            ("mini-batch, same pattern", panel.same_pattern, PRECISE, "o"),
+        ):
+            runs = np.asarray(errors, dtype=float)
+            epochs = np.arange(1, runs.shape[1] + 1)
+            if len(runs) > 1:
+                axes.fill_between(epochs, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+            axes.plot(epochs, runs.mean(axis=0), color=colour, marker=marker, label=name)
+        for number, epoch in enumerate(panel.alarms):
+            label = None if number else "alarm"
+            axes.axvline(epoch, color="#4D4D4D", linestyle=":", linewidth=1.2, label=label)
+        axes.set_title(panel.title)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="best", fontsize=8)
+        if index == 0:
+            axes.set_ylabel("validation error (%)")
+    return figure
 
 
 @styled

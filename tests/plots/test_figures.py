@@ -80,6 +80,23 @@ def test_gaps_in_depth_show_means_above_variances_and_leave_zeros_out() -> None:
     assert line(figure, "EMA").get_color() == EMA
 
 
+def leakage() -> Figure:
+    seeds = ([50.0, 40.0, 51.0], [50.0, 42.0, 53.0])
+    silent = plots.LeakageCurves("random", seeds, [[50.0, 40.0, 24.0]], [[50.0, 40.0, 24.0]])
+    leaking = plots.LeakageCurves("pattern", seeds, [[50.0, 40.0, 31.0]], [[50.0, 40.0, 23.0]], alarms=[1, 2])
+    return plots.leakage_curves([silent, leaking])
+
+
+def test_leakage_curves_show_three_statistics_and_the_alarms() -> None:
+    figure = leakage()
+    assert list(line(figure, "population", panel=1).get_ydata()) == [50.0, 41.0, 52.0]
+    assert list(line(figure, "mini-batch, same pattern", panel=1).get_ydata()) == [50.0, 40.0, 23.0]
+    assert list(line(figure, "mini-batch, random").get_xdata()) == [1, 2, 3]
+    assert list(line(figure, "alarm", panel=1).get_xdata()) == [1, 1]
+    assert len(figure.axes[1].lines) - len(figure.axes[0].lines) == 2, "an alarm a seed, and none where it is silent"
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
 def test_a_channel_shows_its_ema_every_batch_and_the_population_mean() -> None:
     figure = cloud()
     (axes,) = figure.axes
@@ -131,6 +148,6 @@ def test_to_rgb_gives_pixels_of_three_channels() -> None:
 
 def test_figures_leave_nothing_in_pyplot() -> None:
     pyplot.close("all")
-    for figure in (curves(), samples(), cloud(), depth()):
+    for figure in (curves(), samples(), cloud(), depth(), leakage()):
         plots.to_rgb(figure)
     assert pyplot.get_fignums() == []

@@ -1,0 +1,175 @@
+"""The recipe of Fig. 8: its batches are what they say, its verdicts are decided by the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from recipes.batch_leakage.__main__ import PRESETS, main, make_parser
+from recipes.batch_leakage.claims import claims
+from recipes.batch_leakage.data import BatchSampler, LeakyData, OrientedImages, labels_of
+from recipes.batch_leakage.experiment import ARMS, Arm, Results, Run
+from recipes.images import ImageData
+from recipes.registry import all_recipes
+from tests.recipes.offline import offline, wandb_runs  # noqa: F401
+
+TINY = ["--preset", "smoke", "--data.train_images", "64", "--data.val_images", "100", "--model.width", "4"]
+TINY += ["--data.classes", "4", "--data.each", "2"]
+
+
+@pytest.fixture(scope="module")
+def data() -> LeakyData:
+    return LeakyData(train_images=640, val_images=320, shift=0)
+
+
+def test_eight_orientations_of_a_digit_are_eight_different_images_and_classes() -> None:
+    digits = ImageData(train_images=20, shift=0).train_set
+    oriented = OrientedImages(digits)
+    images, labels = zip(*(oriented[8 * 3 + way] for way in range(8)), strict=True)
+    assert torch.equal(images[0], digits[3][0])
+    assert len({image.numpy().tobytes() for image in images}) == 8
+    assert all(image.sort().values.sum() == pytest.approx(float(images[0].sum()), rel=1e-3) for image in images)
+    assert torch.stack(labels).tolist() == list(range(8 * int(digits[3][1]), 8 * int(digits[3][1]) + 8))
+
+
+def test_labels_are_those_of_the_images() -> None:
+    images = ImageData(train_images=30, shift=0).train_set
+    assert labels_of(images).tolist() == [int(images[i][1]) for i in range(30)]
+
+
+def test_an_image_folder_is_refused_with_what_to_take() -> None:
+    with pytest.raises(TypeError, match="CIFAR-10"):
+        labels_of(torch.utils.data.TensorDataset(torch.zeros(1)))  # type: ignore[arg-type]
+
+
+def test_a_batch_of_the_pattern_is_sixteen_classes_in_pairs_of_different_images(data: LeakyData) -> None:
+    labels = data.train_set.labels
+    for batch in BatchSampler(labels, classes=16, each=2, batches=20, pattern=True):
+        pairs = labels[batch].view(16, 2)
+        assert torch.equal(pairs[:, 0], pairs[:, 1]) and len(pairs[:, 0].unique()) == 16
+        assert len(set(batch)) == 32
+
+
+def test_interleaved_groups_of_sixteen_hold_one_image_of_each_class(data: LeakyData) -> None:
+    labels = data.train_set.labels
+    (batch,) = BatchSampler(labels, classes=16, each=2, batches=1, pattern=True)
+    for ghost in (batch[0::2], batch[1::2]):
+        assert len(labels[ghost].unique()) == 16
+
+
+def test_random_batches_take_every_image_at_most_once_and_all_classes(data: LeakyData) -> None:
+    batches = list(BatchSampler(data.train_set.labels, classes=16, each=2, batches=100, pattern=False))
+    taken = [index for batch in batches for index in batch]
+    assert len(taken) == len(set(taken)) == 3200
+    assert len(data.train_set.labels[taken].unique()) == 80
+
+
+def test_training_batches_change_every_epoch_and_repeat_with_the_seed(data: LeakyData) -> None:
+    for pattern in (False, True):
+        sampler = BatchSampler(data.train_set.labels, 16, 2, 5, pattern)
+        torch.manual_seed(0)
+        first, second = list(sampler), list(sampler)
+        torch.manual_seed(0)
+        assert first == list(sampler) and first != second
+
+
+def test_every_validation_sees_the_same_batches(data: LeakyData) -> None:
+    for make in (data.val_dataloader, lambda: data.same_pattern(None)):  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        first = [labels for _, labels in make()]
+        torch.manual_seed(1)
+        assert torch.equal(torch.stack(first), torch.stack([labels for _, labels in make()]))
+        assert len(first) == 10 and data.num_validation_images == 320
+
+
+@pytest.mark.parametrize(("classes", "each", "pattern"), [(81, 2, True), (16, 90, True), (640, 100, False)])
+def test_batches_that_cannot_be_drawn_are_refused(data: LeakyData, classes: int, each: int, pattern: bool) -> None:
+    with pytest.raises(ValueError, match=r"classes x|more than the"):
+        BatchSampler(data.train_set.labels, classes, each, 100, pattern)
+
+
+def run(arm: Arm, seed: int, population: float, random: float, same: float, alarm: int | None) -> Run:
+    """A run whose population error was 40 % at a third."""
+    errors = {"population": [40.0, 40.0, population], "mini_batch": [40.0, 40.0, random]}
+    return Run(arm, seed, {**errors, "same_pattern": [40.0, 40.0, same]}, [0.1], 0.5, alarm)  # type: ignore[dict-item]
+
+
+def results(
+    pattern: tuple[float, float, float] = (51.1, 30.9, 23.3),
+    ghosts: float = 24.0,
+    alarm: int | None = 1,
+    false_alarm: int | None = None,
+) -> Results:
+    runs = []
+    for seed in (0, 1):
+        runs.append(run("random", seed, 23.7, 23.7, 23.7, false_alarm if seed else None))
+        runs.append(run("pattern", seed, *pattern, alarm if seed else 1))
+        runs.append(run("pattern, Ghost BN", seed, ghosts, 24.0, 24.0, None))
+    return Results("data", 80, "16 classes x 2", 4000, 10_000, 0.01, runs)
+
+
+def test_the_papers_pattern_holds() -> None:
+    found = claims(results())
+    assert len(found) == 8 and all(claim.verdict == "holds" for claim in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "contrary"),
+    [
+        ("worse with population than with mini-batch, same pattern", {"pattern": (20.0, 30.9, 23.3)}),
+        ("worse with mini-batch, random than", {"pattern": (51.1, 20.0, 23.3)}),
+        ("worse with population than with mini-batch, random", {"pattern": (25.0, 30.9, 23.3)}),
+        ("rises", {"pattern": (35.0, 30.9, 23.3)}),
+        ("higher with the pattern than with random", {"pattern": (20.0, 30.9, 23.3)}),
+        ("Ghost BN", {"ghosts": 60.0}),
+        ("alarms", {"alarm": None}),
+        ("is silent", {"false_alarm": 2}),
+    ],
+)
+def test_a_claim_that_the_numbers_contradict_does_not_hold(words: str, contrary: dict[str, Any]) -> None:
+    (verdict,) = (claim.verdict for claim in claims(results(**contrary)) if words in claim.claim)
+    assert verdict == "does not hold"
+
+
+def test_equal_errors_decide_nothing() -> None:
+    found = claims(results(pattern=(40.0, 40.0, 40.0), ghosts=40.0))
+    undecided = [claim.claim for claim in found if claim.verdict == "within noise"]
+    assert len(undecided) == 5, "all but the cost against random batches, and the monitor's"
+
+
+def test_the_command_writes_report_figure_and_wandb_runs(tmp_path: Path) -> None:
+    main([*TINY, "--seeds", "[3]", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in report["runs"]] == [(arm, 3) for arm in ARMS]
+    for of_arm in report["runs"]:
+        assert all(0 <= error <= 100 for errors in of_arm["errors"].values() for error in errors)
+        assert [len(errors) for errors in of_arm["errors"].values()] == [1, 1, 1] and len(of_arm["icc"]) == 1
+    markdown = (tmp_path / "report.md").read_text()
+    assert "(batch_leakage.png)" in markdown and imread(tmp_path / "batch_leakage.png").std() > 0.05
+    for claim in report["claims"]:
+        assert f"| {claim['claim']} " in markdown and claim["verdict"] in ("holds", "does not hold", "within noise")
+    runs = wandb_runs(tmp_path)
+    assert set(runs) == {*(f"{arm}, seed 3" for arm in ARMS), "report"}
+    assert all("batch_leakage/same_pattern/val/error" in runs[f"{arm}, seed 3"] for arm in ARMS)
+    assert "figures/batch_leakage" in runs["report"] and "claims/holds" in runs["report"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_prints_its_settings_as_a_config_that_parses(preset: str, tmp_path: Path) -> None:
+    parser = make_parser(preset)
+    config = tmp_path / "config.yaml"
+    config.write_text(parser.dump(parser.parse_args(["--preset", preset]), skip_link_targets=True))
+    again = make_parser("demo").parse_args(["--config", str(config)])
+    assert all(again[key] == value for key, value in PRESETS[preset].items())
+
+
+def test_full_has_several_seeds() -> None:
+    assert len(PRESETS["full"]["seeds"]) >= 3
+
+
+def test_the_list_of_recipes_knows_every_preset() -> None:
+    (recipe,) = (recipe for recipe in all_recipes() if recipe.name == "batch_leakage")
+    assert {preset.name for preset in recipe.presets} == set(PRESETS)
