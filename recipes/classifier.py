@@ -1,4 +1,4 @@
-"""The recipes' network and training: a ResNet-8 (9 BN layers), SGD with momentum, cosine learning rate."""
+"""The recipes' networks and training: a ResNet-8 or deeper, SGD with momentum, cosine learning rate."""
 
 from typing import Any
 
@@ -7,41 +7,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Blocks in each stage, and whether with shortcuts.
+NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}
+
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BN, added to their input, which a 1x1 convolution brings into shape."""
+    """Two 3x3 convolutions with BN, added to their input, which a 1x1 convolution brings into shape.
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    Without the shortcut nothing is added.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or in_channels != channels:
+        self.shortcut: nn.Module | None = nn.Identity() if shortcut else None
+        if shortcut and (stride > 1 or in_channels != channels):
             conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y if self.shortcut is None else y + self.shortcut(x))
 
 
-class ResNet8(nn.Module):
-    """Three blocks behind a stem that halves the image, made for images of about 30 pixels."""
+class ResNet(nn.Module):
+    """Three stages of blocks behind a stem that halves the image, made for images of about 30 pixels.
 
-    def __init__(self, in_channels: int, num_classes: int, width: int) -> None:
+    Args:
+        in_channels: Channels of an image.
+        num_classes: Classes.
+        width: Channels of the first stage; the second and third have twice and four times as many.
+        blocks: Blocks in each stage: 1 makes a ResNet-8, 3 a ResNet-20.
+        shortcuts: Without, it is the plain network that ResNets were held against.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int, blocks: int, shortcuts: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
-        self.block1 = Block(width, width, stride=1)
-        self.block2 = Block(width, 2 * width, stride=2)
-        self.block3 = Block(2 * width, 4 * width, stride=2)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.num_blocks = 3 * blocks
+        inputs = width
+        for index in range(self.num_blocks):
+            channels = width * 2 ** (index // blocks)
+            stride = 2 if channels > inputs else 1
+            self.add_module(f"block{index + 1}", Block(inputs, channels, stride, shortcuts))
+            inputs = channels
+        self.head = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.conv(x)))
-        x = self.block3(self.block2(self.block1(x)))
+        for index in range(self.num_blocks):
+            x = self.get_submodule(f"block{index + 1}")(x)
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 
@@ -55,9 +75,11 @@ class ImageClassifier(L.LightningModule):
     Args:
         in_channels: Channels of an image (linked to the data on the command line).
         num_classes: Classes (linked to the data on the command line).
-        network: `resnet8`, or the name of a torchvision classification model such as `resnet50`.
-        width: Channels of the first block of `resnet8`; the second and third have twice and four times as
-        many. lr: Learning rate at the start.
+        network: `resnet8` (9 BN layers), `resnet20` (21), `plain20` (the same without shortcuts, 19), or the
+            name of a torchvision classification model such as `resnet50`.
+        width: Channels of the first stage of the first three; the second and third stage have twice and four
+            times as many.
+        lr: Learning rate at the start.
         momentum: SGD's momentum (not BatchNorm's).
         weight_decay: SGD's weight decay.
     """
@@ -74,8 +96,8 @@ class ImageClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if network == "resnet8":
-            self.network: nn.Module = ResNet8(in_channels, num_classes, width)
+        if network in NETWORKS:
+            self.network: nn.Module = ResNet(in_channels, num_classes, width, *NETWORKS[network])
         else:
             from torchvision.models import get_model
 

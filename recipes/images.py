@@ -95,10 +95,15 @@ class ImageData(L.LightningDataModule):
     def val_dataloader(self) -> Batches:
         return self._loader(self.val_set)
 
-    def training_sample(self, size: int, generator: torch.Generator) -> Batches:
-        """`size` training images drawn without replacement, augmented as in training."""
-        chosen = torch.randperm(self.num_training_images, generator=generator)[:size]
-        return self._loader(Subset(self.train_set, chosen.tolist()))
+    def training_sample(self, size: int, generator: torch.Generator, batch_size: int | None = None) -> Batches:
+        """`size` training images drawn without replacement, augmented as in training.
+
+        More than there are take all of them again, in another order and augmented anew.
+        """
+        chosen: list[int] = []
+        while len(chosen) < size:
+            chosen += torch.randperm(self.num_training_images, generator=generator).tolist()
+        return self._loader(Subset(self.train_set, chosen[:size]), batch_size)
 
     @property
     def num_training_images(self) -> int:
@@ -108,10 +113,17 @@ class ImageData(L.LightningDataModule):
     def num_validation_images(self) -> int:
         return len(cast(Sized, self.val_set))
 
-    def _loader(self, images: LabelledImages, *, shuffle: bool = False, drop_last: bool = False) -> Batches:
+    def _loader(
+        self,
+        images: LabelledImages,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+    ) -> Batches:
         return DataLoader(
             images,
-            batch_size=self.batch_size,
+            batch_size=batch_size or self.batch_size,
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,

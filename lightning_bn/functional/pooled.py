@@ -132,7 +132,7 @@ class Pooled:
     def needs(self, own: MicroBatch) -> Needs:
         """What the first micro-batch needs, found out by running it alone."""
         if self._sample is None and not self._tried.independent:
-            self._sample = copy.deepcopy(own.batch)  # running it may change it
+            self._sample = _copied(own.batch)  # running it may change it
         if self._tried.needs is None:
             alive, seen = Alive(), [0]
 
@@ -272,7 +272,7 @@ class Pooled:
     def _alone(self) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
         with next(random_streams()).entered():
-            self._run(copy.deepcopy(self._sample))
+            self._run(_copied(self._sample))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
@@ -325,6 +325,11 @@ class Pooled:
 
 _ALIVE: ContextVar[Alive] = ContextVar("alive")
 """What keeps track of the micro-batch that is running."""
+
+
+def _copied(batch: Any) -> Any:
+    """A deep copy, with of each tensor what it shows only: of a part of a large one, ``deepcopy`` would copy all."""
+    return copy.deepcopy(batch, {id(t): t.clone() for t in tree_leaves(batch) if isinstance(t, Tensor)})
 
 
 def _together(brought: Sequence[Brought], home: torch.device) -> Moments:

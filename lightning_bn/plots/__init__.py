@@ -7,6 +7,7 @@ pyplot state, safe in callbacks.
 
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
 from lightning_bn.plots.curves import SampleSweep, error_against_samples, error_curves
+from lightning_bn.plots.depth import DepthProfile, gaps_in_depth
 from lightning_bn.plots.drift import aggregates_over_steps, drift_overview, gap_heatmap, lag_against_noise
 from lightning_bn.plots.leakage import leakage_by_layer
 from lightning_bn.plots.loggers import (
@@ -24,6 +25,7 @@ from lightning_bn.plots.workspace import wandb_workspace
 
 __all__ = [
     "ChannelTrace",
+    "DepthProfile",
     "SampleSweep",
     "aggregates_over_steps",
     "alert",
@@ -33,6 +35,7 @@ __all__ = [
     "error_against_samples",
     "error_curves",
     "gap_heatmap",
+    "gaps_in_depth",
     "lag_against_noise",
     "leakage_by_layer",
     "log_figure",

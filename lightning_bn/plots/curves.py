@@ -1,4 +1,4 @@
-"""Validation error over the epochs (the paper's Fig. 3 and 4) and against the number of samples (Table 1)."""
+"""Validation error over the epochs (the paper's Fig. 3 and 4), and against what a pass was given (Table 1 and 2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ LOWEST = 0.1  # %; the axes are logarithmic, so smaller errors are drawn here
 
 
 class SampleSweep(NamedTuple):
-    """A row of Table 1: one model's error with the EMA's statistics, and with PreciseBN's over N samples."""
+    """A row of Table 1 (or 2): one model's error with the EMA's statistics, and with PreciseBN's over N samples."""
 
     title: str
     ema_error: float
-    errors: Mapping[int, Sequence[float]]  # N -> one error a draw of N samples
+    errors: Mapping[int, Sequence[float]]  # N (or B) -> one error a draw of the samples
 
 
 @styled
@@ -54,7 +54,9 @@ def error_curves(
 
 
 @styled
-def error_against_samples(sweeps: Sequence[SampleSweep]) -> Figure:
+def error_against_samples(
+    sweeps: Sequence[SampleSweep], *, xlabel: str = "training images N used for the statistics"
+) -> Figure:
     """Validation error (%) against the samples that PreciseBN saw, beside the EMA's; one panel a checkpoint.
 
     The line joins the means over draws; every draw is a dot, so the spread is what one sees.
@@ -75,7 +77,7 @@ def error_against_samples(sweeps: Sequence[SampleSweep]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}" if n < 1e3 else f"{n / 1e3:g}k"))
         _error_axis(axes, np.asarray([sweep.ema_error, *(e for draws in sweep.errors.values() for e in draws)]))
-        axes.set_xlabel("training images N used for the statistics")
+        axes.set_xlabel(xlabel)
         axes.set_title(sweep.title)
         if index:
             axes.set_ylabel("")
@@ -92,6 +94,8 @@ def _error_axis(axes: Axes, errors: npt.NDArray[np.float64]) -> None:
     mantissas = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if highest < 5 * lowest else (1, 1.5, 2, 3, 5, 7)
     ticks = [mantissa * 10.0**power for power in (-1, 0, 1, 2) for mantissa in mantissas]
     shown = [tick for tick in ticks if lowest * 0.85 <= tick <= min(highest * 1.18, 100.0)]
+    if len(shown) < 3:  # a narrow range
+        shown = list(MaxNLocator(4).tick_values(lowest, highest))
     axes.yaxis.set_major_locator(FixedLocator(shown))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))

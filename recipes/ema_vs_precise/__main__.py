@@ -11,12 +11,9 @@ The pictures in docs/assets are the demo's:
 and monitor_overview.png is the picture bn/overview of its first W&B run.
 """
 
-import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,20 +23,16 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from lightning.pytorch.loggers import Logger
 
 import lightning_bn as lbn
+from recipes import report
 from recipes.classifier import ImageClassifier
+from recipes.command import TRAINER, quiet_lightning, read_arguments
 from recipes.ema_vs_precise import RECIPE, output
 from recipes.ema_vs_precise.claims import claims
 from recipes.ema_vs_precise.experiment import Arm, Parts, ema_vs_precise
 from recipes.images import FASHION_MNIST, ImageData
 
 EVERY_PRESET = {
-    "trainer.devices": 1,
-    "trainer.deterministic": True,
-    "trainer.log_every_n_steps": 1,
-    "trainer.num_sanity_val_steps": 0,
-    "trainer.enable_checkpointing": False,
-    "trainer.enable_model_summary": False,
-    "trainer.enable_progress_bar": False,  # a line an epoch says more
+    **TRAINER,
     "monitor.every_n_batches": 1,  # an epoch has few
     "monitor.window": 8,
 }
@@ -85,6 +78,7 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--samples", type=list[int], default=[10, 100, 1000], help="the N of Table 1")
     parser.add_argument("--draws", type=int, default=5, help="draws of N images, for the spread")
     parser.add_argument("--cloud_batches", type=int, default=16, help="batch means in each cloud of Fig. 2")
+    parser.add_argument("--tolerances", type=list[float], default=[], help="see where precise_bn(tolerance=) stops")
     parser.add_class_arguments(ImageData, "data")
     parser.add_class_arguments(ImageClassifier, "model")
     parser.add_class_arguments(lbn.PreciseBNCallback, "precise_bn")
@@ -97,25 +91,10 @@ def make_parser(preset: str) -> ArgumentParser:
     return parser
 
 
-def quiet_lightning() -> None:
-    """Lets warnings through but not what every single Trainer has to say about devices and loggers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6 on torch 2.15; nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-
-
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs the command; returns the folder it wrote to."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults depend on the preset
-    first.add_argument("--preset", choices=PRESETS, default="demo")
-    parser = make_parser(first.parse_known_args(arguments)[0].preset)
-    config = parser.parse_args(arguments)
+    parser, config, folder = read_arguments(RECIPE.name, PRESETS, make_parser, arguments)
     preset = config.preset
-    folder: Path = config.out or Path("runs/ema_vs_precise") / preset
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = parser.dump(config, skip_link_targets=True)
-    (folder / "config.yaml").write_text(settings, encoding="utf-8")
-
     run_folders: list[Path] = []
 
     def make() -> Parts:
@@ -123,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         return Parts(made.model, made.data, made.precise_bn, made.monitor, made.trainer.as_dict())
 
     def make_logger(arm: Arm, seed: int) -> Logger:
-        logger = output.wandb_logger(f"{arm}, seed {seed}", arm, preset, folder, config.as_dict())
+        logger = report.wandb_logger(RECIPE.name, preset, arm, f"{arm}, seed {seed}", folder, config.as_dict())
         run_folders.append(Path(logger.experiment.dir).parent)
         return logger
 
-    print(f"{RECIPE.paper}: {RECIPE.shows}. On {output.machine()}.")
+    print(f"{RECIPE.paper}: {RECIPE.shows}. On {report.machine()}.")
     started = time.perf_counter()
     results = ema_vs_precise(
         make,
@@ -136,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         samples=config.samples,
         draws=config.draws,
         cloud_batches=config.cloud_batches,
+        tolerances=config.tolerances,
     )
     verdicts, figures = claims(results), output.draw(results)
     about = {
@@ -145,21 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "batch_size": config.data.batch_size,
         "pass_images": config.precise_bn.num_samples,
         "seconds": time.perf_counter() - started,
-        "machine": output.machine(),
-        "versions": output.versions(),
+        "machine": report.machine(),
+        "versions": report.versions(),
     }
     paths = output.write(folder, results, verdicts, figures, about)
-    report = output.wandb_logger("report", "report", preset, folder, config.as_dict())
-    run_folder = output.log_report(report, results, verdicts, figures)
+    logger = report.wandb_logger(RECIPE.name, preset, "report", "report", folder, config.as_dict())
+    output.log_curves(logger, results)
+    run_folder = report.log_report(logger, verdicts, figures, results.runs[0].steps[-1])
 
     print("", *output.samples_table(results.sweeps), sep="\n")
-    for claim in verdicts:
-        print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
-    print("", *paths, sep="\n")
+    report.print_report(verdicts, paths)
     print("\nWhat BNStatsMonitor saw in the EMA's run, as one HTML page")
     print(f"  {os.path.relpath(sys.executable)} -m lightning_bn.report {run_folders[0]}")
-    print("\nIn W&B, without a login: all runs (space overlays one more), or the report (3 shows its figures)")
-    print(f"  {output.wandb_command()} leet {run_folder.parent}\n  {output.wandb_command()} leet {run_folder}")
+    report.print_wandb_commands(run_folder)
     return folder
 
 

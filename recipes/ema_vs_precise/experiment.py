@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lightning_bn as lbn
+from recipes.evaluation import mean_and_spread, on_its_device, wrong_images
 from recipes.images import ImageData
+from recipes.tolerance import Stops, sweep_tolerances
 
 Arm = Literal["EMA", "PreciseBN"]
 State = Mapping[str, Tensor]
@@ -88,6 +89,7 @@ class Results:
     runs: list[Run]
     sweeps: list[Sweep]
     cloud: Cloud
+    stops: list[Stops] = field(default_factory=list)
 
     def of(self, arm: Arm) -> list[Run]:
         return [run for run in self.runs if run.arm == arm]
@@ -101,6 +103,7 @@ def ema_vs_precise(
     samples: Sequence[int] = (10, 100, 1000),
     draws: int = 5,
     cloud_batches: int = 16,
+    tolerances: Sequence[float] = (),
     say: Say = print,
 ) -> Results:
     """Trains every seed with and without PreciseBN, and measures both.
@@ -112,12 +115,14 @@ def ema_vs_precise(
         samples: The N of Table 1; the whole training population is always added.
         draws: Draws of N samples, for the spread.
         cloud_batches: Batch means in each cloud of Fig. 2.
+        tolerances: See where ``precise_bn(tolerance=)`` stops with each.
         say: Takes a line of progress.
     """
     if not seeds:
         raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
     runs: list[Run] = []
     sweeps: list[Sweep] = []
+    stops: list[Stops] = []
     cloud: Cloud | None = None
     for seed in seeds:
         trace = EMATrace()
@@ -129,12 +134,16 @@ def ema_vs_precise(
         # model.
         for index in unconverged_and_final(len(ema.errors)):
             sweeps.append(sweep_samples(parts, ema, index, samples, draws, say))
+            if tolerances:
+                parts.model.load_state_dict(ema.states[index])
+                name = f"epoch {ema.epochs[index]:.3g}, seed {seed}"
+                stops.append(sweep_tolerances(parts.model, parts.data, name, tolerances, say=say))
         if cloud is None:
             say(f"\nBatch means of {cloud_batches} batches at each of {len(ema.states)} checkpoints")
             cloud = batch_mean_cloud(parts, ema, trace, cloud_batches)
     assert cloud is not None
     data = parts.data
-    return Results(data.source, data.num_training_images, data.num_validation_images, runs, sweeps, cloud)
+    return Results(data.source, data.num_training_images, data.num_validation_images, runs, sweeps, cloud, stops)
 
 
 def unconverged_and_final(checkpoints: int) -> list[int]:
@@ -226,16 +235,6 @@ def sweep_samples(parts: Parts, run: Run, index: int, samples: Sequence[int], dr
     return Sweep(run.seed, run.epochs[index], ema, precise)
 
 
-def mean_and_spread(*wrong: Tensor) -> str:
-    """Error in percent, mean ± standard deviation over draws; `wrong` is (draws, images), one a seed.
-
-    With several seeds it is their mean, and the spread is that of the draws within a seed.
-    """
-    errors = 100 * torch.stack([one_seed.mean(1) for one_seed in wrong])
-    spread = f" ± {errors.var(1).mean().sqrt():.1f}" if errors.shape[1] > 1 else ""
-    return f"{errors.mean():.1f}{spread}"
-
-
 def batch_mean_cloud(parts: Parts, run: Run, trace: EMATrace, batches: int) -> Cloud:
     """The mean of every channel in each of `batches` training batches, for every checkpoint."""
     channels = [(name, c) for name, bn in lbn.find_bn(parts.model).items() for c in range(bn.num_features)]
@@ -254,16 +253,3 @@ def batch_mean_cloud(parts: Parts, run: Run, trace: EMATrace, batches: int) -> C
         batch_means[step] = means
         std[step] = (variances.mean(0) + means.var(0, correction=0)).sqrt()  # Eq. 2, batches of one size
     return Cloud(channels, torch.stack(trace.means), batch_means, std)
-
-
-def on_its_device(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    logits: Tensor = model(batch[0].to(next(model.parameters()).device))
-    return logits
-
-
-@torch.no_grad()
-def wrong_images(model: nn.Module, batches: DataLoader[tuple[Tensor, Tensor]]) -> Tensor:
-    """1.0 for every image that the model gets wrong with the running statistics it has now, else 0.0."""
-    model.eval()
-    wrong = [on_its_device(model, batch).argmax(1).cpu() != batch[1] for batch in batches]
-    return torch.cat(wrong).double()

@@ -1,31 +1,24 @@
 """What the results are turned into: figures, `report.md`, `report.json` and the W&B runs.
 
-W&B gets one run a training, all in one group and with the same keys, so that its charts overlay EMA and
-PreciseBN; a last run, the report, holds both curves once more with the figures and the verdicts, to be read
-on its own.
+W&B gets one run a training; a last run, the report, holds both curves once more with the figures and the
+verdicts, to be read on its own.
 """
 
-import json
-import netrc
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import lightning
 import torch
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from lightning_bn import plots
-from recipes.ema_vs_precise.claims import Claim
-from recipes.ema_vs_precise.experiment import Cloud, Results, Sweep, mean_and_spread, unconverged_and_final
+from recipes.claims import Claim
+from recipes.ema_vs_precise.experiment import Cloud, Results, Sweep, unconverged_and_final
+from recipes.evaluation import mean_and_spread
+from recipes.report import claims_table, write_report
+from recipes.tolerance import plain, tolerance_section
 
 REPORT = """\
 # EMA against PreciseBN: `{preset}`
@@ -38,7 +31,7 @@ Took {seconds:.0f} s on {machine}.
 {claims}
 
 Errors are validation errors in percent. Verdicts follow the fixed rules of
-`recipes/ema_vs_precise/claims.py`: the ± of a difference is the half-width of its 95 % interval, over
+`recipes/claims.py`: the ± of a difference is the half-width of its 95 % interval, over
 repetitions or over validation images, whichever is wider. What the interval cannot decide is *within
 noise*.
 
@@ -61,7 +54,7 @@ in W&B as `precise_bn/seconds`.
 
 ± is the standard deviation over {draws} draws of N training images, without replacement and in batches of
 at most {batch_size:,}. The last N is the whole training population, which can be drawn in one way only.
-
+{samples_needed}
 ## One channel (Fig. 2)
 
 ![EMA and batch means of one channel](ema_cloud.png)
@@ -72,39 +65,6 @@ channel.
 
 `python -m recipes.ema_vs_precise --config config.yaml` repeats this run ({versions}).
 """
-
-
-def wandb_logger(name: str, job: str, preset: str, folder: Path, config: Mapping[str, Any]) -> WandbLogger:
-    """A logger with a W&B run of its own, offline unless the user is logged in or `WANDB_MODE` says other."""
-    wandb.finish()  # a WandbLogger would go on writing to a run that is still open
-    run = wandb.init(
-        project="lightning_bn",
-        group=f"ema_vs_precise/{preset}",
-        job_type=job,
-        name=name,
-        dir=folder,
-        config=dict(config),
-        mode=None if "WANDB_MODE" in os.environ or _logged_in() else "offline",
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    # WandbLogger defines its axis only for runs that it makes itself.
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
-
-
-def _logged_in() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host))
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_command() -> str:
-    """How to call wandb from here: by name if that finds it, else the one beside this Python."""
-    beside = Path(sys.executable).parent / "wandb"
-    return "wandb" if shutil.which("wandb") else os.path.relpath(beside)
 
 
 def draw(results: Results) -> dict[str, Figure]:
@@ -155,33 +115,14 @@ def write(
     about: Mapping[str, Any],
 ) -> list[Path]:
     """Writes the figures and both reports; returns their paths."""
-    paths = [plots.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
-    (folder / "report.md").write_text(_markdown(results, verdicts, about), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(_plain(results, verdicts, about), indent=1), encoding="utf-8")
-    return [folder / "report.md", folder / "report.json", *paths]
+    return write_report(folder, _markdown(results, verdicts, about), _plain(results, verdicts, about), figures)
 
 
-def log_report(logger: WandbLogger, results: Results, verdicts: Sequence[Claim], figures: Mapping[str, Figure]) -> Path:
-    """Logs curves, figures and verdicts to the report's W&B run, closes it, and returns its folder."""
+def log_curves(logger: WandbLogger, results: Results) -> None:
+    """Logs both arms' errors to the report's W&B run."""
     for index, step in enumerate(results.runs[0].steps):
         errors = {f"val_error/{run.arm}, seed {run.seed}": run.errors[index] for run in results.runs}
         logger.log_metrics({**errors, "epoch": results.runs[0].epochs[index]}, step)
-    for name, figure in figures.items():
-        plots.log_figure(logger, f"figures/{name}", figure, results.runs[0].steps[-1])
-    run = logger.experiment
-    columns: list[str | int] = ["claim", "paper", "measured", "verdict"]
-    run.log({"claims": wandb.Table(columns=columns, data=[list(asdict(claim).values()) for claim in verdicts])})
-    for verdict in ("holds", "does not hold", "within noise"):
-        run.summary[f"claims/{verdict}"] = sum(claim.verdict == verdict for claim in verdicts)
-    folder = Path(run.dir).parent
-    wandb.finish()
-    wandb.teardown()  # finish() may return before the file is complete
-    return folder
-
-
-def claims_table(verdicts: Sequence[Claim]) -> list[str]:
-    lines = ["| claim | paper | measured here | verdict |", "|---|---|---|---|"]
-    return lines + [f"| {c.claim} | {c.paper} | {c.measured} | **{c.verdict}** |" for c in verdicts]
 
 
 def samples_table(sweeps: Sequence[Sweep]) -> list[str]:
@@ -220,6 +161,7 @@ def _markdown(results: Results, verdicts: Sequence[Claim], about: Mapping[str, A
         claims="\n".join(claims_table(verdicts)),
         curves="\n".join(_curves_table(results)),
         samples="\n".join(samples_table(results.sweeps)),
+        samples_needed=tolerance_section(results.stops),
         draws=max(len(wrong) for wrong in results.sweeps[0].precise.values()),
         share=100 * about["pass_images"] / results.training_images,
     )
@@ -245,6 +187,7 @@ def _plain(results: Results, verdicts: Sequence[Claim], about: Mapping[str, Any]
             }
             for run in results.runs
         ],
+        "samples_needed": plain(results.stops),
         "samples": [
             {
                 "seed": sweep.seed,
@@ -255,17 +198,6 @@ def _plain(results: Results, verdicts: Sequence[Claim], about: Mapping[str, Any]
             for sweep in results.sweeps
         ],
     }
-
-
-def machine() -> str:
-    threads = torch.get_num_threads()
-    cpu = f"{threads} CPU thread{'s' * (threads > 1)}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return f"{device} ({platform.system()} {platform.machine()})"
-
-
-def versions() -> str:
-    return f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
 
 
 def _by_epoch(sweeps: Sequence[Sweep]) -> dict[float, list[Sweep]]:

@@ -369,3 +369,12 @@ def test_an_input_without_rows_counts_for_nothing() -> None:
         statistics = precise_bn(model, [full[0], torch.zeros(0, 3), full[1]])
     assert_measured(statistics, calls)
     assert statistics["0"].calls == 2 and calls["0"][1][1].shape == (0, 3)
+
+
+def test_micro_batches_that_are_parts_of_one_large_tensor_need_no_more_memory_than_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.randn(1000, 3, 8, 8)
+    monkeypatch.setattr("lightning_bn.functional.pooled.free_memory", lambda device: 20 * images.nbytes)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert precise_bn(model, images.split(4), batch_size="population").num_samples == 1000

@@ -61,6 +61,25 @@ def test_error_against_samples_joins_the_means_and_shows_every_draw() -> None:
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["10", "100", "4k"]
 
 
+def test_what_the_samples_are_can_be_said_otherwise() -> None:
+    sweep = plots.SampleSweep("NBS 2", 35.5, {2: [34.4], 100: [32.0]})
+    assert plots.error_against_samples([sweep], xlabel="B").axes[0].get_xlabel() == "B"
+
+
+def depth() -> Figure:
+    gaps = {"B = 2": [(0.0, 0.0), (0.01, 0.1), (0.02, 0.4)], "B = 10": [(0.0, 0.0), (0.002, 0.02), (0.004, 0.1)]}
+    return plots.gaps_in_depth([plots.DepthProfile("NBS 32", gaps, [(0.1, 0.2)] * 3)] * 2)
+
+
+def test_gaps_in_depth_show_means_above_variances_and_leave_zeros_out() -> None:
+    figure = depth()
+    assert len(figure.axes) == 4
+    assert list(line(figure, "B = 2").get_xdata()) == [1, 2, 3]
+    assert line(figure, "B = 2").get_ydata() == pytest.approx([np.nan, 0.01, 0.02], nan_ok=True)
+    assert line(figure, "B = 10", panel=2).get_ydata() == pytest.approx([np.nan, 0.02, 0.1], nan_ok=True)
+    assert line(figure, "EMA").get_color() == EMA
+
+
 def test_a_channel_shows_its_ema_every_batch_and_the_population_mean() -> None:
     figure = cloud()
     (axes,) = figure.axes
@@ -112,6 +131,6 @@ def test_to_rgb_gives_pixels_of_three_channels() -> None:
 
 def test_figures_leave_nothing_in_pyplot() -> None:
     pyplot.close("all")
-    for figure in (curves(), samples(), cloud()):
+    for figure in (curves(), samples(), cloud(), depth()):
         plots.to_rgb(figure)
     assert pyplot.get_fignums() == []

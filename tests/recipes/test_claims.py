@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recipes.ema_vs_precise.claims import Claim, Interval, claims, equal, half_width, larger
+from recipes.claims import Claim, Interval, equal, half_width, larger
+from recipes.ema_vs_precise.claims import claims
 from recipes.ema_vs_precise.experiment import Cloud, Results, Run, Sweep, unconverged_and_final
 
 IMAGES = 10_000

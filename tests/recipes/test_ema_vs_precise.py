@@ -4,31 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import wandb
 from matplotlib.image import imread
 
 from recipes.ema_vs_precise.__main__ import PRESETS, main, make_parser
 from recipes.registry import all_recipes, as_markdown
+from tests.recipes.offline import offline, wandb_runs  # noqa: F401
 
 TINY = ["--preset", "smoke", "--data.train_images", "200", "--data.val_images", "60", "--data.batch_size", "50"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    """W&B without network, and without a run left over for the next test."""
-    torch.set_num_threads(1)  # as for every test, but before the first recipe runs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        wandb.finish()
-        yield
-        wandb.finish()
-        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +26,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(smoke: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((smoke / "report.json").read_text(encoding="utf-8"))
     return read
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Every record of an offline W&B run."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    return [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
-
-
-def wandb_runs(folder: Path) -> dict[str, str]:
-    """Name of each W&B run -> all its records as one text."""
-    runs = {}
-    for run in sorted((folder / "wandb").glob("offline-run-*")):
-        found = records(run)
-        (name,) = {r["run"]["display_name"] for r in found if "run" in r and r["run"].get("display_name")}
-        runs[name] = "\n".join(json.dumps(record) for record in found)
-    return runs
 
 
 def test_both_arms_share_one_weight_trajectory_and_differ_in_their_error(report: dict[str, Any]) -> None:
@@ -127,8 +97,10 @@ def test_the_printed_command_reads_the_report_run(
     assert "report" in subprocess.check_output(command, text=True)
 
 
-def test_overrides_arrive(tmp_path: Path) -> None:
+def test_overrides_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.tolerance.MOST", 100)
     overrides = ["--trainer.max_epochs", "1", "--model.lr", "0.05", "--seeds", "[3,4]", "--samples", "[20]"]
+    overrides += ["--tolerances", "[0.1]"]
     main([*TINY, *overrides, "--precise_bn.num_samples", "150", "--draws", "3", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(run["seed"], len(run["errors"])) for run in report["runs"]] == [(3, 1), (3, 1), (4, 1), (4, 1)]
@@ -136,6 +108,8 @@ def test_overrides_arrive(tmp_path: Path) -> None:
     assert {n: len(errors) for n, errors in report["samples"][0]["errors"].items()} == {"20": 3, "200": 1}
     assert report["about"]["pass_images"] == 150
     assert "0.05" in report["about"]["training"]
+    assert [stops["model"] for stops in report["samples_needed"]] == ["epoch 1, seed 3", "epoch 1, seed 4"]
+    assert "How many images are needed" in (tmp_path / "report.md").read_text()
 
 
 def test_the_config_it_writes_repeats_the_run(tmp_path: Path) -> None:

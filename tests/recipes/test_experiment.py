@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 import lightning_bn as lbn
-from recipes.classifier import ImageClassifier, ResNet8
+from recipes.classifier import ImageClassifier
 from recipes.ema_vs_precise.experiment import (
     EMATrace,
     Parts,
     Run,
     batch_mean_cloud,
     hash_of_parameters,
-    mean_and_spread,
     sweep_samples,
 )
+from recipes.evaluation import mean_and_spread
 from recipes.images import ImageData
 
 
@@ -31,8 +31,9 @@ def run(parts: Parts) -> Run:
     return Run("EMA", 0, epochs=[1.0], errors=[90.0], weights=["-"], states=[state], steps=[1])
 
 
-def test_resnet8_has_nine_bn_layers() -> None:
-    assert len(lbn.find_bn(ResNet8(3, 10, 16))) == 9
+@pytest.mark.parametrize(("network", "layers"), [("resnet8", 9), ("resnet20", 21), ("plain20", 19)])
+def test_networks_have_as_many_bn_layers_as_they_say(network: str, layers: int) -> None:
+    assert len(lbn.find_bn(ImageClassifier(network=network))) == layers
 
 
 def test_the_hash_sees_one_bit_of_one_weight_and_no_buffer() -> None:

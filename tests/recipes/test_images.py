@@ -63,6 +63,14 @@ def test_samples_are_drawn_without_replacement_and_repeat_with_their_generator()
     assert len({image.numpy().tobytes() for image in draws[0]}) == 60
 
 
+def test_a_sample_larger_than_the_population_takes_all_of_it_again() -> None:
+    data = ImageData(shift=0, train_images=40)
+    batches = [images for images, _ in data.training_sample(100, torch.Generator(), batch_size=30)]
+    assert [len(images) for images in batches] == [30, 30, 30, 10]
+    times = torch.cat(batches).flatten(1).unique(dim=0, return_counts=True)[1].tolist()
+    assert sorted(times) == [2] * 20 + [3] * 20
+
+
 def test_every_training_batch_is_full() -> None:
     batches = [len(labels) for _, labels in ImageData(train_images=105, batch_size=50).train_dataloader()]
     assert batches == [50, 50]
