@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
 
 from recipes import report
@@ -116,4 +117,5 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 if __name__ == "__main__":
     quiet_lightning()
+    torch.set_num_threads(1)  # a rank on a core; OpenMP's threads would not be there after a fork
     main()

@@ -139,8 +139,10 @@ def roi_head_leakage(
 
 def train(made: Parts, training: Training, ranks: int, images_per_step: int) -> int:
     """Trains the model, in processes of its own; returns the number of steps."""
+    # A fork has everything imported already, but cannot use CUDA.
+    several = "ddp_fork" if made.trainer["accelerator"] == "cpu" else "ddp_spawn"
     trainer = L.Trainer(
-        **{**made.trainer, "devices": ranks, "strategy": "ddp_spawn" if ranks > 1 else "auto"},
+        **{**made.trainer, "devices": ranks, "strategy": several if ranks > 1 else "auto"},
         accumulate_grad_batches=images_per_step // (ranks * training.images_per_gpu),
         limit_val_batches=0,
         logger=False,
