@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forecast, ghost, leakage, monitor, precise_pass, roi_shuffle, sync
+from benchmarks import exact, forecast, ghost, leakage, monitor, precise_pass, roi_shuffle, sync
 from benchmarks.results import machine, update, versions
 
 BENCHMARKS = {
+    "exact": exact,
     "forecast": forecast,
     "ghost": ghost,
     "leakage": leakage,

@@ -38,10 +38,10 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, dev
         first = number % len(names)
         gc.collect()
         for name in names[first:] + names[:first]:
-            _wait(device)
+            wait_for(device)
             started = time.perf_counter()
             contestants[name]()
-            _wait(device)
+            wait_for(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -52,6 +52,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
     return Spread.of([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
 
 
-def _wait(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Let a GPU come to the end of what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -7,6 +7,7 @@ exist for plain PyTorch.
 from lightning_bn.callbacks.ada_bn import AdaBNCallback
 from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
 from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
+from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.callbacks.ghost_bn import GhostBNCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
@@ -16,6 +17,7 @@ from lightning_bn.callbacks.sync_bn import SyncBNCallback
 from lightning_bn.distributed.exchange import exchange_rows, restore_rows
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.functional.adapt import adapt_bn
+from lightning_bn.functional.domains import domain_bn
 from lightning_bn.functional.freeze import freeze_bn
 from lightning_bn.functional.ghost import ghost_bn
 from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
@@ -34,6 +36,7 @@ __all__ = [
     "BatchLeakage",
     "BatchLeakageMonitor",
     "DeadChannels",
+    "DomainSpecificBNCallback",
     "FreezeBNCallback",
     "GhostBNCallback",
     "LayerStatistics",
@@ -48,6 +51,7 @@ __all__ = [
     "VarGap",
     "adapt_bn",
     "batch_leakage",
+    "domain_bn",
     "exchange_rows",
     "find_bn",
     "freeze_bn",

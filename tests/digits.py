@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bn import find_bn
-from recipes.classifier import ResNet8
+from recipes.classifier import ResNet
 from recipes.images import _mnist_5k
 
 CLASSES = 80
@@ -42,7 +42,7 @@ def features(epochs: int) -> list[dict[str, Tensor]]:
     """Of each epoch of a ResNet-8's training: layer's name -> channel means of what it is given for each image."""
     torch.manual_seed(0)
     images, labels = oriented_digits()
-    model = ResNet8(1, CLASSES, 16)
+    model = ResNet(1, CLASSES, 16, blocks=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     found = []
     for _ in range(epochs):
@@ -56,7 +56,7 @@ def features(epochs: int) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _inputs(model: ResNet8, images: Tensor) -> dict[str, Tensor]:
+def _inputs(model: ResNet, images: Tensor) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {name: [] for name in find_bn(model)}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, seen=seen[name]: seen.append(args[0].mean((2, 3))))

@@ -58,6 +58,27 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("GhostBNCallback", "SyncBNCallback"): Pair(
             "refused", "one makes the normalization batch smaller than the device's, the other larger"
         ),
+        ("DomainSpecificBNCallback", "PreciseBNCallback"): Pair(
+            "works", "a pass estimates each domain, or all together, as they are trained and evaluated"
+        ),
+        ("DomainSpecificBNCallback", "FreezeBNCallback"): Pair(
+            "works", "a frozen layer normalises each domain with the population that evaluation uses"
+        ),
+        ("DomainSpecificBNCallback", "MiniBatchInferenceCallback"): Pair(
+            "refused", "both say which statistics evaluation uses, the domain's or the batch's"
+        ),
+        ("DomainSpecificBNCallback", "AdaBNCallback"): Pair(
+            "refused", "both say which statistics evaluation uses, the domain's or the target's"
+        ),
+        ("DomainSpecificBNCallback", "GhostBNCallback"): Pair(
+            "refused", "both say which parts of a batch are normalised by themselves"
+        ),
+        ("DomainSpecificBNCallback", "SyncBNCallback"): Pair(
+            "refused", "ranks would wait for each other where they are shown different domains"
+        ),
+        ("BNStatsMonitor", "DomainSpecificBNCallback"): Pair(
+            "works", _OBSERVED + "; it shows the running statistics, those of all domains together"
+        ),
         ("BNStatsMonitor", "PreciseBNCallback"): Pair(
             "works", _OBSERVED + ", and logs how far each pass moved a layer"
         ),
@@ -100,6 +121,12 @@ PAIRS: dict[frozenset[str], Pair] = {
             "works", _TESTED + "; its normalization batches are all ranks'"
         ),
         ("BatchLeakageMonitor", "BNStatsMonitor"): Pair("works", "both only look"),
+        ("DomainSpecificBNCallback", "RoIShuffleCallback"): Pair(
+            "refused", "rows that go to another rank do not take their domain along"
+        ),
+        ("BatchLeakageMonitor", "DomainSpecificBNCallback"): Pair(
+            "refused", "rows of several domains differ by their domain, which would read as a leak"
+        ),
         ("BatchLeakageMonitor", "RoIShuffleCallback"): Pair(
             "works", _TESTED + "; its pass exchanges nothing, so it tests the rows of each rank as they were"
         ),

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer import call
 
+from lightning_bn.engine.domains import domains_of
+
 _STEP_CONTEXTS = {
     "validation": "val_step_context",
     "test": "test_step_context",
@@ -59,5 +61,5 @@ def run_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: i
     stage, loop = stage_of(trainer), trainer._active_loop
     name = f"{stage}_step"
     arguments: Any = hook_arguments(trainer, batch, batch_idx, dataloader_idx)
-    with getattr(trainer.precision_plugin, _STEP_CONTEXTS[stage])():
+    with getattr(trainer.precision_plugin, _STEP_CONTEXTS[stage])(), domains_of(trainer, batch, dataloader_idx):
         return run_hook(trainer, module, name, *loop._build_step_args_from_hook_kwargs(arguments, name))  # type: ignore[union-attr]

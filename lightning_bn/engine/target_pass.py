@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.engine.batches import evaluation_batches
+from lightning_bn.engine.domains import domains_of
 from lightning_bn.engine.evaluation_loop import run_step, stage_of
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.population_pass import Recomputed, moved_by
@@ -57,7 +58,7 @@ def measure_target(
         if forward == "evaluation_step":
             run_step(trainer, module, *item)
         else:
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), domains_of(trainer, item[0], item[2]):
                 (forward if callable(forward) else call_model)(module, item[0])
 
     assert trainer.state.stage is not None

@@ -15,6 +15,7 @@ from lightning_bn.functional.precise import Forward, measure_model, write
 from lightning_bn.functional.samples import Count
 from lightning_bn.layers.adapted import Adapted, Adapting
 from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.layers.domain_specific import num_domains
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.mini_batch import MiniBatch
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
@@ -108,6 +109,11 @@ def refuse_unadaptable(layers: Mapping[str, _BatchNorm]) -> None:
     for name, layer in layers.items():
         if behaves(layer, Adapted, Adapting):
             raise ValueError(f"Layer {name!r} is adapted to a domain already: undo that before adapting it to another.")
+        if num_domains(layer):
+            raise ValueError(
+                f"Layer {name!r} keeps population statistics of each of its domains (domain_bn), so it would not use "
+                "those of another: leave it out by layers=, or undo that first."
+            )
         if behaves(layer, MiniBatch):
             raise ValueError(
                 f"Layer {name!r} normalises with mini-batch statistics (mini_batch_inference), so it would not use "

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.domain_specific import AFFINE
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import Frozen
 
@@ -60,8 +61,9 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
 
 
 def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
-    """Weights and biases of layers, as far as they have any."""
-    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    """Weights and biases of layers, as far as they have any, those of domains among them."""
+    keys = ("weight", "bias", *AFFINE)
+    return [p for layer in layers for key in keys if (p := layer._parameters.get(key)) is not None]
 
 
 def refuse_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch.nn import SyncBatchNorm
 
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.layers.domain_specific import DomainSpecific
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
 from lightning_bn.layers.synced import Synced
@@ -89,6 +90,11 @@ def ghost_bn(
             raise ValueError(
                 f"Layer {name!r} is synced over ranks: ghosts would cut up again the normalization batch that sync_bn "
                 "has put together. Leave it out by layers=, or undo() that handle first."
+            )
+        if behaves(layer, DomainSpecific):
+            raise ValueError(
+                f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalised together: leave "
+                "it out by layers=, or undo() that handle first."
             )
         if behaves(layer, Ghost):
             raise ValueError(f"Layer {name!r} has ghosts already: undo() that handle first.")

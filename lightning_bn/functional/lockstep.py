@@ -9,8 +9,9 @@ the cost is *linear* in depth.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from typing import Generic, TypeVar
 
@@ -38,6 +39,7 @@ class Lockstep(Generic[P, V, A]):
         answer: Called with a point and what the functions brought to it, in their order; returns each one's answer.
         own_random_numbers: Give each function a stream of torch's random numbers of its own, drawn from the global one
             and leaving that alone. Else they draw from that one as they go.
+        advice: What to do if they cannot go in lockstep, for messages.
 
     Example:
         >>> def together(point, values):
@@ -47,16 +49,18 @@ class Lockstep(Generic[P, V, A]):
         ['1 of 3', '2 of 3']
     """
 
-    def __init__(self, answer: Callable[[P, list[V]], Sequence[A]], own_random_numbers: bool = False) -> None:
+    def __init__(
+        self, answer: Callable[[P, list[V]], Sequence[A]], own_random_numbers: bool = False, advice: str = ""
+    ) -> None:
         self._answer = answer
-        self._own_random_numbers = own_random_numbers
+        self._own_random_numbers, self._advice = own_random_numbers, advice
 
     def arrive(self, point: P, value: V) -> A:
         """Wait, inside a function, until all others have come to ``point``, and get one's own answer."""
         own = getcurrent()
         if not isinstance(own, _Suspended):
-            raise RuntimeError(
-                f"{point} was reached outside of the functions that run in lockstep, or in another thread."
+            raise LockstepError(
+                f"{point} was reached outside of the functions in lockstep, or in another thread. {self._advice}"
             )
         assert own.parent is not None  # it is run by `run`
         answer: A = own.parent.switch((point, value))
@@ -71,7 +75,8 @@ class Lockstep(Generic[P, V, A]):
         """
         running: list[_Suspended[P, V, A, T]] = []
         streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
-        try:
+        # of contexts that are left in another order than they were entered, the last one would leave its filters behind
+        with warnings.catch_warnings(), self._unwinding(running):
             for function in functions:
                 running.append(_Suspended(function, next(streams)))
                 running[-1].go_on()
@@ -85,16 +90,24 @@ class Lockstep(Generic[P, V, A]):
                 for s in last_first:
                     s.go_on()
             return [s.result for s in running]
+
+    @staticmethod
+    @contextmanager
+    def _unwinding(running: Sequence[_Suspended[P, V, A, T]]) -> Iterator[None]:
+        try:
+            yield
         finally:
             for s in running:
                 s.unwind()
 
-    @staticmethod
-    def _check(running: Sequence[_Suspended[P, V, A, T]]) -> None:
+    def _check(self, running: Sequence[_Suspended[P, V, A, T]]) -> None:
         first = running[0]
         for number, other in enumerate(running):
             if other.dead != first.dead or (not first.dead and other.point != first.point):
-                raise LockstepError(f"number 1 {first.whereabouts()} when number {number + 1} {other.whereabouts()}")
+                raise LockstepError(
+                    f"They diverge: number 1 {first.whereabouts()} when number {number + 1} {other.whereabouts()}. "
+                    f"{self._advice}"
+                )
 
 
 class _Suspended(greenlet, Generic[P, V, A, T]):
@@ -108,13 +121,12 @@ class _Suspended(greenlet, Generic[P, V, A, T]):
     def __init__(self, function: Callable[[], T], random: RandomState | None) -> None:
         super().__init__(function)
         self.gr_context = copy_context()
-        self._state, self._random = ThreadState.now(), random
+        self._state, self._random = ThreadState(), random
 
     def go_on(self) -> None:
         """Run to the next point, or to the end."""
-        with self._state.entered(), self._random.entered() if self._random else nullcontext():
-            came_back = self.switch() if self.answer is None else self.switch(self.answer)
-            self._state = ThreadState.now()
+        with self._own_state():
+            came_back = self.switch(self.answer) if self else self.switch()
         self.answer = None
         if self.dead:
             self.result = came_back
@@ -122,10 +134,15 @@ class _Suspended(greenlet, Generic[P, V, A, T]):
             self.point, self.value = came_back
 
     def unwind(self) -> None:
-        """End the function where it waits."""
+        """End the function where it waits, whatever it makes of that: there is an error already, why it is ended."""
         while self and not self.dead:
-            with self._state.entered():
+            with self._own_state(), suppress(BaseException):
                 self.throw(GreenletExit)
+
+    @contextmanager
+    def _own_state(self) -> Iterator[None]:
+        with self._state.entered(), self._random.entered() if self._random else nullcontext():
+            yield
 
     def whereabouts(self) -> str:
         """Where it is, for messages."""

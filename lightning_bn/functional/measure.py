@@ -12,6 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal, TypeAlias
 
@@ -24,9 +25,11 @@ from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_ov
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
 from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.domain_specific import num_domains
 from lightning_bn.layers.in_lockstep import InLockstep
-from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics
+from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics, together
 
 BatchSize: TypeAlias = int | Literal["population"] | None
 """B of Table 2: samples to normalise together, of all ranks; None takes the batches as they come."""
@@ -74,12 +77,16 @@ def measure(
         MemoryError: If the memory that is free does not suffice for that.
     """
     check_amounts(batch_size, num_samples, tolerance, memory_limit)
+    if memory_limit is not None and batch_size is None:
+        raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
     device, dtype = _home(layers)
-    seen = Accumulator({name: layer.num_features for name, layer in layers.items()}, device, dtype)
+    parts = _with_domains(layers)
+    seen = Accumulator({name: layer.num_features for name, layer in parts.items()}, device, dtype)
     mode = InLockstep(layers, seen)
-    pooled = Pooled(layers, mode, seen, run, device, memory_limit, tried or Tried())
+    pooled = Pooled(parts, mode, seen, run, device, memory_limit, tried or Tried())
     wanted = inf if batch_size == "population" else batch_size or 0
     samples = batches_seen = normalizations = 0
+    told = False
     look_again = _SPREAD
 
     with contextlib.ExitStack() as stack:
@@ -95,8 +102,10 @@ def measure(
                 first.small
                 and at_most is not None
                 and first.everywhere * (most := pooled.most(first, at_most)) < wanted
+                and not told
             ):
                 say(_less(wanted, first, int(most), pooled))
+                told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)
@@ -116,6 +125,7 @@ def measure(
                     break
         statistics = _statistics(seen, device)
         _refuse_unusable(statistics, layers)
+        statistics = _with_domains_folded(statistics, layers)
         return PopulationStatistics(statistics, samples, batches_seen, samples / normalizations, pooled.spilled)
 
 
@@ -195,6 +205,8 @@ def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
 
 def _largest_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
+    if any(s.calls < 2 for s in statistics.values()):
+        return inf  # of a layer that was called once nobody knows
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either, and 0/0 says so
     return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)
@@ -206,6 +218,28 @@ def _statistics(seen: Accumulator, device: torch.device) -> dict[str, LayerStati
     of_all.values, of_all.spread = merge_over_ranks(seen.values), merge_over_ranks(seen.spread)
     of_all.calls = dict(zip(seen.calls, sum_over_ranks(list(seen.calls.values()), device), strict=True))
     return of_all.statistics()
+
+
+def _with_domains(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """All names under which something may be measured: those of layers, and those of their domains."""
+    return {
+        part: layer
+        for name, layer in layers.items()
+        for part in (name, *(of_domain(name, domain) for domain in range(num_domains(layer))))
+    }
+
+
+def _with_domains_folded(
+    statistics: Mapping[str, LayerStatistics], layers: Mapping[str, _BatchNorm]
+) -> dict[str, LayerStatistics]:
+    """The statistics of layers, with those of their domains in them."""
+    found = {}
+    for name, layer in layers.items():
+        domains = tuple(statistics.get(of_domain(name, domain)) for domain in range(num_domains(layer)))
+        whole = statistics.get(name) or together([d for d in domains if d is not None])
+        if whole is not None:
+            found[name] = replace(whole, domains=domains)
+    return found
 
 
 def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str]) -> None:

@@ -6,11 +6,13 @@ and every reference to the tensor, in whatever frame or closure of the network, 
 
 from __future__ import annotations
 
+import ctypes
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lightning_bn.functional.thread_state import ThreadState
 
 
 class Alive(TorchDispatchMode):
@@ -71,33 +75,54 @@ class Alive(TorchDispatchMode):
 
 
 class Spilled:
-    """Storages whose contents lie elsewhere until `bring_back`: in main memory, or in a file where that is short.
+    """Storages whose contents lie elsewhere until `bring_back`: those of a GPU in main memory, or all in a file.
 
     Args:
-        storages: Their memory is given back.
+        storages: Of one device. Their memory is given back.
     """
 
     def __init__(self, storages: list[UntypedStorage]) -> None:
-        self.num_bytes = 0
-        self._held: list[tuple[UntypedStorage, int, UntypedStorage | IO[bytes]]] = []
-        for storage in storages:
-            size = storage.nbytes()
-            if size and storage.resizable():
-                self._held.append((storage, size, _put_away(storage)))
-                self.num_bytes += size
-                storage.resize_(0)
+        self._held = [(s, s.nbytes()) for s in storages if s.nbytes() and s.resizable()]
+        self.num_bytes = sum(size for _, size in self._held)
+        self._on_host: list[UntypedStorage] = []
+        self._file: Path | None = None
+        host = torch.device("cpu")
+        if self._held and self._held[0][0].device != host and free_memory(host) > 2 * self.num_bytes:
+            self._on_host = [storage.cpu() for storage, _ in self._held]
+        elif self._held:
+            self._file = self._written()
+        for storage, _ in self._held:
+            storage.resize_(0)
+
+    def _written(self) -> Path:
+        # a file that is not kept open: more forwards may wait than a process may have open files
+        descriptor, name = tempfile.mkstemp(prefix="lightning_bn_")
+        try:
+            with open(descriptor, "wb") as file:
+                for storage, _ in self._held:
+                    file.write(_as_bytes(storage.cpu()))
+        except BaseException:
+            os.unlink(name)
+            raise
+        return Path(name)
 
     def bring_back(self) -> None:
         """Give every storage its memory and contents again."""
-        for storage, size, elsewhere in self._held:
-            storage.resize_(size)
-            if isinstance(elsewhere, UntypedStorage):
-                storage.copy_(elsewhere)
-            else:
-                with elsewhere as file:
-                    file.seek(0)
-                    file.readinto(_as_bytes(storage))  # type: ignore[attr-defined]
-        self._held.clear()
+        if self._file is None:
+            for (storage, size), copy in zip(self._held, self._on_host, strict=True):
+                storage.resize_(size)
+                storage.copy_(copy)
+            return
+        try:
+            with open(self._file, "rb") as file:
+                for storage, size in self._held:
+                    storage.resize_(size)
+                    on_host = storage if storage.device.type == "cpu" else UntypedStorage(size)
+                    file.readinto(_as_bytes(on_host))
+                    if on_host is not storage:
+                        storage.copy_(on_host)
+        finally:
+            self._file.unlink()
 
 
 class Room:
@@ -114,17 +139,24 @@ class Room:
         self._all: list[Alive] = []
         self._waiting: dict[Alive, int] = {}
         self._elsewhere: dict[Alive, Spilled] = {}
+        self._thread = ThreadState()
 
-    def keep_track(self) -> Alive:
+    @contextmanager
+    def keep_track(self) -> Iterator[Alive]:
         """A mode to run a forward under."""
-        self._all.append(Alive(self))
-        return self._all[-1]
+        alive = Alive(self)
+        self._all.append(alive)
+        try:
+            with alive:
+                yield alive
+        finally:
+            self._all.remove(alive)
 
     def share(self, key: int) -> None:
         """A storage is used by another forward than allocated it, such as a cast of a weight: it stays from now on."""
         for alive in self._all:
-            if alive.share(key) and alive in self._elsewhere:
-                self._elsewhere.pop(alive).bring_back()
+            if alive.share(key):
+                self._bring_back(alive)
 
     @contextmanager
     def waiting(self, alive: Alive, brought: Iterable[Tensor]) -> Iterator[None]:
@@ -133,15 +165,22 @@ class Room:
             alive.share(tensor.untyped_storage()._cdata)
         self._waiting[alive] = alive.num_bytes
         while self._waiting and sum(self._waiting.values()) > self.limit:
-            first = next(iter(self._waiting))
-            self._elsewhere[first] = Spilled(first.storages)
-            self.spilled += self._elsewhere[first].num_bytes
-            del self._waiting[first]
+            self._spill(next(iter(self._waiting)))
         try:
             yield
         finally:
             self._waiting.pop(alive, None)
-            if alive in self._elsewhere:
+            self._bring_back(alive)
+
+    def _spill(self, alive: Alive) -> None:
+        with self._thread.entered():  # the forward that runs must not be thought to use, or own, what is copied here
+            self._elsewhere[alive] = Spilled(alive.storages)
+        self.spilled += self._elsewhere[alive].num_bytes
+        del self._waiting[alive]
+
+    def _bring_back(self, alive: Alive) -> None:
+        if alive in self._elsewhere:
+            with self._thread.entered():
                 self._elsewhere.pop(alive).bring_back()
 
 
@@ -164,17 +203,11 @@ def _left_in_container() -> Iterator[int]:
             continue
 
 
-def _put_away(storage: UntypedStorage) -> UntypedStorage | IO[bytes]:
-    if storage.device.type != "cpu" and free_memory(torch.device("cpu")) > 2 * storage.nbytes():
-        return UntypedStorage(storage.nbytes()).copy_(storage)
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by whoever brings it back
-    file.write(_as_bytes(storage.cpu() if storage.device.type != "cpu" else storage))
-    return file
-
-
-def _as_bytes(storage: UntypedStorage) -> Any:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+def _as_bytes(storage: UntypedStorage) -> ctypes.Array[ctypes.c_ubyte]:
+    # NumPy's way in would mark it as of a fixed size
+    return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    # sparse tensors have none of their own
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and torch._C._has_storage(x))

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.layers.domain_specific import DomainSpecific
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.mini_batch import MiniBatch
 
@@ -54,7 +55,8 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
         A handle: ``undo()`` it, or use it as a context manager, to evaluate with stored statistics again.
 
     Raises:
-        ValueError: If a pattern matches nothing, or a chosen layer's forward was replaced on the instance.
+        ValueError: If a pattern matches nothing, a chosen layer's forward was replaced on the instance, or one has
+            domains.
 
     Example:
         >>> import torch
@@ -68,4 +70,11 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
         >>> model(x).flatten()
         tensor([1.0000, 3.0000])
     """
-    return MiniBatchHandle(changeable_layers(model, layers).values(), MiniBatch())
+    chosen = changeable_layers(model, layers)
+    for name, layer in chosen.items():
+        if behaves(layer, DomainSpecific):
+            raise ValueError(
+                f"Layer {name!r} has domains (domain_bn), which say by themselves which statistics evaluation uses: "
+                "leave it out by layers=, or undo() that handle first."
+            )
+    return MiniBatchHandle(chosen.values(), MiniBatch())

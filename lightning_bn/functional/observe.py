@@ -81,12 +81,12 @@ class Observer:
 
     def after_batch(self) -> bool:
         """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
-        step = self._recovery.after_batch()
-        if step is None or self._observed is None:
+        around = self._recovery.after_batch()
+        if around is None or self._observed is None:
             return False
         observed, _, reasons = self._observed
         self.abandon()
-        before, after, batch, _, called = step
+        before, after, batch, _, called = (found[0] for found in self._recovery.recover([around]))
         parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
         for (name, layer), statistics, was_called in parts if reasons else ():
             if name in reasons:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,6 +89,24 @@ class _Meeting(NamedTuple):
     var: Tensor
 
 
+class _First:
+    """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = _copied(batch)
+        self._began = _generators()
+
+    @contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        """Draw them from there, and on leaving from where they were before."""
+        before = _generators()
+        _set_generators(*self._began)
+        try:
+            yield
+        finally:
+            _set_generators(*before)
+
+
 class Pooled:
     """Runs micro-batches as one normalization batch.
 
@@ -120,8 +138,8 @@ class Pooled:
         self._device = device
         self._numbers = {name: number for number, name in enumerate(layers)}
         self._room = None if memory_limit is None else Room(memory_limit)
+        self._first: _First | None = None
         self._tried = tried
-        self._sample: Any = None
         self._over = False
 
     @property
@@ -131,8 +149,8 @@ class Pooled:
 
     def needs(self, own: MicroBatch) -> Needs:
         """What the first micro-batch needs, found out by running it alone."""
-        if self._sample is None and not self._tried.independent:
-            self._sample = _copied(own.batch)  # running it may change it
+        if own.batch is NOTHING:
+            return Needs(0, 1, 0)
         if self._tried.needs is None:
             alive, seen = Alive(), [0]
 
@@ -140,23 +158,25 @@ class Pooled:
                 seen.append(alive.num_bytes)
                 return brought.mean, brought.var
 
+            first = _First(own.batch)
             with self._arriving(arrive), alive:
-                self._alone()
-            batch = sum(t.nbytes for t in tree_leaves(own.batch) if isinstance(t, Tensor))
-            self._tried.needs = Needs(max(seen) + batch, max(own.samples, 1), len(seen) - 1)
+                self._alone(first)  # with a copy of the batch, which counts
+            self._tried.needs = Needs(max(seen), max(own.samples, 1), len(seen) - 1)
         return self._tried.needs
 
     def most(self, own: MicroBatch, share: float) -> int:
         """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
-        fit = 2**31 if own.batch is NOTHING else int(share * self.free() // max(self.needs(own).num_bytes, 1))
-        (minus_fewest,) = max_over_ranks([-fit], self._device)
-        return max(-minus_fewest, 1)
+        with self._on_all_ranks():
+            fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
+        (fewest,) = max_over_ranks([-fit], self._device)
+        return max(-fewest, 1)
 
     def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
         """Run micro-batches together, and put the statistics of every call of a layer into a slot.
 
         Args:
-            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch.
+            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
+                second time goes on where the first time ended.
             progress: Told the share of the work that is done.
 
         Raises:
@@ -176,19 +196,20 @@ class Pooled:
             progress(min(done / self.needs(going[0]).arrivals, 1.0))
             return [pooled] * len(going)
 
-        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True)
-        others = random.getstate(), np.random.get_state()
-        with self._on_all_ranks(), self._arriving(self._spilling(lockstep.arrive)):
+        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
+        with (
+            self._on_all_ranks(),
+            self._taking_all(micro_batches),
+            self._arriving(self._spilling(lockstep.arrive)),
+        ):
             lockstep.run(self._functions(micro_batches, going))
             if not going:
                 self._keep_company()
         if not self._tried.independent:
             with self._on_all_ranks():
-                if going:
-                    random.setstate(others[0])
-                    np.random.set_state(others[1])
-                    self._verify(met)
-            self._tried.independent, self._sample = True, None
+                if self._first:
+                    self._verify(self._first, met)
+            self._tried.independent, self._first = True, None
         progress(1.0)
 
     def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
@@ -197,6 +218,8 @@ class Pooled:
         for own in micro_batches:
             needs = self.needs(own)
             free = self.free() if free is None else free
+            if not going and not self._tried.independent:
+                self._first = _First(own.batch)
             going.append(own)
             samples = sum(m.samples for m in going)
             expected = needs.num_bytes * samples / needs.samples
@@ -226,7 +249,8 @@ class Pooled:
             return arrive
 
         def waiting(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
-            with room.waiting(_ALIVE.get(), (brought.mean, brought.var)):
+            alive = _ALIVE.get(None)
+            with room.waiting(alive, (brought.mean, brought.var)) if alive else nullcontext():  # none: another thread
                 return arrive(name, brought)
 
         return waiting
@@ -252,7 +276,7 @@ class Pooled:
             name = names[number]
             self._merged(name, Moments.empty(self._layers[name].num_features, self._seen.home))
 
-    def _verify(self, met: Sequence[_Meeting]) -> None:
+    def _verify(self, first: _First, met: Sequence[_Meeting]) -> None:
         """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
         expected = iter(met)
 
@@ -267,12 +291,12 @@ class Pooled:
             return then.mean, then.var
 
         with self._arriving(arrive):
-            self._alone()
+            self._alone(first)
 
-    def _alone(self) -> None:
+    def _alone(self, first: _First) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
-        with next(random_streams()).entered():
-            self._run(_copied(self._sample))
+        with first.random_numbers(), next(random_streams()).entered():
+            self._run(_copied(first.batch))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
@@ -286,6 +310,18 @@ class Pooled:
             yield
         finally:
             self._mode.arrive = before
+
+    @staticmethod
+    @contextmanager
+    def _taking_all(micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
+        """Where ranks count together what they take: one that fails takes the rest before it tells the others."""
+        try:
+            yield
+        except Exception:
+            if num_ranks() > 1:
+                for _ in micro_batches:
+                    pass
+            raise
 
     @contextmanager
     def _on_all_ranks(self) -> Iterator[None]:
@@ -345,3 +381,14 @@ def _differ(then: _Meeting, now: Brought) -> bool:
     """Whether the means of a micro-batch are not those that it brought then."""
     off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
     return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
+
+
+def _generators() -> tuple[Any, Any, Tensor]:
+    """States of Python's, NumPy's and torch's global generators; CUDA's is not drawn from here."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_generators(of_python: Any, of_numpy: Any, of_torch: Tensor) -> None:
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)

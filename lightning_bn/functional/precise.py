@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lightning_bn.functional.measure import BatchSize, measure, no_progress
 from lightning_bn.functional.samples import Count
+from lightning_bn.layers.domain_specific import STATISTICS
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
@@ -178,18 +179,29 @@ def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatis
     with torch.no_grad():
         writes = []
         for name, measured in statistics.items():
-            for buffer, value in (("running_mean", measured.mean), ("running_var", measured.var)):
-                stored = layers[name]._buffers[buffer]
-                assert stored is not None  # storing_layers saw to it
-                rounded = value.to(stored.dtype)
-                if not rounded.isfinite().all():
-                    largest = float(value.abs().max())
-                    raise ValueError(
-                        f"{buffer} of layer {name!r} reaches {largest:.3g}: {stored.dtype} cannot hold it."
-                    )
-                writes.append((stored, rounded))
-        for stored, rounded in writes:
-            stored.copy_(rounded)
+            stored = layers[name]._buffers
+            writes += _rounded(name, measured, stored["running_mean"], stored["running_var"])
+            for domain, own in enumerate(measured.domains):
+                if own is not None:
+                    mean, var, batches = (cast(Tensor, stored[key]) for key in STATISTICS)
+                    writes += _rounded(name, own, mean[domain], var[domain])
+                    writes.append((batches[domain], batches[domain].clamp(min=1)))
+        for buffer, value in writes:
+            buffer.copy_(value)
+
+
+def _rounded(
+    name: str, measured: LayerStatistics, mean: Tensor | None, var: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    writes = []
+    for buffer, stored, value in (("running_mean", mean, measured.mean), ("running_var", var, measured.var)):
+        assert stored is not None  # storing_layers saw to it
+        rounded = value.to(stored.dtype)
+        if not rounded.isfinite().all():
+            largest = float(value.abs().max())
+            raise ValueError(f"{buffer} of layer {name!r} reaches {largest:.3g}: {stored.dtype} cannot hold it.")
+        writes.append((stored, rounded))
+    return writes
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

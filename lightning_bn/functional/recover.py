@@ -1,12 +1,13 @@
 """Recovering what batches a model saw in training from its running statistics, without hooks and without the data.
 
 Around each batch, running statistics are copied before and after; what the batch must have been follows from the two
-(see `statistics.recovery`). A few vector operations for all layers together.
+(see `statistics.recovery`). A few vector operations for all layers together, and for many batches at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,26 @@ from lightning_bn.statistics.drift import is_dead
 from lightning_bn.statistics.recovery import recovered, recovery_error, share_kept
 
 
+class Around(NamedTuple):
+    """What was read around a batch, of all layers.
+
+    Attributes:
+        before: Running means, then running variances, before the batch, ``(2C,)``, in the layers' own precision.
+        after: The same after it.
+        tracked: Batches tracked before it, ``(L,)``.
+        calls: Calls of each layer that are known to have been at the momentum, ``(L,)``.
+        momentum: Of each layer, NaN for None, ``(L,)``.
+    """
+
+    before: Tensor
+    after: Tensor
+    tracked: Tensor
+    calls: Tensor
+    momentum: Tensor
+
+
 class Step(NamedTuple):
-    """A batch and the running statistics around it; means and variances, ``(2, C)`` each.
+    """A batch and the running statistics around it; means and variances, ``(2, C)`` each. Or many, ``(N, ...)``.
 
     Attributes:
         before: Running statistics before the batch.
@@ -55,8 +74,9 @@ class Recovery:
         >>> recovery = Recovery({"bn": bn})
         >>> recovery.before_batch()
         >>> _ = bn(torch.tensor([[1.0], [3.0]]))
-        >>> recovery.after_batch().batch.T.round(decimals=3)  # mean and unbiased variance
-        tensor([[2., 2.]], dtype=torch.float64)
+        >>> recovery.recover([recovery.after_batch()]).batch.round(decimals=3)  # mean and unbiased variance
+        tensor([[[2.],
+                 [2.]]], dtype=torch.float64)
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
@@ -68,6 +88,9 @@ class Recovery:
         self.eps = eps.to(home, torch.float32 if home.type == "mps" else torch.float64)[self.layer_of]
         self._momenta: list[float | None] = []
         self._momenta_in_tensor: list[float | None] = []
+        self._starts = [0, *accumulate(self.sizes)]
+        self._none_tracked = torch.zeros((), dtype=torch.int64, device=home)
+        self._together = all(layer.get_buffer("running_mean").device == home for layer in layers.values())
         self._before: tuple[Tensor, Tensor] | None = None
 
     def before_batch(self) -> None:
@@ -75,17 +98,39 @@ class Recovery:
         self._before = self._read()
         self._momenta = self._momenta_now()
 
-    def after_batch(self) -> Step | None:
-        """Call right after it, or never. What it was; None if its beginning was not seen."""
+    def after_batch(self) -> Around | None:
+        """Call right after it, or never. What was read, for `recover`; None if its beginning was not seen."""
         if self._before is None:
             return None
+        # What was read after the batch before is no substitute for this one's `before`: nothing tells that none wrote
+        # in between. A batch norm's kernel and `tensor.data` leave `tensor._version` as it is.
         (before, tracked), (after, tracked_after) = self._before, self._read()
         self._before = None
-        # a momentum that was changed in between says nothing of the one with which the batch was taken in
-        same = [a == b for a, b in zip(self._momenta, self._momenta_now(), strict=True)]
-        calls = (tracked_after - tracked) * (1.0 if all(same) else torch.tensor(same).to(self.eps))
-        kept = share_kept(self._momentum(), calls, tracked)[self.layer_of]
-        return Step(before, after, recovered(before, after, kept), kept, (calls > 0)[self.layer_of])
+        calls, now = tracked_after - tracked, self._momenta_now()
+        if self._momenta != now:  # which says nothing of the one with which the batch was taken in
+            calls = calls * torch.tensor([a == b for a, b in zip(self._momenta, now, strict=True)]).to(calls)
+        return Around(before, after, tracked, calls, self._momentum())
+
+    def recover(self, batches: Sequence[Around], layers: slice = slice(None)) -> Step:
+        """What batches were, ``N`` of them at once.
+
+        Args:
+            batches: What was read around each.
+            layers: Some layers, by number; the result holds their channels alone. All by default.
+        """
+        first, end, _ = layers.indices(len(self.sizes))
+        channels = slice(self._starts[first], self._starts[end])
+        layer_of = self.layer_of[channels] - first
+        before, after = (
+            torch.stack([read.view(2, -1)[:, channels] for read in side]).to(self.eps)
+            for side in ([b.before for b in batches], [b.after for b in batches])
+        )
+        tracked, calls, momentum = (
+            torch.stack([read[layers] for read in each])
+            for each in ([b.tracked for b in batches], [b.calls for b in batches], [b.momentum for b in batches])
+        )
+        kept = share_kept(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
+        return Step(before, after, recovered(before, after, kept[:, None]), kept, (calls > 0).index_select(1, layer_of))
 
     def abandon(self) -> None:
         """Forget a batch that has begun."""
@@ -93,25 +138,24 @@ class Recovery:
 
     def running(self) -> Tensor:
         """Running means and variances as they are, ``(2, C)``: a copy."""
-        return self._read()[0]
+        return self._read()[0].view(2, -1).to(self.eps)
 
     def inaccuracy(self) -> Tensor:
         """Sigma by which a mean recovered now may be off by rounding, ``(C,)``; 0 for dead channels."""
-        running, tracked = self._read()
+        running, tracked = self.running(), self._read()[1].to(self.eps)
         self._momenta = self._momenta_now()
         kept = share_kept(self._momentum(), torch.ones_like(tracked), tracked)[self.layer_of]
         return torch.where(is_dead(running[1], self.eps), 0.0, recovery_error(running[0], running[1], kept))
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """Running means and variances, ``(2, C)``, and batches tracked, ``(L,)``: copies."""
-        buffers = [layer._buffers for layer in self.layers.values()]
-        mean, var = (
-            torch.cat([b[kind].to(self.eps.device) for b in buffers])  # type: ignore[union-attr]
-            for kind in ("running_mean", "running_var")
-        )
-        none = self.layer_of.new_zeros(())
-        tracked = [none if (count := b["num_batches_tracked"]) is None else count.to(none.device) for b in buffers]
-        return torch.stack([mean, var]).to(self.eps.dtype), torch.stack(tracked).to(self.eps)
+        """Running means and variances, ``(2C,)``, and batches tracked, ``(L,)``: copies, twice a step."""
+        layers = [layer._buffers for layer in self.layers.values()]
+        buffers = [b[kind] for kind in ("running_mean", "running_var") for b in layers]
+        tracked = [self._none_tracked if (count := b["num_batches_tracked"]) is None else count for b in layers]
+        if not self._together:
+            home = self.eps.device
+            buffers, tracked = [b.to(home) for b in buffers], [t.to(home) for t in tracked]  # type: ignore[union-attr]
+        return torch.cat(buffers), torch.stack(tracked)  # type: ignore[arg-type]
 
     def _momenta_now(self) -> list[float | None]:
         return [layer.momentum for layer in self.layers.values()]
@@ -120,7 +164,7 @@ class Recovery:
         """Of each layer, NaN for None; made anew only when one has changed, since that is a copy to the device."""
         if self._momenta != self._momenta_in_tensor:
             self._momenta_in_tensor = self._momenta
-            self._momentum_tensor = torch.tensor([torch.nan if m is None else m for m in self._momenta]).to(self.eps)
+            self._momentum_tensor = self.eps.new_tensor([torch.nan if m is None else m for m in self._momenta])
         return self._momentum_tensor
 
 

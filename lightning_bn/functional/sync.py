@@ -11,6 +11,7 @@ from lightning_bn.distributed.groups import borrow_group
 from lightning_bn.distributed.moments import num_ranks, own_rank
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.layers.domain_specific import DomainSpecific
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
@@ -90,6 +91,12 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     twice = [name for name, layer in chosen.items() if behaves(layer, Synced)]
     if twice:
         raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
+    apart = [name for name, layer in chosen.items() if behaves(layer, DomainSpecific)]
+    if apart:
+        raise ValueError(
+            f"Layer {apart[0]!r} has domains (domain_bn): ranks would wait for each other where they are shown "
+            "different ones. Leave it out by layers=, or undo() that handle first."
+        )
     cut_up = [name for name, layer in chosen.items() if behaves(layer, Ghost)]
     if cut_up:
         raise ValueError(

@@ -6,30 +6,33 @@ leave it on for all others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _autograd
-from torch.utils import _python_dispatch  # noqa: F401  # makes the dispatch stack's functions usable
+from torch.utils import _device, _python_dispatch
 
 _C: Any = torch._C
 """The stacks of modes and hooks have no public way in."""
 
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""How to get and how to set one."""
 
-@dataclass(frozen=True)
+
 class ThreadState:
-    """Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and the default dtype.
+    """That of the thread when this was made, and from then on what was made of it where this was `entered`.
 
-    The latter is the whole process's, but half-precision training changes it around every step, as if it were not.
-    The *cache* of autocast is shared: it holds casts of weights, which are everybody's, until the last one has left.
+    Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and what torch keeps for the
+    whole process though there are context managers for it: the default device and dtype, cuDNN's flags. The *cache* of
+    autocast is shared: it holds casts of weights, which are everybody's, until the last one has left.
 
     Example:
         >>> import torch
         >>> with torch.no_grad():
-        ...     inside = ThreadState.now()
+        ...     inside = ThreadState()
         >>> with inside.entered():
         ...     torch.is_grad_enabled()
         False
@@ -37,71 +40,64 @@ class ThreadState:
         True
     """
 
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    autocast_cache: bool
-    default_dtype: torch.dtype
-    functions_seen: Any
-    function_modes: tuple[Any, ...]
-    dispatch_modes: tuple[Any, ...]
-    saved_tensor_hooks: tuple[tuple[Any, Any], ...]
-    stream: torch.cuda.Stream | None
-
-    @classmethod
-    def now(cls) -> ThreadState:
-        """That of this thread at the moment."""
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
-            torch.is_autocast_cache_enabled(),
-            torch.get_default_dtype(),
-            _C._get_torch_function_state(),
-            _listed(_C._len_torch_function_stack(), _C._get_function_stack_at),
-            _listed(_C._len_torch_dispatch_stack(), _C._get_dispatch_stack_at),
-            _saved_tensor_hooks(),
-            torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
-        )
+    def __init__(self) -> None:
+        self._own = _Held.now()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Give the thread this state, and on leaving the one that it had."""
-        before = ThreadState.now()
+        before = _Held.now()
         # Inference mode has no plain setter. Leaving sets what entering found, wherever the thread has gone between.
-        with torch.inference_mode(self.inference):
-            self._set()
+        with torch.inference_mode(self._own.inference):
+            self._own.replace(before)
             try:
                 yield
             finally:
-                before._set()
+                self._own = _Held.now()
+                before.replace(self._own)
 
-    def _set(self) -> None:
-        _refill(
-            self.dispatch_modes,
+
+class _Held(NamedTuple):
+    """What a thread holds."""
+
+    inference: bool
+    grad: bool
+    settings: tuple[Any, ...]
+    dispatch_modes: tuple[Any, ...]
+    function_modes: tuple[Any, ...]
+    saved_tensor_hooks: tuple[tuple[Any, Any], ...]
+    stream: torch.cuda.Stream | None
+
+    @classmethod
+    def now(cls) -> _Held:
+        return cls(
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            tuple(get() for get, _ in _SETTINGS),
             _listed(_C._len_torch_dispatch_stack(), _C._get_dispatch_stack_at),
-            _C._pop_torch_dispatch_stack,
-            _C._push_on_torch_dispatch_stack,
-        )
-        _refill(
-            self.function_modes,
             _listed(_C._len_torch_function_stack(), _C._get_function_stack_at),
-            _C._pop_torch_function_stack,
-            _C._push_on_torch_function_stack,
-        )
-        _refill(
-            self.saved_tensor_hooks,
             _saved_tensor_hooks(),
-            _autograd._pop_saved_tensors_default_hooks,
-            lambda hooks: _autograd._push_saved_tensors_default_hooks(*hooks),
+            torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
         )
-        _C._set_torch_function_state(self.functions_seen)
-        torch.set_grad_enabled(self.grad)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.autocast_cache)
-        torch.set_default_dtype(self.default_dtype)
+
+    def replace(self, other: _Held) -> None:
+        """Give the thread this, where it holds the other."""
+        dispatch, function, hooks = (
+            (lambda: _C._pop_torch_dispatch_stack(None), _C._push_on_torch_dispatch_stack),
+            (_C._pop_torch_function_stack, _C._push_on_torch_function_stack),
+            (
+                _autograd._pop_saved_tensors_default_hooks,
+                lambda pair: _autograd._push_saved_tensors_default_hooks(*pair),
+            ),
+        )
+        _refill(self.dispatch_modes, other.dispatch_modes, *dispatch)
+        _refill(self.saved_tensor_hooks, other.saved_tensor_hooks, *hooks)
+        _refill((), other.function_modes, *function)  # which would see some of these settings
+        _C._set_grad_enabled(self.grad)  # whatever the other's is: changing inference mode changes it
+        for (_, set_to), wanted, found in zip(_SETTINGS, self.settings, other.settings, strict=True):
+            if wanted != found:
+                set_to(wanted)
+        _refill(self.function_modes, (), *function)
         if self.stream is not None:
             torch.cuda.set_stream(self.stream)  # and its device
 
@@ -161,3 +157,38 @@ def _refill(wanted: tuple[Any, ...], held: tuple[Any, ...], pop: Callable[[], An
             pop()
         for item in wanted:
             push(item)
+
+
+def _autocast(kind: str) -> list[Setting]:
+    return [
+        (
+            functools.partial(torch.is_autocast_enabled, kind),
+            functools.partial(torch.set_autocast_enabled, kind),
+        ),
+        (functools.partial(torch.get_autocast_dtype, kind), functools.partial(torch.set_autocast_dtype, kind)),
+    ]
+
+
+_IN_A_MODE = [name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value in (0, 1)]
+"""What dispatch modes write down, for torch.compile, that they were entered; version by version under other names."""
+
+
+def _set_in_a_mode(values: tuple[bool, ...]) -> None:
+    for name, value in zip(_IN_A_MODE, values, strict=True):
+        setattr(_python_dispatch, name, value)
+        if setter := getattr(_python_dispatch, f"set{name.replace('_any_mode', '_mode')}", None):
+            setter(value)
+
+
+_SETTINGS: list[Setting] = [
+    (lambda: tuple(getattr(_python_dispatch, name) for name in _IN_A_MODE), _set_in_a_mode),
+    *_autocast("cpu"),
+    *_autocast("cuda"),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (_C._get_torch_function_state, _C._set_torch_function_state),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (lambda: _device.CURRENT_DEVICE, functools.partial(setattr, _device, "CURRENT_DEVICE")),
+    (_C._get_cudnn_enabled, _C._set_cudnn_enabled),
+    (_C._get_cudnn_benchmark, _C._set_cudnn_benchmark),
+    (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
+]

@@ -18,7 +18,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks
-from lightning_bn.layers.behaviour import Behaviour
+from lightning_bn.layers.behaviour import Behaviour, behaviours_of
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
 
@@ -39,12 +39,26 @@ class BatchMode(Behaviour):
         self.counts = True
         """Whether what the layers are shown counts; a forward run only to keep other ranks company does not."""
 
+    def name_of(self, layer: _BatchNorm, domain: int | None = None) -> str:
+        """Under which name a layer's statistics go, those of a domain under one of their own."""
+        domains = (domain, *(b.domain(layer) for b in behaviours_of(layer)))
+        return of_domain(self._names[layer], next((d for d in domains if d is not None), None))
+
+    def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
+        """Put the statistics of one domain's part of an input into a slot; the layer is not run."""
+        count = input.numel() // layer.num_features
+        if self.counts and count:
+            mean, var = batch_statistics(input.detach())
+            slot = self._seen.slot(self.name_of(layer, domain), count)
+            slot[0].copy_(mean)
+            slot[1].copy_(var * (count / max(count - 1, 1)))
+
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Normalise ``input`` with its own statistics; an input without rows has none, and needs none."""
         count = input.numel() // layer.num_features
         group = cast("ProcessGroup | None", layer.process_group) if isinstance(layer, SyncBatchNorm) else None
         synced = isinstance(layer, SyncBatchNorm)  # in train mode its own forward insists on CUDA and a batch counter
-        slot = self._seen.slot(self._names[layer], count) if self.counts and count else None
+        slot = self._seen.slot(self.name_of(layer), count) if self.counts and count else None
         stored = cast(Tensor, layer._buffers["running_mean"])
         if slot and count > 1 and slot[0].dtype == stored.dtype and not synced and may_use_kernel(input):
             output = lent(layer, forward, input, True, *slot, momentum=1.0)
@@ -63,6 +77,11 @@ class BatchMode(Behaviour):
             # 16-bit buffers would round the statistics before they are used: the kernel takes its own once more
             return lent(layer, forward, input, True, None, None)
         return lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
+
+
+def of_domain(name: str, domain: int | None) -> str:
+    """The name under which the statistics of one of a layer's domains are measured."""
+    return name if domain is None else f"{name}@{domain}"
 
 
 def lent(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from types import TracebackType
 from typing import Any, cast
@@ -29,6 +29,8 @@ class Behaviour(ABC):
 
     name: str
     """Shown in ``repr(model)`` behind the layer's own description."""
+    outermost = False
+    """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -37,6 +39,10 @@ class Behaviour(ABC):
     def normalization_batch(self, samples: float) -> float:
         """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
         return samples
+
+    def domain(self, layer: _BatchNorm) -> int | None:
+        """Which of several domains the layer is shown, if this behaviour tells domains apart."""
+        return None
 
     def normalization_groups(self, input: Tensor) -> Tensor | None:
         """Which rows of ``input`` a layer in train mode normalises together: numbers ``(N,)``; None for all of them."""
@@ -61,7 +67,7 @@ class ModuleBehaviour(Behaviour):
 
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
-    """The behaviours a layer has at the moment, in the order in which it was given them."""
+    """The behaviours a layer has at the moment, in the order in which it was given them, the outermost ones last."""
     return tuple(vars(layer).get(_LIST, ()))
 
 
@@ -71,10 +77,10 @@ def behaves(layer: nn.Module, *kinds: type[Behaviour]) -> bool:
 
 
 def give(layer: nn.Module, behaviour: Behaviour) -> None:
-    """Give a layer a behaviour, on top of those it has."""
+    """Give a layer (or another module) a behaviour, on top of those it has."""
     if not behaviours_of(layer):
         layer.__class__ = _derived(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
-    vars(layer)[_LIST] = (*behaviours_of(layer), behaviour)
+    vars(layer)[_LIST] = tuple(sorted((*behaviours_of(layer), behaviour), key=lambda b: b.outermost))
 
 
 def take_back(layer: nn.Module, behaviour: Behaviour) -> None:
@@ -130,32 +136,47 @@ class _Derived(nn.Module):
 
 
 class _BehavingLayer(_Derived):
-    """Of a BatchNorm layer."""
+    """Of a BatchNorm layer: behaviours wrap its forward."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        own_forward: Callable[..., Tensor] = super().forward
-        if args:
-            input, *rest = args
-        else:  # by keyword, under whatever name the layer's own forward gives its first argument
-            first = next(iter(signature(own_forward).parameters))
-            input, rest = kwargs.pop(first), []
-
-        def forward(input: Tensor) -> Tensor:
-            return own_forward(input, *rest, **kwargs)
-
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward, input = _of_first(super().forward, args, kwargs)
         for behaviour in behaviours_of(self):
             forward = functools.partial(behaviour.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 
 
 class _BehavingModule(_Derived):
-    """Of any other module."""
+    """Of any other module: behaviours wrap its calls."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().__call__
+        call: Callable[..., Any] = super().__call__
         for behaviour in behaviours_of(self):
-            call = functools.partial(cast(ModuleBehaviour, behaviour).call, self, call)
+            if isinstance(behaviour, ModuleBehaviour):
+                call = functools.partial(behaviour.call, self, call)
+            else:
+                call = functools.partial(_around_first, behaviour, self, call)
         return call(*args, **kwargs)
+
+
+def _around_first(behaviour: Behaviour, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call, input = _of_first(call, args, kwargs, type(module).forward.__get__(module))
+    return behaviour.forward(cast(_BatchNorm, module), call, input)
+
+
+def _of_first(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    signed: Callable[..., Any] | None = None,
+) -> tuple[Callable[[Any], Any], Any]:
+    """A call as a function of its first argument, and that; which may come by keyword, under whatever name it has."""
+    if args:
+        first, *rest = args
+    else:
+        name = next(iter(signature(signed or function).parameters))
+        first, rest = kwargs[name], []
+        kwargs = {key: value for key, value in kwargs.items() if key != name}
+    return lambda input: function(input, *rest, **kwargs), first
 
 
 @functools.cache

@@ -37,14 +37,19 @@ class InLockstep(BatchMode):
     name = "in lockstep"
     arrive: Arrive | None = None
 
+    def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
+        """Bring the statistics of one domain's part of an input, and wait for those of all."""
+        if self.arrive is None:
+            super().bring(layer, domain, input)
+        else:
+            self.arrive(self.name_of(layer, domain), _brought(layer, input))
+
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Bring the statistics of ``input``, wait for those of all, and normalise."""
         if self.arrive is None:
             return super().forward(layer, forward, input)
-        name, count = self._names[layer], input.numel() // layer.num_features
-        with torch.no_grad():
-            own = batch_statistics(input) if count else input.new_zeros(2, layer.num_features)
-        mean, var = (v.to(input.device) for v in self.arrive(name, Brought(count, *own)))
+        name = self.name_of(layer)
+        mean, var = (v.to(input.device) for v in self.arrive(name, _brought(layer, input)))
         stored = cast(Tensor, layer._buffers["running_mean"])
         if stored.element_size() > 2:
             return lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
@@ -58,3 +63,9 @@ class InLockstep(BatchMode):
             return F.batch_norm(input.to(mean.dtype), mean, var, weight, bias, eps=eps).to(input.dtype)
 
         return with_batch_norm(wide, name, lambda input: lent(layer, forward, input, False, mean, var), input)
+
+
+@torch.no_grad()
+def _brought(layer: _BatchNorm, input: Tensor) -> Brought:
+    count = input.numel() // layer.num_features
+    return Brought(count, *(batch_statistics(input) if count else input.new_zeros(2, layer.num_features)))

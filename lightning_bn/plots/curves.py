@@ -90,12 +90,13 @@ def _error_axis(axes: Axes, errors: npt.NDArray[np.float64]) -> None:
     """A log axis in plain percent: at the end a tenth matters as much as ten points did at first."""
     lowest, highest = float(max(errors.min(), LOWEST)), float(errors.max())
     axes.set_yscale("log")
-    axes.set_ylim(lowest * 0.85, min(highest * 1.18, 115.0))
+    bottom, top = lowest * 0.85, min(highest * 1.18, 115.0)
+    axes.set_ylim(bottom, top)
     mantissas = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if highest < 5 * lowest else (1, 1.5, 2, 3, 5, 7)
     ticks = [mantissa * 10.0**power for power in (-1, 0, 1, 2) for mantissa in mantissas]
-    shown = [tick for tick in ticks if lowest * 0.85 <= tick <= min(highest * 1.18, 100.0)]
-    if len(shown) < 3:  # a narrow range
-        shown = list(MaxNLocator(4).tick_values(lowest, highest))
+    if sum(bottom <= tick <= min(top, 100.0) for tick in ticks) < 3:  # a narrow range
+        ticks = list(MaxNLocator(4).tick_values(bottom, top))
+    shown = [tick for tick in ticks if bottom <= tick <= min(top, 100.0)]
     axes.yaxis.set_major_locator(FixedLocator(shown))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))

@@ -10,6 +10,7 @@ as is the filter of any local level or local trend (Kalman, Holt).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ class Forecaster:
 
     Channels that are nearly dead, and steps in which a layer was not called, teach nothing.
 
-    Memory: 18 numbers a channel. A step: some twenty vector operations, and a small matrix product a layer.
+    Steps are taken in one by one or many at once, with the same result to rounding; many at once cost an operation a
+    step, and a small matrix product a layer for all of them. Memory: 13 numbers a channel, and 99 a layer.
 
     Args:
         sizes: Channels of each layer, ``L`` of them; they add up to ``C``.
@@ -71,7 +73,7 @@ class Forecaster:
         >>> running = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         >>> for step in range(40):  # the mean rises by 0.1 a step
         ...     batch = torch.tensor([[0.1 * step], [1.0]], dtype=torch.float64)
-        ...     forecaster.update(batch, running, torch.tensor([True]))
+        ...     forecaster.update(batch[None], running[None], torch.tensor([[True]]))
         ...     running = 0.9 * running + 0.1 * batch
         >>> round(float(running[0]), 2), round(float(forecaster.forecast(running).mean), 2)  # 4.0 would be right
         (3.01, 4.0)
@@ -81,34 +83,62 @@ class Forecaster:
         channels, candidates = len(eps), len(SPANS) + 1
         self._sizes, self._eps = list(sizes), eps
         self._layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(eps.device)
-        self._decay = 1 - 1 / torch.tensor(SPANS).to(eps).view(-1, 1)
-        self._sums = eps.new_zeros(2, len(SPANS), channels)
-        self._shares = eps.new_zeros(len(SPANS), channels)
+        self._starts = [0, *accumulate(sizes)]
+        self._decay = 1 - 1 / torch.tensor(SPANS).to(eps).view(-1, 1, 1)
+        self._averages = eps.new_zeros(2, len(SPANS), channels)
+        self._steps = eps.new_zeros(channels)
         self._products = eps.new_zeros(2, len(sizes), candidates, candidates)
         self._weight = eps.new_zeros(len(sizes))
 
-    def update(self, batch: Tensor, running: Tensor, counted: Tensor) -> None:
-        """Take in a step.
+    def update(self, batches: Tensor, running: Tensor, counted: Tensor, layers: slice = slice(None)) -> None:
+        """Take in ``N`` steps, in their order.
 
         Args:
-            batch: Mean and variance of each channel in the step's batch, ``(2, C)``.
-            running: Running statistics before it, ``(2, C)``.
-            counted: Channels for which both are known, ``(C,)``.
+            batches: Mean and variance of each channel in the steps' batches, ``(N, 2, C)``.
+            running: Running statistics before each, ``(N, 2, C)``.
+            counted: Channels for which both are known, ``(N, C)``.
+            layers: Some layers, by number, whose channels alone the others then hold. All by default.
         """
-        counted = counted & (batch.isfinite() & running.isfinite()).all(0)
-        taught = counted & (self._shares[0] > 0) & ~is_dead(batch[1], self._eps) & ~is_dead(running[1], self._eps)
-        seen = _logged(batch)
-        errors = self._candidates(running) - seen[:, None]
-        errors[0] *= torch.exp(-0.5 * seen[1])
-        errors = torch.where(taught, errors, 0.0)
-        channels = self._weight.new_zeros(len(self._sizes)).index_add_(0, self._layer_of, taught.to(self._weight))
-        kept = torch.where(channels > 0, _KEPT, 1.0)
-        products = torch.stack([part @ part.mT for part in errors.split(self._sizes, -1)], 1)
-        self._products = kept[:, None, None] * self._products + products
-        self._weight = kept * self._weight + channels
-        decay = torch.where(counted, self._decay, 1.0)
-        self._sums = decay * self._sums + torch.where(counted, (1 - decay) * seen[:, None], 0.0)
-        self._shares = decay * self._shares + (1 - decay)
+        first, end, _ = layers.indices(len(self._sizes))
+        channels, sizes = slice(self._starts[first], self._starts[end]), self._sizes[layers]
+        eps, layer_of = self._eps[channels], self._layer_of[channels] - first
+        counted = counted & (batches + running).sum(1).isfinite()
+        if not bool(counted.any()):
+            return
+        if not bool(counted.all()):  # seldom
+            batches, running = (torch.where(counted[:, None], part, 1.0) for part in (batches, running))
+        steps = self._steps[channels] + counted.cumsum(0) - counted.to(eps)  # that count before each, (N, C)
+        seen, before = (_logged(part, 1) for part in (batches, running))
+        alive = ~is_dead(batches[:, 1], eps) & ~is_dead(running[:, 1], eps)
+        taught = counted & (steps > 0) & alive
+
+        errors = eps.new_empty(2, len(SPANS) + 1, len(batches) + 1, len(eps))  # the last row is what comes after them
+        errors[:, :-1, 0] = self._averages[..., channels]
+        errors[:, -1, :-1] = before.transpose(0, 1)
+        for step, gain in enumerate(self._gains(steps, counted)):
+            torch.lerp(errors[:, :-1, step], seen[step, :, None], gain, out=errors[:, :-1, step + 1])
+        self._averages[..., channels] = errors[:, :-1, -1]
+        self._steps[channels] = steps[-1] + counted[-1]
+        errors = errors[:, :, :-1]
+        errors -= seen.transpose(0, 1)[:, None]
+
+        numbers = torch.stack([part.sum(1) for part in taught.split(sizes, 1)], 1).to(eps)  # of channels, (N, L)
+        teaches = (numbers > 0).to(eps)
+        kept = _KEPT ** (teaches.sum(0) - teaches.cumsum(0))  # of each step at the end, (N, L)
+        left = _KEPT ** teaches.sum(0)  # of what was before
+        scale = taught * kept.sqrt().index_select(1, layer_of)
+        scale = torch.stack([scale * torch.exp(-0.5 * seen[:, 1]), scale])[:, None]
+        parts = zip(errors.split(sizes, -1), scale.split(sizes, -1), strict=True)
+        flat = ((part * factor).flatten(2) for part, factor in parts)
+        products = torch.stack([part @ part.mT for part in flat], 1)
+        self._products[:, layers] = left[:, None, None] * self._products[:, layers] + products
+        self._weight[layers] = left * self._weight[layers] + (kept * numbers).sum(0)
+
+    def _gains(self, steps: Tensor, counted: Tensor) -> Sequence[Tensor]:
+        """What each step's batch weighs in the averages after it: ``N`` of ``(K - 1, C)``, or of ``(K - 1, 1)``."""
+        if bool((counted == counted[:, :1]).all() & (steps[0] == steps[0, 0]).all()):
+            steps, counted = steps[:, :1], counted[:, :1]  # channels mostly have one past, and that is less to compute
+        return torch.where(counted, (1 - self._decay) / (1 - self._decay ** (steps + 1)), 0.0).unbind(1)
 
     def forecast(self, running: Tensor) -> Forecast:
         """What to expect of the next batch.
@@ -141,7 +171,7 @@ class Forecaster:
 
     def _candidates(self, running: Tensor) -> Tensor:
         """Averages over the spans, and the running statistics: means and log variances, ``(2, K, C)``."""
-        averages = self._sums / self._shares.clamp(min=torch.finfo(self._shares.dtype).tiny)
+        averages = self._averages
         poisoned = ~running.isfinite().all(0)  # by a NaN batch, for ever
         return torch.cat([averages, torch.where(poisoned, averages[:, -1], _logged(running))[:, None]], 1)
 
@@ -160,8 +190,9 @@ class Forecaster:
         return weights.mT.to(self._eps), torch.where(known, error, torch.nan).to(self._eps)
 
 
-_STATE = ("sums", "shares", "products", "weight")
+_STATE = ("averages", "steps", "products", "weight")
 
 
-def _logged(statistics: Tensor) -> Tensor:
-    return torch.stack([statistics[0], statistics[1].clamp(min=_SMALLEST_VARIANCE).log()])
+def _logged(statistics: Tensor, dim: int = 0) -> Tensor:
+    mean, var = statistics.unbind(dim)
+    return torch.stack([mean, var.clamp(min=_SMALLEST_VARIANCE).log()], dim)

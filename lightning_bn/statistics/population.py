@@ -5,7 +5,7 @@ Batches are added up with one fused merge each: the moments of all layers lie si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class LayerStatistics:
             means; NaN when there was a single call.
         var_standard_error: Standard error of ``var`` relative to it, ``(C,)``, from the spread of the calls' mean
             squared deviations; likewise.
+        domains: What it was shown of each domain, if it keeps statistics of domains (`domain_bn`): None for one of
+            which it was shown nothing. ``mean`` and ``var`` are then of all of them, each weighing by its values.
     """
 
     mean: Tensor
@@ -36,6 +38,21 @@ class LayerStatistics:
     calls: int
     standard_error: Tensor
     var_standard_error: Tensor
+    domains: tuple[LayerStatistics | None, ...] = ()
+
+
+def together(parts: Sequence[LayerStatistics]) -> LayerStatistics | None:
+    """What a layer was shown, from what it was shown in several parts; None if there are none."""
+    if not parts:
+        return None
+    count = sum(p.count for p in parts)
+    pooled = Moments.empty(len(parts[0].mean), parts[0].mean.device)
+    for p in parts:
+        pooled += Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count)
+    mean_errors = torch.stack([p.count / count * p.standard_error * p.var.sqrt() for p in parts])
+    var_errors = torch.stack([p.count / count * p.var_standard_error * p.var for p in parts])
+    errors = mean_errors.norm(dim=0) / pooled.var.sqrt(), var_errors.norm(dim=0) / pooled.var
+    return LayerStatistics(pooled.mean, pooled.var, count, sum(p.calls for p in parts), *errors)
 
 
 class PopulationStatistics(Mapping[str, LayerStatistics]):

@@ -1,0 +1,265 @@
+"""Domain-specific BN: a layer that sees several domains keeps statistics, or an affine, for each (paper, Sec. 5.2).
+
+The statistics of domains are buffers ``(domains, C)`` of the layer that no state dict holds. The layer's own running
+statistics go on as if there were one domain: an EMA of the batches of all domains together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.layers.batch_mode import BatchMode, lent
+from lightning_bn.layers.batch_norm_call import with_batch_norm
+from lightning_bn.layers.behaviour import Behaviour, behaves, behaviours_of
+from lightning_bn.layers.frozen import Frozen
+from lightning_bn.statistics.moments import batch_statistics
+
+Choice: TypeAlias = Literal["shared", "domain"]
+"""Whether all domains have something in common, or each has its own."""
+
+STATISTICS = ("domain_mean", "domain_var", "domain_batches")
+"""Buffers of a layer with population statistics of each domain; the last counts batches, as num_batches_tracked."""
+AFFINE = ("domain_weight", "domain_bias")
+"""Parameters of a layer with an affine of each domain."""
+
+
+class Statistics(NamedTuple):
+    """Of a part of a batch: mean, unbiased variance, values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+@dataclass
+class Shown:
+    """What a layer is shown at the moment.
+
+    Attributes:
+        domain: The domain; or, for each index of the input along ``dim``, its domain.
+        dim: 0 for samples, 2 for levels that lie side by side.
+        parts: Into how many inputs, one for each domain, the batch is divided.
+        seen: Statistics of those that have come so far.
+    """
+
+    domain: int | Tensor
+    dim: int = 0
+    parts: int = 1
+    seen: list[Statistics] = field(default_factory=list)
+
+
+class Where(Protocol):
+    """Knows what a layer is shown."""
+
+    def shown(self, layer: _BatchNorm) -> Shown:
+        """What a layer is shown at the moment."""
+
+
+class DomainSpecific(Behaviour):
+    """Population statistics, or an affine, of each domain. Which inputs are normalised together, others see to.
+
+    Args:
+        names: Layer -> qualified name, to name one that cannot do it.
+        domains: How many there are.
+        population: Whether each has population statistics.
+        affine: Whether each has a weight and a bias.
+        where: What says which one a layer is shown.
+    """
+
+    def __init__(
+        self, names: Mapping[_BatchNorm, str], domains: int, population: Choice, affine: Choice, where: Where
+    ) -> None:
+        self.name = f"{domains} domains"
+        self.population, self.affine = population, affine
+        self._names, self._where = names, where
+
+    def domain(self, layer: _BatchNorm) -> int | None:
+        """The one it is shown, if each has population statistics; None for several together."""
+        domain = self._where.shown(layer).domain if self.population == "domain" else None
+        return domain if isinstance(domain, int) else None
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """Run the layer's own forward with the statistics and the affine of a domain."""
+        shown = self._where.shown(layer)
+        if self.affine == "domain":
+            forward = self._with_affine(layer, forward, shown)
+        if behaves(layer, BatchMode) or (layer.training and not layer.track_running_stats):
+            return forward(input)
+        if by_batch(layer):
+            return self._training(layer, forward, input, shown)
+        if self.population == "shared":
+            return forward(input)
+        mean, var = (layer._buffers[key] for key in STATISTICS[:2])
+        assert mean is not None and var is not None and isinstance(shown.domain, int)  # several are told apart before
+        return lent(layer, forward, input, False, mean[shown.domain], var[shown.domain])
+
+    def see(self, layer: _BatchNorm, parts: Iterable[tuple[int, Tensor]]) -> None:
+        """Take the statistics of each domain's part of an input that is normalised as a whole."""
+        if self.population == "shared":
+            return
+        modes = [b for b in behaviours_of(layer) if isinstance(b, BatchMode)]
+        for domain, part in parts:
+            if modes:
+                modes[0].bring(layer, domain, part)
+            elif by_batch(layer) and layer.track_running_stats and not recomputing():
+                values = part.numel() // layer.num_features
+                if values > 1:
+                    self._move(layer, domain, _statistics(part, values))
+
+    def _training(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:
+        running = [cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var")]
+        if not isinstance(shown.domain, int):  # all together: plain BatchNorm, whose parts `see` has seen
+            if recomputing():
+                mean, var = (r.clone() for r in running)
+                return lent(layer, forward, input, True, mean, var, momentum=0.0)
+            return forward(input)
+        values = input.numel() // layer.num_features
+        if running[0].element_size() == 2 and values > 1:  # such buffers would round the statistics of every batch
+            own = _statistics(input, values)
+            output = lent(layer, forward, input, True, None, None)
+        else:
+            own = Statistics(torch.zeros_like(running[0]), torch.zeros_like(running[1]), values)
+            output = lent(layer, forward, input, True, own.mean, own.var, momentum=1.0)
+        if not recomputing():
+            with torch.no_grad():
+                if self.population == "domain":
+                    self._move(layer, shown.domain, own)
+                shown.seen.append(own)
+                if len(shown.seen) == shown.parts:
+                    counted = layer.num_batches_tracked
+                    if counted is not None:
+                        counted += 1
+                    for stored, new in zip(running, together(shown.seen), strict=True):
+                        _move(stored, new, layer.momentum, counted)
+                    shown.seen.clear()
+        return output
+
+    @torch.no_grad()
+    def _move(self, layer: _BatchNorm, domain: int, own: Statistics) -> None:
+        """Move a domain's statistics towards those of a batch of it."""
+        mean, var, batches = (cast(Tensor, layer._buffers[key])[domain] for key in STATISTICS)
+        batches += 1
+        for stored, new in ((mean, own.mean), (var, own.var)):
+            _move(stored, new, layer.momentum, batches)
+
+    def _with_affine(
+        self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], shown: Shown
+    ) -> Callable[[Tensor], Tensor]:
+        """The layer's own forward with the affine of a domain in the place of its own."""
+        weight, bias = (layer._parameters.get(key) for key in AFFINE)
+        if isinstance(shown.domain, int):
+            own = [p if p is None else p[shown.domain] for p in (weight, bias)]
+            return lambda input: _lent_affine(layer, forward, input, *own)
+
+        ids, dim = shown.domain, shown.dim
+
+        def batch_norm(
+            input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, own_weight: Tensor | None = None,
+            own_bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+        ) -> Tensor:  # fmt: skip
+            output = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+            if weight is not None:
+                output = output * _along(weight[ids], dim, input).to(output.dtype)
+            return output if bias is None else output + _along(bias[ids], dim, input).to(output.dtype)
+
+        return lambda input: with_batch_norm(batch_norm, self._names[layer], forward, input)
+
+
+def by_batch(layer: _BatchNorm) -> bool:
+    """Whether a layer normalises with batch statistics at the moment."""
+    return behaves(layer, BatchMode) or (layer.training and not behaves(layer, Frozen))
+
+
+def recomputing() -> bool:
+    """Whether a forward is run within a backward, by activation checkpointing: what it sees was seen before."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Choice) -> Callable[[], None]:
+    """Give a layer buffers and parameters of each domain, which start as its own; returns how to take them away.
+
+    The layer's own weight and bias have nothing to do meanwhile, and so require no gradient.
+    """
+    asked = {key: p.requires_grad for key, p in layer._parameters.items() if p is not None}
+    if population == "domain":
+        for key, own in zip(STATISTICS, ("running_mean", "running_var", "num_batches_tracked"), strict=True):
+            stored = cast(Tensor, layer._buffers[own])
+            stored = torch.zeros_like(stored) if own == "num_batches_tracked" else stored
+            layer.register_buffer(key, stored.expand(domains, *stored.shape).clone(), persistent=False)
+    if affine == "domain":
+        for key, name in zip(AFFINE, ("weight", "bias"), strict=True):
+            parameter = layer._parameters.get(name)
+            if parameter is not None:
+                copies = parameter.detach().expand(domains, -1).clone()
+                layer.register_parameter(key, nn.Parameter(copies, requires_grad=parameter.requires_grad))
+                parameter.requires_grad_(False)
+
+    def take_away() -> None:
+        for key in (*STATISTICS, *AFFINE):
+            layer._buffers.pop(key, None)
+            layer._parameters.pop(key, None)
+            layer._non_persistent_buffers_set.discard(key)
+        for key, asked_for in asked.items():
+            cast(Tensor, layer._parameters[key]).requires_grad_(asked_for)
+
+    return take_away
+
+
+def num_domains(layer: nn.Module) -> int:
+    """Domains for which a layer keeps population statistics; 0 for one that keeps none."""
+    mean = layer._buffers.get(STATISTICS[0])
+    return 0 if mean is None else len(mean)
+
+
+def together(parts: list[Statistics]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all parts as one."""
+    means, variances = torch.stack([p.mean for p in parts]), torch.stack([p.var for p in parts])
+    values = means.new_tensor([[p.values] for p in parts])
+    total = values.sum()
+    mean = (values * means).sum(0) / total
+    squares = (values - 1) * variances + values * (means - mean).square()
+    return mean, squares.sum(0) / (total - 1)
+
+
+def _statistics(input: Tensor, values: int) -> Statistics:
+    mean, var = batch_statistics(input.detach())
+    return Statistics(mean, var * (values / (values - 1)), values)
+
+
+def _move(stored: Tensor, new: Tensor, momentum: float | None, batches: Tensor | None) -> None:
+    """One step of the EMA, or of the plain average where there is no momentum."""
+    if momentum is not None:
+        stored.copy_(stored.to(new.dtype).lerp(new, momentum))
+    elif batches is not None:
+        stored.copy_(stored.to(new.dtype).lerp(new, 1 / batches.to(new.dtype)))
+
+
+def _along(parameter: Tensor, dim: int, input: Tensor) -> Tensor:
+    """A parameter ``(L, C)``, one row for each index of the input along ``dim``, in a shape that broadcasts."""
+    shape = [1] * input.ndim
+    shape[dim], shape[1] = parameter.shape
+    return (parameter if dim == 0 else parameter.T).reshape(shape)
+
+
+def _lent_affine(
+    layer: _BatchNorm,
+    forward: Callable[[Tensor], Tensor],
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The layer's own forward with another weight and bias, which are rows of parameters."""
+    own = cast("dict[str, Tensor | None]", layer._parameters)
+    kept = dict(own)
+    own.update(weight=weight, bias=bias)
+    try:
+        return forward(input)
+    finally:
+        own.update(kept)

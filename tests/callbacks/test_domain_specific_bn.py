@@ -1,0 +1,334 @@
+"""DomainSpecificBNCallback: levels and datasets through whole fits, checkpoints, averages, passes and ranks."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from torch import Tensor, nn
+
+from lightning_bn import DomainSpecificBNCallback, PreciseBNCallback
+from tests.callbacks.zoo import Images, TinyNet, digest, fit, train_loader, trainer_with, val_loader
+from tests.functional.domains import CONSISTENT, ROWS, choices
+from tests.ranks import run_on_ranks
+
+
+class Head(nn.Module):
+    """A tower that is run on each of three levels, as torchvision's heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return torch.cat([self.conv(x).mean((2, 3)) for x in levels], 1)
+
+
+class Pyramid(TinyNet):
+    """A classifier by a head on three levels of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.head = Head()
+            self.classes = nn.Linear(12, 3)
+        self.conv1 = self.bn1 = self.conv2 = self.bn2 = None
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        return [x, 3 * F.avg_pool2d(x, 2) + 1, F.avg_pool2d(x, 3) - 2]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.head(self.levels(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.features(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+
+def of_levels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
+    return DomainSpecificBNCallback(3, owner="head", **choices(row), **options)
+
+
+def labels(batch: Any) -> Tensor:
+    return batch[1]
+
+
+def of_labels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
+    """Each class a dataset of its own."""
+    return DomainSpecificBNCallback(3, domain_of=labels, **choices(row), **options)
+
+
+def quietly(do: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return do()
+
+
+BOTH = pytest.mark.parametrize(
+    ("net", "make"), [(Pyramid, of_levels), (TinyNet, of_labels)], ids=["levels", "datasets"]
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*inconsistent")
+@pytest.mark.parametrize("row", ROWS)
+@BOTH
+def test_every_row_of_table_5_trains_and_is_tested_from_its_checkpoint(
+    net: Any, make: Any, row: int, tmp_path: Path
+) -> None:
+    module = net()
+    saving = ModelCheckpoint(tmp_path, filename="last")
+    trainer = fit(module, [make(row), saving], enable_checkpointing=True)
+    after = trainer.validate(module, val_loader(), verbose=False)
+    fresh = net()
+    checkpoint = tmp_path / "last.ckpt"
+    again = trainer_with(make(row)).validate(fresh, val_loader(), ckpt_path=checkpoint, verbose=False)
+    assert again == after
+    plain = {k for k in net().state_dict() if not k.startswith("bn") or module.bn1 is not None}
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    extra = {k for k in saved if k not in plain}
+    assert all("domain_" in k for k in extra) and bool(extra) == (ROWS[row][2] == "domain")
+    assert set(module.state_dict()) == plain  # and nothing is left
+    assert [type(m) for m in module.modules()] == [type(m) for m in net().modules()]
+
+
+@BOTH
+def test_a_checkpoint_saved_after_the_fit_has_everything(net: Any, make: Any, tmp_path: Path) -> None:
+    module = net()
+    trainer = fit(module, make(6))
+    after = trainer.validate(module, val_loader(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    again = trainer_with(make(6)).validate(net(), val_loader(), ckpt_path=tmp_path / "later.ckpt", verbose=False)
+    assert again == after
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_inconsistent_rows_warn_with_the_papers_numbers(row: int) -> None:
+    ap = {2: "2.1", 3: "34.1", 5: "35.5"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Pyramid(), of_levels(row), max_epochs=1)
+    said = [str(w.message) for w in caught if "inconsistent" in str(w.message)]
+    assert len(said) == (row not in CONSISTENT)
+    assert all(f"{ap[row]} AP" in s and "39.1" in s for s in said)
+
+
+@BOTH
+def test_weights_only_checkpoints_are_refused_at_the_start(net: Any, make: Any, tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.raises(ValueError, match="save_weights_only=True"):
+        fit(net(), [make(), saving], enable_checkpointing=True)
+    fit(net(), [make(1), saving], enable_checkpointing=True)  # which has nothing to lose
+
+
+def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
+    module = Pyramid()
+    with pytest.raises(ValueError, match="knows no statistics of domains"):
+        trainer_with(of_levels()).test(module, val_loader(), verbose=False)
+    fit(module, [of_levels(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
+    two = DomainSpecificBNCallback(2, owner="head")
+    with pytest.raises(ValueError, match="saved for 3 domains, and there are 2 domains now"):
+        trainer_with(two).test(module, val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+    class Fewer(Pyramid):
+        def levels(self, x: Tensor) -> list[Tensor]:
+            return super().levels(x)[: 3 if self.trainer.training else 2]
+
+    fewer, callback = Fewer(), of_levels()
+    trainer = fit(fewer, callback, val=None)
+    with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', and domains=3"):
+        trainer.test(fewer, val_loader(), verbose=False)
+
+
+def test_a_dataset_that_was_never_trained_on_is_refused() -> None:
+    class Tested(TinyNet):
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self(batch[0])
+
+    module, callback = Tested(), DomainSpecificBNCallback(2)
+    with pytest.warns(UserWarning, match="all training batches to be of domain 0"):
+        trainer = fit(module, callback)
+    trainer.test(module, val_loader(), verbose=False)
+    with pytest.raises(ValueError, match="Domain 1 is evaluated, and layer 'bn1' was never trained on it"):
+        trainer.test(module, [val_loader(), val_loader()], verbose=False)
+    trainer = trainer_with(DomainSpecificBNCallback(2))
+    with pytest.raises(ValueError, match=r"There are 2 train dataloaders.*domain_of="):
+        trainer.fit(TinyNet(), {"a": train_loader(), "b": train_loader()})
+
+
+def test_averaged_weights_have_averaged_statistics_of_domains_that_a_checkpoint_keeps(tmp_path: Path) -> None:
+    module, callback = Pyramid(), of_levels()
+    saving = ModelCheckpoint(tmp_path, filename="last")
+    averaging = EMAWeightAveraging(decay=0.5)
+
+    class Twins(Callback):
+        def __init__(self) -> None:
+            self.found: list[Tensor] = []
+
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.found.append(pl_module.head.conv[1].domain_mean.clone())
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            own = pl_module.head.conv[1].domain_mean
+            self.average = averaging._average_model.module.head.conv[1].domain_mean.clone()
+            assert self.average.shape == (3, 4) and (trainer.global_step == 1) == torch.equal(self.average, own)
+
+    twins = Twins()
+    fit(module, [callback, averaging, saving, twins], enable_checkpointing=True, max_epochs=2)
+    torch.testing.assert_close(twins.found[-1], twins.average)  # validation uses the average's
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    torch.testing.assert_close(state["averaged"][0]["head.conv.1"]["domain_mean"], twins.average)
+    fresh = of_levels()
+    seen = Twins()
+    trainer_with([fresh, seen]).validate(Pyramid(), val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    torch.testing.assert_close(seen.found[-1], twins.average)  # and so does a test of its weights
+
+
+@BOTH
+def test_a_resumed_fit_with_averaged_weights_is_the_uninterrupted_one(net: Any, make: Any, tmp_path: Path) -> None:
+    def train(epochs: int, folder: str, **options: Any) -> dict[str, Any]:
+        saving = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        callbacks = [callback := make(6), EMAWeightAveraging(decay=0.5), PreciseBNCallback(16), saving]
+        fit(module := net(), callbacks, enable_checkpointing=True, max_epochs=epochs, **options)
+        last = torch.load(tmp_path / folder / f"epoch={epochs - 1}.ckpt", weights_only=True)
+        return {"module": module.state_dict(), "domains": callback.state_dict(), "saved": last["callbacks"]}
+
+    whole = train(2, "whole")
+    resumed = train(2, "resumed", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    own = make(6).state_key
+    assert digest([resumed["module"], resumed["domains"]]) == digest([whole["module"], whole["domains"]])
+    assert digest(resumed["saved"][own]) == digest(whole["saved"][own]) and whole["saved"][own]["averaged"]
+
+
+def test_weight_averaging_before_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="stands behind EMAWeightAveraging"):
+        fit(Pyramid(), [EMAWeightAveraging(), of_levels()])
+
+
+class DomainMeans(Callback):
+    """Statistics of domains while a validation runs."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.state = {k: v.clone() for k, v in pl_module.named_buffers() if "domain_" in k or "running" in k}
+        self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("batch_size", [None, 1], ids=["100 together", "batch by batch"])
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
+    """bn1, whose inputs are not normalised before: each class's and all images' moments, in float64."""
+    seen = DomainMeans()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(TinyNet(), [of_labels(row), PreciseBNCallback(32, batch_size=batch_size), seen], max_epochs=1)
+    assert not [w for w in caught if "batches as they come" in str(w.message)], "they went in lockstep"
+    net = TinyNet()
+    net.load_state_dict(seen.weights)
+    data = Images(32)
+    x = net.conv1.double()(data.images.double()).detach()
+    rows = x.movedim(1, -1)
+    whole = seen.state["bn1.running_mean"].double()
+    torch.testing.assert_close(whole, rows.flatten(0, -2).mean(0), rtol=1e-5, atol=1e-6)
+    for domain in range(3) if row == 4 else ():
+        own = rows[data.labels == domain].flatten(0, -2)
+        torch.testing.assert_close(seen.state["bn1.domain_mean"][domain].double(), own.mean(0), rtol=1e-5, atol=1e-6)
+        var = own.var(0, correction=0)
+        torch.testing.assert_close(seen.state["bn1.domain_var"][domain].double(), var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_pass_estimates_each_level(row: int) -> None:
+    seen = DomainMeans()
+    fit(Pyramid(), [of_levels(row), PreciseBNCallback(32), seen], max_epochs=1)
+    net = Pyramid()
+    net.load_state_dict(seen.weights)
+    images = net.levels(Images(32).images.double())
+    levels = [net.double().head.conv[0](x).movedim(1, -1).flatten(0, -2) for x in images]
+    own = seen.state["head.conv.1.running_mean"].double()
+    torch.testing.assert_close(own, torch.cat(levels).mean(0).detach(), rtol=1e-5, atol=1e-6)
+    for domain in range(3) if row == 4 else ():
+        mean = seen.state["head.conv.1.domain_mean"][domain].double()
+        torch.testing.assert_close(mean, levels[domain].mean(0).detach(), rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_a_module_that_is_compiled_trains_as_one_that_is_not(net: Any, make: Any) -> None:
+    class Compiled(net):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.compiled = torch.compile(super().features, backend="eager")
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.compiled(x)
+
+    compiled, eager = Compiled(), net()
+    fit(compiled, make(), max_epochs=1)
+    fit(eager, make(), max_epochs=1)
+    assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
+
+
+def fit_on_rank(row: int, world_size: int, data: str) -> dict[str, Any]:
+    net, make = (Pyramid, of_levels) if data == "levels" else (TinyNet, of_labels)
+    module, callback, seen = net(), make(row), DomainMeans()
+    quietly(functools.partial(
+        fit, module, [callback, PreciseBNCallback(20), seen], train_loader(44, 4), devices=world_size, strategy="ddp",
+        max_epochs=1,
+    ))  # fmt: skip
+    return {"state": digest(seen.state), "parameters": digest(module.state_dict())}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(("row", "data"), [(1, "levels"), (6, "levels"), (4, "datasets")])
+def test_ranks_agree(row: int, data: str) -> None:
+    first, second = run_on_ranks(fit_on_rank, 2, row, 2, data)
+    assert first == second
+
+
+def test_a_model_whose_layers_come_later_is_refused() -> None:
+    class Late(Pyramid):
+        def configure_model(self) -> None:
+            self.head = Head()
+
+    with pytest.raises(TypeError, match=r"'head\.conv\.1' was replaced after setup"):
+        fit(Late(), of_levels())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"domains": 1}, ValueError, "domains must be at least 2"),
+        ({"domains": 2, "sgd": "each"}, ValueError, "sgd must be 'shared' or 'domain'"),
+        ({"domains": 2, "owner": 3}, TypeError, "glob pattern"),
+        ({"domains": 2, "owner": "head", "domain_of": labels}, ValueError, "pass one of them"),
+        ({"domains": 2, "domain_of": "label"}, TypeError, "domain_of must be a function"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        DomainSpecificBNCallback(**options)
+
+
+def test_a_forward_between_batches_says_that_nobody_knows_the_domain() -> None:
+    class Forwards(TinyNet):
+        def on_train_epoch_end(self) -> None:
+            self(torch.zeros(2, 3, 6, 6))
+
+    with pytest.raises(RuntimeError, match="Nobody has said which domain"):
+        fit(Forwards(), of_labels(), max_epochs=1)

@@ -1,0 +1,186 @@
+"""domain_bn on datasets: a domain for each batch, or for each sample of it, against Table 5's rows by hand."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bn import domain_bn, find_bn, precise_bn
+from tests.functional.domains import ROWS, choices
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
+    ).double()
+
+
+def given(model: nn.Module, row: int, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return domain_bn(model, domains=3, **choices(row), **options)
+
+
+def batch(seed: int, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Images whose mean and spread are those of their domain."""
+    own = torch.Generator().manual_seed(seed)
+    domain = torch.tensor(ids)
+    x = torch.randn(len(ids), 2, 6, 5, generator=own, dtype=torch.float64)
+    return x * (1 + domain.view(-1, 1, 1, 1)) + 3 * domain.view(-1, 1, 1, 1), domain
+
+
+BATCHES = [batch(0, [0, 1, 2, 1, 0]), batch(1, [2, 0, 0, 2]), batch(2, [1, 1, 1]), batch(3, [2, 1, 0, 0, 0, 2])]
+
+
+class ByHand:
+    """The same network, its BatchNorm written out."""
+
+    def __init__(self, model: nn.Sequential, row: int) -> None:
+        self.model, (self.sgd, self.population, self.affine) = model, ROWS[row]
+        layers = find_bn(model).values()
+        self.means = {m: m.running_mean.expand(3, -1).clone() for m in layers}
+        self.variances = {m: m.running_var.expand(3, -1).clone() for m in layers}
+        self.running = {m: (m.running_mean.clone(), m.running_var.clone()) for m in layers}
+
+    def __call__(self, x: Tensor, domain: Tensor) -> Tensor:
+        for m in self.model:
+            x = (
+                self.normalised(m, x, domain)
+                if isinstance(m, nn.BatchNorm2d)
+                else F.relu(x)
+                if isinstance(m, nn.ReLU)
+                else m(x)
+            )
+        return x
+
+    def normalised(self, bn: nn.BatchNorm2d, x: Tensor, domain: Tensor) -> Tensor:
+        groups = [(d, domain == d) for d in range(3) if (domain == d).any()]
+        parts = {d: x[own].movedim(1, -1).flatten(0, -2) for d, own in groups}
+        whole = x.movedim(1, -1).flatten(0, -2)
+        y = torch.empty_like(x)
+        for d, own in groups:
+            if bn.training:
+                rows = parts[d] if self.sgd == "domain" else whole
+                mean, var = rows.mean(0), rows.var(0, correction=0)
+                self.means[bn][d].lerp_(parts[d].detach().mean(0), 0.1)
+                self.variances[bn][d].lerp_(parts[d].detach().var(0), 0.1)
+            elif self.population == "domain":
+                mean, var = self.means[bn][d], self.variances[bn][d]
+            else:
+                mean, var = self.running[bn]
+            weight, bias = (bn.weight, bn.bias) if self.affine == "shared" else (bn.domain_weight[d], bn.domain_bias[d])
+            y[own] = ((x[own].movedim(1, -1) - mean) / (var + bn.eps).sqrt() * weight + bias).movedim(-1, 1)
+        if bn.training:
+            self.running[bn][0].lerp_(whole.detach().mean(0), 0.1)
+            self.running[bn][1].lerp_(whole.detach().var(0), 0.1)
+        return y
+
+
+def with_gradients(output: Tensor, model: nn.Module, x: Tensor) -> list[Tensor]:
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [output, *torch.autograd.grad((output * weights).sum(), wanted)]
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+@pytest.mark.parametrize("row", ROWS)
+def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str) -> None:
+    model = net()
+    handle = given(model, row)
+    for layer in find_bn(model).values():
+        for p in layer.parameters():
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    by_hand = ByHand(model, row)
+    for x, domain in BATCHES:
+        if per == "batch":
+            domain = torch.full_like(domain, int(domain[0]))
+        x = x.clone().requires_grad_()
+        with handle.showing(domain if per == "sample" else int(domain[0])):
+            ours = with_gradients(model(x), model, x)
+        assert_close(ours, with_gradients(by_hand(x, domain), model, x))
+    for name, layer in find_bn(model).items():
+        assert_close((layer.running_mean, layer.running_var), by_hand.running[layer])
+        assert int(layer.num_batches_tracked) == len(BATCHES)
+        if ROWS[row][1] == "domain":
+            own = handle.state()[name]
+            assert_close((own["domain_mean"], own["domain_var"]), (by_hand.means[layer], by_hand.variances[layer]))
+    x, domain = BATCHES[0]
+    handle.show(domain)
+    assert_close([model.eval()(x)], [by_hand(x, domain)])
+    handle.undo()
+    assert [type(m) for m in model] == [type(m) for m in net()]
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
+    """In lockstep, of batches that hold different domains, one of them none of some."""
+    model = net()
+    handle = given(model, row)
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        with handle.showing(batch[1]):
+            model(batch[0])
+
+    statistics = precise_bn(model, BATCHES, forward=forward, batch_size="population")
+    x, domain = torch.cat([x for x, _ in BATCHES]), torch.cat([d for _, d in BATCHES])
+    truth = ByHand(net(), row)
+    truth.model.train()
+    for bn in truth.means:
+        bn.momentum = 1.0
+    inputs: dict[str, Tensor] = {}
+    for name, m in truth.model.named_children():
+        inputs[name] = x
+        x = truth.normalised(m, x, domain) if isinstance(m, nn.BatchNorm2d) else m(x)
+    for name, layer in find_bn(model).items():
+        rows = inputs[name].detach().movedim(1, -1)
+        whole = rows.flatten(0, -2)
+        assert_close((layer.running_mean, layer.running_var), (whole.mean(0), whole.var(0, correction=0)))
+        assert statistics[name].count == len(whole)
+        for d in range(3) if row == 4 else ():
+            own = rows[domain == d].flatten(0, -2)
+            found = handle.state()[name]
+            assert_close((found["domain_mean"][d], found["domain_var"][d]), (own.mean(0), own.var(0, correction=0)))
+            assert statistics[name].domains[d].count == len(own)
+
+
+def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
+    models = net(), net()
+    handles = [given(m, 6) for m in models]
+    x, domain = BATCHES[0]
+    found = []
+    for model, handle, call in zip(models, handles, (lambda m, x: m(x), checkpoint), strict=True):
+        handle.show(domain)
+        x = x.clone().requires_grad_()
+        options = {} if call is not checkpoint else {"use_reentrant": False}
+        found.append(with_gradients(call(model, x, **options), model, x))
+    assert_close(*found)
+    assert_close(*(list(m.buffers()) for m in models))
+
+
+def test_what_is_no_domain_is_refused() -> None:
+    model = net()
+    handle = given(model, 4)
+    x, domain = BATCHES[0]
+    with pytest.raises(RuntimeError, match="Nobody has said which domain"):
+        model(x)
+    for wrong, error in ((3, ValueError), (-1, ValueError), (torch.tensor([0, 5]), ValueError), ("a", TypeError),
+                         (domain.double(), TypeError), (True, TypeError)):  # fmt: skip
+        with pytest.raises(error, match=r"[Dd]omain"), handle.showing(wrong):
+            pass
+    with handle.showing(domain[:2]), pytest.raises(ValueError, match=r"Layer '1' is given 5 rows, and .* of 2 samples"):
+        model(x)
+    levels = domain_bn(nn.Sequential(net()), domains=2, owner="0", **choices(4))
+    with pytest.raises(ValueError, match="feature levels"):
+        levels.show(1)
