@@ -29,6 +29,7 @@ demo: setup ## EMA against PreciseBN on real images: a table, a picture and a W&
 recipes: setup ## every recipe in full
 	$(BIN)/python -m recipes.ema_vs_precise --preset full
 	$(BIN)/python -m recipes.precise_batch_size --preset full
+	$(BIN)/python -m recipes.roi_head_leakage --preset full
 
 test: setup ## what CI runs: lint, types, docs, tests with coverage
 	$(BIN)/ruff check .

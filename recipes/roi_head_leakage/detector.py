@@ -99,6 +99,9 @@ class Detector(L.LightningModule):
         losses: dict[str, Tensor] = self.model(*batch)
         return torch.stack(list(losses.values())).sum()
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.log("steps", float(self.trainer.global_step))  # of the ranks' Trainer, only metrics come back
+
     def on_validation_epoch_start(self) -> None:
         self.found = []
 
@@ -137,7 +140,9 @@ def average_precision(
 
 def norm_layer(norm: Norm) -> Callable[..., nn.Module] | None:
     """GroupNorm has eight channels a group: 32 groups of 256 channels, as usual."""
-    return {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(channels // 8, channels), "none": None}[norm]
+    if norm == "GN":
+        return lambda channels: nn.GroupNorm(channels // 8, channels)
+    return nn.BatchNorm2d if norm == "BN" else None
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -149,7 +149,7 @@ def train(made: Parts, training: Training, ranks: int, images_per_step: int) -> 
         callbacks=training.callbacks(),
     )
     trainer.fit(made.model, made.data)
-    return trainer.global_step
+    return int(trainer.callback_metrics["steps"])
 
 
 def evaluate(made: Parts, inference: Inference, parts: int) -> dict[str, AP]:

@@ -16,16 +16,16 @@ from recipes.roi_head_leakage.experiment import TRAININGS, Results, Row
 REPORT = """\
 # BatchNorm in an R-CNN head: `{preset}`
 
-{data}; {training}; {steps:,} steps of {images_per_step} images on {ranks} ranks; {validation_images:,} validation images;
-{seeds}. Took {seconds:.0f} s on {machine}.
+{data}; {training}; {steps:,} steps of {images_per_step} images on {ranks} ranks;
+{validation_images:,} validation images; {seeds}. Took {seconds:.0f} s on {machine}.
 
 ## What the paper says, and what was measured
 
 {claims}
 
 APs are COCO's, in percent. Verdicts follow the fixed rules of `recipes/claims.py`: the ± of a difference is the
-half-width of its 95 % interval, over seeds or over parts of the validation images, whichever is wider; equal means within
-one point. What the interval cannot decide is *within noise*.
+half-width of its 95 % interval, over seeds or over parts of the validation images, whichever is wider; equal means
+within one point. What the interval cannot decide is *within noise*.
 
 ## Tables 3 and 6
 
@@ -33,9 +33,9 @@ one point. What the interval cannot decide is *within noise*.
 
 ![Box AP by row, beside the paper's](ap.png)
 
-All trainings of a seed see the same images in the same order and take the same steps: with one image a rank, gradients are
-accumulated. Mini-batch statistics are those of the one image that is evaluated. The paper's normalization batches were
-shuffled among more GPUs than the {ranks} ranks here.
+All trainings of a seed see the same images in the same order and take the same steps: with one image a rank, gradients
+are accumulated. Mini-batch statistics are those of the one image that is evaluated. The paper shuffled among more GPUs
+than the {ranks} ranks here.
 
 `python -m recipes.roi_head_leakage --config config.yaml` repeats this run ({versions}).
 """

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.images import ImageData
@@ -29,7 +28,7 @@ LONGEST = 96  # pixels of a cut-out's longer side, once read
 FEWEST = 15  # cut-outs that make a class
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-Loader: TypeAlias = DataLoader[tuple[list[Tensor], list[dict[str, Tensor]]]]
+Loader: TypeAlias = DataLoader[Scene]
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,11 @@ class ComposedScenes(Dataset[Scene]):
         return image, target
 
     def _background(self, draw: np.random.Generator) -> npt.NDArray[np.float64]:
-        photo = self.photos[draw.integers(len(self.photos))]
+        photo = self.photos[int(draw.integers(len(self.photos)))]
         top, left = (int(draw.integers(side - self.size + 1)) for side in photo.shape[:2])
         piece = photo[top : top + self.size, left : left + self.size]
-        return (piece[:, ::-1] if draw.random() < 0.5 else piece).astype(np.float64)
+        background: npt.NDArray[np.float64] = (piece[:, ::-1] if draw.random() < 0.5 else piece).astype(np.float64)
+        return background
 
 
 class SceneData(L.LightningDataModule):
@@ -238,7 +238,7 @@ def _trimmed(pixels: Pixels) -> Pixels:
 
 def _resized(cut_outs: Sequence[Pixels], draw: np.random.Generator, size: int) -> Pixels:
     """One of them, its longer side between a fifth and nine twentieths of the scene's."""
-    image = Image.fromarray(cut_outs[draw.integers(len(cut_outs))])
+    image = Image.fromarray(cut_outs[int(draw.integers(len(cut_outs)))])
     longer = draw.uniform(0.2, 0.45) * size
     scale = longer / max(image.size)
     return np.asarray(image.resize((max(4, round(image.width * scale)), max(4, round(image.height * scale)))))
