@@ -269,7 +269,7 @@ def require_choices(
         if choice not in get_args(Choice):
             raise ValueError(f"{name} must be 'shared' or 'domain' but is {choice!r}.")
     if owner is not None:
-        as_patterns(owner)
+        as_patterns(owner, "owner")
 
 
 def find_owners(model: nn.Module, owner: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -281,7 +281,7 @@ def find_owners(model: nn.Module, owner: str | Sequence[str] | None) -> dict[str
     if owner is None:
         return {}
     modules = {name: module for name, module in model.named_modules() if name}
-    names = chosen(modules, as_patterns(owner), "owner", f"module of {type(model).__name__}")
+    names = chosen(modules, as_patterns(owner, "owner"), "owner", f"module of {type(model).__name__}")
     for outer in names:
         inner = [name for name in names if name.startswith(f"{outer}.")]
         if inner:

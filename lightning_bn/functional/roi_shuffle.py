@@ -72,7 +72,8 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
       there each rank's loss has to depend on them (``0 * output.sum()``).
 
     Args:
-        model: The model that is trained, wrapped by DDP or not: what is called in each training step.
+        model: The model that is trained, wrapped by DDP or not: what is called in each training step. After
+            ``compiled = torch.compile(model)`` it is ``compiled``, which goes past anything that ``model`` is given.
         modules: Glob patterns over qualified names of modules, such as ``"roi_heads.box_head"``; of modules within each
             other the outermost counts. Each takes and returns tensors, or structures of tensors, of one row each.
         generator: Draws the order of rows, on the CPU; on every rank one in the same state. None makes one of seed 0.

@@ -149,6 +149,8 @@ class _BehavingModule(_Derived):
     """Of any other module: behaviours wrap its calls."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not behaviours_of(self):  # a call that torch.compile took hold of while there were some
+            return type(self).__call__(self, *args, **kwargs)
         call: Callable[..., Any] = super().__call__
         for behaviour in behaviours_of(self):
             if isinstance(behaviour, ModuleBehaviour):

@@ -71,13 +71,17 @@ def find_modules(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn
     return {name: everything[name] for name in names if not any(name.startswith(f"{outer}.") for outer in names)}
 
 
-def as_patterns(layers: Layers, option: str = "layers") -> tuple[str, ...]:
-    """The patterns that the ``option`` stands for."""
-    patterns = ("*",) if layers is None else (layers,) if isinstance(layers, str) else layers
-    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"{option} must be a glob pattern over {option[:-1]} names, or a list of some, but is {layers!r}."
-        )
+def as_patterns(given: Layers, option: str = "layers") -> tuple[str, ...]:
+    """The patterns that an ``option`` was given; None stands for every layer, and for no other thing.
+
+    Raises:
+        TypeError: If it is no pattern, nor a list of some.
+    """
+    if given is None and option == "layers":
+        return ("*",)
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise TypeError(f"{option} must be a glob pattern over qualified names, or a list of some, but is {given!r}.")
     return tuple(patterns)
 
 

@@ -315,7 +315,8 @@ def test_a_model_whose_layers_come_later_is_refused() -> None:
     [
         ({"domains": 1}, ValueError, "domains must be at least 2"),
         ({"domains": 2, "sgd": "each"}, ValueError, "sgd must be 'shared' or 'domain'"),
-        ({"domains": 2, "owner": 3}, TypeError, "glob pattern"),
+        ({"domains": 2, "owner": 3}, TypeError, "owner must be a glob pattern"),
+        ({"domains": 2, "owner": ""}, TypeError, "owner must be a glob pattern"),
         ({"domains": 2, "owner": "head", "domain_of": labels}, ValueError, "pass one of them"),
         ({"domains": 2, "domain_of": "label"}, TypeError, "domain_of must be a function"),
     ],

@@ -251,21 +251,21 @@ class Ignores(LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-def ignored(no_rows: bool, find_unused: bool) -> dict[str, Tensor]:
-    module, gradients = Ignores(no_rows), Gradients()
+def ignored(kind: str) -> dict[str, Tensor]:
+    module, gradients = Ignores(no_rows="no rows" in kind), Gradients()
     data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
-    strategy = "ddp_find_unused_parameters_true" if find_unused else "ddp"
+    strategy = "ddp_find_unused_parameters_true" if "unused" in kind else "ddp"
     shuffle = RoIShuffleCallback(modules="net.*_head")
-    fit(module, [shuffle, gradients], data, None, devices=2, strategy=strategy, use_distributed_sampler=False)
+    trained = torch.compile(module, backend="eager") if "compiled" in kind else module
+    fit(trained, [shuffle, gradients], data, None, devices=2, strategy=strategy, use_distributed_sampler=False)
     return gradients.last
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("find_unused", [False, True])
-@pytest.mark.parametrize("no_rows", [False, True])
-def test_a_training_step_may_ignore_the_rows(no_rows: bool, find_unused: bool, ranks: Any) -> None:
-    first, second = ranks(ignored, no_rows, find_unused)
-    assert first.keys() == second.keys() == dict(Ignores(no_rows).named_parameters()).keys()
+@pytest.mark.parametrize("kind", ["rows", "no rows", "rows, find unused", "no rows, find unused", "rows, compiled"])
+def test_a_training_step_may_ignore_the_rows(kind: str, ranks: Any) -> None:
+    first, second = ranks(ignored, kind)
+    assert first.keys() == second.keys() == dict(Ignores(True).named_parameters()).keys()
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
     assert first["net.box_head.fc.weight"].abs().sum() > 0
@@ -363,8 +363,7 @@ def test_one_process_is_as_it_was_and_warns_once() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"modules": 3}, TypeError, "modules must be a glob pattern over module names"),
-        ({"modules": []}, TypeError, "modules must be"),
+        *(({"modules": m}, TypeError, "modules must be a glob pattern over") for m in (3, None, "", [], ["bn1", None])),
         ({"modules": "bn1", "seed": -1}, ValueError, "seed must be"),
     ],
 )

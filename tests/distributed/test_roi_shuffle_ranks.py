@@ -320,19 +320,32 @@ def test_errors_name_the_module(ranks: Any) -> None:
         assert "Module 'box_head': restore_rows was given a Tensor that is no tensor of rows" in summed
 
 
-def compiled() -> tuple[State, State]:
-    x, model = rows(6), Detector()
-    with shuffled(model):
-        sum(model(x).values()).backward()
-    expected, other = gradients(model), Detector()
-    graphed = torch.compile(other, backend="eager")
-    with shuffled(other):
-        sum(graphed(x).values()).backward()
-    return gradients(other), expected
+def compiled(when: str) -> tuple[State, State]:
+    """Gradients where rank 1's loss ignores the heads."""
+
+    def backward(model: Callable[..., Any]) -> None:
+        outputs = model(x)
+        (outputs["trunk"] if dist.get_rank() else sum(outputs.values())).backward()
+
+    x, model, plain = rows(6), Detector(), Detector()
+    with shuffled(plain):
+        backward(plain)
+    if when == "before":
+        graphed = torch.compile(model, backend="eager")
+        handle = shuffled(graphed)
+    else:
+        handle = shuffled(model)
+        graphed = torch.compile(model, backend="eager")
+    with handle:
+        backward(graphed)
+    if dist.get_rank():
+        graphed(x)  # alone: undone
+    return gradients(model), gradients(plain)
 
 
-def test_it_works_under_compile(ranks: Any) -> None:
-    for found, expected in ranks(compiled):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_works_under_compile(when: str, ranks: Any) -> None:
+    for found, expected in ranks(compiled, when):
         assert_equal(found, expected)
 
 
@@ -343,5 +356,6 @@ def test_one_process_is_told_that_ghosts_help() -> None:
     assert len(record) == 1
     with pytest.raises(ValueError, match=r"modules='roi.\*' matches no module of Detector. There are: trunk, box_head"):
         roi_shuffle(model, modules="roi.*")
-    with pytest.raises(TypeError, match="modules must be a glob pattern over module names"):
-        roi_shuffle(model, modules=3)  # type: ignore[arg-type]
+    for nothing in (3, None, "", ()):
+        with pytest.raises(TypeError, match="modules must be a glob pattern over qualified names"):
+            roi_shuffle(model, modules=nothing)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm.layers
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.behaviour import Behaviour, Handle, behaviours_of, give, take_back
+from lightning_bn.layers.behaviour import Behaviour, Handle, ModuleBehaviour, behaviours_of, give, take_back
 
 
 class Adds(Behaviour):
@@ -146,6 +147,23 @@ def test_hooks_and_attributes_set_while_a_layer_behaves_outlive_it() -> None:
     handle.undo()
     bn(X)
     assert calls == [1, 1] and bn.mine == 5 and bn.momentum == 0.3
+
+
+class Doubles(ModuleBehaviour):
+    name = "doubled"
+
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return 2 * call(*args, **kwargs)
+
+
+def test_a_call_that_was_taken_hold_of_meanwhile_is_the_plain_one_afterwards() -> None:
+    """As torch.compile does."""
+    module = nn.Identity()
+    handle = Handle([module], Doubles())
+    call = module.__call__
+    assert torch.equal(call(X), 2 * X)
+    handle.undo()
+    assert torch.equal(call(X), X) and type(module) is nn.Identity
 
 
 def test_layers_of_one_class_share_one_derived_class() -> None:
