@@ -30,6 +30,7 @@ def normalization_batch_size(
     | BatchNorm | the samples of the batch of one device |
     | under `sync_bn`, or torch's SyncBatchNorm | these, times the ranks that share statistics |
     | under `ghost_bn` | the samples of the largest group |
+    | under `domain_bn` with ``sgd="domain"``, of datasets told apart by sample | those of the batch's largest domain |
     | frozen by `freeze_bn`, or in eval mode | NaN: it normalises with the population |
 
     Accumulating gradients does not change it, nor does the number of devices by itself. It is counted in samples: a

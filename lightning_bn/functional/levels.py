@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.functional.lockstep import Lockstep
-from lightning_bn.layers.behaviour import Behaviour, give, take_back
+from lightning_bn.layers.behaviour import Behaviour, ModuleBehaviour, give, take_back
 from lightning_bn.layers.domain_specific import Choice, DomainSpecific, Shown, by_batch, recomputing
 
 
@@ -168,11 +168,18 @@ class Levels:
             self._came_by[output] = known
         return output
 
-    def tower_forward(self, tower: nn.Module, forward: Callable[[Tensor], Any], input: Tensor) -> Any:
+    def tower_forward(self, tower: nn.Module, forward: Callable[[Tensor], Any], *inputs: Any) -> Any:
         """Run a tower on all levels, or answer from what it made of them."""
         now, name = self.now(), self._names[tower]
         if now is None:
             raise self._outside(tower)
+        if len(inputs) != 1:
+            raise TypeError(
+                f"{name!r} was given {len(inputs)} arguments: run on all levels of {self.name!r} at once "
+                "(sgd='shared') it can take a level's tensor alone, since nothing says what else belongs to the other "
+                "levels. Give it one argument, or pass sgd='domain'."
+            )
+        (input,) = inputs
         if tower not in now.towers:
             if len(now.inputs) != self.number:
                 raise RuntimeError(
@@ -255,7 +262,7 @@ class _Counted(Behaviour):
         return self._levels.counted(layer, forward, input)
 
 
-class _Tower(Behaviour):
+class _Tower(ModuleBehaviour):
     name = ""
     outermost = True
 
@@ -263,10 +270,10 @@ class _Tower(Behaviour):
         self._levels = levels
         self._layers = [m for m in tower.modules() if m in levels.layers]
 
-    def forward(self, layer: nn.Module, forward: Callable[[Any], Any], input: Any) -> Any:
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not any(by_batch(within) for within in self._layers):
-            return forward(input)
-        return self._levels.tower_forward(layer, forward, input)
+            return call(*args, **kwargs)
+        return self._levels.tower_forward(module, call, *args, *kwargs.values())
 
 
 class _AllLevels(Behaviour):

@@ -69,21 +69,24 @@ class Datasets:
             raise ValueError(f"Domain {unknown[0]} is none of the {self.number} there are: 0 to {self.number - 1}.")
         return domain.long() if isinstance(domain, Tensor) else int(domain)
 
+    def said(self) -> Domain | None:
+        """What is shown; None if nobody has said."""
+        shown = [domain for datasets, domain in _SHOWN.get(()) if datasets is self]
+        return shown[-1] if shown else self.current
+
     def now(self) -> Domain:
         """What is shown.
 
         Raises:
             RuntimeError: If nobody has said.
         """
-        for datasets, domain in reversed(_SHOWN.get(())):
-            if datasets is self:
-                return domain
-        if self.current is None:
+        domain = self.said()
+        if domain is None:
             raise RuntimeError(
                 "Nobody has said which domain the model is shown: run it within handle.showing(domain), or give the "
                 "layers names of modules by owner=, if the domains are feature levels."
             )
-        return self.current
+        return domain
 
     def shown(self, layer: _BatchNorm) -> Shown:
         """What a layer is shown."""
@@ -114,6 +117,12 @@ class Apart(Behaviour):
         """Run the layer's forward on the parts of ``input`` that are normalised by themselves."""
         output: Tensor = self._in_parts(layer, forward, input)
         return output
+
+    def normalization_batch(self, samples: float) -> float:
+        """Those of the largest domain, if samples of several are shown and each domain is normalised by itself."""
+        domain = self._datasets.said()
+        apart = self._sgd == "domain" and isinstance(domain, Tensor) and len(domain)
+        return int(domain.bincount().max()) if apart else samples
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _in_parts(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

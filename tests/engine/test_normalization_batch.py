@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import (
     BNStatsMonitor,
+    DomainSpecificBNCallback,
     FreezeBNCallback,
     GhostBNCallback,
     SyncBNCallback,
@@ -110,6 +111,19 @@ def test_ghosts_are_as_large_as_what_the_layer_hands_to_batch_norm(
         module.bn1(torch.randn(samples, 4, 2, 2))
     assert sum(handed) == samples
     assert said["bn1"] == max(handed)
+
+
+def labels(batch: Any) -> Tensor:
+    return batch[1]
+
+
+def test_domains_of_samples_are_as_large_as_the_largest() -> None:
+    """A class each; levels, and datasets a batch, are whole batches."""
+    largest = [both(int(y.bincount().max())) for _, y in train_loader()]
+    apart, together = (DomainSpecificBNCallback(3, domain_of=labels, sgd=s, population=s) for s in ("domain", "shared"))
+    assert seen([apart], train_loader()).training == largest and max(v["bn1"] for v in largest) < 8
+    assert seen([together], train_loader()).training == [both(8)] * 4
+    assert seen([DomainSpecificBNCallback(3, domain_of=len)], train_loader(16, 8)).training == [both(8)] * 2
 
 
 def test_of_chosen_layers_alone() -> None:

@@ -72,8 +72,8 @@ class Tower(nn.Module):
         self.conv1, self.norm1 = nn.Conv2d(4, 4, 1), norm(4)
         self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), norm(4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(self.norm1(self.conv1(x)).tanh()))
+    def forward(self, x: Tensor, scale: float = 1) -> Tensor:
+        return self.norm2(self.conv2(self.norm1(self.conv1(scale * x)).tanh()))
 
 
 class Owner(nn.Module):
@@ -227,6 +227,8 @@ def run_of_plain(row: int) -> list[Tensor]:
         ("head", lambda tower, x: tower(x + 1), TypeError, r"'head\.tower' was given what is no tensor of its owner's"),
         ("head", lambda tower, x: tower(tower(x)), TypeError, r"'head\.tower' was given what is no tensor"),
         ("head", lambda tower, x: [tower(x), tower(x)][0], TypeError, r"or one for the second time"),
+        ("head", lambda tower, x: tower(x, 2), TypeError, r"'head\.tower' was given 2 arguments.*sgd='domain'"),
+        ("head", lambda tower, x: tower(x, scale=2), TypeError, r"'head\.tower' was given 2 arguments"),
         ("head.tower", lambda tower, x: tower(x), RuntimeError, "was given 1 tensors, and domains=3"),
     ],
 )  # fmt: skip
@@ -235,6 +237,18 @@ def test_a_tower_whose_input_is_no_level_is_refused_by_name(owner: str, call: An
     by_owner(model, 1, owner=owner)
     with pytest.raises(error, match=words):
         model(levels())
+
+
+def test_a_tower_may_be_given_its_level_by_name_and_more_where_levels_are_apart() -> None:
+    by_name = Model(lambda tower, x: tower(x=x))
+    by_owner(by_name, 1)
+    assert_same(run(by_name), run_of_plain(1))
+    for row, call in ((4, lambda tower, x: tower(x, scale=2)), (1, lambda tower, x: tower(x, 2))):
+        scaled, plain = Model(call), Model(lambda tower, x: tower(2 * x))
+        for model in (scaled, plain):
+            by_owner(model, row)
+            model.train(row == 4)
+        assert_same(run(scaled), run(plain))
 
 
 @pytest.mark.parametrize("row", [1, 4])
