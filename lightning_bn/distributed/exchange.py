@@ -132,7 +132,7 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
     what `restore_rows` returned, be it by ``0 * output.sum()``. There are no second derivatives.
 
     Recomputed in a backward (activation checkpointing) rows take the route they took in the forward: of the last 256
-    exchanges of a generator the one that had the same rows on all ranks.
+    exchanges of a generator the latest that had the same rows on all ranks.
 
     Args:
         rows: A tensor, or any structure of tensors (see ``torch.utils._pytree``), that all have the same number of

@@ -121,8 +121,9 @@ class Apart(Behaviour):
     def normalization_batch(self, samples: float) -> float:
         """Those of the largest domain, if samples of several are shown and each domain is normalised by itself."""
         domain = self._datasets.said()
-        apart = self._sgd == "domain" and isinstance(domain, Tensor) and len(domain)
-        return int(domain.bincount().max()) if apart else samples
+        if self._sgd == "shared" or not isinstance(domain, Tensor) or not len(domain):
+            return samples
+        return int(domain.bincount().max())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _in_parts(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

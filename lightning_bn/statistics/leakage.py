@@ -30,6 +30,9 @@ _ENOUGH = 10
 _SUMS_AT_ONCE = 2**23
 """64 MiB."""
 
+_ROUNDING = 1e-12
+"""Shares of a sum of squares that are none."""
+
 _EXPONENT = 1 / 8
 """Of the calibrator in `Evidence`: small, so that one epoch's smallest p-value suffices."""
 
@@ -135,9 +138,9 @@ def _most_extreme(rows: Tensor, orders: Tensor, sizes: Tensor, widths: list[int]
     k, n = len(sizes), len(rows)
     found = []
     for between, width in zip(_between(rows, orders, sizes).split(widths, 1), widths, strict=True):
-        b = between.sum(1)
-        within = (width - b).clamp(min=0)
-        found.append(width**0.5 * ((b / (k - 1)).log() - (within / (n - k)).log()).abs())
+        # groups of equal rows, or of equal means, are as extreme as each other, whatever rounding has left of them
+        b = between.sum(1).clamp(_ROUNDING * width, (1 - _ROUNDING) * width)
+        found.append(width**0.5 * ((b / (k - 1)).log() - ((width - b) / (n - k)).log()).abs())
     return torch.stack(found).amax(0)
 
 

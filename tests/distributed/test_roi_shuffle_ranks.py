@@ -186,7 +186,7 @@ def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
 
 
 def recomputed(checkpointing: str) -> tuple[State, State]:
-    """Gradients of two steps with checkpointing and without; a forward in between draws, too."""
+    """Gradients of two forwards with checkpointing and without; and of the same rows once more, in another order."""
     x, found = rows(5 + dist.get_rank()), []
     plain = "whole" if checkpointing.startswith("whole") else ""
     for kind in (checkpointing, plain):
@@ -194,8 +194,10 @@ def recomputed(checkpointing: str) -> tuple[State, State]:
         if kind == "whole":
             model.run = lambda function, x: function(x)  # type: ignore[method-assign]
         with shuffled(model):
-            outputs = [model(x), model(x + 1)]
-            sum(value for output in outputs for value in output.values()).backward()
+            for _ in range(2):
+                model.zero_grad()
+                outputs = [model(x), model(x + 1)]
+                sum(value for output in outputs for value in output.values()).backward()
         found.append(gradients(model))
     return found[0], found[1]
 

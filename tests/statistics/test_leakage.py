@@ -93,10 +93,29 @@ def test_both_sides_are_found(kind: str) -> None:
     assert (icc(rows[order], groups) > 0) == (kind == "alike")
 
 
-def test_one_layer_of_many_suffices() -> None:
-    rows = [leading_components(torch.randn(256, 5)) for _ in range(20)]
-    rows[13] = leading_components(torch.randn(256, 5) + torch.randn(32, 1, 5).expand(32, 8, 5).flatten(0, 1))
-    assert permutation_test(rows, numbers([8] * 32)) < 0.001
+def leaking(channels: int) -> Tensor:
+    """Components of a layer whose rows share a little with those of their group, of 32 groups of 8."""
+    shared = torch.randn(32, 1, channels).expand(32, 8, channels).flatten(0, 1)
+    return leading_components(torch.randn(256, channels) + 0.35 * shared)
+
+
+@pytest.mark.parametrize("own", [5, 1], ids=["of as many components", "of fewer components, which are noisier"])
+def test_one_layer_of_many_suffices(own: int) -> None:
+    """Though their mean hardly shows it."""
+    rows = [leading_components(torch.randn(256, own)) for _ in range(20)]
+    rows[13] = leaking(channels=16 if own == 1 else 5)
+    assert permutation_test(rows, numbers([8] * 32), permutations=2000) < 0.001
+
+
+def test_components_are_so_few_that_regrouping_makes_a_difference() -> None:
+    """As many as rows, less one, they would span all: every grouping explains as much of them as any other."""
+    pairs = torch.randn(6, 1, 50).expand(6, 2, 50).flatten(0, 1) + 0.1 * torch.randn(12, 50)
+    assert permutation_test([leading_components(pairs)], numbers([2] * 6), permutations=2000) < 0.001
+
+
+def test_another_seed_draws_other_regroupings() -> None:
+    rows = leading_components(torch.randn(40, 3))
+    assert len({permutation_test([rows], numbers([8] * 5), seed=seed) for seed in range(10)}) > 1
 
 
 def test_p_values_of_dependent_heavy_tailed_layers_are_uniform() -> None:
@@ -116,6 +135,9 @@ def test_groups_of_equal_rows_and_of_equal_means_are_no_numbers_that_break_it() 
     rows = leading_components(equal)
     assert icc(rows, numbers([2] * 4)) == pytest.approx(1)
     assert permutation_test([rows], numbers([2] * 4)) == pytest.approx(1 / 105, rel=0.6), "one of 105 pairings"
+    for seed in range(20):  # of each another is rounded to a little more or less than nothing
+        values = torch.randn(4, 1, generator=torch.Generator().manual_seed(seed)).repeat_interleave(2, 0)
+        assert permutation_test([leading_components(values)], numbers([2] * 4), 1000) == pytest.approx(1 / 105, rel=0.6)
     opposite = leading_components(torch.tensor([[1.0], [-1.0]] * 4))
     assert icc(opposite, numbers([2] * 4)) == pytest.approx(-1)
     assert permutation_test([opposite], numbers([2] * 4)) == pytest.approx(24 / 105, rel=0.6)
