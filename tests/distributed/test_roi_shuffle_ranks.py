@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,6 +207,20 @@ def recomputed(checkpointing: str) -> tuple[State, State]:
 def test_recomputed_rows_take_the_route_they_took(kind: str, ranks: Any) -> None:
     for found, expected in ranks(recomputed, kind):
         assert_equal(found, expected)
+
+
+def recomputed_otherwise() -> None:
+    model, calls = Detector(checkpointing="whole"), itertools.count()
+    heads = model.heads
+    model.heads = lambda features: heads(features + next(calls))  # type: ignore[method-assign]
+    with shuffled(model):
+        loss = sum(model(rows(6)).values())
+        with pytest.raises(RuntimeError, match="Activation checkpointing has to recompute the same numbers"):
+            loss.backward()
+
+
+def test_rows_that_no_forward_exchanged_are_refused_in_backward(ranks: Any) -> None:
+    ranks(recomputed_otherwise)
 
 
 class Contrastive(nn.Module):

@@ -19,7 +19,7 @@ from lightning_bn.layers.row_means import RowMeans
 from lightning_bn.statistics.leakage import icc, leading_components
 from tests.callbacks.zoo import digest
 from tests.ranks import run_on_ranks
-from tests.zoo import Shared, cnn
+from tests.zoo import cnn
 
 
 def model() -> nn.Module:
@@ -123,10 +123,63 @@ def test_nothing_to_compare_is_an_error(batches: list[Tensor]) -> None:
         batch_leakage(model(), batches)
 
 
+class Twice(nn.Module):
+    """A layer on two feature maps of very different mean, and one that is given both as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart, self.joint = nn.BatchNorm1d(1), nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> None:
+        self.apart(x[:, :1]), self.apart(x[:, :1] + 5)
+        self.joint(torch.cat([x, -x]))
+
+
 def test_calls_of_a_layer_are_not_compared_with_each_other() -> None:
-    """Two feature maps of very different mean through one layer: a matter of domains (Sec. 5), not of leakage."""
-    found = batch_leakage(Shared().train(), shuffled(classes(4, 256)).split(16))
-    assert found.p_value > 0.01 and list(found.icc) == ["bn"]
+    """That they differ is a matter of domains (Sec. 5), not of leakage."""
+    found = batch_leakage(Twice(), torch.randn(256, 2).split(16), layers="apart")
+    assert found.p_value > 0.01 and list(found.icc) == ["apart"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_calls_the_most_conspicuous_is_reported(first: int) -> None:
+    """Whether it comes first or last, and on whichever side it is: one is balanced, the other random."""
+    balanced = torch.linspace(-1, 1, 8).repeat(8) + 0.3 * torch.randn(64)
+    x = torch.stack([balanced, torch.randn(64)], 1)
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        model(x[:, first : first + 1]), model(x[:, 1 - first : 2 - first])
+
+    found = batch_leakage(nn.BatchNorm1d(1), x.split(8), forward=forward).icc[""]
+    alone = batch_leakage(nn.BatchNorm1d(1), x[:, :1].split(8)).icc[""]
+    assert found == alone < -0.05
+
+
+def test_layers_that_are_given_other_rows_are_tested_by_themselves_and_the_smallest_p_value_counts_twice() -> None:
+    batches = (torch.randn(256, 2) + 0.1 * torch.randn(16, 1, 2).expand(16, 16, 2).flatten(0, 1)).split(16)
+    apart, joint, both = (batch_leakage(Twice(), batches, layers=l).p_value for l in ("apart", "joint", None))
+    assert both == 2 * min(apart, joint) < 0.5 and apart != joint
+
+
+def test_of_very_many_rows_four_thousand_are_tested() -> None:
+    """Told by the noise that so many rows of 40 groups have."""
+    noise = batch_leakage(nn.Sequential(nn.BatchNorm1d(1)), torch.randn(40 * 200, 1).split(200)).noise["0"]
+    assert noise == pytest.approx((2 * (1 / 39 + 1 / (4096 - 40))) ** 0.5 / (4096 / 40), rel=0.02)
+
+
+def test_dead_and_non_finite_channels_and_layers_without_rows_are_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.some, self.nothing = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> None:
+            self.some(x), self.nothing(x[:0])
+
+    x = torch.randn(64, 1)
+    rows = torch.cat([x, torch.full_like(x, torch.nan), torch.ones_like(x)], 1)
+    found = batch_leakage(Model(), rows.split(8))
+    assert found.icc == pytest.approx({"some": batch_leakage(nn.BatchNorm1d(1), x.split(8)).icc[""]}, abs=1e-6)
 
 
 def test_large_inputs_are_thinned_alike_in_all_layers() -> None:

@@ -161,7 +161,7 @@ def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name() 
         run(together)
 
 
-@pytest.mark.parametrize("row", [1, 4])
+@pytest.mark.parametrize("row", [1, 2, 4])
 def test_an_owner_that_is_checkpointed_as_a_whole_works(row: int) -> None:
     plain, whole = Model(), Model()
     by_owner(plain, row), by_owner(whole, row)
@@ -326,13 +326,15 @@ def test_frozen_layers_use_the_population_that_evaluation_uses(row: int) -> None
 
 def test_the_affine_of_domains_is_frozen_with_the_layer() -> None:
     model = Model()
-    by_owner(model, 6)
+    handle = by_owner(model, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.head.tower.norm1.domain_weight.clone()
     with lbn.freeze_bn(model, affine=True):
         sum(y.square().sum() for y in model(levels())).backward()
         optimizer.step()
     assert torch.equal(model.head.tower.norm1.domain_weight, before)
+    handle.undo()
+    assert all(p.requires_grad for p in model.parameters()), "its own one again"
 
 
 @pytest.mark.parametrize("row", ROWS)
