@@ -136,7 +136,6 @@ def measure_leakage(
     rows = RowMeans(layers)
     device = next(iter(layers.values())).running_mean.device  # type: ignore[union-attr]  # estimable layers have one
     with (
-        torch.inference_mode(False),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         Handle(layers.values(), rows),

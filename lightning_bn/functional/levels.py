@@ -228,6 +228,14 @@ class Levels:
         finally:
             now.side_by_side = None
 
+    def by_itself(self, layer: _BatchNorm) -> TypeError:
+        """What to say of a layer that is run on one level, where all are to be normalised together."""
+        return TypeError(
+            f"{self._names[layer]!r} was given one level by itself: {self.name!r} calls a part of a child module and "
+            "not the child, which could be run on all levels at once. Pass as owner= the module that runs a tower once "
+            "for each tensor of a list, or sgd='domain'."
+        )
+
     def _outside(self, module: nn.Module) -> RuntimeError:
         found = f"{self._names[module]!r} was run outside of a forward of {self.name!r}, so nobody knows its level"
         if not recomputing():
@@ -287,8 +295,10 @@ class _AllLevels(Behaviour):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         now = self._levels.now()
-        if now is None or now.lockstep is None or not by_batch(layer):
+        if now is None or not by_batch(layer):
             return forward(input)
+        if now.lockstep is None:
+            raise self._levels.by_itself(layer)
         return now.lockstep.arrive(self._levels.layers[layer], _Arrival(layer, forward, input))
 
 

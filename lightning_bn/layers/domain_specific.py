@@ -108,7 +108,7 @@ class DomainSpecific(Behaviour):
         for domain, part in parts:
             if modes:
                 modes[0].bring(layer, domain, part)
-            elif by_batch(layer) and layer.track_running_stats and not recomputing():
+            elif layer.track_running_stats and not recomputing():
                 values = part.numel() // layer.num_features
                 if values > 1:
                     self._move(layer, domain, _statistics(part, values))
@@ -153,21 +153,21 @@ class DomainSpecific(Behaviour):
         self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], shown: Shown
     ) -> Callable[[Tensor], Tensor]:
         """The layer's own forward with the affine of a domain in the place of its own."""
-        weight, bias = (layer._parameters.get(key) for key in AFFINE)
+        weights, biases = (layer._parameters.get(key) for key in AFFINE)
         if isinstance(shown.domain, int):
-            own = [p if p is None else p[shown.domain] for p in (weight, bias)]
+            own = [p if p is None else p[shown.domain] for p in (weights, biases)]
             return lambda input: _lent_affine(layer, forward, input, *own)
 
         ids, dim = shown.domain, shown.dim
 
         def batch_norm(
-            input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, own_weight: Tensor | None = None,
-            own_bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+            input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+            bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
         ) -> Tensor:  # fmt: skip
             output = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-            if weight is not None:
-                output = output * _along(weight[ids], dim, input).to(output.dtype)
-            return output if bias is None else output + _along(bias[ids], dim, input).to(output.dtype)
+            if weights is not None:
+                output = output * _along(weights[ids], dim, input).to(output.dtype)
+            return output if biases is None else output + _along(biases[ids], dim, input).to(output.dtype)
 
         return lambda input: with_batch_norm(batch_norm, self._names[layer], forward, input)
 

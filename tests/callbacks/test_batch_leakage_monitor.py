@@ -70,14 +70,17 @@ def warned(module: Any, callbacks: Any, *args: Any, **kwargs: Any) -> tuple[Trai
 
 
 @pytest.mark.parametrize("pattern", ["16 x 2", "in order"])
-def test_a_pattern_alarms_within_one_epoch(pattern: str) -> None:
+def test_a_pattern_alarms_within_one_epoch_and_then_it_rests(pattern: str) -> None:
     monitor = BatchLeakageMonitor()
-    trainer, said = warned(TinyNet(), monitor, loader(pattern), val=None, max_epochs=1)
+    passes = Passes(monitor)
+    trainer, said = warned(TinyNet(), [monitor, passes], loader(pattern), val=None, max_epochs=2)
     assert monitor.alarmed and monitor.p_value <= 0.01
     assert len(said) == 1 and "Batches leak information: In epoch 0 the samples that layer 'bn" in said[0]
     (row,) = [row for _, row in trainer.loggers[0].rows if "batch_leakage/p_value" in row]
     assert set(row) == {f"batch_leakage/{k}" for k in ("p_value", "epoch_p_value", "icc_worst", "icc/bn1", "icc/bn2")}
     assert row["batch_leakage/p_value"] == monitor.p_value and row["batch_leakage/icc_worst"] > 0
+    assert passes.seen == [("epoch end", 64)]
+    assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
 
 
 def test_shuffled_batches_do_not_alarm() -> None:
@@ -103,14 +106,6 @@ def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
         fit(TinyNet(), [monitor, ghosts], loader("16 x 2"), val=None, max_epochs=1)
     assert monitors["contiguous"].p_value < 0.01
     assert monitors["interleaved"].result.icc["bn1"] < monitors["contiguous"].result.icc["bn1"] / 3
-
-
-def test_after_its_alarm_it_rests() -> None:
-    monitor = BatchLeakageMonitor()
-    passes = Passes(monitor)
-    fit(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=2)
-    assert passes.seen == [("epoch end", 64)]
-    assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
 
 
 def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
@@ -174,6 +169,8 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
 def test_batches_that_do_not_fit_are_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"keeps 4 batches.*Raise replay_bytes, or lower num_samples"):
         fit(TinyNet(), BatchLeakageMonitor(8, replay_bytes=4000))
+    with pytest.raises(ValueError, match="keeps 10 batches"):  # of two samples each, if the user says so
+        fit(TinyNet(), BatchLeakageMonitor(20, count=len, replay_bytes=4000))
 
 
 def test_an_epoch_of_one_batch_is_said_once() -> None:
@@ -224,7 +221,7 @@ def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
 # ------------------------------------------------------------------------------------------------------------ ranks
 def fit_on_rank(world_size: int) -> Any:
     """The sampler hands rank 0 the even samples and rank 1 the odd ones."""
-    module, monitor = TinyNet(), BatchLeakageMonitor(compare=True)
+    module, monitor = TinyNet(), BatchLeakageMonitor(80, compare=True)
     trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
     logged = trainer.loggers[0].rows if torch.distributed.get_rank() == 0 else None
     return monitor.state_dict(), monitor.result, digest(dict(module.named_parameters())), logged
@@ -234,4 +231,6 @@ def fit_on_rank(world_size: int) -> Any:
 def test_ranks_agree() -> None:
     first, second = run_on_ranks(fit_on_rank, 2, 2)
     assert first[:3] == second[:3] and first[0]["epochs"] == 2
+    noise = (2 / 4 * (1 / 9 + 1 / 70)) ** 0.5 / 8
+    assert first[1].noise["bn1"] == pytest.approx(noise), "80 samples in all: five batches of 8 on each of two ranks"
     assert any("batch_leakage/p_value" in row for _, row in first[3])

@@ -157,7 +157,7 @@ def test_of_several_calls_the_most_conspicuous_is_reported(first: int) -> None:
 
 def test_layers_that_are_given_other_rows_are_tested_by_themselves_and_the_smallest_p_value_counts_twice() -> None:
     batches = (torch.randn(256, 2) + 0.1 * torch.randn(16, 1, 2).expand(16, 16, 2).flatten(0, 1)).split(16)
-    apart, joint, both = (batch_leakage(Twice(), batches, layers=l).p_value for l in ("apart", "joint", None))
+    apart, joint, both = (batch_leakage(Twice(), batches, layers=name).p_value for name in ("apart", "joint", None))
     assert both == 2 * min(apart, joint) < 0.5 and apart != joint
 
 
@@ -261,8 +261,12 @@ def test_ranks_agree_with_each_other_and_with_one_process_on_all_batches(synced:
     assert (first[0] > 0.001) == synced, "batches of all ranks hold all classes, those of one rank a half"
 
 
-def test_all_layers_are_measured_on_one_run_of_each_batch() -> None:
+def test_all_layers_are_measured_on_one_run_of_each_batch_without_gradients() -> None:
     net = model().eval()
-    shown: list[int] = []
-    measure_leakage(find_bn(net), classes(4, 64).split(8), lambda batch: (shown.append(len(batch)), net(batch)))
-    assert shown == [8] * 8
+    shown: list[tuple[int, bool]] = []
+
+    def run(batch: Tensor) -> None:
+        shown.append((len(batch), net(batch).requires_grad))
+
+    measure_leakage(find_bn(net), classes(4, 64).split(8), run)
+    assert shown == [(8, False)] * 8

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import domain_bn, find_bn, precise_bn
-from tests.functional.domains import ROWS, choices
+from tests.functional.domains import EVERY, choices
 
 
 def net() -> nn.Sequential:
@@ -43,7 +43,7 @@ class ByHand:
     """The same network, its BatchNorm written out."""
 
     def __init__(self, model: nn.Sequential, row: int) -> None:
-        self.model, (self.sgd, self.population, self.affine) = model, ROWS[row]
+        self.model, (self.sgd, self.population, self.affine) = model, EVERY[row]
         layers = find_bn(model).values()
         self.means = {m: m.running_mean.expand(3, -1).clone() for m in layers}
         self.variances = {m: m.running_var.expand(3, -1).clone() for m in layers}
@@ -95,7 +95,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", EVERY)
 def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str) -> None:
     model = net()
     handle = given(model, row)
@@ -113,7 +113,7 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
     for name, layer in find_bn(model).items():
         assert_close((layer.running_mean, layer.running_var), by_hand.running[layer])
         assert int(layer.num_batches_tracked) == len(BATCHES)
-        if ROWS[row][1] == "domain":
+        if EVERY[row][1] == "domain":
             own = handle.state()[name]
             assert_close((own["domain_mean"], own["domain_var"]), (by_hand.means[layer], by_hand.variances[layer]))
     x, domain = BATCHES[0]
@@ -148,7 +148,7 @@ def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
         whole = rows.flatten(0, -2)
         assert_close((layer.running_mean, layer.running_var), (whole.mean(0), whole.var(0, correction=0)))
         assert statistics[name].count == len(whole)
-        for d in range(3) if ROWS[row][1] == "domain" else ():
+        for d in range(3) if EVERY[row][1] == "domain" else ():
             own = rows[domain == d].flatten(0, -2)
             found = handle.state()[name]
             assert_close((found["domain_mean"][d], found["domain_var"][d]), (own.mean(0), own.var(0, correction=0)))
@@ -167,6 +167,15 @@ def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
         found.append(with_gradients(call(model, x, **options), model, x))
     assert_close(*found)
     assert_close(*(list(m.buffers()) for m in models))
+
+
+def test_one_value_has_no_variance_and_moves_no_statistics_of_its_domain() -> None:
+    layer = nn.BatchNorm1d(2)
+    handle = given(layer, 2)
+    with handle.showing(torch.tensor([0, 0, 1, 0])):
+        layer(torch.randn(4, 2))
+    own = handle.state()[""]
+    assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
 
 
 def test_what_is_no_domain_is_refused() -> None:

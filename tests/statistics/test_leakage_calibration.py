@@ -20,9 +20,10 @@ def random_batches(batches: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(len(oriented_digits()[0]), generator=generator)[: batches * SIZE].view(batches, SIZE)
 
 
-def p_value(batches: Tensor, epoch: int, seed: int) -> float:
+def p_value(batches: Tensor, epoch: int, seed: int, permutations: int = 19_999) -> float:
     layers = [leading_components(rows[batches.flatten()]) for rows in features(EPOCHS)[epoch].values()]
-    return permutation_test(layers, torch.arange(len(batches)).repeat_interleave(batches.shape[1]), seed=seed)
+    groups = torch.arange(len(batches)).repeat_interleave(batches.shape[1])
+    return permutation_test(layers, groups, permutations, seed)
 
 
 EPOCHS = 3
@@ -61,21 +62,20 @@ def test_without_leakage_at_most_two_of_a_hundred_runs_alarm() -> None:
         assert share < level + 4 * sigma
 
 
-def first_alarm(seed: int, epochs: int = 1) -> float:
-    generator, evidence = torch.Generator().manual_seed(seed), Evidence()
-    for epoch in range(epochs):
-        evidence.add(p_value(several_of_some_classes(125, generator), epoch, seed))
+def first_epoch(seed: int) -> float:
+    """A run's p-value after one epoch; by a quarter of the monitor's regroupings, with which it alarms less easily."""
+    evidence = Evidence()
+    batches = several_of_some_classes(125, torch.Generator().manual_seed(seed))
+    evidence.add(p_value(batches, 0, seed, permutations=4999))
     return evidence.p_value
 
 
 def test_16_classes_of_80_times_2_alarm_within_one_epoch() -> None:
-    assert first_alarm(seed=0) <= 0.01
+    assert first_epoch(seed=0) <= 0.01
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(3600)
 def test_16_classes_of_80_times_2_nearly_always_alarm_within_one_epoch() -> None:
-    """Not yet run to its end; 8 draws had a worst layer at 6.7 to 11.3 sigma, where chance has 3.2 in one of 100."""
-    alarms = sum(first_alarm(seed) <= 0.01 for seed in range(10))
+    alarms = sum(first_epoch(seed) <= 0.01 for seed in range(10))
     print(f"{alarms} of 10 runs alarm in their first epoch")
     assert alarms >= 9
