@@ -86,8 +86,7 @@ class LeakagePass:
         if not estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__):
             return "all of its layers are frozen, or in eval mode, and normalise with the population"
         held = self._kept.held if self._kept else 0
-        fewest, *_ = sum_over_ranks([held < 2], module.device)
-        return "an epoch of fewer than two batches leaves nothing to compare" if fewest else ""
+        return "an epoch of fewer than two batches leaves nothing to compare" if held < 2 else ""
 
     def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage | None:
         """Test the batches kept on the model as it is; None if a layer's rows leave nothing to compare.

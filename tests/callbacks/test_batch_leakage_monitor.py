@@ -125,22 +125,27 @@ def in_pattern(trainer: Trainer) -> Any:
     return val_loader(batch_size=3)
 
 
-def test_the_three_errors_are_what_validation_would_log() -> None:
-    evaluated, monitor = Evaluated(), BatchLeakageMonitor(compare=True, same_pattern=in_pattern)
+@pytest.mark.parametrize("layers", [None, "bn1"])
+def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> None:
+    evaluated, monitor = Evaluated(), BatchLeakageMonitor(compare=True, same_pattern=in_pattern, layers=layers)
     module = TinyNet()
-    trainer = fit(module, [monitor, evaluated], max_epochs=1)
+    trainer = fit(module, [monitor, evaluated], max_epochs=1, num_sanity_val_steps=2)
+    assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in the sanity check, too"
+    trainer.validate(module, val_loader(), verbose=False)
+    assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in an evaluation of the user's"
+    evaluated.states.pop(), evaluated.metrics.pop()
     found = {k: v for _, row in trainer.loggers[0].rows for k, v in row.items() if k.startswith("batch_leakage/")}
-    state = evaluated.states[0]
+    state = evaluated.states[-1]
     for key, loader, callbacks in (
         ("population", val_loader(), []),
-        ("mini_batch", val_loader(), [MiniBatchInferenceCallback()]),
-        ("same_pattern", val_loader(batch_size=3), [MiniBatchInferenceCallback()]),
+        ("mini_batch", val_loader(), [MiniBatchInferenceCallback(layers=layers)]),
+        ("same_pattern", val_loader(batch_size=3), [MiniBatchInferenceCallback(layers=layers)]),
     ):
         twin = TinyNet()
         twin.load_state_dict(state)
         (oracle,) = trainer_with(callbacks).validate(twin, loader, verbose=False)
         assert found[f"batch_leakage/{key}/val_loss"] == pytest.approx(oracle["val_loss"], rel=1e-5)
-    assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[0]["val_loss"], rel=1e-6)
+    assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[-1]["val_loss"], rel=1e-6)
     assert "batch_leakage/population/val_loss" not in trainer.callback_metrics
 
 
@@ -181,6 +186,13 @@ def test_an_epoch_of_one_batch_is_said_once() -> None:
 def test_frozen_layers_are_said_once() -> None:
     _, said = warned(TinyNet(), [BatchLeakageMonitor(), FreezeBNCallback(start_step=0, statistics="ema")])
     assert len(said) == 1 and "normalise with the population" in said[0]
+
+
+def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() -> None:
+    monitor = BatchLeakageMonitor()
+    for _ in range(2):
+        fit(TinyNet(), [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")], max_epochs=2)
+        assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
 
 
 def test_manual_optimization_is_refused_with_the_way_out() -> None:

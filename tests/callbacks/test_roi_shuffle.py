@@ -325,6 +325,7 @@ def test_a_pass_and_frozen_layers_exchange_nothing(ranks: Any) -> None:
 
 def too_few() -> tuple[Any, ...]:
     shuffle = RoIShuffleCallback(modules=["bn1", "bn2"])
+    trained([shuffle], batch=1)  # an earlier fit does not count
     found, plain = trained([shuffle], batch=1), trained([], batch=1)
     return found["weights"] == plain["weights"], shuffle.unshuffled, copy.deepcopy(shuffle).state_dict()["unshuffled"]
 
@@ -358,6 +359,12 @@ def test_one_process_is_as_it_was_and_warns_once() -> None:
     assert len([w for w in record if "roi_shuffle" in str(w.message)]) == 1
     fit(modules[1])
     assert digest(modules[0].state_dict()) == digest(modules[1].state_dict()) and callback.unshuffled == 0
+
+
+def test_what_was_not_shuffled_so_far_is_in_the_checkpoint() -> None:
+    callback = RoIShuffleCallback(modules="bn*")
+    callback.load_state_dict({**callback.state_dict(), "unshuffled": 3})
+    assert callback.unshuffled == callback.state_dict()["unshuffled"] == 3
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,39 @@ def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
             assert_equal(ours, expected)
 
 
+class WithoutGradients(Detector):
+    """On rank 1."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(x)
+        with torch.set_grad_enabled(dist.get_rank() == 0):
+            boxes = self.box_head(features)[1].sin().sum()
+        return {"trunk": features.square().sum(), "boxes": boxes}
+
+
+class CallsItself(Detector):
+    """And a head after that."""
+
+    def forward(self, x: Tensor, within: bool = False) -> dict[str, Tensor]:
+        if within:
+            return super().forward(x)
+        return {**self(x, within=True), "boxes": self.box_head(self.trunk(x))[1].sin().sum()}
+
+
+def one_uses_them(kind: type[Detector]) -> State:
+    model = kind()
+    with shuffled(model):
+        outputs = model(rows(6))
+        (outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"])).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", [WithoutGradients, CallsItself])
+def test_no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call(kind: type, ranks: Any) -> None:
+    for found in ranks(one_uses_them, kind):
+        assert found["trunk.weight"].isfinite().all()
+
+
 def recomputed(checkpointing: str) -> tuple[State, State]:
     """Gradients of two forwards with checkpointing and without; and of the same rows once more, in another order."""
     x, found = rows(5 + dist.get_rank()), []
