@@ -195,6 +195,15 @@ def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() 
         assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
 
 
+def stops(module: Any, batch: Any) -> None:
+    raise StopIteration
+
+
+def test_a_forward_that_leaks_a_stop_iteration_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        fit(TinyNet(), BatchLeakageMonitor(forward=stops))
+
+
 def test_manual_optimization_is_refused_with_the_way_out() -> None:
     class Manual(TinyNet):
         automatic_optimization = False
