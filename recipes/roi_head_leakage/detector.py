@@ -9,13 +9,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet50_Weights
+from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet50_Weights, mobilenet_v2
+from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 Norm = Literal["BN", "GN", "none"]
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -64,18 +65,11 @@ class Detector(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        weights = WEIGHTS[backbone] if pretrained else None
-        if backbone == "mobilenet_v2":
-            # Strides 8 and 16: the last stage would see a scene of 128 pixels as 4x4.
-            body = mobilenet_backbone(
-                backbone_name=backbone, weights=weights, fpn=True, trainable_layers=2, returned_layers=[2, 3]
-            )
-        else:
-            body = resnet_fpn_backbone(backbone_name=backbone, weights=weights, trainable_layers=3)
+        body = fpn(backbone, WEIGHTS[backbone] if pretrained else None)
         levels = len(body.fpn.inner_blocks)
         anchors = tuple((smallest_anchor * 2**level,) for level in range(levels + 1))  # and one of the pooled level
         norm = norm_layer(head_norm)
-        box_head = FastRCNNConvFCHead((256, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=norm)
+        box_head = FastRCNNConvFCHead((body.out_channels, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=norm)
         options: dict[str, Any] = {
             "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * (levels + 1)),
             "box_roi_pool": MultiScaleRoIAlign([str(level) for level in range(levels)], 7, 2),
@@ -89,7 +83,7 @@ class Detector(L.LightningModule):
         }
         if masks:
             options["mask_roi_pool"] = MultiScaleRoIAlign([str(level) for level in range(levels)], 14, 2)
-            options["mask_head"] = MaskRCNNHeads(256, [head_width] * 4, 1, norm_layer=norm)
+            options["mask_head"] = MaskRCNNHeads(body.out_channels, [head_width] * 4, 1, norm_layer=norm)
             options["mask_predictor"] = MaskRCNNPredictor(head_width, head_width, num_classes)
         self.model = (MaskRCNN if masks else FasterRCNN)(body, **options)
         self.kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
@@ -124,6 +118,19 @@ class Detector(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fpn(backbone: Literal["mobilenet_v2", "resnet18", "resnet50"], weights: WeightsEnum | None) -> BackboneWithFPN:
+    """With FrozenBatchNorm, its first stages fixed.
+
+    MobileNetV2 gives its strides 8 and 16 only, since a further one would see a scene of 128 pixels as 4x4, and 64
+    channels, on which a CPU pools regions in a fraction of the time.
+    """
+    if backbone != "mobilenet_v2":
+        return resnet_fpn_backbone(backbone_name=backbone, weights=weights, trainable_layers=3)
+    stages = mobilenet_v2(weights=weights, norm_layer=FrozenBatchNorm2d).features[:14]
+    stages[:4].requires_grad_(False)
+    return BackboneWithFPN(stages, {"6": "0", "13": "1"}, [32, 96], out_channels=64)
 
 
 def average_precision(

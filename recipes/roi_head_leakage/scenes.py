@@ -126,7 +126,7 @@ class SceneData(L.LightningDataModule):
         self,
         root: Path | None = None,
         cut_outs: Path | None = None,
-        train_images: int = 1600,
+        train_images: int = 4000,
         val_images: int | None = 200,
         size: int = 128,
         single_class: bool = True,
