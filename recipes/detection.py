@@ -121,7 +121,8 @@ def evaluate(
     made: Parts[Detection], callbacks: list[Callback], parts: int, checkpoint: Path | None = None
 ) -> dict[Literal["bbox", "segm"], AP]:
     """Of boxes, and of masks if there are any; in this process, image by image."""
-    trainer = L.Trainer(**{**made.trainer, "devices": 1, "enable_checkpointing": False}, logger=False, callbacks=callbacks)
+    settings = {**made.trainer, "devices": 1, "enable_checkpointing": False}
+    trainer = L.Trainer(**settings, logger=False, callbacks=callbacks)
     trainer.validate(made.model, made.data, ckpt_path=checkpoint, verbose=False)
     return {kind: in_parts(made.model.found, kind, parts) for kind in made.model.kinds}
 

@@ -34,7 +34,7 @@ EVERY_PRESET = {
     **{name: value for name, value in TRAINER.items() if name != "trainer.enable_checkpointing"},
     "data.train_images": 2000,
     "data.single_class": False,
-    "data.object_sizes": (0.1, 0.75),  # of every level but the coarsest
+    "data.object_sizes": (0.18, 0.7),  # of every level but the coarsest
     "data.images_per_gpu": 4,
 }
 PRESETS: dict[str, dict[str, Any]] = {

@@ -43,7 +43,7 @@ class Detector(Detection):
         pretrained: bool = True,
         image_size: int = 128,
         max_image_size: int = 128,
-        smallest_object: int = 12,
+        smallest_object: int = 20,
         lr: float = 0.01,
         warmup_steps: int = 100,
     ) -> None:
