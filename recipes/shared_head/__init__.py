@@ -17,7 +17,7 @@ RECIPE = Recipe(
     "(full); --data-root takes COCO",
     presets=(
         Preset("smoke", "16 scenes, one training", "30 s"),
-        Preset("demo", "2,000 scenes, all three trainings", "12 min"),
+        Preset("demo", "4,000 scenes, all three trainings", "12 min"),
         Preset("full", "16,000 scenes of stamps, 3 seeds", "8 h"),
     ),
 )

@@ -32,10 +32,10 @@ from recipes.shared_head.experiment import ROWS, shared_head
 
 EVERY_PRESET = {
     **{name: value for name, value in TRAINER.items() if name != "trainer.enable_checkpointing"},
-    "data.train_images": 2000,
     "data.single_class": False,
     "data.object_sizes": (0.18, 0.7),  # of every level but the coarsest
     "data.images_per_gpu": 4,
+    "trainer.gradient_clip_val": 10,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {

@@ -43,8 +43,8 @@ class Detector(Detection):
         pretrained: bool = True,
         image_size: int = 128,
         max_image_size: int = 128,
-        smallest_object: int = 20,
-        lr: float = 0.01,
+        smallest_object: int = 12,
+        lr: float = 0.06,
         warmup_steps: int = 100,
     ) -> None:
         channels = CHANNELS[backbone]
