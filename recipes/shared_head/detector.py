@@ -44,7 +44,7 @@ class Detector(Detection):
         image_size: int = 128,
         max_image_size: int = 128,
         smallest_object: int = 12,
-        lr: float = 0.06,
+        lr: float = 0.02,
         warmup_steps: int = 100,
     ) -> None:
         channels = CHANNELS[backbone]
