@@ -31,6 +31,7 @@ recipes: setup ## every recipe in full
 	$(BIN)/python -m recipes.precise_batch_size --preset full
 	$(BIN)/python -m recipes.batch_leakage --preset full
 	$(BIN)/python -m recipes.roi_head_leakage --preset full
+	$(BIN)/python -m recipes.shared_head --preset full
 
 test: setup ## what CI runs: lint, types, docs, tests with coverage
 	$(BIN)/ruff check .

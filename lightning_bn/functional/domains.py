@@ -91,7 +91,7 @@ def state_of(layers: dict[str, _BatchNorm], affine: bool = False) -> dict[str, d
 
 
 def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]]) -> None:
-    """Give layers back what `state_of` has found in them.
+    """Give layers back what `state_of` has found in them; those that evaluate all domains alike need no statistics.
 
     Raises:
         ValueError: If it is of other layers, or of another number of domains.
@@ -103,6 +103,8 @@ def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]
             raise ValueError(f"There are no saved statistics of domains of layer {name!r}: were its layers= others?")
         for key, value in saved.items():
             stored = own.get(key)
+            if stored is None and key in STATISTICS:
+                continue  # population="shared": all domains together are in the layer's own running statistics
             if stored is None or stored.shape != value.shape:
                 there = "none" if stored is None else f"{len(stored)} domains"
                 raise ValueError(

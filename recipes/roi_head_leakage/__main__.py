@@ -20,18 +20,14 @@ import torch
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
 
 from recipes import report
-from recipes.command import TRAINER, quiet_lightning, read_arguments
+from recipes.command import quiet_lightning, read_arguments
+from recipes.detection import TRAINER, Parts
 from recipes.roi_head_leakage import RECIPE, output
 from recipes.roi_head_leakage.claims import claims
 from recipes.roi_head_leakage.detector import Detector, Norm
-from recipes.roi_head_leakage.experiment import TRAININGS, Parts, roi_head_leakage
-from recipes.roi_head_leakage.scenes import STAMPS, SceneData
+from recipes.roi_head_leakage.experiment import TRAININGS, roi_head_leakage
+from recipes.scenes import STAMPS, SceneData
 
-EVERY_PRESET = {
-    **{name: value for name, value in TRAINER.items() if name not in ("trainer.devices", "trainer.deterministic")},
-    "trainer.accelerator": "cpu",
-    "trainer.max_epochs": 1,
-}
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "data.train_images": 16,
@@ -72,7 +68,7 @@ def make_parser(preset: str) -> ArgumentParser:
     skip = {"logger", "devices", "strategy", "callbacks", "accumulate_grad_batches", "limit_val_batches"}
     parser.add_class_arguments(L.Trainer, "trainer", skip=skip, instantiate=False, fail_untyped=False)
     parser.link_arguments("data_root", "data.root")
-    parser.set_defaults({**EVERY_PRESET, **PRESETS[preset]})
+    parser.set_defaults({**TRAINER, **PRESETS[preset]})
     return parser
 
 
@@ -80,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs the command; returns the folder it wrote to."""
     _, config, folder = read_arguments(RECIPE.name, PRESETS, make_parser, arguments)
 
-    def make(norm: Norm, images_per_gpu: int) -> Parts:
+    def make(norm: Norm, images_per_gpu: int) -> Parts[Detector]:
         data = SceneData(**config.data.as_dict(), images_per_gpu=images_per_gpu)
         model = Detector(data.num_classes, norm, **config.model.as_dict())
         return Parts(model, data, config.trainer.as_dict())

@@ -5,11 +5,9 @@ Of differences in box AP: over seeds, and over parts of the validation images.
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Tensor
-
-from recipes.claims import Claim, Interval, Verdict, equal, half_width, interval, larger
-from recipes.roi_head_leakage.experiment import Inference, Results, Row
+from recipes.average_precision import Measured, interval_of, ordering, table
+from recipes.claims import Claim, Interval, Verdict, equal, larger
+from recipes.roi_head_leakage.experiment import Inference, Results
 
 Cell = tuple[str, Inference]
 # Tables 3 and 6: box and mask AP.
@@ -62,19 +60,21 @@ ORDERINGS: Sequence[tuple[str, Cell, Cell, Callable[[Interval], Verdict]]] = (
 def claims(results: Results) -> list[Claim]:
     """Every claim that these results can speak to."""
     found = [
-        _ordering(claim, a, b, judge, results) for claim, a, b, judge in ORDERINGS if results.of(*a) and results.of(*b)
+        ordering(claim, measured(results, a), measured(results, b), judge)
+        for claim, a, b, judge in ORDERINGS
+        if results.of(*a) and results.of(*b)
     ]
     return [*found, *leak_fades(results)]
 
 
 def leak_fades(results: Results) -> Iterator[Claim]:
     """More images in the batch say less about each."""
-    rows = [results.of(training, inference) for training in ("bn-1", "bn-2") for inference in _BOTH]
-    if not all(rows):
+    rows = [measured(results, (training, inference)) for training in ("bn-1", "bn-2") for inference in _BOTH]
+    if not all(row.aps for row in rows):
         return
-    one = _difference(rows[1], rows[0])
-    two = _difference(rows[3], rows[2])
-    gap = _interval(one - two)
+    one = table(rows[1].aps) - table(rows[0].aps)
+    two = table(rows[3].aps) - table(rows[2].aps)
+    gap = interval_of(one - two)
     yield Claim(
         "Mini-batch statistics gain more at 1 image a GPU than at 2",
         "+10.8 and +1.2",
@@ -86,29 +86,6 @@ def leak_fades(results: Results) -> Iterator[Claim]:
 _BOTH: tuple[Inference, Inference] = ("population", "mini-batch")
 
 
-def _ordering(claim: str, a: Cell, b: Cell, judge: Callable[[Interval], Verdict], results: Results) -> Claim:
-    rows, others = results.of(*a), results.of(*b)
-    gap = _interval(_difference(rows, others))
-    return Claim(
-        claim,
-        f"{PAPER[a][0]} and {PAPER[b][0]}",
-        f"{mean_ap(rows):.1f} and {mean_ap(others):.1f} (difference {gap})",
-        judge(gap),
-    )
-
-
-def mean_ap(rows: Sequence[Row]) -> float:
-    return sum(row.box.of_all for row in rows) / len(rows)
-
-
-def _difference(rows: Sequence[Row], others: Sequence[Row]) -> Tensor:
-    """(seeds, 1 + parts): of all images, and of each part."""
-    return _table(rows) - _table(others)
-
-
-def _table(rows: Sequence[Row]) -> Tensor:
-    return torch.tensor([[row.box.of_all, *row.box.of_parts] for row in rows], dtype=torch.float64)
-
-
-def _interval(difference: Tensor) -> Interval:
-    return interval(difference[:, 0], at_least=half_width(difference[:, 1:].mean(0)))
+def measured(results: Results, cell: Cell) -> Measured:
+    """Box AP of a row of the tables."""
+    return Measured([row.box for row in results.of(*cell)], PAPER[cell][0])

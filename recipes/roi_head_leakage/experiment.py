@@ -7,14 +7,15 @@ two batches are accumulated. Numbers only: `claims.py` judges them, `output.py` 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 import lightning_bn as lbn
-from recipes.roi_head_leakage.detector import HEADS, Detector, Norm, average_precision
-from recipes.roi_head_leakage.scenes import SceneData
+from recipes.average_precision import AP
+from recipes.detection import Parts, evaluate, number_of_images, refuse_ragged_steps, train
+from recipes.roi_head_leakage.detector import HEADS, Detector, Norm
 
 Say = Callable[[str], None]
 Inference = Literal["population", "mini-batch"]
@@ -52,23 +53,6 @@ TRAININGS = {
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What one training run is made of; made anew for every one."""
-
-    model: Detector
-    data: SceneData
-    trainer: dict[str, Any]  # arguments of the Trainer
-
-
-@dataclass(frozen=True)
-class AP:
-    """In percent, of all validation images, and of each of some equal parts of them."""
-
-    of_all: float
-    of_parts: list[float]
-
-
-@dataclass(frozen=True)
 class Row:
     """A row of Tables 3 and 6, for one seed."""
 
@@ -97,7 +81,7 @@ class Results:
 
 
 def roi_head_leakage(
-    make: Callable[[Norm, int], Parts],
+    make: Callable[[Norm, int], Parts[Detector]],
     *,
     seeds: Sequence[int] = (0,),
     trainings: Sequence[str] = tuple(TRAININGS),
@@ -125,10 +109,10 @@ def roi_head_leakage(
             L.seed_everything(seed, verbose=False)  # first weights, order of images, and every rank's regions
             made = make(training.norm, training.images_per_gpu)
             started = time.perf_counter()
-            steps = train(made, training, ranks, images_per_step)
+            steps = train(made, training.callbacks(), ranks, images_per_step)
             seconds = time.perf_counter() - started
             for inference in training.inferences:
-                ap = evaluate(made, inference, parts)
+                ap = evaluate(made, evaluation(inference), parts)
                 rows.append(Row(key, inference, seed, ap["bbox"], ap.get("segm"), seconds))
                 say(
                     f"seed {seed}  {training.name}, {training.images_per_gpu} a rank, {inference}: "
@@ -137,37 +121,11 @@ def roi_head_leakage(
     return Results(made.data.source, ranks, steps, images_per_step, len(made.model.found), rows)
 
 
-def train(made: Parts, training: Training, ranks: int, images_per_step: int) -> int:
-    """Trains the model, in processes of its own; returns the number of steps."""
-    # A fork has everything imported already, but cannot use CUDA.
-    several = "ddp_fork" if made.trainer["accelerator"] == "cpu" else "ddp_spawn"
-    trainer = L.Trainer(
-        **{**made.trainer, "devices": ranks, "strategy": several if ranks > 1 else "auto"},
-        accumulate_grad_batches=images_per_step // (ranks * training.images_per_gpu),
-        limit_val_batches=0,
-        logger=False,
-        callbacks=training.callbacks(),
-    )
-    trainer.fit(made.model, made.data)
-    return int(trainer.callback_metrics["steps"])
-
-
-def evaluate(made: Parts, inference: Inference, parts: int) -> dict[str, AP]:
-    """Of boxes, and of masks if there are any; in this process, image by image."""
-    callbacks: list[Callback] = []
-    if inference == "mini-batch":
-        callbacks = [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", count=number_of_images)]
-    trainer = L.Trainer(**{**made.trainer, "devices": 1}, logger=False, callbacks=callbacks)
-    trainer.validate(made.model, made.data, verbose=False)
-    found = made.model.found
-    return {
-        kind: AP(average_precision(found, kind), [average_precision(found[i::parts], kind) for i in range(parts)])
-        for kind in made.model.kinds
-    }
-
-
-def number_of_images(batch: Any) -> int:
-    return len(batch[0])
+def evaluation(inference: Inference) -> list[Callback]:
+    """Callbacks of an evaluation, image by image."""
+    if inference == "population":
+        return []
+    return [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", count=number_of_images)]
 
 
 def _refuse_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: int, images_per_step: int) -> None:
@@ -177,9 +135,4 @@ def _refuse_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: in
     if unknown or not trainings:
         raise ValueError(f"trainings must be some of {', '.join(TRAININGS)}; got {unknown or 'none'}.")
     for key in trainings:
-        batch = ranks * TRAININGS[key].images_per_gpu
-        if images_per_step % batch:
-            raise ValueError(
-                f"images_per_step is {images_per_step}, but training {key} has {batch} images on its {ranks} ranks: "
-                f"give a multiple of {batch}."
-            )
+        refuse_ragged_steps(f"training {key}", ranks, TRAININGS[key].images_per_gpu, images_per_step)

@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_bn.plots.style import BATCHES, PRECISE, new_figure, styled
+from recipes.average_precision import beside_the_papers, mean_ap
 from recipes.claims import Claim
 from recipes.report import claims_table, write_report
-from recipes.roi_head_leakage.claims import PAPER, Cell, mean_ap
+from recipes.roi_head_leakage.claims import PAPER, Cell, measured
 from recipes.roi_head_leakage.experiment import TRAININGS, Results, Row
 
 REPORT = """\
@@ -43,26 +43,7 @@ than the {ranks} ranks here.
 
 def draw(results: Results) -> dict[str, Figure]:
     """The figures by file name."""
-    return {"ap": _box_ap_beside_the_papers(results)}
-
-
-@styled
-def _box_ap_beside_the_papers(results: Results) -> Figure:
-    cells = list(_cells(results))
-    figure = new_figure(8.0, 1.2 + 0.34 * len(cells))
-    ours, papers = figure.subplots(1, 2, sharey=True)
-    for y, (cell, rows) in enumerate(cells):
-        seeds = [row.box.of_all for row in rows]
-        ours.plot(seeds, [y] * len(seeds), "o", color=PRECISE, alpha=0.5)
-        ours.plot(mean_ap(rows), y, "|", color=PRECISE, markersize=14)
-        papers.plot(PAPER[cell][0], y, "s", color=BATCHES)
-    ours.set_yticks(range(len(cells)), [_words(cell) for cell, _ in cells])
-    ours.invert_yaxis()
-    ours.set_title("here")
-    papers.set_title("paper")
-    for axes in (ours, papers):
-        axes.set_xlabel("box AP (%)")
-    return figure
+    return {"ap": beside_the_papers({_words(cell): measured(results, cell) for cell, _ in _cells(results)})}
 
 
 def write(
@@ -98,13 +79,13 @@ def ap_table(results: Results) -> list[str]:
         box, mask = PAPER[key, inference]
         statistics = inference if training.norm == "BN" else "-"
         cells = [training.name, str(training.images_per_gpu), statistics, f"{box} / {mask}"]
-        lines.append(f"| {' | '.join(cells)} | {mean_ap(rows):.1f} | {_mean_mask_ap(rows)} |")
+        lines.append(f"| {' | '.join(cells)} | {_mean_box_ap(rows):.1f} | {_mean_mask_ap(rows)} |")
     return lines
 
 
 def summary(results: Results) -> dict[str, float]:
     """Box AP of every row, for W&B."""
-    return {f"box_AP/{key}/{inference}": mean_ap(rows) for (key, inference), rows in _cells(results)}
+    return {f"box_AP/{key}/{inference}": _mean_box_ap(rows) for (key, inference), rows in _cells(results)}
 
 
 def _cells(results: Results) -> Iterator[tuple[Cell, list[Row]]]:
@@ -121,6 +102,10 @@ def _words(cell: Cell) -> str:
     return f"{training.name}, {training.images_per_gpu} a GPU{statistics}"
 
 
+def _mean_box_ap(rows: Sequence[Row]) -> float:
+    return mean_ap([row.box for row in rows])
+
+
 def _mean_mask_ap(rows: Sequence[Row]) -> str:
-    found = [row.mask.of_all for row in rows if row.mask is not None]
-    return f"{sum(found) / len(found):.1f}" if found else "-"
+    found = [row.mask for row in rows if row.mask is not None]
+    return f"{mean_ap(found):.1f}" if found else "-"

@@ -116,6 +116,21 @@ def test_a_checkpoint_saved_after_the_fit_has_everything(net: Any, make: Any, tm
     assert again == after
 
 
+@pytest.mark.filterwarnings("ignore:.*inconsistent")
+@pytest.mark.parametrize(("row", "trained_as"), [(1, 2), (3, 4), (5, 6)])
+@BOTH
+def test_a_fit_that_kept_every_domains_statistics_can_be_evaluated_with_the_shared_ones(
+    net: Any, make: Any, row: int, trained_as: int, tmp_path: Path
+) -> None:
+    """Two rows of the table are one training: what evaluation normalises with does not change what is trained."""
+    saving = ModelCheckpoint(tmp_path, filename="last")
+    fit(net(), [make(trained_as), PreciseBNCallback(32), saving], enable_checkpointing=True, max_epochs=1)
+    evaluated = trainer_with(make(row)).validate(net(), val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    alone = net()
+    of_row = fit(alone, [make(row), PreciseBNCallback(32)], max_epochs=1)
+    assert evaluated == of_row.validate(alone, val_loader(), verbose=False)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_inconsistent_rows_warn_with_the_papers_numbers(row: int) -> None:
     ap = {2: "2.1", 3: "34.1", 5: "35.5"}

@@ -8,19 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import lightning_bn as lbn
+from recipes.average_precision import AP
+from recipes.detection import Parts
 from recipes.roi_head_leakage.__main__ import make_parser
 from recipes.roi_head_leakage.claims import ORDERINGS, PAPER, claims
-from recipes.roi_head_leakage.coco import Coco
-from recipes.roi_head_leakage.detector import HEADS, Detector, average_precision
-from recipes.roi_head_leakage.experiment import AP, TRAININGS, Parts, Results, Row, roi_head_leakage
-from recipes.roi_head_leakage.scenes import STAMPS, ComposedScenes, SceneData, as_lists, stamps
+from recipes.roi_head_leakage.detector import HEADS, Detector
+from recipes.roi_head_leakage.experiment import TRAININGS, Results, Row, roi_head_leakage
+from recipes.scenes import SceneData, as_lists
 
 SCHEDULE = Path(__file__).parents[2] / "recipes" / "roi_head_leakage" / "coco.yaml"
 
@@ -52,13 +51,14 @@ def test_one_training_is_evaluated_with_both_statistics_and_another_with_one(smo
 TRAIN_ONE = """
 import sys, torch
 from recipes.roi_head_leakage.detector import Detector
-from recipes.roi_head_leakage.experiment import TRAININGS, Parts, train
-from recipes.roi_head_leakage.scenes import SceneData
+from recipes.detection import Parts, train
+from recipes.roi_head_leakage.experiment import TRAININGS
+from recipes.scenes import SceneData
 torch.set_num_threads(1)
 model = Detector(pretrained=False, regions=8, warmup_steps=1)
 before = {name: value.clone() for name, value in model.state_dict().items()}
 quiet = dict(accelerator="cpu", max_epochs=1, enable_checkpointing=False, enable_progress_bar=False)
-steps = train(Parts(model, SceneData(train_images=8, images_per_gpu=1), quiet), TRAININGS["bn-1"], 2, 4)
+steps = train(Parts(model, SceneData(train_images=8, images_per_gpu=1), quiet), TRAININGS["bn-1"].callbacks(), 2, 4)
 moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 head = {name for name in before if "box_head" in name}
 tracked = {int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
@@ -80,64 +80,6 @@ def test_the_report_has_the_papers_numbers_and_a_picture(smoke: Path) -> None:
     assert (smoke / "ap.png").stat().st_size > 5000 and list((smoke / "wandb").glob("offline-run-*"))
 
 
-def test_a_scene_is_the_same_every_time_and_another_in_validation(data: SceneData) -> None:
-    image, target = data.train_set[3]
-    again, same = data.train_set[3]
-    assert torch.equal(image, again) and torch.equal(target["boxes"], same["boxes"])
-    assert not torch.equal(image, data.val_set[3][0])
-
-
-def test_boxes_are_those_of_the_masks_and_do_not_overlap(data: SceneData) -> None:
-    for index in range(40):
-        _, target = data.train_set[index]
-        masks = target["masks"]
-        assert 1 <= len(masks) <= 5 and masks.sum(0).max() == 1
-        for mask, (left, top, right, bottom) in zip(masks, target["boxes"].int().tolist(), strict=True):
-            assert mask[top:bottom, left:right].sum() == mask.sum() > 0
-            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-            assert abs(rows.max() + 1 - rows.min() - (bottom - top)) <= 6, "trimmed, then resized"
-            assert abs(columns.max() + 1 - columns.min() - (right - left)) <= 6
-
-
-def test_scenes_are_of_a_single_class_unless_asked_otherwise(data: SceneData) -> None:
-    kinds = {index: len(set(data.train_set[index][1]["labels"].tolist())) for index in range(40)}
-    assert set(kinds.values()) == {1}
-    mixed = SceneData(train_images=40, val_images=10, single_class=False).train_set
-    assert max(len(set(mixed[index][1]["labels"].tolist())) for index in range(40)) > 2
-
-
-def test_validation_has_cut_outs_of_its_own(data: SceneData) -> None:
-    def contents(scenes: Any) -> set[bytes]:
-        assert isinstance(scenes, ComposedScenes)
-        return {one[..., 3].tobytes() for of_class in scenes.cut_outs for one in of_class}
-
-    train, val = contents(data.train_set), contents(data.val_set)
-    assert len(train) > 3900 and len(val) > 900 and not train & val
-
-
-def test_a_folder_of_transparent_pngs_gives_its_folders_as_classes(tmp_path: Path) -> None:
-    pixels = np.zeros((20, 30, 4), dtype=np.uint8)
-    pixels[5:15, 10:22] = 255
-    for kind, count in (("animals", 16), ("few", 3)):
-        (tmp_path / kind / "deep").mkdir(parents=True)
-        for index in range(count):
-            Image.fromarray(pixels).save(tmp_path / kind / "deep" / f"{index}.png")
-        Image.fromarray(pixels).save(tmp_path / kind / "0_mirror.png")
-        Image.fromarray(pixels[..., :3]).save(tmp_path / kind / "opaque.png")
-    found = stamps(tmp_path)
-    assert found.classes == ["animals"]
-    assert (len(found.train[0]), len(found.val[0])) == (12, 4)
-    assert found.train[0][0].shape == (10, 12, 4), "trimmed to what is opaque"
-
-
-def test_missing_stamps_say_which_package_brings_them(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
-        stamps(tmp_path / "none")
-    if not STAMPS.exists():
-        with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
-            stamps(STAMPS)
-
-
 @pytest.mark.parametrize("masks", [False, True])
 def test_only_the_heads_have_batch_norm_and_the_patterns_find_all_of_it(masks: bool) -> None:
     model = Detector(pretrained=False, masks=masks)
@@ -157,15 +99,6 @@ def test_mask_rcnn_trains_and_finds_boxes_and_masks(data: SceneData) -> None:
     model.eval().validation_step(batch, 0)
     assert len(model.found) == 2 and model.kinds == ("bbox", "segm")
     assert model.found[0][0]["masks"].shape[1:] == (128, 128)
-
-
-def test_what_is_found_exactly_has_an_ap_of_100_and_what_is_missed_of_0(data: SceneData) -> None:
-    targets = [data.val_set[index][1] for index in range(10)]
-    exact = [({**target, "scores": torch.ones(len(target["labels"]))}, target) for target in targets]
-    assert average_precision(exact, "bbox") == pytest.approx(100)
-    assert average_precision(exact, "segm") == pytest.approx(100)
-    missed = [({**one, "labels": one["labels"] % 10 + 1}, target) for one, target in exact]
-    assert average_precision(missed, "bbox") == pytest.approx(0)
 
 
 def results(box_ap: dict[tuple[str, Any], float], spread: float = 0.1) -> Results:
@@ -215,40 +148,11 @@ def test_the_claims_are_about_rows_of_the_tables_and_every_row_is_trained() -> N
     ],
 )
 def test_impossible_settings_are_refused_before_any_training(settings: dict[str, Any], words: str) -> None:
-    def make(norm: Any, images_per_gpu: int) -> Parts:
+    def make(norm: Any, images_per_gpu: int) -> Parts[Detector]:
         raise AssertionError("nothing is made")
 
     with pytest.raises(ValueError, match=words):
         roi_head_leakage(make, **settings)
-
-
-@pytest.fixture
-def coco(tmp_path: Path) -> Path:
-    (tmp_path / "annotations").mkdir()
-    for split in ("train", "val"):
-        (tmp_path / f"{split}2017").mkdir()
-        Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / f"{split}2017" / "7.jpg")
-        found = {"image_id": 7, "category_id": 90, "iscrowd": 0, "bbox": [5, 6, 10, 12]}
-        found["segmentation"] = [[5, 6, 14, 6, 14, 17, 5, 17]]
-        crowd = {**found, "iscrowd": 1, "segmentation": {}}
-        images = [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "empty.jpg"}]
-        table = {"images": images, "annotations": [found, crowd], "categories": [{"id": 3}, {"id": 90}]}
-        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(table))
-    return tmp_path
-
-
-def test_coco_gives_corners_labels_without_holes_and_masks_and_leaves_out_crowds(coco: Path) -> None:
-    data = SceneData(root=coco)
-    assert data.num_classes == 3 and len(data.train_set) == 1  # type: ignore[arg-type]
-    image, target = data.train_set[0]
-    assert image.shape == (3, 30, 40) and image[0].min() > 0.9
-    assert target["boxes"].tolist() == [[5, 6, 15, 18]] and target["labels"].tolist() == [2]
-    assert target["masks"].shape == (1, 30, 40) and target["masks"].sum() == 10 * 12
-
-
-def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="the folder that COCO 2017 was unpacked in"):
-        Coco(tmp_path, "train")
 
 
 def test_the_config_of_the_papers_schedule_is_read() -> None:

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from recipes.coco import Coco, Scene
 from recipes.images import ImageData
-from recipes.roi_head_leakage.coco import Coco, Scene
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian's package tuxpaint-stamps-default puts them
 LONGEST = 96  # pixels of a cut-out's longer side, once read
@@ -50,6 +50,7 @@ class ComposedScenes(Dataset[Scene]):
         length: Number of scenes.
         size: Side of a scene, in pixels.
         single_class: All objects of a scene are of one class.
+        object_sizes: The longer side of an object lies between these parts of the scene's.
         stream: Other scenes for another number.
     """
 
@@ -60,10 +61,12 @@ class ComposedScenes(Dataset[Scene]):
         length: int,
         size: int,
         single_class: bool,
+        object_sizes: tuple[float, float],
         stream: int,
     ) -> None:
         self.cut_outs, self.photos = cut_outs, photos
-        self.length, self.size, self.single_class, self.stream = length, size, single_class, stream
+        self.length, self.size, self.single_class = length, size, single_class
+        self.object_sizes, self.stream = object_sizes, stream
 
     def __len__(self) -> int:
         return self.length
@@ -78,7 +81,7 @@ class ComposedScenes(Dataset[Scene]):
         for _ in range(int(draw.integers(2, 6))):
             if not self.single_class:
                 label = int(draw.integers(len(self.cut_outs)))
-            cut_out = _resized(self.cut_outs[label], draw, self.size)
+            cut_out = _resized(self.cut_outs[label], draw, self.object_sizes, self.size)
             height, width = cut_out.shape[:2]
             box = _free_place(boxes, width, height, self.size, draw)
             if box is None:
@@ -118,6 +121,7 @@ class SceneData(L.LightningDataModule):
         val_images: Composed scenes for validation, and how many of COCO's; null for all of COCO's.
         size: Side of a composed scene, in pixels.
         single_class: All objects of a composed scene are of one class, which makes its regions alike.
+        object_sizes: The longer side of an object in a composed scene, least and most, as parts of the scene's side.
         images_per_gpu: Images in a rank's batch (set by the experiment).
         num_workers: Worker processes of a loader; by default none on one or two cores, otherwise up to four.
     """
@@ -126,10 +130,11 @@ class SceneData(L.LightningDataModule):
         self,
         root: Path | None = None,
         cut_outs: Path | None = None,
-        train_images: int = 1600,
+        train_images: int = 4000,
         val_images: int | None = 200,
         size: int = 128,
         single_class: bool = True,
+        object_sizes: tuple[float, float] = (0.2, 0.45),
         images_per_gpu: int = 2,
         num_workers: int | None = None,
     ) -> None:
@@ -146,8 +151,12 @@ class SceneData(L.LightningDataModule):
         found = digits() if cut_outs is None else stamps(cut_outs)
         train_photos, val_photos = photos()
         self.source, self.num_classes = f"{found.name} on scikit-learn's photos", len(found.classes) + 1
-        self.train_set = ComposedScenes(found.train, train_photos, train_images, size, single_class, stream=0)
-        self.val_set = ComposedScenes(found.val, val_photos, val_images or 200, size, single_class, stream=1)
+        self.train_set = ComposedScenes(
+            found.train, train_photos, train_images, size, single_class, object_sizes, stream=0
+        )
+        self.val_set = ComposedScenes(
+            found.val, val_photos, val_images or 200, size, single_class, object_sizes, stream=1
+        )
 
     def train_dataloader(self) -> Loader:
         return self._loader(self.train_set, self.images_per_gpu, shuffle=True)
@@ -236,10 +245,12 @@ def _trimmed(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 
-def _resized(cut_outs: Sequence[Pixels], draw: np.random.Generator, size: int) -> Pixels:
-    """One of them, its longer side between a fifth and nine twentieths of the scene's."""
+def _resized(
+    cut_outs: Sequence[Pixels], draw: np.random.Generator, object_sizes: tuple[float, float], size: int
+) -> Pixels:
+    """One of them, its longer side between these parts of the scene's."""
     image = Image.fromarray(cut_outs[int(draw.integers(len(cut_outs)))])
-    longer = draw.uniform(0.2, 0.45) * size
+    longer = draw.uniform(*object_sizes) * size
     scale = longer / max(image.size)
     return np.asarray(image.resize((max(4, round(image.width * scale)), max(4, round(image.height * scale)))))
 

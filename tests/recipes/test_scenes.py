@@ -1,0 +1,112 @@
+"""Scenes are what they say, the same in every training, and COCO's are read as its authors wrote them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recipes.coco import Coco
+from recipes.scenes import STAMPS, ComposedScenes, SceneData, stamps
+
+
+@pytest.fixture(scope="module")
+def data() -> SceneData:
+    return SceneData(train_images=40, val_images=10)
+
+
+def test_a_scene_is_the_same_every_time_and_another_in_validation(data: SceneData) -> None:
+    image, target = data.train_set[3]
+    again, same = data.train_set[3]
+    assert torch.equal(image, again) and torch.equal(target["boxes"], same["boxes"])
+    assert not torch.equal(image, data.val_set[3][0])
+
+
+def test_boxes_are_those_of_the_masks_and_do_not_overlap(data: SceneData) -> None:
+    for index in range(40):
+        _, target = data.train_set[index]
+        masks = target["masks"]
+        assert 1 <= len(masks) <= 5 and masks.sum(0).max() == 1
+        for mask, (left, top, right, bottom) in zip(masks, target["boxes"].int().tolist(), strict=True):
+            assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            assert abs(rows.max() + 1 - rows.min() - (bottom - top)) <= 6, "trimmed, then resized"
+            assert abs(columns.max() + 1 - columns.min() - (right - left)) <= 6
+
+
+def test_scenes_are_of_a_single_class_unless_asked_otherwise(data: SceneData) -> None:
+    kinds = {index: len(set(data.train_set[index][1]["labels"].tolist())) for index in range(40)}
+    assert set(kinds.values()) == {1}
+    mixed = SceneData(train_images=40, val_images=10, single_class=False).train_set
+    assert max(len(set(mixed[index][1]["labels"].tolist())) for index in range(40)) > 2
+
+
+def test_validation_has_cut_outs_of_its_own(data: SceneData) -> None:
+    def contents(scenes: Any) -> set[bytes]:
+        assert isinstance(scenes, ComposedScenes)
+        return {one[..., 3].tobytes() for of_class in scenes.cut_outs for one in of_class}
+
+    train, val = contents(data.train_set), contents(data.val_set)
+    assert len(train) > 3900 and len(val) > 900 and not train & val
+
+
+def test_a_folder_of_transparent_pngs_gives_its_folders_as_classes(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 30, 4), dtype=np.uint8)
+    pixels[5:15, 10:22] = 255
+    for kind, count in (("animals", 16), ("few", 3)):
+        (tmp_path / kind / "deep").mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(pixels).save(tmp_path / kind / "deep" / f"{index}.png")
+        Image.fromarray(pixels).save(tmp_path / kind / "0_mirror.png")
+        Image.fromarray(pixels[..., :3]).save(tmp_path / kind / "opaque.png")
+    found = stamps(tmp_path)
+    assert found.classes == ["animals"]
+    assert (len(found.train[0]), len(found.val[0])) == (12, 4)
+    assert found.train[0][0].shape == (10, 12, 4), "trimmed to what is opaque"
+
+
+def test_missing_stamps_say_which_package_brings_them(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        stamps(tmp_path / "none")
+    if not STAMPS.exists():
+        with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
+            stamps(STAMPS)
+
+
+def test_objects_are_as_large_as_asked_for() -> None:
+    scenes = SceneData(train_images=40, val_images=10, object_sizes=(0.1, 0.75)).train_set
+    boxes = torch.cat([scenes[index][1]["boxes"] for index in range(40)])
+    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 128
+    assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017").mkdir()
+        Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / f"{split}2017" / "7.jpg")
+        found = {"image_id": 7, "category_id": 90, "iscrowd": 0, "bbox": [5, 6, 10, 12]}
+        found["segmentation"] = [[5, 6, 14, 6, 14, 17, 5, 17]]
+        crowd = {**found, "iscrowd": 1, "segmentation": {}}
+        images = [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "empty.jpg"}]
+        table = {"images": images, "annotations": [found, crowd], "categories": [{"id": 3}, {"id": 90}]}
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def test_coco_gives_corners_labels_without_holes_and_masks_and_leaves_out_crowds(coco: Path) -> None:
+    data = SceneData(root=coco)
+    assert data.num_classes == 3 and len(data.train_set) == 1  # type: ignore[arg-type]
+    image, target = data.train_set[0]
+    assert image.shape == (3, 30, 40) and image[0].min() > 0.9
+    assert target["boxes"].tolist() == [[5, 6, 15, 18]] and target["labels"].tolist() == [2]
+    assert target["masks"].shape == (1, 30, 40) and target["masks"].sum() == 10 * 12
+
+
+def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder that COCO 2017 was unpacked in"):
+        Coco(tmp_path, "train")
