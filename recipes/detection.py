@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from urllib.error import URLError
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor, hub, nn
 from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet50_Weights, mobilenet_v2
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
@@ -40,20 +41,25 @@ TRAINER = {
 class Detection(L.LightningModule):
     """Trains a detector and keeps what it finds in evaluation, for AP.
 
-    The learning rate falls to a tenth after two thirds and eight ninths of the steps, as in the paper.
-
     Args:
         model: One of torchvision's.
         lr: Learning rate.
         warmup_steps: Steps over which it rises at the start.
+        lr_falls: Shares of all steps after each of which it is a tenth of what it was.
         kinds: What AP is taken of.
     """
 
     def __init__(
-        self, model: nn.Module, lr: float, warmup_steps: int, kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox",)
+        self,
+        model: nn.Module,
+        lr: float,
+        warmup_steps: int,
+        lr_falls: tuple[float, float],
+        kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox",),
     ) -> None:
         super().__init__()
-        self.model, self.lr, self.warmup_steps, self.kinds = model, lr, warmup_steps, kinds
+        self.model, self.kinds = model, kinds
+        self.lr, self.warmup_steps, self.lr_falls = lr, warmup_steps, lr_falls
         self.found: list[Found] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -76,12 +82,11 @@ class Detection(L.LightningModule):
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         sgd = torch.optim.SGD(trained, self.lr, momentum=0.9, weight_decay=1e-4)
-        steps, warmup = int(self.trainer.estimated_stepping_batches), self.warmup_steps
+        steps = int(self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
-            return float(
-                min(1.0, (step + 1) / (warmup + 1)) * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 8 / 9))
-            )
+            fallen = sum(step >= share * steps for share in self.lr_falls)
+            return float(min(1.0, (step + 1) / (self.warmup_steps + 1)) * 0.1**fallen)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -162,8 +167,19 @@ def fpn(
         resnet_stages: Those of a ResNet that the pyramid is built on: the first has stride 4, each next one twice as
             much.
         extra_levels: What makes levels beyond; by default one, by pooling.
+
+    Raises:
+        FileNotFoundError: If the weights are not in torch's cache, and cannot be fetched.
     """
     weights = WEIGHTS[backbone] if pretrained else None
+    if weights is not None:
+        try:
+            weights.get_state_dict()
+        except URLError as error:
+            raise FileNotFoundError(
+                f"{weights.url} cannot be fetched ({error.reason}). Put that file into {hub.get_dir()}/checkpoints, or "
+                "train without ImageNet's weights: --model.pretrained false."
+            ) from error
     if backbone != "mobilenet_v2":
         return resnet_fpn_backbone(
             backbone_name=backbone,

@@ -36,6 +36,7 @@ class Detector(Detection):
         smallest_anchor: Side of the smallest anchor in pixels; that of the next level is twice as long.
         lr: Learning rate.
         warmup_steps: Steps over which it rises at the start.
+        lr_falls: Shares of all steps after each of which it is a tenth of what it was.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Detector(Detection):
         smallest_anchor: int = 16,
         lr: float = 0.02,
         warmup_steps: int = 50,
+        lr_falls: tuple[float, float] = (2 / 3, 8 / 9),
     ) -> None:
         body = fpn(backbone, pretrained)
         levels = len(body.fpn.inner_blocks)
@@ -75,7 +77,7 @@ class Detector(Detection):
             options["mask_head"] = MaskRCNNHeads(body.out_channels, [head_width] * 4, 1, norm_layer=norm)
             options["mask_predictor"] = MaskRCNNPredictor(head_width, head_width, num_classes)
         model = (MaskRCNN if masks else FasterRCNN)(body, **options)
-        super().__init__(model, lr, warmup_steps, kinds=("bbox", "segm") if masks else ("bbox",))
+        super().__init__(model, lr, warmup_steps, lr_falls, kinds=("bbox", "segm") if masks else ("bbox",))
         self.save_hyperparameters()
 
 

@@ -33,6 +33,7 @@ class Detector(Detection):
             twice as large.
         lr: Learning rate.
         warmup_steps: Steps over which it rises at the start.
+        lr_falls: Shares of all steps after each of which it is a tenth of what it was.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Detector(Detection):
         smallest_object: int = 12,
         lr: float = 0.02,
         warmup_steps: int = 100,
+        lr_falls: tuple[float, float] = (2 / 3, 8 / 9),
     ) -> None:
         channels = CHANNELS[backbone]
         body = fpn(backbone, pretrained, resnet_stages=(2, 3, 4), extra_levels=LastLevelP6P7(channels, channels))
@@ -65,5 +67,5 @@ class Detector(Detection):
             head.classification_head = FCOSClassificationHead(channels, 1, num_classes, norm_layer=nn.BatchNorm2d)
             head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=nn.BatchNorm2d)
             model = FCOS(body, num_classes, anchor_generator=anchors, head=head, **resized)
-        super().__init__(model, lr, warmup_steps)
+        super().__init__(model, lr, warmup_steps, lr_falls)
         self.levels = levels

@@ -158,4 +158,4 @@ def test_impossible_settings_are_refused_before_any_training(settings: dict[str,
 def test_the_config_of_the_papers_schedule_is_read() -> None:
     config = make_parser("demo").parse_args(["--config", str(SCHEDULE), "--data-root", "coco"])
     assert config.data.root == Path("coco") and config.model.masks and config.images_per_step == 16
-    assert config.trainer.max_steps == 90_000
+    assert config.trainer.max_steps == 270_000

@@ -7,10 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import URLError
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, hub, nn
 
 import lightning_bn as lbn
 from recipes.average_precision import AP
@@ -183,5 +184,17 @@ def test_the_config_of_the_papers_schedule_is_read() -> None:
     assert (
         config.data.root == Path("coco") and config.images_per_step == 16 == config.ranks * config.data.images_per_gpu
     )
-    assert config.trainer.max_steps == 90_000
+    assert config.trainer.max_steps == 270_000
     assert Detector(**{**config.model.as_dict(), "pretrained": False}).levels == 5
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"mobilenet_v2-.* cannot be fetched .*{tmp_path}/checkpoints"):
+        Detector(pretrained=True)
