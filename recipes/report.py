@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,8 +53,30 @@ def wandb_logger(recipe: str, preset: str, job: str, name: str, folder: Path, co
     return WandbLogger(experiment=run)
 
 
-def log_report(logger: WandbLogger, verdicts: Sequence[Claim], figures: Mapping[str, Figure], step: int) -> Path:
-    """Logs figures and verdicts to the report's W&B run, closes it, and returns its folder."""
+def about(preset: str, training: str, started: float) -> dict[str, Any]:
+    """What a report says of the run that began at `started` by the performance counter."""
+    seconds = time.perf_counter() - started
+    return {"preset": preset, "training": training, "seconds": seconds, "machine": machine(), "versions": versions()}
+
+
+def conclude(
+    logger: WandbLogger,
+    verdicts: Sequence[Claim],
+    figures: Mapping[str, Figure],
+    table: Sequence[str],
+    paths: Sequence[Path],
+    step: int = 0,
+) -> None:
+    """Logs figures and verdicts to the report's W&B run, closes it, and prints what there is and where.
+
+    Args:
+        logger: Of the report's run.
+        verdicts: What became of the paper's claims.
+        figures: By name.
+        table: Lines of Markdown, the recipe's result in short.
+        paths: Files that were written.
+        step: Of the run that the figures show.
+    """
     for name, figure in figures.items():
         plots.log_figure(logger, f"figures/{name}", figure, step)
     run = logger.experiment
@@ -64,23 +87,18 @@ def log_report(logger: WandbLogger, verdicts: Sequence[Claim], figures: Mapping[
     folder = Path(run.dir).parent
     wandb.finish()
     wandb.teardown()  # finish() may return before the file is complete
-    return folder
+
+    print("", *table, sep="\n")
+    for claim in verdicts:
+        print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
+    print("", *paths, sep="\n")
+    print("\nIn W&B, without a login: all runs (space overlays one more), or the report (3 shows its figures)")
+    print(f"  {_wandb_command()} leet {folder.parent}\n  {_wandb_command()} leet {folder}")
 
 
 def claims_table(verdicts: Sequence[Claim]) -> list[str]:
     lines = ["| claim | paper | measured here | verdict |", "|---|---|---|---|"]
     return lines + [f"| {c.claim} | {c.paper} | {c.measured} | **{c.verdict}** |" for c in verdicts]
-
-
-def print_report(verdicts: Sequence[Claim], paths: Sequence[Path]) -> None:
-    for claim in verdicts:
-        print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
-    print("", *paths, sep="\n")
-
-
-def print_wandb_commands(report_run: Path) -> None:
-    print("\nIn W&B, without a login: all runs (space overlays one more), or the report (3 shows its figures)")
-    print(f"  {_wandb_command()} leet {report_run.parent}\n  {_wandb_command()} leet {report_run}")
 
 
 def machine() -> str:

@@ -118,26 +118,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         tolerances=config.tolerances,
     )
     verdicts, figures = claims(results), output.draw(results)
+    training = (
+        f"{config.model.network}, SGD, batch {config.data.batch_size:,}, "
+        f"learning rate {config.model.lr:g} on a cosine, {results.runs[0].epochs[-1]:g} epochs"
+    )
     about = {
-        "preset": preset,
-        "training": f"{config.model.network}, SGD, batch {config.data.batch_size:,}, "
-        f"learning rate {config.model.lr:g} on a cosine, {results.runs[0].epochs[-1]:g} epochs",
+        **report.about(preset, training, started),
         "batch_size": config.data.batch_size,
         "pass_images": config.precise_bn.num_samples,
-        "seconds": time.perf_counter() - started,
-        "machine": report.machine(),
-        "versions": report.versions(),
     }
     paths = output.write(folder, results, verdicts, figures, about)
     logger = report.wandb_logger(RECIPE.name, preset, "report", "report", folder, config.as_dict())
     output.log_curves(logger, results)
-    run_folder = report.log_report(logger, verdicts, figures, results.runs[0].steps[-1])
-
-    print("", *output.samples_table(results.sweeps), sep="\n")
-    report.print_report(verdicts, paths)
+    report.conclude(
+        logger, verdicts, figures, output.samples_table(results.sweeps), paths, step=results.runs[0].steps[-1]
+    )
     print("\nWhat BNStatsMonitor saw in the EMA's run, as one HTML page")
     print(f"  {os.path.relpath(sys.executable)} -m lightning_bn.report {run_folders[0]}")
-    report.print_wandb_commands(run_folder)
     return folder
 
 

@@ -114,20 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         tolerances=config.tolerances,
     )
     verdicts, figures = claims(results), output.draw(results)
-    about = {
-        "preset": config.preset,
-        "training": f"{config.model.network} of width {config.model.width}, SGD, batch {config.data.batch_size:,}, "
-        f"learning rate {config.model.lr:g} on a cosine, {config.trainer.max_epochs} epochs",
-        "seconds": time.perf_counter() - started,
-        "machine": report.machine(),
-        "versions": report.versions(),
-    }
+    training = (
+        f"{config.model.network} of width {config.model.width}, SGD, batch {config.data.batch_size:,}, "
+        f"learning rate {config.model.lr:g} on a cosine, {config.trainer.max_epochs} epochs"
+    )
+    about = report.about(config.preset, training, started)
     paths = output.write(folder, results, verdicts, figures, about)
-    run_folder = report.log_report(make_logger("report", "report"), verdicts, figures, step=0)
-
-    print("", *output.errors_table(results), sep="\n")
-    report.print_report(verdicts, paths)
-    report.print_wandb_commands(run_folder)
+    report.conclude(make_logger("report", "report"), verdicts, figures, output.errors_table(results), paths)
     return folder
 
 

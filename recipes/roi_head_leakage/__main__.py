@@ -92,22 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parts=config.parts,
     )
     verdicts, figures = claims(results), output.draw(results)
-    about = {
-        "preset": config.preset,
-        "training": f"{'Mask' if config.model.masks else 'Faster'} R-CNN on {config.model.backbone} "
-        f"({'ImageNet weights, ' if config.model.pretrained else 'no weights, '}FrozenBatchNorm) with an FPN",
-        "seconds": time.perf_counter() - started,
-        "machine": report.machine(),
-        "versions": report.versions(),
-    }
+    training = (
+        f"{'Mask' if config.model.masks else 'Faster'} R-CNN on {config.model.backbone} "
+        f"({'ImageNet weights, ' if config.model.pretrained else 'no weights, '}FrozenBatchNorm) with an FPN"
+    )
+    about = report.about(config.preset, training, started)
     paths = output.write(folder, results, verdicts, figures, about)
     logger = report.wandb_logger(RECIPE.name, config.preset, "report", "report", folder, config.as_dict())
     logger.experiment.summary.update(output.summary(results))
-    run_folder = report.log_report(logger, verdicts, figures, step=0)
-
-    print("", *output.ap_table(results), sep="\n")
-    report.print_report(verdicts, paths)
-    report.print_wandb_commands(run_folder)
+    report.conclude(logger, verdicts, figures, output.ap_table(results), paths)
     return folder
 
 

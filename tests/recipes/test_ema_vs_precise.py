@@ -84,7 +84,7 @@ def test_nothing_warns_on_the_way(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
-    assert "leet" in done.stdout.splitlines()[-1]
+    assert " leet " in done.stdout and "lightning_bn.report" in done.stdout.splitlines()[-1]
 
 
 def test_the_printed_command_reads_the_report_run(
