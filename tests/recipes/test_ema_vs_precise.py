@@ -92,7 +92,8 @@ def test_the_printed_command_reads_the_report_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main([*TINY, "--out", "here"])
-    program, leet, folder = capsys.readouterr().out.splitlines()[-1].split()
+    commands = [line.split() for line in capsys.readouterr().out.splitlines() if " leet " in line]
+    program, leet, folder = commands[-1]
     command = [program, leet, "inspect", "--summary", folder]
     assert "report" in subprocess.check_output(command, text=True)
 
