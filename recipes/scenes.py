@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bn.functional.arguments import require_whole
 from recipes.coco import Coco, Scene
 from recipes.images import ImageData
 
@@ -139,6 +140,12 @@ class SceneData(L.LightningDataModule):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
+        amounts = {"train_images": train_images, "images_per_gpu": images_per_gpu, "val_images": val_images}
+        for name, amount in amounts.items():
+            if amount is not None:
+                require_whole(f"data.{name}", amount, at_least=1)
+        if not 0 < object_sizes[0] <= object_sizes[1] < 1:
+            raise ValueError(f"data.object_sizes must be parts of a scene's side, least and most: got {object_sizes}.")
         self.images_per_gpu = images_per_gpu
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = num_workers if num_workers is not None else min(4, cores - 1) if cores > 2 else 0

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import NonNegativeInt
 
 from recipes import report
 from recipes.batch_leakage import RECIPE, output
@@ -59,7 +60,7 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
     parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
     parser.add_argument("--out", type=Path | None, default=None, help="default: runs/batch_leakage/<preset>")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="a model of each arm for each")
+    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a model of each arm for each")
     parser.add_argument("--level", type=float, default=0.01, help="share of runs without leakage that may alarm")
     parser.add_class_arguments(LeakyData, "data")
     parser.add_class_arguments(ImageClassifier, "model")

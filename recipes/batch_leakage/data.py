@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from lightning_bn.functional.arguments import require_whole
 from recipes.images import Batches, ImageData, LabelledImages, ShiftedImages
 
 ORIENTATIONS = 8
@@ -119,6 +120,8 @@ class LeakyData(L.LightningDataModule):
         each: int = 2,
     ) -> None:
         super().__init__()
+        require_whole("data.classes", classes, at_least=1)
+        require_whole("data.each", each, at_least=1)
         images = ImageData(root, train_images=train_images, val_images=val_images, shift=shift)
         self.source = f"{images.source} in {ORIENTATIONS} orientations"
         self.train_set, self.val_set = OrientedImages(images.train_set), OrientedImages(images.val_set)
@@ -153,5 +156,7 @@ class LeakyData(L.LightningDataModule):
 
     def _loader(self, images: OrientedImages, pattern: bool, seed: int | None = None) -> Batches:
         batches = len(images) // ORIENTATIONS // self.batch_size
+        if not batches:
+            raise ValueError(f"{len(images) // ORIENTATIONS} images do not fill a batch of {self.batch_size}.")
         sampler = BatchSampler(images.labels, self.classes, self.each, batches, pattern, seed)
         return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers)

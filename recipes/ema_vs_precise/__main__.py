@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import Logger
 
 import lightning_bn as lbn
@@ -74,10 +75,10 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
     parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
     parser.add_argument("--out", type=Path | None, default=None, help="default: runs/ema_vs_precise/<preset>")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="a pair of training runs each")
-    parser.add_argument("--samples", type=list[int], default=[10, 100, 1000], help="the N of Table 1")
-    parser.add_argument("--draws", type=int, default=5, help="draws of N images, for the spread")
-    parser.add_argument("--cloud_batches", type=int, default=16, help="batch means in each cloud of Fig. 2")
+    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a pair of training runs each")
+    parser.add_argument("--samples", type=list[PositiveInt], default=[10, 100, 1000], help="the N of Table 1")
+    parser.add_argument("--draws", type=PositiveInt, default=5, help="draws of N images, for the spread")
+    parser.add_argument("--cloud_batches", type=PositiveInt, default=16, help="batch means in each cloud of Fig. 2")
     parser.add_argument("--tolerances", type=list[float], default=[], help="see where precise_bn(tolerance=) stops")
     parser.add_class_arguments(ImageData, "data")
     parser.add_class_arguments(ImageClassifier, "model")

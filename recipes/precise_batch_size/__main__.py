@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import Logger
 
 from recipes import report
@@ -70,11 +71,11 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
     parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
     parser.add_argument("--out", type=Path | None, default=None, help="default: runs/precise_batch_size/<preset>")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="a model of each kind for each")
-    parser.add_argument("--nbs", type=list[int], default=[32, 2], help="images normalised together in training")
-    parser.add_argument("--batch_sizes", type=list[int], default=[2, 10, 100, 1000], help="the B of Table 2")
-    parser.add_argument("--images", type=int, default=2000, help="training images that every estimate is made from")
-    parser.add_argument("--draws", type=int, default=3, help="draws of so many images, for the spread")
+    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a model of each kind for each")
+    parser.add_argument("--nbs", type=list[PositiveInt], default=[32, 2], help="images normalised together in training")
+    parser.add_argument("--batch_sizes", type=list[PositiveInt], default=[2, 10, 100, 1000], help="the B of Table 2")
+    parser.add_argument("--images", type=PositiveInt, default=2000, help="training images of every estimate")
+    parser.add_argument("--draws", type=PositiveInt, default=3, help="draws of so many images, for the spread")
     parser.add_argument("--tolerances", type=list[float], default=[], help="see where precise_bn(tolerance=) stops")
     parser.add_class_arguments(ImageData, "data")
     parser.add_class_arguments(ImageClassifier, "model")

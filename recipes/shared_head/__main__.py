@@ -20,6 +20,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from recipes import report
 from recipes.command import quiet_lightning, read_arguments
@@ -68,12 +69,12 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
     parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
     parser.add_argument("--out", type=Path | None, default=None, help="default: runs/shared_head/<preset>")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="three trainings for each")
-    parser.add_argument("--rows", type=list[int], default=list(ROWS), help="of Table 5")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a training, a GPU each if there are any")
-    parser.add_argument("--images_per_step", type=int, default=4, help="images of an optimizer step, on all ranks")
-    parser.add_argument("--precise_images", type=int, default=400, help="training images that PreciseBN takes")
-    parser.add_argument("--parts", type=int, default=5, help="parts of the validation images, for the spread")
+    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="three trainings for each")
+    parser.add_argument("--rows", type=list[PositiveInt], default=list(ROWS), help="of Table 5")
+    parser.add_argument("--ranks", type=PositiveInt, default=1, help="processes of a training, each on a GPU if any")
+    parser.add_argument("--images_per_step", type=PositiveInt, default=4, help="images of a step, on all ranks")
+    parser.add_argument("--precise_images", type=PositiveInt, default=400, help="training images that PreciseBN takes")
+    parser.add_argument("--parts", type=PositiveInt, default=5, help="parts of the validation images, for the spread")
     parser.add_class_arguments(SceneData, "data", instantiate=False)
     parser.add_class_arguments(Detector, "model", skip={"num_classes"}, instantiate=False)
     skip = {"logger", "devices", "strategy", "callbacks", "accumulate_grad_batches", "limit_val_batches"}

@@ -173,3 +173,21 @@ def test_full_has_several_seeds() -> None:
 def test_the_list_of_recipes_knows_every_preset() -> None:
     (recipe,) = (recipe for recipe in all_recipes() if recipe.name == "batch_leakage")
     assert {preset.name for preset in recipe.presets} == set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"classes": 0}, "data.classes must be at least 1"),
+        ({"each": 0}, "data.each must be at least 1"),
+        ({"train_images": -5}, "data.train_images must be at least 1"),
+    ],
+)
+def test_impossible_amounts_are_refused_by_name(settings: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LeakyData(**settings)
+
+
+def test_too_few_images_for_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="31 images do not fill a batch of 32"):
+        LeakyData(val_images=31).val_dataloader()

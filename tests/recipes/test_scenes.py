@@ -110,3 +110,17 @@ def test_coco_gives_corners_labels_without_holes_and_masks_and_leaves_out_crowds
 def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the folder that COCO 2017 was unpacked in"):
         Coco(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train_images": 0}, "data.train_images must be at least 1"),
+        ({"val_images": -5}, "data.val_images must be at least 1"),
+        ({"images_per_gpu": 0}, "data.images_per_gpu must be at least 1"),
+        ({"object_sizes": (-1, 0.2)}, "data.object_sizes must be parts of a scene's side"),
+    ],
+)
+def test_impossible_amounts_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SceneData(**settings)
