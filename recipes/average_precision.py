@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_bn.plots.style import BATCHES, PRECISE, new_figure, styled
 from recipes.claims import Claim, Interval, Verdict, half_width, interval
 
+ONE_SEED = "1 seed, so that differences between two trainings may turn with another"
 Found = tuple[dict[str, Tensor], dict[str, Tensor]]
 """What was found in an image, and what there is."""
 

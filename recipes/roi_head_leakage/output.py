@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.average_precision import beside_the_papers, mean_ap
+from recipes.average_precision import ONE_SEED, beside_the_papers, mean_ap
 from recipes.claims import Claim
 from recipes.report import claims_table, write_report
 from recipes.roi_head_leakage.claims import PAPER, Cell, measured
@@ -58,7 +58,7 @@ def write(
     markdown = REPORT.format(
         **about,
         **{name: value for name, value in vars(results).items() if name != "rows"},
-        seeds=f"{seeds} seeds; APs are means over seeds" if seeds > 1 else "1 seed",
+        seeds=f"{seeds} seeds; APs are means over seeds" if seeds > 1 else ONE_SEED,
         claims="\n".join(claims_table(verdicts)),
         table="\n".join(ap_table(results)),
     )
