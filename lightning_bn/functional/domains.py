@@ -43,9 +43,9 @@ class DomainHandle(Handle):
     """
 
     def __init__(
-        self, layers: dict[str, _BatchNorm], undo: Sequence[Callable[[], None]], datasets: Datasets | None
+        self, layers: dict[str, _BatchNorm], undo: list[Callable[[], None]], datasets: Datasets | None
     ) -> None:
-        self._undo = list(undo)
+        self._undo = undo
         self.layers = layers
         self._datasets = datasets
 
@@ -229,17 +229,23 @@ def domain_bn(
     for name, module in owners.items():
         within = {layer: n for layer, n in names.items() if layer in of_owner[name]}
         wheres.append((Levels(name, module, within, domains, sgd), within))
-    for where, within in wheres:
-        specific = DomainSpecific(within, domains, population, affine, where)
-        for layer in within:
-            undo.append(give_domains(layer, domains, population, affine))
-            undo.append(_given(layer, specific))
-        if isinstance(where, Levels):
-            where.specific = specific
-            undo += where.start()
-        elif isinstance(where, Datasets):
-            undo += [_given(layer, Apart(names, where, specific, sgd)) for layer in within]
-    return DomainHandle(found, undo, datasets)
+    handle = DomainHandle(found, undo, datasets)
+    try:
+        for where, within in wheres:
+            specific = DomainSpecific(within, domains, population, affine, where)
+            for layer in within:
+                undo.append(give_domains(layer, domains, population, affine))
+                undo.append(_given(layer, specific))
+            if isinstance(where, Levels):
+                where.specific = specific
+                where.start(undo)
+            elif isinstance(where, Datasets):
+                for layer in within:
+                    undo.append(_given(layer, Apart(names, where, specific, sgd)))
+    except BaseException:  # nobody has the handle
+        handle.undo()
+        raise
+    return handle
 
 
 def _given(layer: _BatchNorm, behaviour: Behaviour) -> Callable[[], None]:
