@@ -180,7 +180,8 @@ def domain_bn(
         ValueError: For a choice that is none, a pattern that matches nothing, a layer outside of every owner, owners
             within each other, layers without running statistics, or that `ghost_bn`, `sync_bn`,
             `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on, or layers
-            without an affine for domains to have their own.
+            without an affine for domains to have their own. In a forward: for samples of several domains of which
+            one has a single value per channel, if ``sgd="domain"``.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is no element of its owner's input.
         RuntimeError: In a forward: if the number of levels is another, or nobody has said which domain it is.
 

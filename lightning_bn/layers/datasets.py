@@ -150,6 +150,7 @@ class Apart(Behaviour):
             return self._shown(layer, forward, input, Shown(domain.to(input.device)))
         if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
             rows = {d: r for d, r in rows.items() if len(r)}
+            self._refuse_one_value(layer, input, rows)
         shown = Shown(0, parts=len(rows))
         outputs = []
         for d, r in rows.items():
@@ -159,6 +160,16 @@ class Apart(Behaviour):
             return forward(input)
         order = torch.cat(list(rows.values()))
         return torch.cat(outputs)[order.argsort()]
+
+    def _refuse_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
+        """Before any domain is normalised, and its statistics moved."""
+        alone = [d for d, r in rows.items() if len(r) * input[0].numel() == layer.num_features]
+        if alone and by_batch(layer):
+            raise ValueError(
+                f"Layer {self._names[layer]!r} is given one value per channel of domain {alone[0]}, which cannot be "
+                "normalised by itself: have batches hold two samples or more of each of their domains, or pass "
+                "sgd='shared'."
+            )
 
     @staticmethod
     def _shown(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:
