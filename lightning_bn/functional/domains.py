@@ -99,8 +99,11 @@ def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]
     for name, layer in layers.items():
         own = {**layer._buffers, **layer._parameters}
         saved = state.get(name, {})
-        if not saved and any(own.get(key) is not None for key in STATISTICS):
-            raise ValueError(f"There are no saved statistics of domains of layer {name!r}: were its layers= others?")
+        if any(own.get(key) is not None and key not in saved for key in STATISTICS):
+            raise ValueError(
+                f"There are no saved statistics of domains of layer {name!r}: were its layers= others, or population= "
+                "and affine=?"
+            )
         for key, value in saved.items():
             stored = own.get(key)
             if stored is None and key in STATISTICS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -59,7 +60,7 @@ class Datasets:
         if isinstance(domain, Tensor) and domain.ndim == 0 and not domain.is_floating_point():
             domain = int(domain)
         samples = isinstance(domain, Tensor) and domain.ndim == 1 and domain.dtype in (torch.int32, torch.int64)
-        if not samples and (not isinstance(domain, int) or isinstance(domain, bool)):
+        if not samples and (not isinstance(domain, Integral) or isinstance(domain, bool)):
             raise TypeError(
                 f"A domain is a whole number, or a tensor of one for each sample of the batch, but is {domain!r}."
             )
