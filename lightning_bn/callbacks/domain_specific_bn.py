@@ -52,9 +52,10 @@ class DomainSpecificBNCallback(BatchNormCallback):
     Raises:
         ValueError: At the start: for what `domain_bn` refuses; a ModelCheckpoint that saves weights only, which would
             lose the statistics of domains; several train dataloaders without ``domain_of``; weight averaging listed
-            before this callback; an evaluation of domains of which no statistics are known.
-        TypeError: For SyncBatchNorm layers.
-        RuntimeError: In a forward, if the number of levels is not ``domains``; for a strategy that shards the model.
+            before this callback; an evaluation of domains of which no statistics are known (in a fit, a warning).
+        TypeError: For SyncBatchNorm layers; for a ``domain_of`` that returns None.
+        RuntimeError: In a forward, if the number of levels is not ``domains``; for a strategy that shards the model;
+            for a ``domain_of`` that raises StopIteration.
 
     Example:
         >>> from lightning.pytorch import Trainer
