@@ -52,9 +52,10 @@ class DomainSpecificBNCallback(BatchNormCallback):
     Raises:
         ValueError: At the start: for what `domain_bn` refuses; a ModelCheckpoint that saves weights only, which would
             lose the statistics of domains; several train dataloaders without ``domain_of``; weight averaging listed
-            before this callback; an evaluation of domains of which no statistics are known.
-        TypeError: For SyncBatchNorm layers.
-        RuntimeError: In a forward, if the number of levels is not ``domains``; for a strategy that shards the model.
+            before this callback; an evaluation of domains of which no statistics are known (in a fit, a warning).
+        TypeError: For SyncBatchNorm layers; for a ``domain_of`` that returns None.
+        RuntimeError: In a forward, if the number of levels is not ``domains``; for a strategy that shards the model;
+            for a ``domain_of`` that raises StopIteration.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -98,12 +99,13 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self._handle: DomainHandle | None = None
         self._averagers: list[Any] = []
         self._state: dict[str, Any] = {}
+        self._begun = False  # whether the layers' domains are more than what they started as
+        self._validated: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin, before anybody copies the model, makes optimizers of its parameters, or wraps it."""
         self._take_back()
-        if stage == "fit":
-            self._state = {}  # of an earlier fit; a checkpoint is restored after this
+        self._validated = set()
         refuse_sharding(trainer)
         self._refuse_overlap(trainer, pl_module)
         self._averagers = averagers(trainer)
@@ -122,7 +124,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
             owner=self.owner,
             layers=self.layers,
         )
-        self._restore()
+        if stage != "fit":  # which starts anew, or from a checkpoint that is restored after this
+            self._restore(self._state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would lose statistics."""
@@ -159,6 +162,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Nobody knows any more."""
+        self._begun = True
         self._show_nothing()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,13 +215,22 @@ class DomainSpecificBNCallback(BatchNormCallback):
         return self._exported() if self._handle is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Raises:
+            ValueError: If they are none, or those of a fit with other choices; those there were stay.
+        """
+        missing = [key for key in ("statistics", "averaged") if key not in state_dict]
+        if state_dict and missing:
+            raise ValueError(
+                f"This is no state of DomainSpecificBNCallback, or only a part of one: it has no {missing[0]!r}."
+            )
+        self._restore(state_dict)
         self._state = dict(state_dict)
-        self._restore()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has what belongs to domains, and no hold on layers."""
-        return {**vars(self), "_handle": None, "_averagers": [], "_state": self.state_dict()}
+        return {**vars(self), "_handle": None, "_averagers": [], "_begun": False, "_state": self.state_dict()}
 
     @contextmanager
     def showing_batch(self, batch: Any, dataloader_idx: int = 0) -> Iterator[None]:
@@ -229,7 +242,18 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 yield
 
     def _domain(self, batch: Any, dataloader_idx: int) -> int | Tensor:
-        return dataloader_idx if self.domain_of is None else self.domain_of(batch)
+        if self.domain_of is None:
+            return dataloader_idx
+        try:
+            domain = self.domain_of(batch)
+        except StopIteration as error:  # would end Lightning's epoch without a word
+            raise RuntimeError("domain_of raised StopIteration.") from error
+        if domain is None:
+            raise TypeError(
+                "domain_of(batch) is None: it must return the batch's domain, a whole number, or a tensor (N,) of one "
+                "for each sample."
+            )
+        return domain
 
     def _show(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
         if self._handle is None or self.owner is not None:
@@ -238,6 +262,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self._handle.show(domain)
         if trainer.state.fn != "fit" and self.population == "domain":
             self._refuse_untrained(torch.as_tensor(domain))
+        elif trainer.validating and self.population == "domain":
+            self._warn_of_untrained(torch.as_tensor(domain))
 
     def _show_nothing(self) -> None:
         if self._handle is not None and self.owner is None:
@@ -250,6 +276,20 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 raise ValueError(
                     f"Domain {untrained[0]} is evaluated, and layer {name!r} was never trained on it: there are no "
                     "population statistics of it."
+                )
+
+    def _warn_of_untrained(self, domain: Tensor) -> None:
+        """In a fit a domain may come later; what is logged of it before is worth nothing."""
+        assert self._handle is not None
+        new = set(domain.flatten().tolist()) - self._validated
+        self._validated |= new
+        for d in sorted(new):
+            untrained = [n for n, m in self._handle.layers.items() if not m.get_buffer("domain_batches")[d]]
+            if untrained:
+                rank_zero_warn(
+                    f"Domain {d} is validated, and layer {untrained[0]!r} was never trained on it: it is normalised "
+                    "with the statistics that it started with. If its samples are of a domain that is trained on, say "
+                    "so by domain_of=."
                 )
 
     def _refuse_replaced(self, module: LightningModule) -> None:
@@ -270,19 +310,22 @@ class DomainSpecificBNCallback(BatchNormCallback):
             "averaged": [state_of({n: m.get_submodule(n) for n in self._handle.layers}, affine) for m in averaged],
         }
 
-    def _restore(self) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         """Averaged statistics go with averaged weights, which are the module's where nothing is averaged now."""
-        if self._handle is None or not self._state:
+        if self._handle is None or not state:
             return
         averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
-        saved = self._state["averaged"]
-        own = self._state["statistics"] if averaged or not saved else saved[0]
+        saved = state["averaged"]
+        own = state["statistics"] if averaged or not saved else saved[0]
         take_state(self._handle.layers, own)
-        for module, state in zip(averaged, saved or [own] * len(averaged), strict=False):
-            take_state({n: module.get_submodule(n) for n in self._handle.layers}, state)
+        for module, its in zip(averaged, saved or [own] * len(averaged), strict=False):
+            take_state({n: module.get_submodule(n) for n in self._handle.layers}, its)
+        self._begun = True
 
     def _take_back(self) -> None:
+        """Plain layers; what is kept is what was there before, unless something has begun."""
         if self._handle is not None:
-            self._state = self._exported(affine=True) or self._state
+            if self._begun:
+                self._state = self._exported(affine=True) or self._state
             self._handle.undo()
-            self._handle = None
+            self._handle, self._begun = None, False

@@ -43,9 +43,9 @@ class DomainHandle(Handle):
     """
 
     def __init__(
-        self, layers: dict[str, _BatchNorm], undo: Sequence[Callable[[], None]], datasets: Datasets | None
+        self, layers: dict[str, _BatchNorm], undo: list[Callable[[], None]], datasets: Datasets | None
     ) -> None:
-        self._undo = list(undo)
+        self._undo = undo
         self.layers = layers
         self._datasets = datasets
 
@@ -99,8 +99,11 @@ def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]
     for name, layer in layers.items():
         own = {**layer._buffers, **layer._parameters}
         saved = state.get(name, {})
-        if not saved and any(own.get(key) is not None for key in STATISTICS):
-            raise ValueError(f"There are no saved statistics of domains of layer {name!r}: were its layers= others?")
+        if any(own.get(key) is not None and key not in saved for key in STATISTICS):
+            raise ValueError(
+                f"There are no saved statistics of domains of layer {name!r}: were its layers= others, or population= "
+                "and affine=?"
+            )
         for key, value in saved.items():
             stored = own.get(key)
             if stored is None and key in STATISTICS:
@@ -180,7 +183,8 @@ def domain_bn(
         ValueError: For a choice that is none, a pattern that matches nothing, a layer outside of every owner, owners
             within each other, layers without running statistics, or that `ghost_bn`, `sync_bn`,
             `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on, or layers
-            without an affine for domains to have their own.
+            without an affine for domains to have their own. In a forward: for samples of several domains of which
+            one has a single value per channel, if ``sgd="domain"``.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is no element of its owner's input.
         RuntimeError: In a forward: if the number of levels is another, or nobody has said which domain it is.
 
@@ -229,17 +233,23 @@ def domain_bn(
     for name, module in owners.items():
         within = {layer: n for layer, n in names.items() if layer in of_owner[name]}
         wheres.append((Levels(name, module, within, domains, sgd), within))
-    for where, within in wheres:
-        specific = DomainSpecific(within, domains, population, affine, where)
-        for layer in within:
-            undo.append(give_domains(layer, domains, population, affine))
-            undo.append(_given(layer, specific))
-        if isinstance(where, Levels):
-            where.specific = specific
-            undo += where.start()
-        elif isinstance(where, Datasets):
-            undo += [_given(layer, Apart(names, where, specific, sgd)) for layer in within]
-    return DomainHandle(found, undo, datasets)
+    handle = DomainHandle(found, undo, datasets)
+    try:
+        for where, within in wheres:
+            specific = DomainSpecific(within, domains, population, affine, where)
+            for layer in within:
+                undo.append(give_domains(layer, domains, population, affine))
+                undo.append(_given(layer, specific))
+            if isinstance(where, Levels):
+                where.specific = specific
+                where.start(undo)
+            elif isinstance(where, Datasets):
+                for layer in within:
+                    undo.append(_given(layer, Apart(names, where, specific, sgd)))
+    except BaseException:  # nobody has the handle
+        handle.undo()
+        raise
+    return handle
 
 
 def _given(layer: _BatchNorm, behaviour: Behaviour) -> Callable[[], None]:

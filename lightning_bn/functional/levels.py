@@ -84,18 +84,18 @@ class Levels:
         self._came_by = WeakTensorKeyDictionary()
         self._again: int | None = None
 
-    def start(self) -> list[Callable[[], None]]:
-        """Watch the owner; returns what to call to stop."""
+    def start(self, undo: list[Callable[[], None]]) -> None:
+        """Watch the owner; adds what to call to stop, one by one, so that an error leaves the list complete."""
         given: list[tuple[nn.Module, Behaviour]] = [(self._owner, _Owner(self))]
         if self._sgd == "shared":
             given += [(layer, _AllLevels(self)) for layer in self.layers]
             given += [(tower, _Tower(self, tower)) for tower in _towers(self._owner, self.layers)]
-        given += [(module, _Counted(self)) for module in self._names]
-        undo: list[Callable[[], None]] = []
+        # a scripted module takes no behaviour, and needs none: there is no layer of ours within it
+        counted = [module for module in self._names if not isinstance(module, torch.jit.ScriptModule)]
+        given += [(module, _Counted(self)) for module in counted]
         for module, behaviour in given:
             give(module, behaviour)
             undo.append(lambda module=module, behaviour=behaviour: take_back(module, behaviour))  # type: ignore[misc]
-        return undo
 
     def shown(self, layer: _BatchNorm) -> Shown:
         """What a layer is shown at the moment.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -59,7 +60,7 @@ class Datasets:
         if isinstance(domain, Tensor) and domain.ndim == 0 and not domain.is_floating_point():
             domain = int(domain)
         samples = isinstance(domain, Tensor) and domain.ndim == 1 and domain.dtype in (torch.int32, torch.int64)
-        if not samples and (not isinstance(domain, int) or isinstance(domain, bool)):
+        if not samples and (not isinstance(domain, Integral) or isinstance(domain, bool)):
             raise TypeError(
                 f"A domain is a whole number, or a tensor of one for each sample of the batch, but is {domain!r}."
             )
@@ -150,6 +151,7 @@ class Apart(Behaviour):
             return self._shown(layer, forward, input, Shown(domain.to(input.device)))
         if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
             rows = {d: r for d, r in rows.items() if len(r)}
+            self._refuse_one_value(layer, input, rows)
         shown = Shown(0, parts=len(rows))
         outputs = []
         for d, r in rows.items():
@@ -159,6 +161,16 @@ class Apart(Behaviour):
             return forward(input)
         order = torch.cat(list(rows.values()))
         return torch.cat(outputs)[order.argsort()]
+
+    def _refuse_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
+        """Before any domain is normalised, and its statistics moved."""
+        alone = [d for d, r in rows.items() if len(r) * input[0].numel() == layer.num_features]
+        if alone and by_batch(layer):
+            raise ValueError(
+                f"Layer {self._names[layer]!r} is given one value per channel of domain {alone[0]}, which cannot be "
+                "normalised by itself: have batches hold two samples or more of each of their domains, or pass "
+                "sgd='shared'."
+            )
 
     @staticmethod
     def _shown(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:

@@ -189,9 +189,9 @@ def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Ch
     """
     asked = {key: p.requires_grad for key, p in layer._parameters.items() if p is not None}
     if population == "domain":
-        for key, own in zip(STATISTICS, ("running_mean", "running_var", "num_batches_tracked"), strict=True):
-            stored = cast(Tensor, layer._buffers[own])
-            stored = torch.zeros_like(stored) if own == "num_batches_tracked" else stored
+        mean, var = (cast(Tensor, layer._buffers[own]) for own in ("running_mean", "running_var"))
+        batches = torch.zeros((), dtype=torch.long, device=mean.device)  # a layer may count none itself
+        for key, stored in zip(STATISTICS, (mean, var, batches), strict=True):
             layer.register_buffer(key, stored.expand(domains, *stored.shape).clone(), persistent=False)
     if affine == "domain":
         for key, name in zip(AFFINE, ("weight", "bias"), strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,3 +349,78 @@ def test_a_forward_between_batches_says_that_nobody_knows_the_domain() -> None:
 
     with pytest.raises(RuntimeError, match="Nobody has said which domain"):
         fit(Forwards(), of_labels(), max_epochs=1)
+
+
+def test_a_fit_that_does_not_begin_keeps_what_the_one_before_has_found(tmp_path: Path) -> None:
+    module, callback = TinyNet(), of_labels(6)
+    after = fit(module, callback).validate(module, val_loader(), verbose=False)
+    kept = digest(callback.state_dict())
+
+    class Plain(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.bn2 = nn.Identity(), nn.Identity()
+
+    with pytest.raises(ValueError, match="BatchNorm"):
+        fit(Plain(), callback)
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True)  # refused when layers have their domains
+    with pytest.raises(ValueError, match="save_weights_only=True"):
+        fit(TinyNet(), [callback, saving], enable_checkpointing=True)
+    with pytest.raises(ValueError, match="is no state of DomainSpecificBNCallback"):
+        callback.load_state_dict({"statistics": {}})
+    assert digest(callback.state_dict()) == kept
+    assert trainer_with(callback).validate(module, val_loader(), verbose=False) == after
+
+
+@pytest.mark.parametrize("row", [4, 6])
+def test_a_resumed_fit_that_has_nothing_left_to_do_has_what_it_resumed(row: int, tmp_path: Path) -> None:
+    module, callback = TinyNet(), of_labels(row)
+    saving = ModelCheckpoint(tmp_path, filename="done")
+    trainer = fit(module, [callback, saving], enable_checkpointing=True)
+    after = trainer.validate(module, val_loader(), verbose=False)
+    module, callback = TinyNet(), of_labels(row)
+    trainer = fit(module, callback, ckpt_path=tmp_path / "done.ckpt")
+    assert trainer.validate(module, val_loader(), verbose=False) == after
+
+
+def test_a_domain_that_is_validated_in_a_fit_before_it_was_trained_on_warns_once() -> None:
+    class Validated(TinyNet):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self(batch[0])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two = [val_loader(), val_loader()]
+        fit(Validated(), DomainSpecificBNCallback(2), val=two, num_sanity_val_steps=1)
+    said = [str(w.message) for w in caught if "never trained on" in str(w.message)]
+    assert len(said) == 1 and "Domain 1 is" in said[0] and "domain_of=" in said[0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(TinyNet(), of_labels(), num_sanity_val_steps=1)
+    assert not [w for w in caught if "never trained on" in str(w.message)]
+
+
+def test_what_domain_of_returns_and_raises_is_named() -> None:
+    def nothing(batch: Any) -> Any:
+        return None
+
+    def at_an_end(batch: Any) -> Any:
+        return next(iter([]))
+
+    with pytest.raises(TypeError, match=r"domain_of\(batch\) is None: .* whole number"):
+        fit(TinyNet(), DomainSpecificBNCallback(2, domain_of=nothing))
+    with pytest.raises(RuntimeError, match="domain_of raised StopIteration"):
+        fit(TinyNet(), DomainSpecificBNCallback(2, domain_of=at_an_end))
+    as_numpy = DomainSpecificBNCallback(2, domain_of=lambda batch: np.int64(1))
+    as_int = DomainSpecificBNCallback(2, domain_of=lambda batch: 1)
+    fit(TinyNet(), as_numpy), fit(TinyNet(), as_int)
+    assert digest(as_numpy.state_dict()) == digest(as_int.state_dict())
+
+
+def test_a_state_of_other_choices_is_refused_by_name() -> None:
+    module, shared = TinyNet(), of_labels(5)  # keeps the affine of domains, and no statistics
+    quietly(lambda: fit(module, shared))
+    callback = of_labels(6)
+    callback.load_state_dict(shared.state_dict())
+    with pytest.raises(ValueError, match=r"no saved statistics of domains of layer 'bn1'.*population="):
+        trainer_with(callback).validate(module, val_loader(), verbose=False)

@@ -311,6 +311,41 @@ def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     assert not any(behaviours_of(m) for m in head.modules())
 
 
+class Final(nn.Identity):
+    """A module whose class nothing can be derived from, so that it takes no behaviour."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Final is final")
+
+
+@pytest.mark.parametrize("row", EVERY)
+def test_where_one_module_cannot_follow_the_model_is_left_as_it_was(row: int) -> None:
+    model, before = Model(), Model()
+    model.head.last = Final()  # comes after all layers
+    for _ in range(2):  # and nothing stands in the way of another attempt
+        with pytest.raises(TypeError, match="Final is final"):
+            by_owner(model, row)
+    assert not any(behaviours_of(m) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert everything(model).keys() == everything(before).keys()
+    assert_same(run(model), run(before))
+
+
+@pytest.mark.parametrize("row", EVERY)
+def test_a_scripted_module_in_a_tower_and_a_layer_that_counts_no_batches_are_taken_as_they_are(row: int) -> None:
+    found = []
+    for odd in (False, True):
+        model = Model()
+        if odd:
+            model.head.tower.conv2 = torch.jit.script(model.head.tower.conv2)
+            model.head.tower.norm1.num_batches_tracked = None
+        handle = by_owner(model, row)
+        kept = handle.state().get("head.tower.norm1", {})
+        found.append([*run(model), *model.eval()(levels()), *kept.values()])
+        handle.undo()
+    assert_same(*found)
+
+
 def ghost(head: nn.Module) -> Any:
     return lbn.ghost_bn(head, size=2)
 

@@ -178,6 +178,19 @@ def test_one_value_has_no_variance_and_moves_no_statistics_of_its_domain() -> No
     assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
 
 
+@pytest.mark.parametrize("row", [3, 4, 6])
+def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalised(row: int) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    handle = given(model, row)
+    before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
+    x = torch.randn(4, 2)
+    with handle.showing(torch.tensor([0, 0, 1, 0])):
+        with pytest.raises(ValueError, match="Layer '0' is given one value per channel of domain 1"):
+            model(x)
+        assert all(v.equal(before[k]) for k, v in model.named_buffers())
+        model.eval()(x)  # which needs no second value
+
+
 def test_what_is_no_domain_is_refused() -> None:
     model = net()
     handle = given(model, 4)
