@@ -403,3 +403,26 @@ def test_one_process_is_told_that_ghosts_help() -> None:
     for nothing in (3, None, "", ()):
         with pytest.raises(TypeError, match="modules must be a glob pattern over qualified names"):
             roi_shuffle(model, modules=nothing)  # type: ignore[arg-type]
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("modules", ["heads", "heads*"])
+def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: str) -> None:
+    with pytest.raises(ValueError, match=r"'heads' is a ModuleList, .*name its members \(modules='heads\.\*'\)"):
+        roi_shuffle(Heads(), modules=modules)
+    with pytest.warns(UserWarning, match="there is one process"), roi_shuffle(Heads(), modules="heads.*"):
+        pass
+
+
+@pytest.mark.parametrize("generator", [0, False, "gen"])
+def test_a_generator_that_is_none_is_refused(generator: Any) -> None:
+    with pytest.raises(TypeError, match="generator must be a torch.Generator"):
+        roi_shuffle(Heads(), modules="heads.0", generator=generator)
