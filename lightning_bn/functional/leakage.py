@@ -118,8 +118,8 @@ def batch_leakage(
         found = measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch))
     if found is None:
         raise ValueError(
-            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of two "
-            "rows or more, of rows that are finite and differ by more than rounding."
+            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of "
+            "two rows or more, of rows that are finite and differ by more than rounding."
         )
     return found
 
