@@ -85,7 +85,7 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
     Raises:
         ValueError: If a pattern matches nothing, or a container that has no forward of its own (a ModuleList), or a
             module is shuffled already; in a forward, if a module's tensors differ in the number of rows, or ranks in
-            their dtype, shape or place in the structure.
+            their dtype, shape or place in the structure, or where `domain_bn` tells datasets apart.
         TypeError: If ``generator`` is none; in a forward, if a module is given or returns something in which rows could
             hide, such as a list of as many numbers as there are rows.
 

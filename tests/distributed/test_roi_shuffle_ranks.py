@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
+from lightning_bn import domain_bn, find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
 from lightning_bn.layers.behaviour import behaviours_of
 from tests.ranks import ranks_at_hand
 
@@ -426,3 +426,18 @@ def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: s
 def test_a_generator_that_is_none_is_refused(generator: Any) -> None:
     with pytest.raises(TypeError, match="generator must be"):
         roi_shuffle(Heads(), modules="heads.0", generator=generator)
+
+
+def with_datasets() -> None:
+    model = Heads()
+    with (
+        roi_shuffle(model, modules="heads.*"),
+        domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared") as handle,
+        handle.showing(torch.tensor([0, 0, 1, 1])),
+        pytest.raises(ValueError, match=r"'heads\.0': its BatchNorm layers tell datasets apart"),
+    ):
+        model(torch.randn(4, 3))
+
+
+def test_rows_of_datasets_told_apart_are_not_mixed(ranks: Any) -> None:
+    ranks(with_datasets)
