@@ -23,7 +23,7 @@ from lightning_bn.engine.target_pass import TargetForward, measure_target, refus
 from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, find_bn, storing_layers
@@ -112,7 +112,7 @@ class AdaBNCallback(BatchNormCallback):
         self.layers = layers
         self.results: list[PopulationStatistics | None] = []
         self.unadapted: dict[str, float] = {}
-        self._count = count or samples_in
+        self._count = counted_by(count)
         self._due = False
         self._adapted: dict[str, _BatchNorm] = {}
         self._domain: int | None = None

@@ -110,6 +110,10 @@ class BatchLeakageMonitor(BatchNormCallback):
     ) -> None:
         if not (isinstance(level, float) and 0 < level < 1):
             raise ValueError(f"level must be a share of runs between 0 and 1 but is {level!r}.")
+        if not isinstance(compare, bool):
+            raise TypeError(f"compare must be True or False but is {compare!r}.")
+        if same_pattern is not None and not callable(same_pattern):
+            raise TypeError(f"same_pattern must be a function from the Trainer to a loader but is {same_pattern!r}.")
         if same_pattern is not None and not compare:
             raise ValueError("same_pattern is for compare=True, whose third error it gives.")
         self.level = level
@@ -189,7 +193,7 @@ class BatchLeakageMonitor(BatchNormCallback):
         reason = self._pass.nothing_to_do(trainer, module)
         found = None if reason else self._pass.run(trainer, module)
         if found is None:
-            reason = reason or "its layers were given equal or non-finite rows, or one batch alone"
+            reason = reason or "its layers were given equal or non-finite rows, one batch alone, or batches of one row"
             if reason != self._said:
                 rank_zero_warn(f"BatchLeakageMonitor tests nothing in this epoch: {reason}.")
             self._said = reason

@@ -16,7 +16,7 @@ from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import Recomputed
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.drift_record import COLUMNS, DriftRecord
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.statistics.alarm import Alarm
 from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
@@ -110,7 +110,7 @@ class BNStatsMonitor(BatchNormCallback):
         self.channels = channels
         self.alert_above = alert_above
         self.layers = layers
-        self._count = count or samples_in
+        self._count = counted_by(count)
         self._record: DriftRecord | None = None
         self._restored: dict[str, Any] = {}
         self._alarm = Alarm(float("inf"))

@@ -19,7 +19,7 @@ from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, Populatio
 from lightning_bn.engine.switch_point import SwitchPoint
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.functional.warm_up import WarmUp
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers
@@ -107,7 +107,7 @@ class FreezeBNCallback(BatchNormCallback):
         self.warmup_epochs = warmup_epochs
         self.warmup_steps = warmup_steps
         self.layers = layers
-        self._count = count or samples_in
+        self._count = counted_by(count)
         self._pass = PopulationPass(num_samples, source, forward, layers, count, True, REPLAY_BYTES)
         self._state: dict[str, Any] | None = None
         self._handle: Handle | None = None

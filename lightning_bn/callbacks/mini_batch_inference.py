@@ -16,7 +16,7 @@ from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.rows import CountsRows
@@ -80,7 +80,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         self.stages = as_stages("stages", stages)
         self.layers = layers
         self.fallbacks = 0
-        self._count = count or samples_in
+        self._count = counted_by(count)
         self._handle: MiniBatchHandle | None = None
         self._rows: tuple[CountsRows, Handle] | None = None
         self._said: set[str] = set()

@@ -68,6 +68,8 @@ class RoIShuffleCallback(DuringFit):
         as_patterns(modules, "modules")
         self.modules = modules
         require_whole("seed", seed, at_least=0)
+        if seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, which torch.Generator takes, but is {seed}.")
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._before = 0

@@ -136,8 +136,8 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
 
     Args:
         rows: A tensor, or any structure of tensors (see ``torch.utils._pytree``), that all have the same number of
-            rows, ``(n_r, ...)``. Only the number of rows may differ between ranks. Numbers, strings and tensors of no
-            dimension in the structure stay.
+            rows, ``(n_r, ...)``. Only the number of rows may differ between ranks, keys have one order on all. Numbers,
+            strings and tensors of no dimension in the structure stay.
         generator: Draws the order, on the CPU; on every rank one in the same state.
         group: The ranks; None for all.
 
@@ -145,9 +145,10 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
         The rows that this rank has now, in the same structure, and what to give to `restore_rows`.
 
     Raises:
-        ValueError: If tensors have different numbers of rows, or, on every rank, if the ranks' rows differ in dtype or
-            shape or their generators in state.
-        TypeError: If the structure holds something else, in which rows could hide.
+        ValueError: If tensors have different numbers of rows, or, on every rank, if the ranks' rows differ in dtype,
+            shape or place in the structure, or their generators in state.
+        TypeError: If the structure holds something else, in which rows could hide, such as a list of as many numbers as
+            there are rows; or if ``generator`` is none.
         RuntimeError: In a backward, if the rows are not those of any recorded exchange.
 
     Example:
@@ -161,6 +162,7 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
         tensor([[4.],
                 [4.]])
     """
+    require_generator(generator)
     if num_ranks(group) == 1:
         return rows, Exchange(None, group)
     structure = _Structure.of(rows, "exchange_rows was given")
@@ -177,6 +179,17 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
     return cast(T, structure.rebuilt(_moved_with_gradients(structure, route, exchange, said))), exchange
 
 
+def require_generator(generator: Any) -> None:
+    """Refuse what cannot draw the order of rows.
+
+    Raises:
+        TypeError: If it is no generator of the CPU.
+    """
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else repr(generator)
+        raise TypeError(f"generator must be a torch.Generator on the CPU but is {given}.")
+
+
 def restore_rows(outputs: T, exchange: Exchange) -> T:
     """Bring home what was computed of exchanged rows: to the rank each row came from, and its place there.
 
@@ -188,7 +201,8 @@ def restore_rows(outputs: T, exchange: Exchange) -> T:
         The same structure, with a row for each that this rank had before.
 
     Raises:
-        ValueError: If tensors have another number of rows, or, on every rank, if outputs differ in dtype or shape.
+        ValueError: If tensors have another number of rows, or, on every rank, if outputs differ in dtype, shape or
+            place in the structure.
         TypeError: If the structure holds something else.
     """
     if exchange.route is None:
@@ -213,6 +227,7 @@ class _Structure(NamedTuple):
     """A structure of rows, taken apart."""
 
     tensors: list[Tensor]
+    places: list[str]
     leaves: list[Any]
     spec: pytree.TreeSpec
     rows: int
@@ -222,6 +237,7 @@ class _Structure(NamedTuple):
         """Take apart a structure of rows, as many as ``rows`` where that is known."""
         leaves, spec = pytree.tree_flatten(value)
         tensors = [leaf for leaf in leaves if _has_rows(leaf)]
+        places = [place for place, leaf in zip(_places(value, len(leaves)), leaves, strict=True) if _has_rows(leaf)]
         strange = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
         if rows is not None:  # an output of no dimension is a sum over rows of other ranks
             strange += [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.ndim]
@@ -231,7 +247,8 @@ class _Structure(NamedTuple):
         found = sorted({len(t) for t in tensors} | ({rows} if rows is not None else set()))
         if len(found) > 1:
             raise ValueError(f"{was_given} tensors of different numbers of rows: {', '.join(map(str, found))}.")
-        return cls(tensors, leaves, spec, found[0])
+        _refuse_hidden_rows(value, found[0], was_given)
+        return cls(tensors, places, leaves, spec, found[0])
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The same structure with other tensors of rows."""
@@ -240,12 +257,48 @@ class _Structure(NamedTuple):
 
     @property
     def layout(self) -> int:
-        """The same number for tensors that differ in nothing but rows."""
-        return zlib.crc32(repr([(t.dtype, tuple(t.shape[1:])) for t in self.tensors]).encode())
+        """The same number, on all ranks, for tensors at the same places that differ in nothing but rows."""
+        return zlib.crc32(", ".join(self.described()).encode())
+
+    def described(self) -> list[str]:
+        """Place, dtype and shape of each tensor."""
+        shapes = [f"{t.dtype} (rows, {', '.join(map(str, t.shape[1:]))})" for t in self.tensors]
+        return [f"{place} {shape}".strip() for place, shape in zip(self.places, shapes, strict=True)]
 
 
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _places(value: Any, leaves: int) -> list[str]:
+    """Where each leaf of a structure is, as ``[1]['boxes']``."""
+    try:
+        return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
+    except ValueError:  # a container whose class says how to take it apart, but not what its parts are called
+        return [f"[{number}]" for number in range(leaves)]
+
+
+def _refuse_hidden_rows(value: Any, rows: int, was_given: str) -> None:
+    """Refuse lists with something for every row that is no tensor of rows: it would stay while rows change ranks.
+
+    One thing is not a list, and two numbers in a tuple are a size.
+    """
+
+    def hides(part: Any) -> bool:
+        if type(part) not in (list, tuple) or len(part) != rows or rows < 2:
+            return False
+        leaves = pytree.tree_leaves(part)
+        if type(part) is tuple and rows == 2 and all(isinstance(leaf, (int, float)) for leaf in leaves):
+            return False
+        said = any(isinstance(leaf, (int, float, complex, str, Tensor)) for leaf in leaves)
+        return said and not any(_has_rows(leaf) for leaf in leaves)
+
+    for part in pytree.tree_leaves(value, is_leaf=hides):
+        if hides(part):
+            raise TypeError(
+                f"{was_given} a {type(part).__name__} of {rows} things that are no tensors of rows, and {rows} rows: "
+                "only tensors whose first dimension is rows can change ranks. Make one of them, or leave it out."
+            )
 
 
 class _Words(NamedTuple):
@@ -267,8 +320,10 @@ def _said_by_all(structure: _Structure, drawn: int, bits: int, group: dist.Proce
     dist.all_gather(list(gathered), own, group=group)
     said = [_Words(*words) for words in gathered.tolist()]
     if len({words.layout for words in said}) > 1:
-        shapes = ", ".join(f"{t.dtype} (rows, {', '.join(map(str, t.shape[1:]))})" for t in structure.tensors)
-        raise ValueError(f"Ranks hold rows of different dtype or shape; this one {shapes}.")
+        raise ValueError(
+            "Ranks hold rows of different dtype or shape, or at other places of a structure (in another order of keys, "
+            f"say); this one {', '.join(structure.described())}."
+        )
     return said
 
 

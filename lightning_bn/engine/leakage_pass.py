@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.distributed.moments import num_ranks, sum_over_ranks
+from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.engine.batches import Reservoir, bytes_of, evaluation_batches, loader_batches
 from lightning_bn.engine.evaluate_under import evaluate_under
 from lightning_bn.engine.modes import modes_of_training
@@ -17,7 +17,7 @@ from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.find import Layers, storing_layers
 
 _FEWEST_BATCHES = 4
@@ -43,7 +43,7 @@ class LeakagePass:
         self.num_samples = num_samples
         self.forward = forward
         self.layers = layers
-        self.count = count
+        self._count = counted_by(count)
         self.replay_bytes = replay_bytes
         self._kept: Reservoir | None = None
 
@@ -69,7 +69,7 @@ class LeakagePass:
             ValueError: If so many batches of this size do not fit.
         """
         if self._kept is None:
-            samples, *_ = sum_over_ranks([(self.count or samples_in)(batch)], module.device)
+            samples, *_ = sum_over_ranks([self._count(batch)], module.device)
             places = max(-(-self.num_samples // max(samples, 1)), _FEWEST_BATCHES)
             self._kept = Reservoir(places, seed=trainer.current_epoch)
         needed = bytes_of(batch) * self._kept.num_batches
@@ -119,6 +119,10 @@ def three_errors(
         layers: Glob patterns over the layers that use mini-batch statistics.
         same_pattern: From the Trainer to a loader of validation samples, put together as in training; None for none.
         prefix: In front of ``/population/key``, ``/mini_batch/key`` and ``/same_pattern/key``.
+
+    Raises:
+        ValueError: If that loader has no batches.
+        RuntimeError: If ``same_pattern`` raises StopIteration.
     """
     found: dict[str, float] = {}
     with evaluation_batches(trainer, module) as batches:
@@ -127,8 +131,20 @@ def three_errors(
         mini_batch = mini_batch_inference(module, layers=layers)
         found |= evaluate_under(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
     if same_pattern is not None:
-        with loader_batches(trainer, module, same_pattern(trainer), shard=num_ranks() > 1) as loaded:
-            numbered = ((batch, index, 0) for index, batch in enumerate(loaded))
+        try:
+            loader = same_pattern(trainer)
+        except StopIteration as error:  # would end Lightning's validation without a word
+            raise RuntimeError("same_pattern raised StopIteration.") from error
+        with loader_batches(trainer, module, loader, shard=num_ranks() > 1) as loaded:
             mini_batch = mini_batch_inference(module, layers=layers)
-            found |= evaluate_under(mini_batch, trainer, module, numbered, f"{prefix}/same_pattern")
+            found |= evaluate_under(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
     return found
+
+
+def _numbered(loaded: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
+    """Batches of same_pattern's loader, as a validation loop has them."""
+    index = -1
+    for index, batch in enumerate(loaded):
+        yield batch, index, 0
+    if index < 0 and own_rank() == 0:  # whose is the first batch, if there is any
+        raise ValueError("same_pattern returned a loader without batches: there is nothing to validate on.")

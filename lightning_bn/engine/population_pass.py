@@ -35,7 +35,7 @@ from lightning_bn.functional.lockstep import LockstepError
 from lightning_bn.functional.measure import BatchSize, check_amounts, measure
 from lightning_bn.functional.pooled import Tried
 from lightning_bn.functional.precise import call_model, estimable_layers, write
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
@@ -113,8 +113,7 @@ class PopulationPass:
         check_amounts(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
         require_whole("replay_bytes", self.replay_bytes, at_least=1)
         as_patterns(self.layers)
-        if self.count is not None and not callable(self.count):
-            raise TypeError(f"count must be a function from a batch to its number of samples but is {self.count!r}.")
+        counted_by(self.count)  # refuses what is no function
         if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
@@ -146,7 +145,7 @@ class PopulationPass:
         if self.source == "replay":
             if self._replay is None:
                 self._replay = Replay(-(-self.num_samples // num_ranks()), self.replay_bytes)
-            self._replay.keep(batch, (self.count or samples_in)(batch))
+            self._replay.keep(batch, counted_by(self.count)(batch))
 
     def forget(self) -> None:
         """Let go of the batches kept for a replay."""
@@ -186,7 +185,7 @@ class PopulationPass:
         layers: dict[str, _BatchNorm],
         batch_size: BatchSize,
     ) -> PopulationStatistics:
-        count = self.count or samples_in
+        count = counted_by(self.count)
         default = None if batch_size == "population" else TOLERANCE
         with muted_forward(self.forward, trainer, module) as run, self._batches(trainer, module) as batches:
             return measure(

@@ -21,7 +21,7 @@ from lightning_bn.engine.population_pass import Recomputed, moved_by
 from lightning_bn.engine.progress import progress_of
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import call_model
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
@@ -73,7 +73,7 @@ def measure_target(
                 batches,
                 run,
                 num_samples=num_samples,
-                count=lambda item: (count or samples_in)(item[0]),
+                count=lambda item: counted_by(count)(item[0]),
                 progress=progress_of(trainer, "AdaBN"),
             )
     except StopIteration as error:  # would end Lightning's evaluation without a word

@@ -79,7 +79,8 @@ def batch_leakage(
     Args:
         model: The model. ``DistributedDataParallel`` is looked through.
         batches: Batches as they are put together in training. Under torch.distributed every rank calls this, each with
-            its own; it ends with the first rank that has no more.
+            its own; it ends with the first rank that has no more. They have to end: cut an endless iterator off
+            (``itertools.islice``).
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
@@ -88,7 +89,8 @@ def batch_leakage(
         The p-value, and the correlation of each layer; the same on all ranks.
 
     Raises:
-        ValueError: If there is nothing to compare: no layer, one normalization batch only, or rows that are all equal.
+        ValueError: If there is nothing to compare: no layer, one normalization batch only, normalization batches of
+            one row, or rows that are all equal but for rounding.
 
     Example:
         >>> import torch
@@ -116,8 +118,8 @@ def batch_leakage(
         found = measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch))
     if found is None:
         raise ValueError(
-            "There is nothing to compare: a layer has to be given two normalization batches or more, of rows that are "
-            "finite and differ."
+            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of "
+            "two rows or more, of rows that are finite and differ by more than rounding."
         )
     return found
 
@@ -148,7 +150,13 @@ def measure_leakage(
                 break
             rows.next_batch()
             run(batch)
-        return _tested(_of_all_ranks(layers, rows), seed)
+        return _tested(_of_all_ranks(layers, rows), _eps_of_all_ranks(layers, rows), seed)
+
+
+def _eps_of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, float]:
+    """Machine precision of each layer's coarsest input."""
+    own = torch.tensor([[rows.eps.get(name, 0.0) for name in layers]], dtype=torch.float64)
+    return dict(zip(layers, gather_rows(own).amax(0).tolist(), strict=True))
 
 
 def _of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
@@ -169,13 +177,15 @@ def _of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[tupl
     return found
 
 
-def _tested(calls: dict[tuple[str, int], tuple[Tensor, Tensor]], seed: int) -> BatchLeakage | None:
+def _tested(
+    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], eps: dict[str, float], seed: int
+) -> BatchLeakage | None:
     """The test on rank 0, whose result every rank takes: two kinds of processor may differ in the last bits."""
     found: dict[str, tuple[float, float]] = {}
     together: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # by which rows share which batches
     if own_rank() == 0:
         for (name, _), (means, batches) in calls.items():
-            components = leading_components(means)
+            components = leading_components(means, eps=eps[name])
             if comparable(components, batches):
                 correlation, noise = icc(components, batches), icc_noise(components, batches)
                 if name not in found or abs(correlation / noise) > abs(found[name][0] / found[name][1]):

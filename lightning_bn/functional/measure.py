@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_over_ranks
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
-from lightning_bn.functional.samples import Count, samples_in
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.domain_specific import num_domains
@@ -175,12 +175,13 @@ def _rounds(
     """This rank's batches, one for each that any rank has."""
     samples = 0
     batch = NOTHING
+    count = counted_by(count)
     iterator = iter(batches)
     while num_samples is None or samples < num_samples:
         fresh = next(iterator, NOTHING)
         counts = fresh is not NOTHING
         batch = fresh if counts else batch
-        own = (count or samples_in)(batch) if counts else 0
+        own = count(batch) if counts else 0
         ready, more, small = sum_over_ranks([counts, own, counts and own < wanted], device)
         if not ready:
             return

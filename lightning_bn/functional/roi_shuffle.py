@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_bn.distributed.exchange import require_generator
 from lightning_bn.distributed.groups import own_group
 from lightning_bn.distributed.moments import num_ranks, own_rank
 from lightning_bn.layers.behaviour import Handle, behaves
@@ -82,9 +83,11 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
         A handle: ``undo()`` it, or use it as a context manager, to leave rows where they are again.
 
     Raises:
-        ValueError: If a pattern matches nothing or a module is shuffled already; in a forward, if a module's tensors
-            differ in the number of rows, or ranks in their dtype or shape.
-        TypeError: In a forward, if a module is given or returns something in which rows could hide.
+        ValueError: If a pattern matches nothing, or a container that has no forward of its own (a ModuleList), or a
+            module is shuffled already; in a forward, if a module's tensors differ in the number of rows, or ranks in
+            their dtype, shape or place in the structure, or where `domain_bn` tells datasets apart.
+        TypeError: If ``generator`` is none; in a forward, if a module is given or returns something in which rows could
+            hide, such as a list of as many numbers as there are rows.
 
     Example:
         >>> import torch
@@ -96,7 +99,15 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
         ...     with roi_shuffle(model, modules="1"):
         ...         return model(torch.randn(3 + dist.get_rank(), 4))  # normalised over rows of both
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    require_generator(generator)
     chosen = find_modules(model, modules)
+    for name, module in chosen.items():
+        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            raise ValueError(
+                f"Module {name!r} is a {type(module).__name__}, which is never called itself: name its members "
+                f"(modules={name + '.*'!r})."
+            )
     under = {m for outer in model.modules() if behaves(outer, Exchanged) for m in outer.modules()}
     twice = [name for name, module in chosen.items() if not under.isdisjoint(module.modules())]
     if twice:
@@ -115,4 +126,4 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
                 f"Module {idle[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing.",
                 stacklevel=2,
             )
-    return Shuffle(model, chosen, generator or torch.Generator().manual_seed(0))
+    return Shuffle(model, chosen, generator)

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 Count: TypeAlias = Callable[[Any], int]
 """Samples in a batch."""
+
+
+def counted_by(count: Count | None) -> Count:
+    """The function that ``count=`` asks for: the user's, whose answers are checked, or `samples_in`.
+
+    Raises:
+        TypeError: If it is no function; of the function, if it says something that is no number.
+        ValueError: Of the function, if what it says is no number of samples.
+        RuntimeError: Of the function, if it raises StopIteration, which would end a loop over batches without a word.
+    """
+    if count is None:
+        return samples_in
+    if not callable(count):
+        raise TypeError(f"count must be a function from a batch to its number of samples but is {count!r}.")
+
+    def checked(batch: Any) -> int:
+        try:
+            said = count(batch)
+        except StopIteration as error:
+            raise RuntimeError("count raised StopIteration.") from error
+        number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"count must return a batch's number of samples but returned {said!r}.")
+        if not math.isfinite(number) or number < 0 or number != int(number):
+            raise ValueError(f"count must return a batch's number of samples but returned {said!r}.")
+        return int(number)
+
+    return checked
 
 
 def samples_in(batch: Any) -> int:

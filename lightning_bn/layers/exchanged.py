@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.distributed.exchange import exchange_rows, restore_rows, tied
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behaviour import ModuleBehaviour, behaves
+from lightning_bn.layers.datasets import Apart
 from lightning_bn.layers.frozen import Frozen
 
 
@@ -64,6 +65,11 @@ class Exchanged(ModuleBehaviour):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exchanged(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self._names[module]
+        if any(behaves(layer, Apart) for layer in self._inside[module]):
+            raise ValueError(
+                f"Module {name!r}: its BatchNorm layers tell datasets apart (domain_bn), and rows that go to another "
+                "rank do not take their domain along: undo() one of the two."
+            )
         with _naming(name):
             (args, kwargs), exchange = exchange_rows((args, kwargs), self._generator, self._group)
         self.unshuffled += exchange.route is None

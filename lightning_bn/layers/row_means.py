@@ -31,12 +31,14 @@ class RowMeans(Behaviour):
     Attributes:
         seen: Layer's name and number of its call within a batch -> means ``(n, C)`` and normalization batches ``(n,)``
             of each input. A number is the same on all ranks that share the normalization batch, and on no other.
+        eps: Layer's name -> machine precision of its coarsest input.
     """
 
     name = "row means"
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.seen: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        self.eps: dict[str, float] = {}
         self._names = {layer: name for name, layer in layers.items()}
         self._batch = -1
         self._calls: dict[str, int] = {}
@@ -50,6 +52,7 @@ class RowMeans(Behaviour):
         """Keep the means, then do as ever."""
         name = self._names[layer]
         call = self._calls[name] = self._calls.get(name, -1) + 1
+        self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
         rows = input.detach().to(torch.promote_types(input.dtype, torch.float32))
         kept = _chosen(len(rows), self._batch)
         means = rows[kept].flatten(2).mean(-1) if rows.ndim > 2 else rows[kept]

@@ -33,24 +33,34 @@ _SUMS_AT_ONCE = 2**23
 _ROUNDING = 1e-12
 """Shares of a sum of squares that are none."""
 
+_NO_SPREAD = 1e-5
+"""Standard deviation, as a share of the largest value, that float32 may have made of equal rows: some 80 roundings, as
+sums of thousands of products have, or of a few that nearly cancel. They depend on a row's place in the batch."""
+
 _EXPONENT = 1 / 8
 """Of the calibrator in `Evidence`: small, so that one epoch's smallest p-value suffices."""
 
 
-def leading_components(rows: Tensor, most: int = _MOST_COMPONENTS) -> Tensor:
+def leading_components(rows: Tensor, most: int = _MOST_COMPONENTS, eps: float = 0.0) -> Tensor:
     """Leading principal components of rows ``(n, C)``, after each channel was given variance one.
+
+    Channels that differ by no more than rounding are left out.
 
     Args:
         rows: Any number of rows.
         most: How many components to take; fewer of few channels or rows, none of rows that are all equal.
+        eps: Machine precision of what the rows were computed in; counts if it is coarser than float32, whose sums the
+            16-bit types are rounded from.
 
     Returns:
         ``(n, d)`` in float64, uncorrelated, each of mean 0 and sum of squares 1.
     """
     x = rows.double()
+    rounding = max(_NO_SPREAD, eps) * x.abs().amax(0) if len(x) else 0
     x = x - x.mean(0)
     scale = x.square().mean(0).sqrt()
-    x = x[:, scale > 0] / scale[scale > 0]
+    differing = scale > rounding
+    x = x[:, differing] / scale[differing]
     n, channels = x.shape
     wide = channels > n
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)

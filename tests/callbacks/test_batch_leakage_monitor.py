@@ -171,6 +171,32 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
         BatchLeakageMonitor(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"count": 5}, "count must be a function from a batch .* but is 5"),
+        ({"compare": "x"}, "compare must be True or False but is 'x'"),
+        ({"compare": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        BatchLeakageMonitor(**arguments)
+
+
+def raises_stop_iteration(_: Any) -> Any:
+    raise StopIteration
+
+
+def test_functions_that_raise_stop_iteration_or_give_nothing_end_no_fit_without_a_word() -> None:
+    with pytest.raises(RuntimeError, match="count raised StopIteration"):
+        fit(TinyNet(), BatchLeakageMonitor(count=raises_stop_iteration))
+    with pytest.raises(RuntimeError, match="same_pattern raised StopIteration"):
+        fit(TinyNet(), BatchLeakageMonitor(compare=True, same_pattern=raises_stop_iteration))
+    with pytest.raises(ValueError, match="same_pattern returned a loader without batches"):
+        fit(TinyNet(), BatchLeakageMonitor(compare=True, same_pattern=lambda _: []))
+
+
 def test_batches_that_do_not_fit_are_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"keeps 4 batches.*Raise replay_bytes, or lower num_samples"):
         fit(TinyNet(), BatchLeakageMonitor(8, replay_bytes=4000))

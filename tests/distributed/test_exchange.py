@@ -206,6 +206,58 @@ def test_what_cannot_be_exchanged_is_an_error_on_every_rank_that_says_what(at_ha
         assert "Tensor that is no tensor of rows" in summed and "restore_rows was given a object" in strange_output
 
 
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+def places() -> list[str]:
+    """What is said, on both ranks, of the same tensors at different places."""
+    x, said, first = torch.zeros(4, 3), [], dist.get_rank() == 0
+    for rows in (
+        {"a": x, "b": x + 1} if first else {"b": x, "a": x + 1},
+        (x, None) if first else (None, x),
+        [Pair(x, None)] if first else [Pair(None, x)],
+    ):
+        with pytest.raises(ValueError, match="at other places of a structure") as error:
+            exchange_rows(rows, torch.Generator().manual_seed(0))
+        said.append(str(error.value))
+    return said
+
+
+@pytest.mark.ddp
+def test_rows_at_other_places_of_a_structure_are_not_mixed(at_hand: dict[int, Any]) -> None:
+    first, second = at_hand[2](places)
+    assert [said.split("this one ")[1].split(" torch")[0] for said in first] == ["['a']", "[0]", "[0].x"]
+    assert [said.split("this one ")[1].split(" torch")[0] for said in second] == ["['b']", "[1]", "[0].y"]
+
+
+def lists() -> None:
+    x, seed = torch.randn(4, 3), torch.Generator().manual_seed
+    for hidden in ([1, 2, 3, 4], ("a", "b", "c", "d"), list(torch.zeros(4)), [(1, "a")] * 4, [{"id": 1.0}] * 4):
+        for rows in ((x, hidden), {"x": x, "deep": [{"ids": hidden}]}):
+            with pytest.raises(TypeError, match=r"exchange_rows was given a (list|tuple) of 4 things"):
+                exchange_rows(rows, seed(0))
+    plain = (x, 4, "mode", [1, 2, 3], [None] * 4, torch.Size([4, 3, 2, 1]), torch.zeros(()))
+    (_, *same), exchange = exchange_rows(plain, seed(0))
+    assert same == list(plain[1:])
+    with pytest.raises(TypeError, match="restore_rows was given a list of 4 things"):
+        restore_rows((x, x[:, 0].tolist()), exchange)
+    exchange_rows((x[:2], (224, 224)), seed(0))  # a size, though there are two rows
+    exchange_rows((x[:2], 3), seed(0))
+
+
+@pytest.mark.ddp
+def test_rows_do_not_hide_in_lists_of_plain_values(at_hand: dict[int, Any]) -> None:
+    at_hand[2](lists)
+
+
+@pytest.mark.parametrize("generator", [None, 0, False, "gen"])
+def test_a_generator_that_is_none_is_refused_by_one_process_too(generator: Any) -> None:
+    with pytest.raises(TypeError, match=f"generator must be a torch.Generator on the CPU but is {generator!r}"):
+        exchange_rows(torch.zeros(4, 3), generator)
+
+
 def last_words(at: str) -> float:
     """Rank 1 is killed; seconds until rank 0 has an error."""
     x, generator = torch.randn(5, 3, requires_grad=True), torch.Generator()

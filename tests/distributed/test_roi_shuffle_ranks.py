@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
+from lightning_bn import domain_bn, find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
 from lightning_bn.layers.behaviour import behaviours_of
 from tests.ranks import ranks_at_hand
 
@@ -403,3 +403,41 @@ def test_one_process_is_told_that_ghosts_help() -> None:
     for nothing in (3, None, "", ()):
         with pytest.raises(TypeError, match="modules must be a glob pattern over qualified names"):
             roi_shuffle(model, modules=nothing)  # type: ignore[arg-type]
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("modules", ["heads", "heads*"])
+def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: str) -> None:
+    with pytest.raises(ValueError, match=r"'heads' is a ModuleList, .*name its members \(modules='heads\.\*'\)"):
+        roi_shuffle(Heads(), modules=modules)
+    with pytest.warns(UserWarning, match="there is one process"), roi_shuffle(Heads(), modules="heads.*"):
+        pass
+
+
+@pytest.mark.parametrize("generator", [0, False, "gen"])
+def test_a_generator_that_is_none_is_refused(generator: Any) -> None:
+    with pytest.raises(TypeError, match="generator must be"):
+        roi_shuffle(Heads(), modules="heads.0", generator=generator)
+
+
+def with_datasets() -> None:
+    model = Heads()
+    with (
+        roi_shuffle(model, modules="heads.*"),
+        domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared") as handle,
+        handle.showing(torch.tensor([0, 0, 1, 1])),
+        pytest.raises(ValueError, match=r"'heads\.0': its BatchNorm layers tell datasets apart"),
+    ):
+        model(torch.randn(4, 3))
+
+
+def test_rows_of_datasets_told_apart_are_not_mixed(ranks: Any) -> None:
+    ranks(with_datasets)

@@ -161,6 +161,28 @@ def test_layers_that_are_given_other_rows_are_tested_by_themselves_and_the_small
     assert both == 2 * min(apart, joint) < 0.5 and apart != joint
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_that_depends_on_a_rows_place_in_the_batch_is_no_leak(dtype: torch.dtype) -> None:
+    """Sums of equal rows are added up in another order at the end of a batch than at its beginning."""
+
+    class Place(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + torch.finfo(x.dtype).eps * (torch.arange(len(x)) % 4 == 0).to(x)[:, None])
+
+    net = nn.Sequential(Place(), nn.BatchNorm1d(4)).to(dtype)
+    with pytest.raises(ValueError, match="differ by more than rounding"):
+        batch_leakage(net, [torch.ones(16, 4, dtype=dtype)] * 32)
+    with pytest.raises(ValueError, match="one of them of two rows or more"):
+        batch_leakage(net, torch.randn(32, 4).to(dtype).split(1))
+
+
+def test_equal_rows_behind_layers_are_nothing_to_compare() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="differ by more than rounding"):
+        batch_leakage(net, [torch.ones(16, 4)] * 32)
+
+
 def test_of_very_many_rows_four_thousand_are_tested() -> None:
     """Told by the noise that so many rows of 40 groups have."""
     noise = batch_leakage(nn.Sequential(nn.BatchNorm1d(1)), torch.randn(40 * 200, 1).split(200)).noise["0"]

@@ -68,6 +68,15 @@ def test_dead_channels_are_left_out_and_dead_rows_have_no_components() -> None:
     assert leading_components(torch.ones(50, 3)).shape == (50, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_channels_that_differ_by_rounding_alone_are_left_out(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    rounded = 3 * (1 + eps * torch.randint(0, 2, (50, 4), dtype=torch.float64))
+    real = 1 + 10 * max(eps, 1e-5) * torch.randn(50, 2, dtype=torch.float64)
+    assert leading_components(torch.cat([rounded, real], 1), eps=eps).shape == (50, 2)
+    assert leading_components(1e-9 * torch.randn(50, 2), eps=eps).shape == (50, 2), "small, but no rounding"
+
+
 def test_the_p_value_is_the_share_of_all_regroupings() -> None:
     """Six rows in three pairs: 15 ways, each as likely."""
     rows = leading_components(torch.tensor([[0.0], [0.1], [1.0], [1.3], [5.0], [5.2]]))
