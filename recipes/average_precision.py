@@ -74,18 +74,20 @@ def ordering(claim: str, row: Measured, other: Measured, judge: Callable[[Interv
 
 @styled
 def beside_the_papers(rows: Mapping[str, Measured]) -> Figure:
-    """Box AP of every row, of each seed and their mean, and the paper's."""
+    """Box AP of every row, of each seed, with a bar at their mean, and the paper's."""
     figure = new_figure(8.0, 1.2 + 0.34 * len(rows))
     ours, papers = figure.subplots(1, 2, sharey=True)
     for y, row in enumerate(rows.values()):
         seeds = [ap.of_all for ap in row.aps]
         ours.plot(seeds, [y] * len(seeds), "o", color=PRECISE, alpha=0.5)
-        ours.plot(mean_ap(row.aps), y, "|", color=PRECISE, markersize=14)
+        if len(seeds) > 1:
+            ours.plot(mean_ap(row.aps), y, "|", color=PRECISE, markersize=14)
         papers.plot(row.paper, y, "s", color=BATCHES)
     ours.set_yticks(range(len(rows)), list(rows))
     ours.invert_yaxis()
     ours.set_title("here")
     papers.set_title("paper")
     for axes in (ours, papers):
+        axes.set_xlim(left=0)
         axes.set_xlabel("box AP (%)")
     return figure

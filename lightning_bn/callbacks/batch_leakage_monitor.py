@@ -24,6 +24,11 @@ from lightning_bn.statistics.leakage import Evidence
 _MOST_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""
 
+_WAYS_OUT = (
+    "Shuffle; or, where the pattern is wanted, GhostBNCallback across it; in a head of regions SyncBNCallback or "
+    "RoIShuffleCallback; or FreezeBNCallback. "
+)
+
 
 class BatchLeakageMonitor(BatchNormCallback):
     """Tell whether normalization batches are i.i.d. in what BatchNorm sees, and sound an alarm if not (Sec. 6).
@@ -66,7 +71,7 @@ class BatchLeakageMonitor(BatchNormCallback):
             and, where ``same_pattern`` is given, with those of batches in training's pattern: the curves of Fig. 8.
             Leakage makes the first rise while the last falls. The second needs a validation loader that is shuffled.
         same_pattern: From the Trainer to a loader of validation samples, put together as in training. Ranks share it.
-        layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every layer that is not
+        layers: Glob patterns over qualified layer names, such as ``"*roi_heads.*"``; None for every layer that is not
             frozen.
         count: Number of samples in a batch; None takes the length of the first tensor in it. Detectors' lists of images
             need it (``len``).
@@ -93,7 +98,7 @@ class BatchLeakageMonitor(BatchNormCallback):
         trainer:
           callbacks:
             - class_path: lightning_bn.BatchLeakageMonitor
-              init_args: {layers: "roi_heads.*", count: builtins.len}
+              init_args: {layers: "*roi_heads.*", count: builtins.len}
         ```
     """
 
@@ -214,8 +219,8 @@ class BatchLeakageMonitor(BatchNormCallback):
                 f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalises together are "
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
-                + ("Shuffle; or GhostBN across the pattern, SyncBN, FrozenBN. " if alike else "")
-                + "compare=True shows what it costs.",
+                + (_WAYS_OUT if alike else "")
+                + ("" if self.compare else "compare=True shows what it costs."),
             )
             self._draw(trainer, found)
 

@@ -103,6 +103,15 @@ class RoIShuffleCallback(DuringFit):
         self._generator.set_state(state_dict["generator"])
         self._before = state_dict["unshuffled"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the generator as bytes: spawned processes cannot open the shared memory that torch would put it into."""
+        return {**self.__dict__, "_generator": bytes(self._generator.get_state().tolist())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator()
+        generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
+        self.__dict__.update(state, _generator=generator)
+
     def _give(self, module: LightningModule) -> Handle:
         return roi_shuffle(module, modules=self.modules, generator=self._generator)
 

@@ -79,6 +79,14 @@ class DomainHandle(Handle):
         """
         return state_of(self.layers, affine)
 
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Give the layers back what `state` has found in them.
+
+        Raises:
+            ValueError: If it is of other layers, or of another number of domains.
+        """
+        take_state(self.layers, state)
+
 
 def state_of(layers: dict[str, _BatchNorm], affine: bool = False) -> dict[str, dict[str, Tensor]]:
     """What layers keep of each domain, copied to the CPU."""

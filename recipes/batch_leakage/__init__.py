@@ -17,7 +17,7 @@ RECIPE = Recipe(
     "--data-root takes CIFAR-10 and MNIST-style folders",
     presets=(
         Preset("smoke", "1,024 MNIST digits, 1 epoch", "20 s"),
-        Preset("demo", "4,000 MNIST digits, 8 epochs", "3 min"),
+        Preset("demo", "4,000 MNIST digits, 8 epochs", "3 to 7 min"),
         Preset("full", "12,000 Fashion-MNIST images, 40 epochs, 3 seeds", "2.5 h (estimate)"),
     ),
 )

@@ -19,6 +19,6 @@ RECIPE = Recipe(
     presets=(
         Preset("smoke", "600 MNIST digits, 1 epoch", "20 s"),
         Preset("demo", "4,000 MNIST digits, 4 epochs", "2 min"),
-        Preset("full", "30,000 Fashion-MNIST images, 3 epochs, 3 seeds", "1 h"),
+        Preset("full", "30,000 Fashion-MNIST images, 3 epochs, 3 seeds", "1 h (estimate)"),
     ),
 )

@@ -18,7 +18,7 @@ RECIPE = Recipe(
     "(full); --data-root takes COCO",
     presets=(
         Preset("smoke", "16 scenes, two trainings", "40 s"),
-        Preset("demo", "4,000 scenes, all seven trainings", "16 min"),
-        Preset("full", "16,000 scenes of stamps, 3 seeds", "15 h"),
+        Preset("demo", "4,000 scenes, all seven trainings", "20 to 40 min"),
+        Preset("full", "16,000 scenes of stamps, 3 seeds", "15 h (estimate)"),
     ),
 )

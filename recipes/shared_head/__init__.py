@@ -18,6 +18,6 @@ RECIPE = Recipe(
     presets=(
         Preset("smoke", "16 scenes, one training", "20 s"),
         Preset("demo", "4,000 scenes, all three trainings", "10 min"),
-        Preset("full", "16,000 scenes of stamps, 3 seeds", "8 h"),
+        Preset("full", "16,000 scenes of stamps, 3 seeds", "8 h (estimate)"),
     ),
 )

@@ -6,6 +6,7 @@ import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +389,11 @@ def test_two_on_modules_within_each_other_are_refused() -> None:
 
     with pytest.raises(ValueError, match="Two RoIShuffleCallbacks act on layer 'bn1'"):
         fit(Nested(), [RoIShuffleCallback(modules="net"), RoIShuffleCallback(modules="bn1")], train_loader())
+
+
+def test_it_is_sent_to_spawned_processes_without_shared_memory() -> None:
+    callback = RoIShuffleCallback(modules="encoder", seed=3)
+    sent = bytes(ForkingPickler.dumps(callback))
+    assert b"rebuild_storage" not in sent
+    there = ForkingPickler.loads(sent)
+    assert torch.equal(there.state_dict()["generator"], callback.state_dict()["generator"])

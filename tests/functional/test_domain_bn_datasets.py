@@ -206,3 +206,16 @@ def test_what_is_no_domain_is_refused() -> None:
     levels = domain_bn(nn.Sequential(net()), domains=2, owner="0", **choices(4))
     with pytest.raises(ValueError, match="feature levels"):
         levels.show(1)
+
+
+def test_the_state_goes_back_into_another_model() -> None:
+    first, second = net(), net()
+    trained, anew = given(first, 4), given(second, 4)
+    x, ids = batch(0, [0, 1, 1, 0, 1, 0])
+    with trained.showing(ids):
+        first(x)
+    anew.load(trained.state())
+    for name, own in trained.state().items():
+        assert all(torch.equal(value, anew.state()[name][key]) for key, value in own.items())
+    with pytest.raises(ValueError, match="no saved statistics of domains"):
+        anew.load({})
