@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -18,18 +18,30 @@ def counted_by(count: Count | None) -> Count:
     """The function that ``count=`` asks for: the user's, whose answers are checked, or `samples_in`.
 
     Raises:
-        TypeError: If it is no function; of the function, if it says something that is no number.
-        ValueError: Of the function, if what it says is no number of samples.
-        RuntimeError: Of the function, if it raises StopIteration, which would end a loop over batches without a word.
+        TypeError: If it is no function.
     """
     if count is None:
         return samples_in
     if not callable(count):
         raise TypeError(f"count must be a function from a batch to its number of samples but is {count!r}.")
+    return Checked(count)
 
-    def checked(batch: Any) -> int:
+
+@dataclass(frozen=True)
+class Checked:
+    """The user's function, and what it says if that is a number of samples; pickles where the function does.
+
+    Raises:
+        TypeError: If it says something that is no number.
+        ValueError: If what it says is no number of samples.
+        RuntimeError: If it raises StopIteration, which would end a loop over batches without a word.
+    """
+
+    count: Count
+
+    def __call__(self, batch: Any) -> int:
         try:
-            said = count(batch)
+            said = self.count(batch)
         except StopIteration as error:
             raise RuntimeError("count raised StopIteration.") from error
         number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
@@ -38,8 +50,6 @@ def counted_by(count: Count | None) -> Count:
         if not math.isfinite(number) or number < 0 or number != int(number):
             raise ValueError(f"count must return a batch's number of samples but returned {said!r}.")
         return int(number)
-
-    return checked
 
 
 def samples_in(batch: Any) -> int:
