@@ -105,7 +105,7 @@ class RoIShuffleCallback(DuringFit):
 
     def __getstate__(self) -> dict[str, Any]:
         """With the generator as bytes: spawned processes cannot open the shared memory that torch would put it into."""
-        return {**self.__dict__, "_generator": bytes(self._generator.get_state().tolist())}
+        return {**super().__getstate__(), "_generator": bytes(self._generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()
