@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bn.functional.arguments import require_whole
+
 # Blocks in each stage, and whether with shortcuts.
 NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}
 
@@ -77,8 +79,8 @@ class ImageClassifier(L.LightningModule):
         num_classes: Classes (linked to the data on the command line).
         network: `resnet8` (9 BN layers), `resnet20` (21), `plain20` (the same without shortcuts, 19), or the
             name of a torchvision classification model such as `resnet50`.
-        width: Channels of the first stage of the first three; the second and third stage have twice and four
-            times as many.
+        width: Channels of the first stage of the first three, at least 8; the second and third stage have twice and
+            four times as many.
         lr: Learning rate at the start.
         momentum: SGD's momentum (not BatchNorm's).
         weight_decay: SGD's weight decay.
@@ -97,6 +99,9 @@ class ImageClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if network in NETWORKS:
+            # In channels_last, torch's 1x1 convolutions with stride 2 and fewer than 8 channels write past their memory
+            # on a CPU without AVX-512 (2.15, one thread): the process crashes, or hangs, some time later.
+            require_whole("model.width", width, at_least=8)
             self.network: nn.Module = ResNet(in_channels, num_classes, width, *NETWORKS[network])
         else:
             from torchvision.models import get_model

@@ -16,7 +16,7 @@ from recipes.images import ImageData
 from recipes.registry import all_recipes
 from tests.recipes.offline import offline, wandb_runs  # noqa: F401
 
-TINY = ["--preset", "smoke", "--data.train_images", "64", "--data.val_images", "100", "--model.width", "4"]
+TINY = ["--preset", "smoke", "--data.train_images", "64", "--data.val_images", "100"]
 TINY += ["--data.classes", "4", "--data.each", "2"]
 
 

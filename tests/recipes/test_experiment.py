@@ -21,7 +21,7 @@ from recipes.images import ImageData
 @pytest.fixture
 def parts() -> Parts:
     data = ImageData(train_images=60, val_images=30, batch_size=20, shift=0)
-    return Parts(ImageClassifier(width=4), data, lbn.PreciseBNCallback(), lbn.BNStatsMonitor(), {})
+    return Parts(ImageClassifier(width=8), data, lbn.PreciseBNCallback(), lbn.BNStatsMonitor(), {})
 
 
 @pytest.fixture
@@ -34,6 +34,11 @@ def run(parts: Parts) -> Run:
 @pytest.mark.parametrize(("network", "layers"), [("resnet8", 9), ("resnet20", 21), ("plain20", 19)])
 def test_networks_have_as_many_bn_layers_as_they_say(network: str, layers: int) -> None:
     assert len(lbn.find_bn(ImageClassifier(network=network))) == layers
+
+
+def test_a_width_that_corrupts_the_heap_on_some_cpus_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be at least 8 but is 7"):
+        ImageClassifier(width=7)
 
 
 def test_the_hash_sees_one_bit_of_one_weight_and_no_buffer() -> None:
@@ -63,13 +68,13 @@ def test_a_cloud_holds_the_means_of_batches_under_the_weights_of_its_step(parts:
     trace.means = [torch.zeros(60)]
     cloud = batch_mean_cloud(parts, run, trace, batches=3)
     assert cloud.batch_means[1].shape == (3, len(cloud.channels))
-    assert cloud.channels[4] == ("network.block1.bn1", 0)
+    assert cloud.channels[8] == ("network.block1.bn1", 0)
 
     images = torch.cat([images for images, _ in parts.data.training_sample(60, torch.Generator())])
     stem = parts.model.get_submodule("network.conv")(images).transpose(0, 1).flatten(1)
-    assert cloud.batch_means[1][:, :4].mean(0) == pytest.approx(stem.mean(1).detach().numpy(), abs=1e-5)
-    assert cloud.std[1][:4] == pytest.approx(stem.std(1).detach().numpy(), rel=1e-3)
-    assert cloud.batch_means[1][:, :4].std(0).min() > 0, "three batches, three different means"
+    assert cloud.batch_means[1][:, :8].mean(0) == pytest.approx(stem.mean(1).detach().numpy(), abs=1e-5)
+    assert cloud.std[1][:8] == pytest.approx(stem.std(1).detach().numpy(), rel=1e-3)
+    assert cloud.batch_means[1][:, :8].std(0).min() > 0, "three batches, three different means"
 
 
 def test_a_sweep_starts_every_draw_from_the_checkpoint(parts: Parts, run: Run) -> None:

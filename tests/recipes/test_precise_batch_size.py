@@ -29,7 +29,7 @@ from recipes.registry import all_recipes
 from tests.recipes.offline import offline, wandb_runs  # noqa: F401
 
 TINY = ["--preset", "smoke", "--data.train_images", "120", "--data.val_images", "60", "--data.batch_size", "20"]
-TINY += ["--model.network", "resnet8", "--model.width", "4", "--nbs", "[20,2]", "--images", "60"]
+TINY += ["--model.network", "resnet8", "--nbs", "[20,2]", "--images", "60"]
 TINY += ["--batch_sizes", "[2,40]", "--draws", "2"]
 IMAGES = 10_000
 
@@ -41,7 +41,7 @@ def no_logger(nbs: int, seed: int) -> bool:
 def make(**settings: Any) -> Parts:
     data = ImageData(train_images=60, val_images=30, batch_size=20)
     quiet = {"max_epochs": 1, "enable_progress_bar": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return Parts(ImageClassifier(width=4), data, {**quiet, "enable_model_summary": False, **settings})
+    return Parts(ImageClassifier(width=8), data, {**quiet, "enable_model_summary": False, **settings})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from recipes.tolerance import Stops, plain, sweep_tolerances, tolerance_section
 def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
     monkeypatch.setattr(tolerance, "MOST", 1000)
     data = ImageData(train_images=400, val_images=50)
-    return sweep_tolerances(ImageClassifier(width=4), data, "model", [1e-9, 10.0], draws=2, say=lambda line: None)
+    return sweep_tolerances(ImageClassifier(width=8), data, "model", [1e-9, 10.0], draws=2, say=lambda line: None)
 
 
 def test_a_small_tolerance_takes_all_and_a_large_one_the_fewest_whose_spread_says_something(stops: Stops) -> None:
@@ -36,7 +36,7 @@ def test_the_noise_is_two_standard_deviations_of_one_estimate(error: float, with
 
 def test_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tolerance, "MOST", 200)
-    model = ImageClassifier(width=4)
+    model = ImageClassifier(width=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sweep_tolerances(model, ImageData(train_images=100, val_images=20), "model", [0.1], 1, lambda line: None)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
