@@ -33,12 +33,16 @@ recipes: setup ## every recipe in full
 	$(BIN)/python -m recipes.roi_head_leakage --preset full
 	$(BIN)/python -m recipes.shared_head --preset full
 
+# A process that dies ends the run, with its test's name, instead of being replaced. One that pytest-timeout (300 s)
+# cannot stop, because it no longer returns to Python, dies of faulthandler's.
+NO_HANG := --max-worker-restart 0 -o faulthandler_timeout=360 -o faulthandler_exit_on_timeout=true
+
 test: setup ## what CI runs: lint, types, docs, tests with coverage
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest --cov -n auto --dist loadfile
+	$(BIN)/pytest --cov -n auto --dist loadfile $(NO_HANG)
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
