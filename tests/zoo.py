@@ -151,7 +151,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "no affine": lambda: (cnn(nn.BatchNorm2d(8, affine=False)), images(8, 5)),
     "no bias": lambda: (_without_bias(), images(8, 5)),
     "momentum None": lambda: (cnn(nn.BatchNorm2d(8, momentum=None)), images(8, 5)),
-    "momentum 0": lambda: (cnn(nn.BatchNorm2d(8, momentum=0.0)), images(8, 5)),
     "lazy layer that has seen data": lambda: (_lazy(), images(8, 5)),
     "one value per channel": lambda: (
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),

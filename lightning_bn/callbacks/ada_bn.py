@@ -204,7 +204,7 @@ class AdaBNCallback(BatchNormCallback):
         self._put_back()
         self._domain = domain
         if self.online:
-            self._adapting = Adapting(self.prior_samples)
+            self._adapting = Adapting(self._adapted, self.prior_samples)
             self._handle = Handle(self._adapted.values(), self._adapting)
         else:
             statistics = self.results[domain]

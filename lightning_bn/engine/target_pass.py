@@ -72,6 +72,7 @@ def measure_target(
                 layers,
                 batches,
                 run,
+                of_training=False,
                 num_samples=num_samples,
                 count=lambda item: counted_by(count)(item[0]),
                 progress=progress_of(trainer, "AdaBN"),

@@ -96,7 +96,7 @@ def adapt_bn(
         (tensor([0.]), tensor([1.]))
     """
     require_whole("prior_samples", prior_samples, at_least=0)
-    chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress)
+    chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress, of_training=False)
     return Adaptation(chosen, statistics, prior_samples)
 
 

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.distributed.gather import gather_rows
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.functional.precise import Forward, call_model, estimable_layers, everything_in_eval
+from lightning_bn.functional.precise import Forward, call_model, estimable_layers
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers
+from lightning_bn.layers.modes import kept_in_eval
 from lightning_bn.layers.row_means import RowMeans
 from lightning_bn.statistics.leakage import comparable, icc, icc_noise, leading_components, permutation_test
 
@@ -114,7 +115,7 @@ def batch_leakage(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen, or in eval mode while the model is in "
             "train mode: they normalise with the population, through which nothing leaks."
         )
-    with everything_in_eval(model):
+    with kept_in_eval(list(model.modules())):
         found = measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch))
     if found is None:
         raise ValueError(

@@ -293,7 +293,7 @@ class _AllLevels(Behaviour):
     def __init__(self, levels: Levels) -> None:
         self._levels = levels
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         now = self._levels.now()
         if now is None or not by_batch(layer):
             return forward(input)

@@ -11,8 +11,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal, TypeAlias
 
@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.moments import merge_over_ranks, num_ranks, sum_over_ranks
+from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
 from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
+from lightning_bn.functional.pooled import NOTHING, AnotherRankFailedError, MicroBatch, Pooled, Tried
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.domain_specific import num_domains
 from lightning_bn.layers.in_lockstep import InLockstep
+from lightning_bn.layers.modes import flags_kept
 from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics, together
 
 BatchSize: TypeAlias = int | Literal["population"] | None
@@ -45,6 +46,7 @@ def measure(
     batches: Iterable[Any],
     run: Callable[[Any], Any],
     *,
+    of_training: bool = True,
     batch_size: BatchSize = None,
     num_samples: int | None = None,
     tolerance: float | None = None,
@@ -61,18 +63,22 @@ def measure(
         layers: Qualified name -> layer.
         batches: This rank's batches.
         run: Runs the model on one batch.
+        of_training: Measure what would have moved the running statistics in training: layers begin each batch in train
+            mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure what
+            the layers are given in evaluation, in the modes they have.
         batch_size: Samples of all ranks to normalise together.
         num_samples: Stop after so many samples of all ranks; None takes all batches.
         tolerance: Stop as soon as the standard errors of every layer are below it.
         memory_limit: Bytes that waiting micro-batches may take on each rank.
         at_most: Rather than more than this share of the memory that is free, take a smaller ``batch_size``.
-        say: Told that it was so.
+        say: Told that it was so, and of batches that were left out.
         tried: What an earlier measurement of the model has shown of its micro-batches.
         count: Samples in a batch.
         progress: Display to show the progress on.
 
     Raises:
-        ValueError: If there was no batch, no layer was reached, or a layer received non-finite values.
+        ValueError: If there was no batch, no layer was reached, or all batches gave a layer non-finite values.
+        TypeError: If a layer's forward makes no ``batch_norm`` call.
         LockstepError: If batches cannot be normalised together.
         MemoryError: If the memory that is free does not suffice for that.
     """
@@ -81,52 +87,131 @@ def measure(
         raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
     device, dtype = _home(layers)
     parts = _with_domains(layers)
-    seen = Accumulator({name: layer.num_features for name, layer in parts.items()}, device, dtype)
-    mode = InLockstep(layers, seen)
-    pooled = Pooled(parts, mode, seen, run, device, memory_limit, tried or Tried())
+    channels = {name: layer.get_buffer("running_mean").numel() for name, layer in parts.items()}
+    seen = Accumulator(channels, device, dtype)
+    mode = InLockstep(layers, seen, of_training)
     wanted = inf if batch_size == "population" else batch_size or 0
-    samples = batches_seen = normalizations = 0
     told = False
     look_again = _SPREAD
+    taken = _Taken()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Handle(layers.values(), mode))
+        flags = stack.enter_context(flags_kept(layers.values(), training=True if of_training else None))
+        pooled = Pooled(channels, mode, seen, flags, run, device, memory_limit, tried or Tried())
         advance = stack.enter_context((progress or no_progress)(num_samples))
-        rounds = _rounds(batches, num_samples, count, layers, wanted, device)
+        rounds = _Rounds(batches, num_samples, count, layers, wanted, device)
         for first in rounds:
             most = inf
-            if (
-                first.small
-                and at_most is not None
-                and first.everywhere * (most := pooled.most(first, at_most)) < wanted
-                and not told
-            ):
-                say(_less(wanted, first, int(most), pooled))
-                told = True
+            if first.small and at_most is not None:
+                most = pooled.most(first, at_most)
+                if first.everywhere * most < wanted and not told:
+                    say(_less(wanted, first, int(most), pooled))
+                    told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)
-                together, normalizations = group.taken, normalizations + 1
+                taken.add(group.taken, normalizations=1)
             else:
                 mode.counts = first.counts
-                if first.batch is not NOTHING:
-                    run(first.batch)
-                together, normalizations = [first], normalizations + first.ranks
+                flags.reset()
+                with rounds.failing_together():
+                    if first.batch is not NOTHING:
+                        run(first.batch)
+                taken.add([first], normalizations=first.ranks)
                 advance(first.everywhere)
             seen.end_of_batch()
-            samples += sum(m.everywhere for m in together)
-            batches_seen += sum(m.ranks for m in together)
-            if tolerance is not None and normalizations >= look_again:
-                look_again = math.ceil(1.1 * normalizations)  # a look costs, and each could be lucky
+            if tolerance is not None and taken.normalizations >= look_again:
+                look_again = math.ceil(1.1 * taken.normalizations)  # a look costs, and each could be lucky
+                rounds.agree()
                 if _largest_error(_statistics(seen, device)) < tolerance:
                     break
+        rounds.agree()
         statistics = _statistics(seen, device)
-        _refuse_unusable(statistics, layers)
-        statistics = _with_domains_folded(statistics, layers)
-        return PopulationStatistics(statistics, samples, batches_seen, samples / normalizations, pooled.spilled)
+        left_out = _LeftOut.of(taken, seen, pooled, device)
+        _refuse_unusable(statistics, layers, left_out)
+        if left_out.batches:
+            say(left_out.message())
+        samples = taken.samples - left_out.samples
+        return PopulationStatistics(
+            _with_domains_folded(statistics, layers),
+            samples,
+            taken.batches - left_out.batches,
+            samples / (taken.normalizations - left_out.normalizations),
+            pooled.spilled,
+            left_out.batches,
+        )
+
+
+class _Taken:
+    """What was shown to the model so far.
+
+    Attributes:
+        samples: Samples of all ranks.
+        batches: Batches of all ranks.
+        normalizations: Normalization batches of all ranks.
+        own: Number and samples of this rank's first batch in each merge.
+    """
+
+    def __init__(self) -> None:
+        self.samples = self.batches = self.normalizations = 0
+        self.own: list[tuple[int, int]] = []
+
+    def add(self, together: Sequence[MicroBatch], normalizations: int) -> None:
+        """Add batches that were merged together."""
+        self.samples += sum(m.everywhere for m in together)
+        self.batches += sum(m.ranks for m in together)
+        self.normalizations += normalizations
+        self.own.append((together[0].number, together[0].samples))
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Batches that gave a layer non-finite values.
+
+    Attributes:
+        samples: Their samples, of all ranks.
+        batches: How many there are on all ranks.
+        normalizations: How many of them were normalized by themselves.
+        first: Number of the first of them, and the layer that was given such values first.
+    """
+
+    samples: int
+    batches: int
+    normalizations: int
+    first: tuple[int, str] | None
+
+    @classmethod
+    def of(cls, taken: _Taken, seen: Accumulator, pooled: Pooled, device: torch.device) -> _LeftOut:
+        """Those of all ranks."""
+        alone = [(*taken.own[place], layer) for place, layer in seen.nonfinite().items()]
+        own = [*alone, *((m.number, m.samples, layer) for m, layer in pooled.left_out)]
+        samples = sum(samples for _, samples, _ in own)
+        samples, batches, normalizations = sum_over_ranks([samples, len(own), len(alone)], device)
+        if not batches:
+            return cls(0, 0, 0, None)
+        names = list(seen.channels)
+        number, _, layer = min(own, default=(-_NEVER, 0, names[0]))
+        (first,) = max_over_ranks([-number], device)
+        (place,) = max_over_ranks([names.index(layer) if number == -first else -1], device)
+        return cls(samples, batches, normalizations, (-first, names[place]))
+
+    def message(self) -> str:
+        """What to say of them."""
+        assert self.first is not None
+        number, layer = self.first
+        others = f", and so are {self.batches - 1} others" if self.batches > 1 else ""
+        return (
+            f"Batch {number} of a pass over data is left out of the statistics{others}: it gives layer {layer!r} "
+            "non-finite values, or such whose squares overflow."
+        )
+
+
+_NEVER = 2**62
+"""More than there are batches."""
 
 
 class _Group:
@@ -164,34 +249,71 @@ class _Group:
         self._shown = done
 
 
-def _rounds(
-    batches: Iterable[Any],
-    num_samples: int | None,
-    count: Count | None,
-    layers: Mapping[str, _BatchNorm],
-    wanted: float,
-    device: torch.device,
-) -> Iterator[MicroBatch]:
-    """This rank's batches, one for each that any rank has."""
-    samples = 0
-    batch = NOTHING
-    count = counted_by(count)
-    iterator = iter(batches)
-    while num_samples is None or samples < num_samples:
-        fresh = next(iterator, NOTHING)
-        counts = fresh is not NOTHING
-        batch = fresh if counts else batch
-        own = count(batch) if counts else 0
-        ready, more, small = sum_over_ranks([counts, own, counts and own < wanted], device)
-        if not ready:
-            return
-        if not samples and ready < num_ranks() and any(isinstance(m, SyncBatchNorm) for m in layers.values()):
-            raise ValueError(
-                f"Only {ready} of {num_ranks()} ranks have a batch, and the SyncBatchNorm layers of one rank wait "
-                "for those of all others: give every rank at least one batch."
-            )
-        samples += more
-        yield MicroBatch(batch, counts, own, more, ready, bool(small))
+class _Rounds:
+    """This rank's batches, one for each that any rank has; rounds in which all are empty are skipped.
+
+    Ranks fail together: one that raises while it fetches or runs a batch tells the others, which raise as well.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        num_samples: int | None,
+        count: Count | None,
+        layers: Mapping[str, _BatchNorm],
+        wanted: float,
+        device: torch.device,
+    ) -> None:
+        self._batches, self._num_samples, self._count = iter(batches), num_samples, counted_by(count)
+        self._wanted, self._device = wanted, device
+        self._synced = any(isinstance(m, SyncBatchNorm) for m in layers.values())
+        self._rounds = self._all()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self._rounds
+
+    def agree(self, ready: bool = False, samples: int = 0, small: bool = False, failed: bool = False) -> list[int]:
+        """What all ranks have: batches, samples, small batches.
+
+        Raises:
+            AnotherRankFailedError: If it is so.
+        """
+        *found, failures = sum_over_ranks([ready, samples, small, failed], self._device)
+        if failures and not failed:
+            raise AnotherRankFailedError
+        return found
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tell the other ranks of an error, where they come next."""
+        try:
+            yield
+        except BaseException:
+            if num_ranks() > 1:
+                self.agree(failed=True)
+            raise
+
+    def _all(self) -> Iterator[MicroBatch]:
+        samples, batch = 0, NOTHING
+        for number in itertools.count():
+            if self._num_samples is not None and samples >= self._num_samples:
+                return
+            with self.failing_together():
+                fresh = next(self._batches, NOTHING)
+                counts = fresh is not NOTHING
+                own = self._count(fresh) if counts else 0
+            batch = fresh if counts else batch
+            ready, more, small = self.agree(counts, own, counts and own < self._wanted)
+            if not ready:
+                return
+            if not samples and ready < num_ranks() and self._synced:
+                raise ValueError(
+                    f"Only {ready} of {num_ranks()} ranks have a batch, and the SyncBatchNorm layers of one rank wait "
+                    "for those of all others: give every rank at least one batch."
+                )
+            samples += more
+            if more:
+                yield MicroBatch(batch, number, counts, own, more, ready, bool(small))
 
 
 def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
@@ -217,8 +339,8 @@ def _statistics(seen: Accumulator, device: torch.device) -> dict[str, LayerStati
     """What the layers were shown so far on all ranks."""
     of_all = copy.copy(seen)
     of_all.values, of_all.spread = merge_over_ranks(seen.values), merge_over_ranks(seen.spread)
-    of_all.calls = dict(zip(seen.calls, sum_over_ranks(list(seen.calls.values()), device), strict=True))
-    return of_all.statistics()
+    calls = seen.calls
+    return of_all.statistics(dict(zip(calls, sum_over_ranks(list(calls.values()), device), strict=True)))
 
 
 def _with_domains(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
@@ -243,22 +365,25 @@ def _with_domains_folded(
     return found
 
 
-def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str]) -> None:
+def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: _LeftOut) -> None:
     """Raise, on every rank alike, for statistics that no layer can normalise with.
 
     Raises:
         ValueError: Naming the layer, and what to do.
     """
-    if not statistics:
-        raise ValueError(
-            f"No batch reached a BatchNorm layer of {', '.join(layers)}: is the iterable of batches empty, or does "
-            "the forward go round them?"
-        )
     bad = [name for name, s in statistics.items() if not (s.mean.isfinite().all() and s.var.isfinite().all())]
+    if left_out.first is not None and not statistics:
+        bad = [left_out.first[1]]
     if bad:
         raise ValueError(
-            f"Layer {bad[0]!r} received non-finite values, or such whose squares overflow ({len(bad)} of "
-            f"{len(statistics)} layers did), so no statistics were written. Look at the batches and the weights."
+            f"Layer {bad[0]!r} received non-finite values, or such whose squares overflow, in every batch, so no "
+            "statistics were written. Look at the batches and the weights."
+        )
+    if not statistics:
+        raise ValueError(
+            f"No batch reached a BatchNorm layer of {', '.join(layers)} in a way that training would track (in train "
+            "mode, with track_running_stats and a momentum other than 0): is the iterable of batches empty, or does "
+            "the forward go round them?"
         )
     single = [name for name, s in statistics.items() if s.count < 2]
     if single:

@@ -77,4 +77,4 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
                 f"Layer {name!r} has domains (domain_bn), which say by themselves which statistics evaluation uses: "
                 "leave it out by layers=, or undo() that handle first."
             )
-    return MiniBatchHandle(chosen.values(), MiniBatch())
+    return MiniBatchHandle(chosen.values(), MiniBatch(chosen))

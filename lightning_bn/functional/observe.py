@@ -74,8 +74,9 @@ class Observer:
             self._judge_accuracy()
         reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
         self._direct.update(reasons)
-        observed = Observed()
-        handle = Handle((self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL), observed)
+        measured = {name: self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL}
+        observed = Observed(measured)
+        handle = Handle(measured.values(), observed)
         self._observed = observed, handle, reasons
         self._recovery.before_batch()
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank
+from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
 from lightning_bn.functional.memory import Alive, Room, free_memory
 from lightning_bn.functional.thread_state import random_streams
 from lightning_bn.layers.in_lockstep import Arrive, Brought, InLockstep
+from lightning_bn.layers.modes import LayerFlags
 from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.population import Accumulator
 
@@ -44,6 +44,7 @@ class MicroBatch:
 
     Attributes:
         batch: The batch.
+        number: Its place among this rank's batches; the first is 0.
         counts: False for one that is only there to keep other ranks company.
         samples: Samples in it, on this rank.
         everywhere: Samples of all ranks at the same time.
@@ -52,11 +53,23 @@ class MicroBatch:
     """
 
     batch: Any
+    number: int
     counts: bool
     samples: int
     everywhere: int
     ranks: int
     small: bool
+
+
+class AnotherRankFailedError(RuntimeError):
+    """Another rank failed in a pass that all ranks run together."""
+
+    def __init__(self) -> None:
+        super().__init__("Another rank failed in the pass; its error says why.")
+
+
+class NotEnoughMemoryError(MemoryError):
+    """Micro-batches that wait for each other would need more memory than is free; none was taken yet."""
 
 
 class Needs(NamedTuple):
@@ -114,33 +127,40 @@ class Pooled:
     statistics, to see that the others did not influence it.
 
     Args:
-        layers: Qualified name -> layer.
+        layers: Qualified name -> number of channels.
         mode: What these layers do.
         seen: Where the statistics go.
+        flags: Of these layers.
         run: Runs the model on one batch.
         device: Where it runs.
         memory_limit: Bytes that waiting micro-batches may take on each rank; what is beyond goes to the host's memory
             or to disk. By default it is an error to need more than is free.
         tried: What is known already, and where to put what is found out.
+
+    Attributes:
+        left_out: This rank's micro-batches that gave a layer non-finite values, and that layer.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, int],
         mode: InLockstep,
         seen: Accumulator,
+        flags: LayerFlags,
         run: Callable[[Any], Any],
         device: torch.device,
         memory_limit: int | None,
         tried: Tried,
     ) -> None:
-        self._layers, self._mode, self._seen, self._run = layers, mode, seen, run
+        self._layers, self._mode, self._seen, self._flags, self._run = layers, mode, seen, flags, run
         self._device = device
         self._numbers = {name: number for number, name in enumerate(layers)}
         self._room = None if memory_limit is None else Room(memory_limit)
         self._first: _First | None = None
         self._tried = tried
         self._over = False
+        self._finite: list[tuple[str, Tensor]] = []
+        self.left_out: list[tuple[MicroBatch, str]] = []
 
     @property
     def spilled(self) -> int:
@@ -149,7 +169,7 @@ class Pooled:
 
     def needs(self, own: MicroBatch) -> Needs:
         """What the first micro-batch needs, found out by running it alone."""
-        if own.batch is NOTHING:
+        if own.batch is NOTHING or not own.samples:
             return Needs(0, 1, 0)
         if self._tried.needs is None:
             alive, seen = Alive(), [0]
@@ -161,7 +181,7 @@ class Pooled:
             first = _First(own.batch)
             with self._arriving(arrive), alive:
                 self._alone(first)  # with a copy of the batch, which counts
-            self._tried.needs = Needs(max(seen), max(own.samples, 1), len(seen) - 1)
+            self._tried.needs = Needs(max(seen), own.samples, len(seen) - 1)
         return self._tried.needs
 
     def most(self, own: MicroBatch, share: float) -> int:
@@ -181,11 +201,32 @@ class Pooled:
 
         Raises:
             LockstepError: If they come to different layers, or influence each other.
-            MemoryError: If they need more memory than is free, and no ``memory_limit`` was given.
+            NotEnoughMemoryError: If they need more memory than is free, and no ``memory_limit`` was given.
         """
         going: list[MicroBatch] = []
+        met = self._run_together(micro_batches, going, progress)
+        while (culprits := self._culprits(going)) is not None:
+            self._seen.discard()
+            bad = {m.number for m in culprits}
+            going, left = [], [m for m in going if m.number not in bad]
+            some_left, *_ = sum_over_ranks([sum(m.counts for m in left)], self._device)
+            if not some_left:
+                return
+            met = self._run_together(left, going, progress)
+        if not self._tried.independent:
+            with self._on_all_ranks():
+                if self._first:
+                    self._verify(self._first, met)
+            self._tried.independent, self._first = True, None
+        progress(1.0)
+
+    def _run_together(
+        self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch], progress: Callable[[float], None]
+    ) -> list[_Meeting]:
+        """Run micro-batches together; what the first one brought and was given."""
         met: list[_Meeting] = []
         done = 0
+        self._finite, self._first = [], None
 
         def answer(name: str, brought: list[Brought]) -> Sequence[tuple[Tensor, Tensor]]:
             nonlocal done
@@ -193,24 +234,34 @@ class Pooled:
             if not self._tried.independent:
                 met.append(_Meeting(name, brought[0], *pooled))
             done += 1
-            progress(min(done / self.needs(going[0]).arrivals, 1.0))
+            progress(min(done / max(self.needs(going[0]).arrivals, done), 1.0))
             return [pooled] * len(going)
 
         lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
         with (
             self._on_all_ranks(),
             self._taking_all(micro_batches),
-            self._arriving(self._spilling(lockstep.arrive)),
+            self._arriving(self._with_own_flags(self._spilling(lockstep.arrive))),
         ):
             lockstep.run(self._functions(micro_batches, going))
             if not going:
                 self._keep_company()
-        if not self._tried.independent:
-            with self._on_all_ranks():
-                if self._first:
-                    self._verify(self._first, met)
-            self._tried.independent, self._first = True, None
-        progress(1.0)
+        return met
+
+    def _culprits(self, going: Sequence[MicroBatch]) -> list[MicroBatch] | None:
+        """This rank's micro-batches that brought non-finite values where any of any rank did first; None without any.
+
+        At later layers all have them. One question to the device for all layers.
+        """
+        finite = torch.stack([row for _, row in self._finite]).tolist() if self._finite else []
+        first = next((i for i, row in enumerate(finite) if not all(row)), _FINISHED)
+        (minus_first,) = max_over_ranks([-first], self._device)
+        if minus_first == -_FINISHED:
+            return None
+        name = self._finite[first][0] if first == -minus_first else ""
+        culprits = [m for m, ok in zip(going, finite[first], strict=True) if not ok] if name else []
+        self.left_out += [(m, name) for m in culprits]
+        return culprits
 
     def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
         """Micro-batches as functions to run, as long as there is memory for them."""
@@ -224,7 +275,7 @@ class Pooled:
             samples = sum(m.samples for m in going)
             expected = needs.num_bytes * samples / needs.samples
             if self._room is None and expected > free:
-                raise MemoryError(
+                raise NotEnoughMemoryError(
                     f"{len(going)} micro-batches of {samples} samples (on this rank) will keep about {expected:,.0f} "
                     f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller batch_size, or "
                     "memory_limit=, the bytes above which those that wait are put to disk."
@@ -233,12 +284,13 @@ class Pooled:
 
     def _function(self, batch: Any) -> Callable[[], Any]:
         def function() -> None:
+            self._flags.reset()
             if self._room is None:
-                self._run(batch)
+                self._run(_copied(batch))  # a step may change it, and it may have to run again
             else:
                 with self._room.keep_track() as alive:
                     _ALIVE.set(alive)
-                    self._run(batch)
+                    self._run(_copied(batch))
 
         return function
 
@@ -255,15 +307,31 @@ class Pooled:
 
         return waiting
 
+    def _with_own_flags(self, arrive: Arrive) -> Arrive:
+        """Wait, and go on with the layers' flags as they were: others set theirs meanwhile."""
+
+        def arriving(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+            flags = self._flags.now()
+            answer = arrive(name, brought)
+            self._flags.set(flags)
+            return answer
+
+        return arriving
+
     def _pool(self, name: str, brought: Sequence[Brought]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of what all micro-batches of all ranks bring to a layer."""
-        self._where_all_are(self._numbers[name])
-        return self._merged(name, _together(brought, self._seen.home))
+        counts = all(b.counts for b in brought)
+        if not counts and any(b.counts for b in brought):
+            raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {_WAY_OUT}")
+        self._where_all_are(self._numbers[name] + (0 if counts else len(self._numbers)))
+        pooled, finite = _together(brought, self._seen.home)
+        self._finite.append((name, finite))
+        return self._merged(name, pooled, counts)
 
-    def _merged(self, name: str, own: Moments) -> tuple[Tensor, Tensor]:
+    def _merged(self, name: str, own: Moments, counts: bool) -> tuple[Tensor, Tensor]:
         pooled = merge_over_ranks(own)
         count = int(pooled.count.flatten()[0])
-        if count and own_rank() == 0:  # else all ranks would count what they have in common
+        if counts and count and own_rank() == 0:  # else all ranks would count what they have in common
             mean, var = self._seen.slot(name, count)
             mean.copy_(pooled.mean)
             var.copy_(pooled.var * (count / max(count - 1, 1)))
@@ -272,9 +340,9 @@ class Pooled:
     def _keep_company(self) -> None:
         """What a rank without micro-batches does."""
         names = list(self._layers)
-        while (number := self._where_all_are(_ABSENT)) < len(names):
-            name = names[number]
-            self._merged(name, Moments.empty(self._layers[name].num_features, self._seen.home))
+        while (number := self._where_all_are(_ABSENT)) < 2 * len(names):
+            name = names[number % len(names)]
+            self._merged(name, Moments.empty(self._layers[name], self._seen.home), number < len(names))
 
     def _verify(self, first: _First, met: Sequence[_Meeting]) -> None:
         """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
@@ -295,6 +363,7 @@ class Pooled:
 
     def _alone(self, first: _First) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
+        self._flags.reset()
         with first.random_numbers(), next(random_streams()).entered():
             self._run(_copied(first.batch))
 
@@ -342,17 +411,18 @@ class Pooled:
 
         Raises:
             LockstepError: If they are at different ones.
-            RuntimeError: If a rank has failed.
+            AnotherRankFailedError: If a rank has failed.
         """
         present = own != _ABSENT
         last, minus_first = max_over_ranks([own, -own if present else -_FAILED], self._device)
         self._over = last >= _FINISHED or last != -minus_first
         if last == _FAILED:
-            raise RuntimeError("Another rank failed in the pass; its error says why.")
+            raise AnotherRankFailedError
         if last == _DIVERGED:
             raise LockstepError("Micro-batches of another rank cannot go in lockstep; its error says why.")
         if last != -minus_first:
-            first, second = (list(self._layers)[n] if n < _FINISHED else "their end" for n in (-minus_first, last))
+            names = list(self._layers)
+            first, second = (names[n % len(names)] if n < _FINISHED else "their end" for n in (-minus_first, last))
             raise LockstepError(
                 f"Ranks diverge: micro-batches are at {first} on one and at {second} on another. {_WAY_OUT}"
             )
@@ -368,13 +438,17 @@ def _copied(batch: Any) -> Any:
     return copy.deepcopy(batch, {id(t): t.clone() for t in tree_leaves(batch) if isinstance(t, Tensor)})
 
 
-def _together(brought: Sequence[Brought], home: torch.device) -> Moments:
-    """Moments of what several micro-batches bring, in one go; the count stays on the CPU, where it is known."""
+def _together(brought: Sequence[Brought], home: torch.device) -> tuple[Moments, Tensor]:
+    """Moments of what several micro-batches bring, in one go, and which of them are finite, ``(k,)``.
+
+    The count stays on the CPU, where it is known.
+    """
     count = torch.tensor([[float(b.values)] for b in brought], dtype=torch.float64)
     mean, var = (torch.stack([getattr(b, part) for b in brought]).to(home).double() for part in ("mean", "var"))
     share = (count / count.sum().clamp(min=1)).to(home)
     pooled = (share * mean).sum(0)
-    return Moments(count.sum(), pooled, (share * (var + (mean - pooled).square())).sum(0) * float(count.sum()))
+    moments = Moments(count.sum(), pooled, (share * (var + (mean - pooled).square())).sum(0) * float(count.sum()))
+    return moments, (mean.isfinite() & var.isfinite()).all(1)
 
 
 def _differ(then: _Meeting, now: Brought) -> bool:

@@ -21,6 +21,7 @@ from lightning_bn.functional.samples import Count
 from lightning_bn.layers.domain_specific import STATISTICS
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
+from lightning_bn.layers.modes import kept_in_eval
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
 
 T = TypeVar("T", bound=nn.Module)
@@ -123,6 +124,7 @@ def measure_model(
     batch_size: BatchSize = None,
     tolerance: float | None = None,
     memory_limit: int | None = None,
+    of_training: bool = True,
 ) -> tuple[dict[str, _BatchNorm], PopulationStatistics]:
     """The layers that `precise_bn` estimates, and what it measures. Writes nothing.
 
@@ -137,11 +139,12 @@ def measure_model(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen (by freeze_bn or BaseFinetuning, or "
             "in eval mode while the model is in train mode): there are no statistics to recompute."
         )
-    with everything_in_eval(model):
+    with kept_in_eval([m for m in model.modules() if m not in set(chosen.values())]):
         return chosen, measure(
             chosen,
             batches,
             run=lambda batch: (forward or call_model)(model, batch),
+            of_training=of_training,
             batch_size=batch_size,
             num_samples=num_samples,
             tolerance=tolerance,
@@ -209,19 +212,6 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@contextlib.contextmanager
-def everything_in_eval(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and in its own again on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_mode import BatchMode, lent
+from lightning_bn.layers.batch_mode import BatchMode
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaves
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.statistics.moments import Moments, batch_statistics
+from lightning_bn.statistics.moments import Moments
 from lightning_bn.statistics.prior import with_prior
 
 
@@ -20,7 +22,7 @@ class Adapted(Behaviour):
 
     name = "adapted"
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Do as ever."""
         return forward(input)
 
@@ -31,6 +33,7 @@ class Adapting(Behaviour):
     As long as no more than one value per channel came, which has no variance, it is the stored statistics.
 
     Args:
+        layers: Qualified name -> layer.
         prior_samples: How many samples the stored statistics are worth.
 
     Attributes:
@@ -40,33 +43,39 @@ class Adapting(Behaviour):
 
     name = "adapting"
 
-    def __init__(self, prior_samples: int) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm], prior_samples: int) -> None:
+        self._names = {layer: name for name, layer in layers.items()}
         self.prior_samples = prior_samples
         self.samples = self.nonfinite = 0
         self._seen: dict[_BatchNorm, tuple[int, Moments]] = {}
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Add ``input`` to what was seen, and normalise it with all of that."""
-        stored_mean, stored_var = layer.running_mean, layer.running_var
-        if layer.training or stored_mean is None or stored_var is None or behaves(layer, Frozen, BatchMode):
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Add what the layer's ``batch_norm`` call is given to what was seen, and normalize it with all of that."""
+        if layer.training or layer.running_mean is None or behaves(layer, Frozen, BatchMode):
             return forward(input)
-        count = input.numel() // layer.num_features
-        if count:
-            self._add(layer, input, count)
+
+        def instead(call: BatchNormCall) -> Tensor:
+            return call.run() if call.training else self._adapted(layer, call)
+
+        return with_batch_norm(instead, self._names[layer], forward, input)
+
+    def _adapted(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
+        stored_mean, stored_var = call.running_mean, call.running_var
+        if call.values:
+            self._add(layer, call)
         total, seen = self._seen.get(layer, (0, None))
-        if seen is None or total < 2:
-            return forward(input)
+        if seen is None or total < 2 or stored_mean is None or stored_var is None:
+            return call.run()
         mean, var = (
             with_prior(source.double(), target, self.prior_samples, self.samples).to(source.dtype)
             for source, target in ((stored_mean, seen.mean), (stored_var, seen.var))
         )
-        return lent(layer, forward, input, False, mean, var)
+        return call._replace(running_mean=mean, running_var=var).run()
 
-    def _add(self, layer: _BatchNorm, input: Tensor, count: int) -> None:
-        mean, var = batch_statistics(input)
-        if not torch.stack([mean, var]).isfinite().all():
+    def _add(self, layer: _BatchNorm, call: BatchNormCall) -> None:
+        moments = Moments.of(call.input)
+        if not torch.stack([moments.mean, moments.m2]).isfinite().all():
             self.nonfinite += 1
             return
-        moments = Moments(mean.new_tensor(count).double(), mean.double(), var.double() * count)
         before, seen = self._seen.get(layer, (0, None))
-        self._seen[layer] = before + count, moments if seen is None else seen + moments
+        self._seen[layer] = before + call.values, moments if seen is None else seen + moments

@@ -1,82 +1,165 @@
-"""Batch mode: the layer normalises each input with that input's own statistics, and reports them.
+"""Batch mode: the layer normalizes each input with that input's own statistics, and reports them.
 
 Where torch's training kernel is accurate, it is lent scratch buffers with momentum 1, so that the batch statistics
-come out of the normalisation itself and nothing is read twice. Elsewhere the statistics are taken first, and lent to
-the layer as its stored ones while its own forward runs in eval mode. Either way the layer's own buffers are never
-written, and every subclass works whose forward honours modes and buffers.
+come out of the normalization itself and nothing is read twice. Elsewhere the statistics are taken first, and used for
+the normalization. Either way the layer's own buffers are never written: torch's own classes are answered with their
+known computation, and the forward of any other class gets copies of its buffers to write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks
+from lightning_bn.layers.batch_norm_call import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaviours_of
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
 
 
 class BatchMode(Behaviour):
-    """Normalise each input with its own batch statistics, in any mode of the layer, and put them into slots.
+    """Normalize each input with its own batch statistics, and put those of the inputs that count into slots.
 
     Args:
         layers: Qualified name -> layer.
         seen: Where the statistics go.
+        of_training: Which inputs count: those that would have moved the layer's running statistics in training; a call
+            in eval mode then uses the stored ones. If False, the inputs of all calls, whatever the mode.
     """
 
     name = "in batch mode"
 
-    def __init__(self, layers: dict[str, _BatchNorm], seen: Accumulator) -> None:
+    def __init__(self, layers: dict[str, _BatchNorm], seen: Accumulator, of_training: bool = True) -> None:
         self._names = {layer: name for name, layer in layers.items()}
         self._seen = seen
+        self._of_training = of_training
+        self._plain = {layer for layer in layers.values() if _own_class(layer) in PLAIN}
+        self._calling: set[_BatchNorm] = set()
+        self._buffers = {layer: dict(layer._buffers) for layer in layers.values()}
         self.counts = True
         """Whether what the layers are shown counts; a forward run only to keep other ranks company does not."""
 
     def name_of(self, layer: _BatchNorm, domain: int | None = None) -> str:
         """Under which name a layer's statistics go, those of a domain under one of their own."""
-        domains = (domain, *(b.domain(layer) for b in behaviours_of(layer)))
-        return of_domain(self._names[layer], next((d for d in domains if d is not None), None))
+        behaviours = behaviours_of(layer)
+        if domain is None and len(behaviours) > 1:
+            domain = next((d for b in behaviours if (d := b.domain(layer)) is not None), None)
+        return of_domain(self._names[layer], domain)
 
     def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
         """Put the statistics of one domain's part of an input into a slot; the layer is not run."""
         count = input.numel() // layer.num_features
         if self.counts and count:
-            mean, var = batch_statistics(input.detach())
-            slot = self._seen.slot(self.name_of(layer, domain), count)
-            slot[0].copy_(mean)
-            slot[1].copy_(var * (count / max(count - 1, 1)))
+            self._fill(self._seen.slot(self.name_of(layer, domain), count), *batch_statistics(input.detach()), count)
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Normalise ``input`` with its own statistics; an input without rows has none, and needs none."""
-        count = input.numel() // layer.num_features
-        group = cast("ProcessGroup | None", layer.process_group) if isinstance(layer, SyncBatchNorm) else None
-        synced = isinstance(layer, SyncBatchNorm)  # in train mode its own forward insists on CUDA and a batch counter
-        slot = self._seen.slot(self.name_of(layer), count) if self.counts and count else None
-        stored = cast(Tensor, layer._buffers["running_mean"])
-        if slot and count > 1 and slot[0].dtype == stored.dtype and not synced and may_use_kernel(input):
-            output = lent(layer, forward, input, True, *slot, momentum=1.0)
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Normalize what the layer's ``batch_norm`` call is given with its own statistics."""
+        own = vars(layer)
+        if self._of_training and not own["training"]:  # set by the step: it uses the stored statistics here
+            return forward(input)
+        if layer in self._plain and len(behaviours_of(layer)) == 1:
+            return self._answer(layer, plain_call(layer, input))
+        output = self._watched(layer, forward, input)
+        if layer in self._calling:
+            return output
+        # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input
+        if not _is_plain(layer, input, output):
+            raise_unseen(self._names[layer])
+        self._plain.add(layer)
+        return self._answer(layer, plain_call(layer, input))
+
+    def _watched(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        own, buffers = vars(layer), layer._buffers
+        training, synced = own["training"], isinstance(layer, SyncBatchNorm)
+        # a subclass may count batches and write its statistics itself: it does so to copies
+        copies = {key: value if value is None else value.clone() for key, value in self._buffers[layer].items()}
+
+        def instead(call: BatchNormCall) -> Tensor:
+            self._calling.add(layer)
+            if synced and training:
+                own["training"], call = True, call._replace(training=True)
+            output = self._answer(layer, call)
+            buffers.update(copies)  # a forward that this one has waited for had its own there
+            return output
+
+        buffers.update(copies)
+        if synced:  # in train mode its own forward insists on CUDA, before it comes to its call
+            own["training"] = False
+        try:
+            return with_batch_norm(instead, self._names[layer], forward, input, required=False)
+        finally:
+            buffers.update(self._buffers[layer])
+            if synced:
+                own["training"] = training
+
+    def _answer(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
+        if self._of_training and not call.training:
+            return call.run()
+        return self._normalize(layer, call, counts=not self._of_training or tracks(layer, call))
+
+    def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
+        """Normalize an input with its own statistics; an input without rows has none, and needs none."""
+        input, count = call.input, call.values
+        slot = self._slot(layer, call) if counts and self.counts and count else None
+        synced = isinstance(layer, SyncBatchNorm)
+        dtype = (input if call.weight is None else call.weight).dtype
+        if slot and count > 1 and slot[0].dtype == dtype and not synced and may_use_kernel(input):
+            output = F.batch_norm(input, *slot, call.weight, call.bias, True, 1.0, call.eps)
             if kernel_was_accurate(input, *slot):
                 return output
         with torch.no_grad():  # the user's forward may have gradients of its own
-            mean, var = batch_statistics(input) if count else input.new_zeros(2, layer.num_features)
+            mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
             if slot:
-                slot[0].copy_(mean)
-                slot[1].copy_(var * (count / max(count - 1, 1)))
+                self._fill(slot, mean, var, count)
         if synced:
             weight = mean.new_tensor(count * self.counts).double()
+            group = cast("ProcessGroup | None", layer.process_group)
             pooled = merge_over_ranks(Moments(weight, mean.double(), var.double() * weight), group)
             mean, var = pooled.mean, pooled.var
-        elif count > 1 and stored.element_size() == 2:
-            # 16-bit buffers would round the statistics before they are used: the kernel takes its own once more
-            return lent(layer, forward, input, True, None, None)
-        return lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
+        elif count > 1 and dtype.itemsize == 2:
+            return call.normalize_by_itself()  # as torch does in training: bit by bit what the next layers train on
+        return call.normalize_with(mean, var)
+
+    def _slot(self, layer: _BatchNorm, call: BatchNormCall) -> tuple[Tensor, Tensor]:
+        name = self.name_of(layer)
+        self._check_channels(name, call)
+        return self._seen.slot(name, call.values)
+
+    def _check_channels(self, name: str, call: BatchNormCall) -> None:
+        stored, given = self._seen.channels[name], call.input.shape[1]
+        if stored != given:
+            raise TypeError(
+                f"Layer {name!r} stores statistics of {stored} channels, and its forward normalizes {given}: which of "
+                "them belong together cannot be told. Leave it out by layers=."
+            )
+
+    @staticmethod
+    def _fill(slot: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, count: int) -> None:
+        slot[0].copy_(mean)
+        slot[1].copy_(var * (count / max(count - 1, 1)))
+
+
+def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
+    """Whether a layer has made of its input what torch's own would have."""
+    tensors = isinstance(input, Tensor) and isinstance(output, Tensor) and input.shape == output.shape
+    if not tensors or input.ndim < 2 or input.shape[1] != layer.num_features or input.numel() <= layer.num_features:
+        return False
+    call = plain_call(layer, input)
+    expected = call.normalize_by_itself() if call.training else call.run()
+    return torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def _own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer with behaviours has without them."""
+    return type(layer).__bases__[1] if behaviours_of(layer) else type(layer)
 
 
 def of_domain(name: str, domain: int | None) -> str:

@@ -1,59 +1,152 @@
-"""The one ``batch_norm`` call inside a layer's forward, replaced.
+"""The one place that stands at a layer's ``batch_norm`` call.
 
-What changes the computation, and not only which statistics it uses, enters here: before the call a subclass may count
-batches, behind it timm's `BatchNormAct2d` applies its activation, and all of that stays the layer's own.
+What a layer normalizes is what this call is given: a subclass may reshape, mask or unpack its own input first, and
+apply an activation afterwards (timm's `BatchNormAct2d`). So statistics are taken here, and a behavior that changes the
+computation enters here; everything else in the layer's forward stays its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 
+class BatchNormCall(NamedTuple):
+    """The arguments of a ``batch_norm`` call."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def run(self) -> Tensor:
+        """Do what was asked for."""
+        return F.batch_norm(*self)
+
+    @property
+    def values(self) -> int:
+        """Values per channel in the input."""
+        return self.input.numel() // max(self.input.shape[1], 1)
+
+    def normalize_with(self, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalize the input with a given mean and biased variance; nothing is stored."""
+        x, weight, bias = self.input, self.weight, self.bias
+        if weight is None or weight.element_size() > 2:
+            dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
+            return F.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, False, 0.0, self.eps)
+        # 16-bit parameters would have the statistics rounded to 16 bits before they are used
+        weight, bias = (p if p is None else p.to(mean.dtype) for p in (weight, bias))
+        return F.batch_norm(x.to(mean.dtype), mean, var, weight, bias, False, 0.0, self.eps).to(x.dtype)
+
+    def normalize_by_itself(self) -> Tensor:
+        """Normalize the input with its own statistics; nothing is stored."""
+        return F.batch_norm(self.input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+PLAIN: frozenset[type[nn.Module]] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
+"""Classes whose forward is known: a ``batch_norm`` call on the layer's own input, and nothing around it."""
+
+
+def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
+    """Whether this call would have moved the layer's running statistics in training.
+
+    The layer trains, tracks, and has a momentum that is not 0, at this very call: steps switch tracking off by flag, by
+    momentum, or by ``eval()`` of the layer, the model or a teacher. A subclass that stores its running statistics
+    itself gives the call none.
+    """
+    own = vars(layer)
+    return bool(
+        call.training
+        and own["training"]
+        and own["track_running_stats"]
+        and own["momentum"] != 0
+        and (call.momentum != 0 or call.running_mean is None)
+    )
+
+
+def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
+    """The call that the forward of a `PLAIN` class would make; its batch counter is left alone."""
+    layer._check_input_dim(input)
+    own, buffers, parameters = vars(layer), layer._buffers, layer._parameters
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    training = own["training"]
+    momentum = own["momentum"]
+    if momentum is None:  # the plain average of all batches; without a counter torch moves nothing
+        momentum = 0.0 if buffers["num_batches_tracked"] is None else 1.0
+    if training and not own["track_running_stats"]:
+        mean = var = None
+    return BatchNormCall(
+        input,
+        mean,
+        var,
+        parameters["weight"],
+        parameters["bias"],
+        training or (mean is None and var is None),
+        momentum,
+        own["eps"],
+    )
+
+
 def with_batch_norm(
-    replacement: Callable[..., Tensor], layer: str, forward: Callable[[Tensor], Tensor], input: Tensor
-) -> Tensor:
-    """Run a layer's own forward, with another function in the place of ``torch.nn.functional.batch_norm``.
+    replacement: Callable[[BatchNormCall], Tensor],
+    layer: str,
+    forward: Callable[[Any], Any],
+    input: Any,
+    required: bool = True,
+) -> Any:
+    """Run a layer's own forward, with another function in the place of its ``batch_norm`` call.
 
     Args:
-        replacement: Takes the arguments of ``batch_norm``. What it calls itself is not replaced.
+        replacement: Takes the arguments of the call. What it calls itself is not replaced.
         layer: Qualified name, for the error.
         forward: The layer's own forward.
-        input: Its input.
+        input: Its first argument, a tensor or whatever the layer takes.
+        required: Whether a forward without such a call is an error.
 
     Raises:
-        TypeError: If ``forward`` did not call ``batch_norm``.
+        TypeError: If ``forward`` did not call ``torch.nn.functional.batch_norm``, nor ``torch.batch_norm``.
 
     Example:
         >>> import torch
-        >>> with_batch_norm(lambda input, *args, **kwargs: input + 1, "bn", torch.nn.BatchNorm1d(1), torch.zeros(2, 1))
+        >>> with_batch_norm(lambda call: call.input + 1, "bn", torch.nn.BatchNorm1d(1), torch.zeros(2, 1))
         tensor([[1.],
                 [1.]])
     """
     calls = []
 
-    def instead(*args: Any, **kwargs: Any) -> Tensor:
+    def instead(call: BatchNormCall) -> Tensor:
         calls.append(True)
-        return replacement(*args, **kwargs)
+        return replacement(call)
 
     with _Instead(instead):
         output = forward(input)
-    if not calls:
-        raise TypeError(
-            f"The forward of layer {layer!r} does not call torch.nn.functional.batch_norm, so lightning_bn cannot "
-            "change how it normalises. Leave it out by layers=."
-        )
+    if required and not calls:
+        raise_unseen(layer)
     return output
+
+
+def raise_unseen(layer: str) -> NoReturn:
+    """Raise for a layer that normalizes without a ``batch_norm`` call."""
+    raise TypeError(
+        f"The forward of layer {layer!r} does not call torch.nn.functional.batch_norm, so what it normalizes cannot be "
+        "seen or changed. Leave it out by layers=, or have it call torch.nn.functional.batch_norm."
+    )
 
 
 class _Instead(TorchFunctionMode):
     """While active, ``batch_norm`` is another function. It keeps no state, so that torch.compile traces through it."""
 
-    def __init__(self, replacement: Callable[..., Tensor]) -> None:
+    def __init__(self, replacement: Callable[[BatchNormCall], Tensor]) -> None:
         super().__init__()
         self._replacement = replacement
 
@@ -64,4 +157,22 @@ class _Instead(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return (self._replacement if func is F.batch_norm else func)(*args, **(kwargs or {}))
+        if func is F.batch_norm:
+            return self._replacement(BatchNormCall(*args, **(kwargs or {})))
+        if func is torch.batch_norm:
+            return self._replacement(_of_torch(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _of_torch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> BatchNormCall:
+    return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)

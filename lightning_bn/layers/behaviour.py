@@ -33,8 +33,11 @@ class Behaviour(ABC):
     """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
 
     @abstractmethod
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Run the layer's own ``forward`` on ``input``, under whatever this behaviour changes."""
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Run the layer's own ``forward`` on its first argument, under whatever this behaviour changes.
+
+        A subclass of a BatchNorm layer may take and return something else than a tensor.
+        """
 
     def normalization_batch(self, samples: float) -> float:
         """Samples that a layer in train mode normalises together with this, where without it it would ``samples``."""
@@ -60,10 +63,9 @@ class ModuleBehaviour(Behaviour):
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do what ``call`` does to the arguments, under whatever this behaviour changes."""
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """The same of a BatchNorm layer."""
-        output: Tensor = self.call(layer, forward, input)
-        return output
+        return self.call(layer, forward, input)
 
 
 def behaviours_of(layer: nn.Module) -> tuple[Behaviour, ...]:
@@ -139,8 +141,11 @@ class _BehavingLayer(_Derived):
     """Of a BatchNorm layer: behaviours wrap its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        behaviours = behaviours_of(self)
+        if len(args) == 1 == len(behaviours) and not kwargs:  # most calls, and in a pass they are many
+            return behaviours[0].forward(cast(_BatchNorm, self), super().forward, args[0])
         forward, input = _of_first(super().forward, args, kwargs)
-        for behaviour in behaviours_of(self):
+        for behaviour in behaviours:
             forward = functools.partial(behaviour.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 

@@ -114,7 +114,7 @@ class Apart(Behaviour):
     def __init__(self, names: dict[_BatchNorm, str], datasets: Datasets, specific: DomainSpecific, sgd: Choice) -> None:
         self._names, self._datasets, self._specific, self._sgd = names, datasets, specific, sgd
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's forward on the parts of ``input`` that are normalised by themselves."""
         output: Tensor = self._in_parts(layer, forward, input)
         return output
@@ -127,7 +127,7 @@ class Apart(Behaviour):
         return int(domain.bincount().max())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _in_parts(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def _in_parts(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         if not by_batch(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.now()

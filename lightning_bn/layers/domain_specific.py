@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode, lent
-from lightning_bn.layers.batch_norm_call import with_batch_norm
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaves, behaviours_of
 from lightning_bn.layers.frozen import Frozen
 from lightning_bn.statistics.moments import batch_statistics
@@ -85,7 +84,7 @@ class DomainSpecific(Behaviour):
         domain = self._where.shown(layer).domain if self.population == "domain" else None
         return domain if isinstance(domain, int) else None
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward with the statistics and the affine of a domain."""
         shown = self._where.shown(layer)
         if self.affine == "domain":
@@ -160,14 +159,11 @@ class DomainSpecific(Behaviour):
 
         ids, dim = shown.domain, shown.dim
 
-        def batch_norm(
-            input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-            bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-        ) -> Tensor:  # fmt: skip
-            output = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+        def batch_norm(call: BatchNormCall) -> Tensor:
+            output = call._replace(weight=None, bias=None).run()
             if weights is not None:
-                output = output * _along(weights[ids], dim, input).to(output.dtype)
-            return output if biases is None else output + _along(biases[ids], dim, input).to(output.dtype)
+                output = output * _along(weights[ids], dim, output).to(output.dtype)
+            return output if biases is None else output + _along(biases[ids], dim, output).to(output.dtype)
 
         return lambda input: with_batch_norm(batch_norm, self._names[layer], forward, input)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.behaviour import Behaviour, behaves
@@ -19,7 +20,7 @@ class Frozen(Behaviour):
 
     name = "frozen"
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Normalise ``input`` with the stored statistics."""
         asked = layer.training
         layer.training = False

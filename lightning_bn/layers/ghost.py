@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.batch_norm_call import with_batch_norm
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaves
 
 Grouping: TypeAlias = Literal["interleaved", "contiguous"]
@@ -43,27 +43,15 @@ class Ghost(Behaviour):
         self._names = {layer: name for name, layer in layers.items()}
         self._size, self._splits, self._grouping = size, splits, grouping
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward with another ``batch_norm``."""
         if not layer.training or behaves(layer, BatchMode):
             return forward(input)
         return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        groups = self._groups_of(input) if training else 1
-        if groups == 1:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _grouped(input, running_mean, running_var, weight, bias, momentum, eps, groups, self._grouping)
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        groups = self._groups_of(call.input) if call.training else 1
+        return call.run() if groups == 1 else _grouped(call, groups, self._grouping)
 
     def normalization_batch(self, samples: float) -> float:
         """Those of the largest group, where each has two values a channel or more."""
@@ -89,18 +77,9 @@ class Ghost(Behaviour):
         return max(1, min(wanted, samples, values // 2))
 
 
-def _grouped(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    groups: int,
-    grouping: Grouping,
-) -> Tensor:
+def _grouped(call: BatchNormCall, groups: int, grouping: Grouping) -> Tensor:
     """``batch_norm`` in training, group by group; the first ``larger`` groups have one sample more than the others."""
+    input, running_mean, running_var, weight, bias, _, momentum, eps = call
     rows, larger = len(input) // groups, len(input) % groups
     means = variances = None
     if running_mean is not None:

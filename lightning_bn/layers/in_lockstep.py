@@ -1,38 +1,45 @@
-"""In lockstep: the layer normalises its input with statistics that it gets from elsewhere, of many inputs together."""
+"""In lockstep: the layer normalizes its input with statistics that it gets from elsewhere, of many inputs together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_mode import BatchMode, lent
-from lightning_bn.layers.batch_norm_call import with_batch_norm
+from lightning_bn.layers.batch_mode import BatchMode
+from lightning_bn.layers.batch_norm_call import BatchNormCall
 from lightning_bn.statistics.moments import batch_statistics
 
 
 class Brought(NamedTuple):
-    """What an input brings to a layer: how many values per channel, their mean and biased variance."""
+    """What an input brings to a layer.
+
+    Attributes:
+        values: How many values per channel.
+        mean: Their mean, ``(C,)``.
+        var: Their biased variance, ``(C,)``.
+        counts: Whether they count for the population, and not only for this normalization.
+    """
 
     values: int
     mean: Tensor
     var: Tensor
+    counts: bool = True
 
     def of_nothing(self) -> Brought:
         """The same for an input that is not to count."""
-        return Brought(0, torch.zeros_like(self.mean), torch.zeros_like(self.var))
+        return Brought(0, torch.zeros_like(self.mean), torch.zeros_like(self.var), self.counts)
 
 
 Arrive: TypeAlias = Callable[[str, Brought], tuple[Tensor, Tensor]]
-"""Takes a layer's name and what its input brings; returns the mean and biased variance to normalise it with."""
+"""Takes a layer's name and what its input brings; returns the mean and biased variance to normalize it with."""
 
 
 class InLockstep(BatchMode):
-    """Normalise each input with the statistics that ``arrive`` returns; in batch mode while there is no ``arrive``."""
+    """Normalize each input with the statistics that ``arrive`` returns; in batch mode while there is no ``arrive``."""
 
     name = "in lockstep"
     arrive: Arrive | None = None
@@ -42,30 +49,20 @@ class InLockstep(BatchMode):
         if self.arrive is None:
             super().bring(layer, domain, input)
         else:
-            self.arrive(self.name_of(layer, domain), _brought(layer, input))
+            self.arrive(self.name_of(layer, domain), _brought(input, layer.num_features, True))
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Bring the statistics of ``input``, wait for those of all, and normalise."""
+    def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
+        """Bring the statistics of an input, wait for those of all, and normalize."""
         if self.arrive is None:
-            return super().forward(layer, forward, input)
+            return super()._normalize(layer, call, counts)
         name = self.name_of(layer)
-        mean, var = (v.to(input.device) for v in self.arrive(name, _brought(layer, input)))
-        stored = cast(Tensor, layer._buffers["running_mean"])
-        if stored.element_size() > 2:
-            return lent(layer, forward, input, False, mean.to(stored.dtype), var.to(stored.dtype))
-
-        # 16-bit buffers would round the statistics before they are used
-        def wide(
-            input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None,
-            training: bool, momentum: float, eps: float,
-        ) -> Tensor:  # fmt: skip
-            weight, bias = (p if p is None else p.to(mean.dtype) for p in (weight, bias))
-            return F.batch_norm(input.to(mean.dtype), mean, var, weight, bias, eps=eps).to(input.dtype)
-
-        return with_batch_norm(wide, name, lambda input: lent(layer, forward, input, False, mean, var), input)
+        self._check_channels(name, call)
+        brought = _brought(call.input, call.input.shape[1], counts)
+        return call.normalize_with(*(v.to(call.input.device) for v in self.arrive(name, brought)))
 
 
 @torch.no_grad()
-def _brought(layer: _BatchNorm, input: Tensor) -> Brought:
-    count = input.numel() // layer.num_features
-    return Brought(count, *(batch_statistics(input) if count else input.new_zeros(2, layer.num_features)))
+def _brought(input: Tensor, channels: int, counts: bool) -> Brought:
+    values = input.numel() // channels
+    mean, var = batch_statistics(input) if values else input.new_zeros(2, channels)
+    return Brought(values, mean, var, counts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_mode import BatchMode, lent
+from lightning_bn.layers.batch_mode import BatchMode
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaves
 from lightning_bn.layers.frozen import Frozen
 
@@ -18,22 +20,30 @@ class MiniBatch(Behaviour):
     A frozen layer stays frozen: its stored statistics are what it trains with. While a population is estimated
     (`BatchMode`) the layer is normalised with batch statistics anyway.
 
+    Args:
+        layers: Qualified name -> layer.
+
     Attributes:
-        fallbacks: How often a layer was given a single value per channel, which has no variance, and normalised it
+        fallbacks: How often a layer was given a single value per channel, which has no variance, and normalized it
             with its stored statistics.
     """
 
     name = "mini-batch statistics in eval"
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.fallbacks = 0
+        self._names = {layer: name for name, layer in layers.items()}
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Normalise ``input`` with its own statistics, if the layer is in eval mode and they exist."""
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Run the layer's own forward; in eval mode, with its input's own statistics, if they exist."""
         if layer.training or layer.running_mean is None or behaves(layer, Frozen, BatchMode):
             return forward(input)
-        count = input.numel() // layer.num_features
-        if count > 1:
-            return lent(layer, forward, input, training=False, mean=None, var=None)
-        self.fallbacks += count  # none for an input without rows, in which there is nothing to normalise
-        return forward(input)
+        return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
+
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        if call.training:
+            return call.run()
+        if call.values > 1:
+            return call.normalize_by_itself()
+        self.fallbacks += call.values  # none for an input without rows, in which there is nothing to normalize
+        return call.run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks, own_rank
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour, behaviours_of
 from lightning_bn.layers.synced import Synced
 
@@ -48,8 +49,16 @@ class RowMeans(Behaviour):
         self._batch += 1
         self._calls = {}
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """Keep the means, then do as ever."""
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Keep the means of what the layer's ``batch_norm`` call is given, then do as ever."""
+
+        def instead(call: BatchNormCall) -> Tensor:
+            self._keep(layer, call.input)
+            return call.run()
+
+        return with_batch_norm(instead, self._names[layer], forward, input, required=False)
+
+    def _keep(self, layer: _BatchNorm, input: Tensor) -> None:
         name = self._names[layer]
         call = self._calls[name] = self._calls.get(name, -1) + 1
         self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
@@ -58,7 +67,6 @@ class RowMeans(Behaviour):
         means = rows[kept].flatten(2).mean(-1) if rows.ndim > 2 else rows[kept]
         batch = (self._batch * num_ranks() + _first_rank(layer)) * 2**20 + _groups(layer, input)[kept]
         self.seen.setdefault((name, call), []).append((means, batch))
-        return forward(input)
 
 
 def _chosen(rows: int, seed: int) -> Tensor:

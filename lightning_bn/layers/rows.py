@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behaviour import Behaviour
 
 
 class CountsRows(Behaviour):
-    """Do as ever, and remember the rows, ``len(input)``, of the smallest input.
+    """Do as ever, and remember the rows of the smallest input that a ``batch_norm`` call was given.
 
     Attributes:
         fewest: Of all layers and calls; None before the first.
@@ -22,7 +24,11 @@ class CountsRows(Behaviour):
     def __init__(self) -> None:
         self.fewest: int | None = None
 
-    def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Count, then do as ever."""
-        self.fewest = len(input) if self.fewest is None else min(self.fewest, len(input))
-        return forward(input)
+        return with_batch_norm(self._batch_norm, "", forward, input, required=False)
+
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        rows = len(call.input)
+        self.fewest = rows if self.fewest is None else min(self.fewest, rows)
+        return call.run()

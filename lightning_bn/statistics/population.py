@@ -62,6 +62,7 @@ class PopulationStatistics(Mapping[str, LayerStatistics]):
         num_samples: Samples seen, those of all ranks together.
         num_batches: Batches seen, likewise.
         batch_size: Samples that were normalised together, on average: B of the paper's Table 2.
+        left_out: Batches, of all ranks, that are in none of these because a layer received non-finite values.
         spilled: Bytes that were put to the host's memory or to disk on the way, on this rank.
     """
 
@@ -72,10 +73,11 @@ class PopulationStatistics(Mapping[str, LayerStatistics]):
         num_batches: int,
         batch_size: float,
         spilled: int = 0,
+        left_out: int = 0,
     ) -> None:
         self._layers = dict(layers)
         self.num_samples, self.num_batches = num_samples, num_batches
-        self.batch_size, self.spilled = batch_size, spilled
+        self.batch_size, self.spilled, self.left_out = batch_size, spilled, left_out
 
     def gaps_to(self, other: PopulationStatistics) -> dict[str, tuple[float, float]]:
         """How far these lie from other statistics of the same layers: mean gap and variance gap of each.
@@ -108,14 +110,15 @@ class Accumulator:
     """Adds up the statistics of every call of every layer, all layers side by side in one vector.
 
     A call's statistics are written, by whoever has them, into a *slot*: two scratch tensors that a batch-norm kernel
-    can fill as if they were running statistics.
+    can fill as if they were running statistics. A batch of which a layer received non-finite values is left out, of
+    all layers; whether there was one is asked of the device once, at the end.
 
     Attributes:
+        channels: Layer name -> number of its channels.
         values: Moments of the layers' values.
-        spread: Moments of the calls' own means, and behind them of their mean squared deviations from the population's
+        spread: Moments, ``(2, C)``, of the calls' own means and of their mean squared deviations from the population's
             mean so far; each weighted by its squared count, since the squared error of a weighted mean is the sum of
             the squared, weighted deviations.
-        calls: Layer name -> number of calls.
 
     Example:
         >>> seen = Accumulator({"bn": 1})
@@ -135,59 +138,103 @@ class Accumulator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._channels = dict(channels)
+        self.channels = dict(channels)
         self._empty = torch.empty(0, device=device, dtype=dtype)
         self._rounds: list[_Round] = []
         # not every device has float64
-        total = sum(channels.values())
         self.home = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        self.values, self.spread = Moments.empty(total, self.home), Moments.empty(2 * total, self.home)
-        self.calls = dict.fromkeys(channels, 0)
+        total = sum(channels.values())
+        self.values = Moments.empty(total, self.home)
+        self._no_m2 = torch.zeros(2, total, dtype=torch.float64, device=self.home)
+        self.spread = Moments(self.values.count, self._no_m2, self._no_m2)
+        self._calls = self.values.count
+        self._order: dict[str, None] = {}
+        self._nowhere = torch.full((), len(channels), device=self.home)
+        self._places = self._nowhere
+        self._first_bad: list[Tensor] = []
 
     def slot(self, name: str, count: int) -> tuple[Tensor, Tensor]:
         """Where to put mean and *unbiased* variance, ``(C,)`` each, of a layer's next call, of ``count`` values."""
-        self.calls[name] += 1
         for calls in self._rounds:
             if name not in calls.counts:
                 break
         else:
-            calls = _Round.of(self._channels, self._empty.new_zeros(2, sum(self._channels.values())))
+            calls = _Round.of(self.channels, self._empty.new_zeros(2, sum(self.channels.values())))
             self._rounds.append(calls)
         calls.counts[name] = count
         return calls.means[name], calls.variances[name]
 
     def end_of_batch(self) -> None:
-        """Merge the slots filled since the last batch: first calls of all layers at once, then second calls."""
-        for calls in self._rounds:
-            if not calls.counts:
-                break
-            count = torch.tensor([float(calls.counts.get(name, 0)) for name in self._channels], dtype=torch.float64)
-            count = count.repeat_interleave(torch.tensor(list(self._channels.values()))).to(self.home)
-            mean, var = calls.scratch.to(self.home).double()
-            own = Moments(count, mean, var * (count - 1).clamp(min=0))
-            self.values += own
-            squared = own.var + (mean - self.values.mean).square()
-            values = torch.cat([mean, squared])
-            self.spread += Moments(count.square().repeat(2), values, torch.zeros_like(values))
-            calls.counts.clear()
+        """Merge the slots filled since the last batch, first calls of all layers at once, then second calls."""
+        rounds = [r for r in self._rounds if r.counts]
+        self._update_places(rounds)
+        first_bad = self._nowhere
+        for calls in rounds:
+            bad = torch.where(calls.scratch.sum(0).to(self.home).isfinite(), self._nowhere, self._places).amin()
+            first_bad = bad if first_bad is self._nowhere else torch.minimum(first_bad, bad)
+        keep = first_bad == self._nowhere
+        for calls in rounds:
+            mean, var = calls.scratch.to(self.home).double().nan_to_num_(0.0, 0.0, 0.0)
+            values, degrees, per_value = calls.counts_of_channels(self.channels, self.home)
+            count = values * keep
+            self.values += Moments(count, mean, var * degrees * keep)
+            squared = (var * per_value).addcmul_(delta := mean - self.values.mean, delta)
+            self.spread += Moments(count.square(), torch.stack([mean, squared]), self._no_m2)
+            self._calls = self._calls + (count > 0)
+        self._first_bad.append(first_bad)
+        self.discard()
 
-    def statistics(self) -> dict[str, LayerStatistics]:
-        """What each layer was shown, layers that were not called left out."""
+    def discard(self) -> None:
+        """Empty the slots filled since the last batch."""
+        for calls in self._rounds:
+            if calls.counts:
+                calls.counts.clear()
+                calls.scratch.zero_()  # momentum 1 keeps a NaN that is there: 0 * NaN
+
+    def _update_places(self, rounds: Sequence[_Round]) -> None:
+        """Know the place of each channel's layer in the order of the layers' first calls."""
+        new = [name for calls in rounds for name in calls.counts if name not in self._order]
+        if new:
+            self._order.update(dict.fromkeys(new))
+            place = {name: i for i, name in enumerate(self._order)}
+            places = torch.tensor([place.get(name, len(self.channels)) for name in self.channels])
+            self._places = places.repeat_interleave(torch.tensor(list(self.channels.values()))).to(self.home)
+
+    def nonfinite(self) -> dict[int, str]:
+        """Batches that were left out, by the number of their `end_of_batch`, and the first layer of each."""
+        places = torch.stack(self._first_bad).tolist() if self._first_bad else []
+        order = list(self._order)
+        return {batch: order[place] for batch, place in enumerate(places) if place < len(self.channels)}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Layer name -> number of calls that count."""
+        first, *others = [*self.channels.values()] or [0]
+        ends = torch.tensor([first, *others]).cumsum(0) - 1
+        return dict(zip(self.channels, self._calls.cpu()[ends].int().tolist(), strict=True))
+
+    def statistics(self, calls: Mapping[str, int] | None = None) -> dict[str, LayerStatistics]:
+        """What each layer was shown, layers that were not called left out.
+
+        Args:
+            calls: Those of all ranks, if `values` and `spread` are.
+        """
         mean, var, count = self.values.mean, self.values.var, self.values.count
-        around = self.spread.mean - torch.cat([mean, var])
-        squared = (self.spread.m2 + self.spread.count * around.square()).view(2, -1) / count.square()
-        sizes = list(self._channels.values())
+        around = self.spread.mean - torch.stack([mean, var])
+        squared = (self.spread.m2 + self.spread.count * around.square()) / count.square()
+        sizes = list(self.channels.values())
         per_layer = zip(*(v.split(sizes, -1) for v in (mean, var, count, squared)), strict=True)
         found = {}
-        for (name, calls), (m, v, n, (of_mean, of_var)) in zip(self.calls.items(), per_layer, strict=True):
-            if calls:
-                correction = calls / (calls - 1) if calls > 1 else torch.nan
+        calls = self.calls if calls is None else calls
+        for (name, number), (m, v, n, (of_mean, of_var)) in zip(calls.items(), per_layer, strict=True):
+            if number:
+                correction = number / (number - 1) if number > 1 else torch.nan
                 errors = (of_mean * correction / v).sqrt(), (of_var * correction).sqrt() / v
-                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), calls, *errors)
+                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), number, *errors)
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Round:
     """Slots for one call of every layer."""
 
@@ -195,8 +242,21 @@ class _Round:
     means: dict[str, Tensor]
     variances: dict[str, Tensor]
     counts: dict[str, int]
+    _known: tuple[dict[str, int], tuple[Tensor, Tensor, Tensor]] | None = None
 
     @classmethod
     def of(cls, channels: Mapping[str, int], scratch: Tensor) -> _Round:
         means, variances = (dict(zip(channels, row.split(list(channels.values())), strict=True)) for row in scratch)
         return cls(scratch, means, variances, {})
+
+    def counts_of_channels(self, channels: Mapping[str, int], home: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of each channel in this round, one less, and the ratio of that to the values, ``(C,)`` each.
+
+        Most batches are as large as the one before, and need no new tensors.
+        """
+        if self._known is None or self._known[0] != self.counts:
+            count = torch.tensor([float(self.counts.get(name, 0)) for name in channels], dtype=torch.float64)
+            count = count.repeat_interleave(torch.tensor(list(channels.values()))).to(home)
+            degrees = (count - 1).clamp(min=0)
+            self._known = dict(self.counts), (count, degrees, degrees / count.clamp(min=1))
+        return self._known[1]

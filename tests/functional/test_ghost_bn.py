@@ -349,15 +349,14 @@ def test_frozen_layers_stay_frozen(order: tuple[Give, Give]) -> None:
     assert all(torch.equal(buffers[key], value) for key, value in model.named_buffers())
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_a_population_is_estimated_from_whole_batches(mode: bool) -> None:
+def test_a_population_is_estimated_from_whole_batches() -> None:
     """Also where the model's own forward asks for train mode."""
     model, batches = case("float64 model")
     plain = copy.deepcopy(model)
 
     def forward(model: nn.Module, batch: Tensor) -> None:
-        model[1].train(mode)
-        model[5].train(mode)
+        model[1].train()
+        model[5].train()
         model(batch)
 
     with ghost_bn(model, size=2):

@@ -252,12 +252,49 @@ def test_whole_batches_are_taken_until_num_samples_were_seen(num_samples: int, b
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
 
 
-def test_a_forward_that_asks_for_train_mode_is_measured_in_batch_mode_too() -> None:
+@pytest.mark.parametrize("batch_size", [None, "population"])
+def test_dropout_stays_off_and_layers_on_if_the_forward_asks_for_train_mode(batch_size: Any) -> None:
     model, batches = case("ragged batches")
-    truth = in_double(model, batches)
-    statistics = precise_bn(model, batches, forward=lambda m, x: m.train()(x))
-    assert_close_to({"1": statistics["1"]}, {"1": truth["1"]}, sigma=2e-5, var=1e-4)
+    modes = [m.training for m in model.modules()]
+    truth = in_double(model, batches if batch_size is None else [torch.cat(batches)])
+    statistics = precise_bn(model, batches, forward=lambda m, x: m.train()(x), batch_size=batch_size)
+    assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert_stored(model, statistics)
+    assert [m.training for m in model.modules()] == modes
+    assert model.train()[3].training and not model.eval()[3].training, "train() is torch's own again"
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [None, 4, "population"])
+def test_an_empty_batch_is_skipped_wherever_it_stands(where: int, batch_size: Any) -> None:
+    model, batches = case("ragged batches")
+    expected = precise_bn(copy.deepcopy(model), batches, batch_size=batch_size)
+    batches.insert(where, batches[0][:0])
+    statistics = precise_bn(model, batches, batch_size=batch_size)
+    assert all(torch.equal(statistics[name].mean, expected[name].mean) for name in expected)
+    assert (statistics.num_samples, statistics.num_batches) == (expected.num_samples, expected.num_batches)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("batch_size", [None, 10, "population"])
+@pytest.mark.parametrize("bad", [{0}, {1}, {2, 3}, {0, 1, 3}])
+def test_a_batch_with_non_finite_values_is_left_out_and_said(bad: set[int], batch_size: Any, poison: float) -> None:
+    model, batches = case("ragged batches")
+    good = [x for i, x in enumerate(batches) if i not in bad]
+    for i in bad:
+        batches[i][0, 0] = poison
+    expected = precise_bn(copy.deepcopy(model), good, batch_size="population" if batch_size else None)
+    message = rf"Batch {min(bad)} of a pass .* it gives layer '1' non-finite"
+    with pytest.warns(UserWarning, match=message) as said:
+        statistics = precise_bn(model, batches, batch_size=batch_size)
+    assert len(said) == 1
+    assert statistics.left_out == len(bad) and statistics.num_batches == len(good)
+    assert statistics.num_samples == sum(map(len, good))
+    if batch_size != 10:
+        for name, measured in statistics.items():
+            torch.testing.assert_close(measured.mean, expected[name].mean, rtol=0, atol=1e-6)
+            torch.testing.assert_close(measured.var, expected[name].var, rtol=1e-5, atol=0)
+            assert measured.calls == expected[name].calls and measured.count == expected[name].count
 
 
 def test_progress_is_shown_in_samples_if_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +337,7 @@ def test_an_empty_iterable_is_refused_and_nothing_is_zeroed() -> None:
     model, _ = case("ragged batches")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ValueError, match="No batch reached a BatchNorm layer of 1, 5: is the iterable of batches empty"
+        ValueError, match=r"No batch reached a BatchNorm layer of 1, 5 in a way .* is the iterable of batches empty"
     ):
         precise_bn(model, [])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -330,9 +367,9 @@ def test_non_finite_values_are_refused_with_the_layers_name_and_nothing_is_writt
     before = copy.deepcopy(model.state_dict())
     batches[1][0, 0] = poison
     with pytest.raises(
-        ValueError, match=r"Layer '1' received non-finite values, .* \(2 of 2 layers did\), so no statistics"
+        ValueError, match=r"Layer '1' received non-finite values, .* in every batch, so no statistics were written"
     ):
-        precise_bn(model, batches)
+        precise_bn(model, batches[1:2])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -340,7 +377,7 @@ def test_non_finite_values_inside_the_network_are_found_where_they_arise() -> No
     model, batches = case("ragged batches")
     with torch.no_grad():
         model[4].weight[0] = math.inf
-    with pytest.raises(ValueError, match=r"Layer '5' received non-finite values, .* \(1 of 2"):
+    with pytest.raises(ValueError, match=r"Layer '5' received non-finite values, .* in every batch"):
         precise_bn(model, batches)
 
 
@@ -363,10 +400,9 @@ def test_shared_layers_weigh_every_call_by_its_values() -> None:
 
 def test_an_input_without_rows_counts_for_nothing() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    full = [torch.randn(5, 3), torch.randn(7, 3)]
     calls: Calls
     with recorded(model) as calls:
-        statistics = precise_bn(model, [full[0], torch.zeros(0, 3), full[1]])
+        statistics = precise_bn(model, [torch.randn(n, 3) for n in (6, 1, 8)], forward=lambda m, x: m(x[1:]))
     assert_measured(statistics, calls)
     assert statistics["0"].calls == 2 and calls["0"][1][1].shape == (0, 3)
 

@@ -142,8 +142,8 @@ def test_a_forward_with_gradients_of_its_own_may_use_them(name: str) -> None:
 def test_everything_but_batchnorm_is_in_eval_mode_during_a_pass() -> None:
     model, batches = case("ragged batches")
     modes = []
-    precise_bn(model, batches, forward=lambda m, x: (m(x), modes.append([k.training for k in m.modules()])))
-    assert not any(mode for batch in modes for mode in batch)
+    precise_bn(model, batches, forward=lambda m, x: (m(x), modes.append([k for k in m.modules() if k.training])))
+    assert modes == [list(find_bn(model).values())] * len(batches)
     assert model.training
 
 
