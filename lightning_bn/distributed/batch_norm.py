@@ -97,7 +97,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return *_gradients(ctx, grads[0], input, weight, mean, ctx.eps, ctx.group, ctx.total), *[None] * 5
+            return *_gradients(ctx, grads[0], input, weight, mean, ctx.total), *[None] * 5
         x, dy = input.to(mean.dtype), grads[0].to(mean.dtype)
         if x.numel():  # of constant statistics the kernel takes the two sums, in one read of x and dy
             _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
@@ -117,12 +117,12 @@ class _BatchNormOverRanks(torch.autograd.Function):
         return grad_input, sum_dy_xhat if needs_weight else None, sum_dy if needs_bias else None, *[None] * 5
 
 
-class _BatchNormOnCuda(TorchSyncBatchNorm):  # type: ignore[misc]
+class _BatchNormOnCuda(TorchSyncBatchNorm):
     """torch's own, whose kernels have no derivatives: where their results need some, they are not used."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        ctx.eps = args[5]
+        *_, ctx.eps, _momentum, ctx.group, _ranks = args
         return TorchSyncBatchNorm.forward(ctx, *args)
 
     @staticmethod
@@ -132,7 +132,7 @@ class _BatchNormOnCuda(TorchSyncBatchNorm):  # type: ignore[misc]
             return found
         input, weight, mean, _, counts = ctx.saved_tensors
         total = max(int(counts.sum()), 1)
-        return *_gradients(ctx, grads[0], input, weight, mean, ctx.eps, ctx.process_group, total), *[None] * 6
+        return *_gradients(ctx, grads[0], input, weight, mean, total), *[None] * 6
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -151,16 +151,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    total: int,
+    ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, total: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, as functions of all that they depend on; in float64, which autograd rounds."""
+    """Gradients of input, weight and bias, as functions of all they depend on; in float64, which autograd rounds."""
+    group = ctx.group
     dims = [0, *range(2, input.ndim)]
 
     def along(v: Tensor) -> Tensor:
@@ -169,7 +163,7 @@ def _gradients(
     # moved by the mean, as a constant: squares of a mean far from zero would swallow the variance
     x, dy = input.double() - along(mean.double()), grad.double()
     x = x - along(_SumOverRanks.apply(x.sum(dims), group) / total)
-    sigma = (_SumOverRanks.apply(x.square().sum(dims), group) / total + eps).sqrt()
+    sigma = (_SumOverRanks.apply(x.square().sum(dims), group) / total + ctx.eps).sqrt()
     xhat = x / along(sigma)
     sum_dy_xhat, sum_dy = (dy * xhat).sum(dims), dy.sum(dims)
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
