@@ -124,6 +124,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
             owner=self.owner,
             layers=self.layers,
         )
+        if self._averagers:
+            self._handle.expect_copies()
         if stage != "fit":  # which starts anew, or from a checkpoint that is restored after this
             self._restore(self._state)
 

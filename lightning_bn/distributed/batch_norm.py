@@ -7,6 +7,9 @@ the same order, to the same bits. Backward: with xhat the normalised input and n
 
 where the two sums go over all ranks, in one exchange. Gradients of weight and bias are this rank's own share, as
 torch's SyncBatchNorm leaves them: DDP adds them up like those of all other parameters.
+
+Where the gradients are to be differentiated themselves (``create_graph=True``), the same formula is computed with
+operations that autograd knows, sums over ranks among them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
 from lightning_bn.distributed.moments import merge_at_once, num_ranks
@@ -37,7 +39,7 @@ def synced_batch_norm(
 
     Every rank of the group calls this equally often, and runs backward through it if one does; its ``input``, of shape
     ``(N, C, ...)``, may hold any number of rows, none included. On CUDA the function behind torch's SyncBatchNorm does
-    it. Statistics of 16-bit inputs are taken in float32. There is no second derivative.
+    it. Statistics of 16-bit inputs are taken in float32. Gradients have gradients of their own.
 
     Raises:
         ValueError: On every rank, if all inputs together hold one value per channel, which has no variance (CPU).
@@ -51,8 +53,9 @@ def synced_batch_norm(
             Tensor, _BatchNormOverRanks.apply(input, weight, bias, running_mean, running_var, momentum, eps, group)
         )
     # Of an empty input torch sends zeros in the input's own type, which is not what the others send for 16-bit ones.
-    taken = input if input.numel() else input.to(_wide(input))
-    output = TorchSyncBatchNorm.apply(
+    taken = _laid_out(input if input.numel() else input.to(_wide(input)))
+    weight = None if weight is None else weight.contiguous()
+    output = _BatchNormOnCuda.apply(
         taken, weight, bias, running_mean, running_var, eps, momentum, group, num_ranks(group)
     )
     return cast(Tensor, output).to(input.dtype)
@@ -91,9 +94,10 @@ class _BatchNormOverRanks(torch.autograd.Function):
         return _affine(input.to(wide), weight, bias, mean, var, eps).to(input.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_gradients(ctx, grads[0], input, weight, mean, ctx.total), *[None] * 5
         x, dy = input.to(mean.dtype), grads[0].to(mean.dtype)
         if x.numel():  # of constant statistics the kernel takes the two sums, in one read of x and dy
             _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
@@ -111,6 +115,70 @@ class _BatchNormOverRanks(torch.autograd.Function):
             grad_input = _affine(x, by_xhat, by_one, mean, var, ctx.eps)
             grad_input.addcmul_(dy, scale.view(-1, *[1] * (x.ndim - 2)))
         return grad_input, sum_dy_xhat if needs_weight else None, sum_dy if needs_bias else None, *[None] * 5
+
+
+class _BatchNormOnCuda(TorchSyncBatchNorm):
+    """torch's own, whose kernels have no derivatives: where their results need some, they are not used."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *_, ctx.eps, _momentum, ctx.group, _ranks = args
+        return TorchSyncBatchNorm.forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            found: tuple[Tensor | None, ...] = TorchSyncBatchNorm.backward(ctx, *grads)
+            return found
+        input, weight, mean, _, counts = ctx.saved_tensors
+        total = max(int(counts.sum()), 1)
+        return *_gradients(ctx, grads[0], input, weight, mean, total), *[None] * 6
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """What every rank has of it counts in the losses of all: its gradient is a sum over ranks again."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = own.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return cast(Tensor, _SumOverRanks.apply(grads[0], ctx.group)), None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, total: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, as functions of all they depend on; in float64, which autograd rounds."""
+    group = ctx.group
+    dims = [0, *range(2, input.ndim)]
+
+    def along(v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * (input.ndim - 2))
+
+    # moved by the mean, as a constant: squares of a mean far from zero would swallow the variance
+    x, dy = input.double() - along(mean.double()), grad.double()
+    x = x - along(_SumOverRanks.apply(x.sum(dims), group) / total)
+    sigma = (_SumOverRanks.apply(x.square().sum(dims), group) / total + ctx.eps).sqrt()
+    xhat = x / along(sigma)
+    sum_dy_xhat, sum_dy = (dy * xhat).sum(dims), dy.sum(dims)
+    needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_input = None
+    if needs_input:
+        by_xhat, by_one = (_SumOverRanks.apply(torch.stack([sum_dy_xhat, sum_dy]), group) / total).unbind()
+        scale = 1 / sigma if weight is None else weight.double() / sigma
+        grad_input = along(scale) * (dy - along(by_one) - xhat * along(by_xhat))
+    return grad_input, sum_dy_xhat if needs_weight else None, sum_dy if needs_bias else None
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """In memory as torch's kernels want it; a copy that they made themselves would hide the input from autograd."""
+    last = (torch.channels_last, torch.channels_last_3d)
+    return x if any(x.is_contiguous(memory_format=layout) for layout in last) else x.contiguous()
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.arguments import check_bool, require_whole
 from lightning_bn.functional.precise import Forward, measure_model, write
 from lightning_bn.functional.samples import Count
 from lightning_bn.layers.adapted import Adapted, Adapting
@@ -34,7 +34,12 @@ class Adaptation(Handle):
         self.statistics = statistics
         reached = {name: layers[name] for name in statistics}
         with torch.inference_mode(False):  # of which tensors a later fit would be refused
-            originals = [(layer, key, _buffer(layer, key).clone()) for layer in reached.values() for key in _STATISTICS]
+            originals = [
+                (layer, key, stored.clone())
+                for layer in reached.values()
+                for key in (*_STATISTICS, "num_batches_tracked")
+                if (stored := layer._buffers[key]) is not None  # a layer may count no batches
+            ]
         write(reached, {name: _mixed(layer, statistics, name, prior_samples) for name, layer in reached.items()})
         super().__init__(reached.values(), Adapted(), [lambda: _put_back(originals)])
 
@@ -78,11 +83,12 @@ def adapt_bn(
 
     Returns:
         A handle: ``undo()`` it, or use it as a context manager, to put the statistics back, bit by bit. It has the
-        measured ``statistics``. Statistics that were written in between are lost with it.
+        measured ``statistics``. Statistics that were written in between, and batches counted, are lost with it.
 
     Raises:
         ValueError: As `precise_bn`, and if a chosen layer is adapted already or uses mini-batch statistics; the
             layers then keep the statistics they had.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> import torch
@@ -96,6 +102,9 @@ def adapt_bn(
         (tensor([0.]), tensor([1.]))
     """
     require_whole("prior_samples", prior_samples, at_least=0)
+    check_bool("progress", progress)
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
     chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress, of_training=False)
     return Adaptation(chosen, statistics, prior_samples)
 

@@ -49,8 +49,9 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     Gradients of ``weight`` and ``bias`` are each rank's share, as with torch's SyncBatchNorm: DDP averages them. With
     fewer ``ranks`` than there are, groups have running statistics of their own, and DDP's ``broadcast_buffers`` passes
     on those of rank 0. Layers in eval mode and layers under `freeze_bn` take no part; `precise_bn` estimates synced
-    layers as it does others. Where ``torch.compile`` comes to a synced layer in train mode, its graph breaks. There are
-    no second derivatives.
+    layers as it does others. Where ``torch.compile`` comes to a synced layer in train mode, its graph breaks. Gradients
+    can be differentiated again (a gradient penalty), by all ranks: with ``create_graph=True`` a layer's backward makes
+    three exchanges instead of one.
 
     Args:
         model: The model, wrapped by DDP or not.

@@ -10,7 +10,9 @@ A module that is no BatchNorm layer can be given a behaviour as well, a `ModuleB
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
@@ -20,6 +22,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
+
+from lightning_bn.distributed.moments import own_rank
 
 _LIST = "_behaviours"
 
@@ -31,6 +35,8 @@ class Behaviour(ABC):
     """Shown in ``repr(model)`` behind the layer's own description."""
     outermost = False
     """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
+    not_copied = ""
+    """What to say of a deep copy, which is plain, if that evaluates otherwise than the layer does with this."""
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -135,6 +141,19 @@ class _Derived(nn.Module):
         rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
         # pickle takes copyreg's __newobj__ only for the very class of the object it was asked to pickle
         return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        """As the plain module, too, which may evaluate otherwise: somebody is about to use it."""
+        for said in [b.not_copied for b in behaviours_of(self) if b.not_copied]:
+            if said not in memo and own_rank() == 0:  # once a copy, whatever the number of layers
+                warnings.warn(said, stacklevel=3)
+            memo[said] = said
+        of_its_own = getattr(super(), "__deepcopy__", None)  # as torch.fx.GraphModule has
+        if of_its_own is not None:
+            return of_its_own(memo)
+        memo[id(self)] = twin = copy.copy(self)  # noted before its values are copied, among which it may be itself
+        vars(twin).update(copy.deepcopy(vars(twin), memo))
+        return twin
 
 
 class _BehavingLayer(_Derived):

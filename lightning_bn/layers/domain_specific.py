@@ -26,7 +26,8 @@ Choice: TypeAlias = Literal["shared", "domain"]
 STATISTICS = ("domain_mean", "domain_var", "domain_batches")
 """Buffers of a layer with population statistics of each domain; the last counts batches, as num_batches_tracked."""
 AFFINE = ("domain_weight", "domain_bias")
-"""Parameters of a layer with an affine of each domain."""
+"""Parameters of a layer with an affine of each domain, in the place of:"""
+OWN_AFFINE = ("weight", "bias")
 
 
 class Statistics(NamedTuple):
@@ -76,6 +77,11 @@ class DomainSpecific(Behaviour):
         self, names: Mapping[_BatchNorm, str], domains: int, population: Choice, affine: Choice, where: Where
     ) -> None:
         self.name = f"{domains} domains"
+        if "domain" in (population, affine):
+            self.not_copied = (
+                "A deep copy of a model under domain_bn is a plain model, which evaluates all domains alike: call "
+                "domain_bn on the copy as well, with the same choices. It takes over what each domain has."
+            )
         self.population, self.affine = population, affine
         self._names, self._where = names, where
 
@@ -181,36 +187,47 @@ def recomputing() -> bool:
 def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Choice) -> Callable[[], None]:
     """Give a layer buffers and parameters of each domain, which start as its own; returns how to take them away.
 
-    The layer's own weight and bias have nothing to do meanwhile, and so require no gradient.
+    A copy of a layer with domains is plain, but for having them: then they stay what they are. The layer's own weight
+    and bias have nothing to do meanwhile, and so require no gradient.
     """
-    asked = {key: p.requires_grad for key, p in layer._parameters.items() if p is not None}
+    brought = {key: tensor for key, tensor in _without_domains(layer).items() if len(tensor) == domains}
     if population == "domain":
         mean, var = (cast(Tensor, layer._buffers[own]) for own in ("running_mean", "running_var"))
         batches = torch.zeros((), dtype=torch.long, device=mean.device)  # a layer may count none itself
         for key, stored in zip(STATISTICS, (mean, var, batches), strict=True):
-            layer.register_buffer(key, stored.expand(domains, *stored.shape).clone(), persistent=False)
+            of_each = brought.get(key, stored.expand(domains, *stored.shape).clone())
+            layer.register_buffer(key, of_each, persistent=False)
     if affine == "domain":
-        for key, name in zip(AFFINE, ("weight", "bias"), strict=True):
+        for key, name in zip(AFFINE, OWN_AFFINE, strict=True):
             parameter = layer._parameters.get(name)
             if parameter is not None:
                 copies = parameter.detach().expand(domains, -1).clone()
-                layer.register_parameter(key, nn.Parameter(copies, requires_grad=parameter.requires_grad))
+                new = nn.Parameter(copies, requires_grad=parameter.requires_grad)
+                layer.register_parameter(key, cast(nn.Parameter, brought.get(key, new)))
                 parameter.requires_grad_(False)
 
     def take_away() -> None:
-        for key in (*STATISTICS, *AFFINE):
-            layer._buffers.pop(key, None)
-            layer._parameters.pop(key, None)
-            layer._non_persistent_buffers_set.discard(key)
-        for key, asked_for in asked.items():
-            cast(Tensor, layer._parameters[key]).requires_grad_(asked_for)
+        _without_domains(layer)
 
     return take_away
 
 
+def _without_domains(layer: _BatchNorm) -> dict[str, Tensor]:
+    """Take away what a layer has of domains; its own weight and bias then train if those of domains did."""
+    taken: dict[str, Tensor] = {}
+    for own in (layer._buffers, layer._parameters):
+        found = {key: tensor for key in (*STATISTICS, *AFFINE) if (tensor := own.pop(key, None)) is not None}
+        taken.update(found)
+    layer._non_persistent_buffers_set.difference_update(STATISTICS)
+    for key, name in zip(AFFINE, OWN_AFFINE, strict=True):
+        if key in taken:
+            cast(Tensor, layer._parameters[name]).requires_grad_(taken[key].requires_grad)
+    return taken
+
+
 def num_domains(layer: nn.Module) -> int:
-    """Domains for which a layer keeps population statistics; 0 for one that keeps none."""
-    mean = layer._buffers.get(STATISTICS[0])
+    """Domains for which a layer keeps population statistics; 0 for one that keeps none, or is a plain copy."""
+    mean = layer._buffers.get(STATISTICS[0]) if behaves(layer, DomainSpecific) else None
     return 0 if mean is None else len(mean)
 
 

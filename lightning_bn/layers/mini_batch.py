@@ -29,6 +29,10 @@ class MiniBatch(Behaviour):
     """
 
     name = "mini-batch statistics in eval"
+    not_copied = (
+        "A deep copy of a model under mini_batch_inference evaluates with stored statistics, as the plain model: call "
+        "mini_batch_inference on the copy as well."
+    )
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.fallbacks = 0

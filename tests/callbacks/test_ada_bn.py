@@ -115,6 +115,31 @@ def test_each_dataloader_is_evaluated_with_the_statistics_of_its_own_samples(sta
     assert [result.num_samples for result in callback.results] == [13, 9]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_trains_the_adapted_layers_leaves_the_model_as_it_was(stage: str) -> None:
+    """As test-time training does (TENT): statistics, and the count of batches, are the adaptation's."""
+
+    class Training(Evaluating):
+        def step(self, batch: Any) -> Tensor:
+            self.train()
+            output = self(batch[0])
+            self.eval()
+            return output
+
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.step(batch)
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+            return self.step(batch)
+
+        validation_step = test_step
+
+    module = Training()
+    before = digest(module.state_dict())
+    getattr(trainer_with([AdaBNCallback(forward="forward")]), stage)(module, domains())
+    assert digest(module.state_dict()) == before
+
+
 def test_metrics_are_those_of_the_adapted_model() -> None:
     with torch.no_grad():
         for i, loader in enumerate(domains()):

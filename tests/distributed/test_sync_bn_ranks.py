@@ -129,6 +129,40 @@ def test_all_ranks_are_one_process_on_their_batches_as_one(world_size: int, devi
         assert_one_batch(model, shards, found)
 
 
+def penalties(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """A step with a gradient penalty (WGAN-GP) on each batch: gradients of inputs and parameters."""
+    found = []
+    for x in batches:
+        x = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+        loss = (grad.flatten(1).norm(dim=1) - 1).square().sum() + model(x).square().sum()
+        found.append(torch.autograd.grad(loss, x, retain_graph=True)[0].cpu())
+        loss.backward()
+    return [*found, *(gradient_of(p) for p in model.parameters())]
+
+
+def penalties_on_this_rank(cases: list[Case], device: str) -> list[list[Tensor]]:
+    found = []
+    for model, shards in cases:
+        with sync_bn(model.to(device)):
+            found.append(penalties(model, [x.to(device) for x in shards[dist.get_rank()]]))
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_a_gradient_penalty_is_that_of_one_process(device: str) -> None:
+    cases: list[Case] = []
+    for name, sizes in product(MODELS, ((5, 2), (4, 0))):
+        (x,) = images(sum(sizes))
+        cases.append((MODELS[name](), [[part] for part in x.double().split(sizes)]))
+    results = run_on_ranks(penalties_on_this_rank, 2, cases, device)
+    for (model, shards), *found in zip(cases, *results, strict=True):
+        whole = penalties(model, [torch.cat([x for (x,) in shards])])
+        torch.testing.assert_close(torch.cat([of_rank[0] for of_rank in found]), whole[0], rtol=1e-8, atol=1e-10)
+        for shares, expected in zip(zip(*(of_rank[1:] for of_rank in found), strict=True), whole[1:], strict=True):
+            torch.testing.assert_close(sum(shares), expected, rtol=1e-8, atol=1e-10)
+
+
 def groups(model: nn.Module, shards: list[list[Tensor]]) -> tuple[Outcome, dict[str, bool]]:
     """Steps in groups of two; and what groups there are while and after."""
     made = dist.distributed_c10d._world.pg_names

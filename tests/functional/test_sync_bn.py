@@ -141,13 +141,33 @@ def test_gradients_agree_with_finite_differences(one_rank: None) -> None:
             assert torch.autograd.gradcheck(lambda x, *_, bn=bn: bn(x), (x, bn.weight, bn.bias))
 
 
-def test_second_derivatives_raise(one_rank: None) -> None:
-    bn = nn.BatchNorm1d(3)
-    x = torch.randn(5, 3, requires_grad=True)
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", ""])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (2, 3, 2, 2)])
+def test_second_derivatives_agree_with_finite_differences(one_rank: None, shape: tuple[int, ...], affine: str) -> None:
+    bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3, affine=bool(affine)).double()
+    if affine == "weight":
+        bn.bias = None
+    for parameter in bn.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with synced(bn):
-        (grad,) = torch.autograd.grad(bn(x).pow(3).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        assert torch.autograd.gradgradcheck(lambda x, *_: bn(x), (x, *bn.parameters()))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_gradients_to_be_differentiated_are_the_others_and_of_the_same_type(
+    one_rank: None, dtype: torch.dtype, rounding: float
+) -> None:
+    bn, x = nn.BatchNorm2d(3).to(dtype), (torch.randn(8, 3, 4, 4) + 30).to(dtype).requires_grad_()
+    inputs = [x, *bn.parameters()]
+    with synced(bn):
+        for create_graph in (True, False):
+            grads = torch.autograd.grad(bn(x).pow(3).sum(), inputs, create_graph=create_graph)
+            assert [g.dtype for g in grads] == [dtype] * 3
+            if create_graph:
+                first = grads
+    for found, expected in zip(first, grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
 def test_one_value_per_channel_in_all_is_refused_as_torch_does(one_rank: None) -> None:
