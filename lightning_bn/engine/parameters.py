@@ -35,8 +35,7 @@ def parameters_kept(module: nn.Module) -> Iterator[FixedModel]:
     try:
         for p in parameters:
             p.grad = None  # a step that takes gradients itself must not add to those of the training
-        # one that wraps other tensors cannot be pointed elsewhere
-        yield _Lent([p for p in parameters if not is_lazy(p) and type(p.data) is Tensor]).fixed
+        yield _Lent([p for p in parameters if _can_be_lent(p)]).fixed
     finally:
         for p, kind, data, gradient, required in kept:
             if type(p) is not kind:  # a lazy one was reached for the first time
@@ -45,6 +44,11 @@ def parameters_kept(module: nn.Module) -> Iterator[FixedModel]:
             p.grad = gradient
             if p.requires_grad != required:
                 p.requires_grad = required
+
+
+def _can_be_lent(p: Tensor) -> bool:
+    """Not what wraps other tensors, which cannot be pointed elsewhere; lazy and inference tensors need it not."""
+    return not is_lazy(p) and type(p.data) is Tensor and p.layout == torch.strided and not p.is_inference()
 
 
 class _Lent:
@@ -79,7 +83,7 @@ class _Lent:
 
 def _mark(p: Tensor) -> tuple[int, int]:
     """Differs after a change, but for one in place through ``.data``; known without waiting for the device."""
-    return 0 if p.is_inference() else p._version, p.data_ptr()
+    return p._version, p.data_ptr()
 
 
 def _different(originals: Sequence[Tensor], parameters: Sequence[Tensor]) -> set[int]:
