@@ -62,16 +62,22 @@ class _Lent:
             p.data = copy
         self._marks = [_mark(p) for p in parameters]
         self._changing: set[int] = set()
-        self._compared = False
+        self._begun = self._ended = 0
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
         """Run a forward of the model as it is, not as the forwards before have left it."""
+        self._begun += 1
+        if self._begun == 2 and not self._ended:  # in lockstep the first one waits in its middle
+            self._compare()
         self._put_back()
         yield
-        if not self._compared:  # for a step does the same every time; what it begins later shows in the marks
-            self._compared = True
-            self._changing |= _different(self._originals, self._parameters)
+        self._ended += 1
+        if self._ended == 1:  # a step does the same every time; what it begins with later shows in the marks
+            self._compare()
+
+    def _compare(self) -> None:
+        self._changing |= _different(self._originals, self._parameters)
 
     def _put_back(self) -> None:
         marks = [_mark(p) for p in self._parameters]
