@@ -38,7 +38,7 @@ def evaluate_under(
         Prefixed key -> value, at the end of the epoch.
 
     Raises:
-        RuntimeError: If the Trainer neither validates nor tests, if a step raises StopIteration or changes parameters.
+        RuntimeError: If the Trainer neither validates nor tests, or if a step raises StopIteration.
     """
     stage = stage_of(trainer)
     if stage == "predict":

@@ -92,7 +92,7 @@ class LeakagePass:
         """Test the batches kept on the model as it is; None if a layer's rows leave nothing to compare.
 
         Raises:
-            RuntimeError: If the training step needs gradients, changes parameters, or raises StopIteration.
+            RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         assert self._kept is not None  # nothing_to_do saw to it
         layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_bn.engine.owned import is_lightning_module
 
@@ -26,13 +30,54 @@ def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Modu
     return {m: recorded.get(name, m.training) for name, m in module.named_modules()}
 
 
-def set_modes(modes: dict[nn.Module, bool], like_training: bool) -> None:
-    """Put modules into the modes for a pass: eval, but for what a training step needs.
+@contextmanager
+def set_modes(
+    modes: dict[nn.Module, bool], like_training: bool, estimated: Collection[nn.Module]
+) -> Iterator[Callable[[], None]]:
+    """Put modules into the modes for a pass: eval, but for the layers to estimate and what a training step needs.
 
     A training step may return other things in eval mode (torchvision's detectors do), and that is decided by modules
-    that contain others. These keep the mode they had; modules that contain none, Dropout and DropPath and
-    StochasticDepth of whatever make among them, go to eval, as does attention, whose dropout is its own.
+    that contain others. These keep the mode they had. What contains none (Dropout, DropPath, StochasticDepth, of
+    whatever make), attention, whose dropout is its own, and every BatchNorm layer that is not estimated, whatever it
+    contains, are in eval whenever they are called, also after a step has called `train()`.
+
+    Args:
+        modes: Each module and its mode at the last training batch.
+        like_training: Whether the training step is run.
+        estimated: Layers whose statistics are estimated. A step may set their mode, momentum and whether they track.
+
+    Yields:
+        What undoes at the beginning of a forward what the one before has set. Modes are left as they are in the end.
     """
-    for m, mode in modes.items():
-        contains = next(m.children(), None) is not None and not isinstance(m, nn.MultiheadAttention)
-        m.training = mode and like_training and (contains or is_lightning_module(m))
+    wanted = {m: m in estimated or (mode and like_training and _decides(m)) for m, mode in modes.items()}
+    off = {m for m in modes if m not in estimated and not _decides(m)}
+    settings = [(m, {key: vars(m)[key] for key in _SETTINGS if key in vars(m)}) for m in estimated]
+
+    def begin() -> None:
+        for m, mode in wanted.items():
+            if m.training != mode:
+                m.training = mode
+        for m, own in settings:
+            vars(m).update(own)
+
+    def keep_off(m: nn.Module, args: Any) -> None:
+        if m in off and m.training:
+            m.training = False
+
+    # a hook for all: of what is set on a module, copies that a step makes would hold a part for ever
+    hook = register_module_forward_pre_hook(keep_off)
+    try:
+        begin()
+        yield begin
+    finally:
+        hook.remove()
+
+
+_SETTINGS = ("momentum", "track_running_stats")
+
+
+def _decides(m: nn.Module) -> bool:
+    """Whether a module's mode may decide what it returns, rather than how noisy that is."""
+    if isinstance(m, (_BatchNorm, nn.MultiheadAttention)):
+        return False
+    return next(m.children(), None) is not None or is_lightning_module(m)

@@ -1,8 +1,7 @@
 """A neutral zone: what a forward does in here to module, Trainer and random numbers is undone on leaving.
 
-Modules work on scratch copies of what they own (buffers, metric states, lists, counters), and get the originals
-back; so nothing has to be copied back, and an exception leaves nothing half done. Parameters are not copied, that
-would double the memory: a forward that changes them in place is refused.
+Modules work on scratch copies of what they own (parameters, buffers, metric states, lists, counters), and get the
+originals back; so nothing has to be copied back, and an exception leaves nothing half done.
 """
 
 from __future__ import annotations
@@ -20,22 +19,27 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_bn.engine.owned import GENERATORS, is_lightning_module, reachable, restorer
+from lightning_bn.engine.parameters import FixedModel, parameters_kept
 
-_TORCH_OWN = set(vars(nn.Module())) - {"_buffers"}
-"""What `nn.Module` keeps for itself: parameters, submodules, hooks. All else is its author's."""
+_HELD = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+"""Where `nn.Module` keeps what its author gave it."""
+_TORCH_OWN = set(vars(nn.Module())) - _HELD
+"""What it keeps for itself: hooks and flags. All else is its author's."""
 
 
 @contextmanager
 def neutral(
     trainer: Trainer, module: LightningModule, stage: RunningStage = RunningStage.TRAINING, may_log: bool = False
-) -> Iterator[None]:
+) -> Iterator[FixedModel]:
     """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and leave no trace of them.
 
     Logging is muted (`self.log`, the Trainer's loggers), the stage reads as ``stage``, and these get back what they
-    had: modes, buffers, torchmetrics states, other attributes of every module (containers one level deep), and the
-    random number generators of Python, NumPy and torch on every device, and of the module's own.
+    had: parameters and their gradients, modes, buffers, submodules, hooks, torchmetrics states, other attributes of
+    every module (containers one level deep), and the random number generators of Python, NumPy and torch on every
+    device, and of the module's own.
 
     Args:
         trainer: The Trainer.
@@ -43,8 +47,8 @@ def neutral(
         stage: Training by default: augmentation on the device asks for it.
         may_log: Let `self.log` through, to whoever collects what it is given.
 
-    Raises:
-        RuntimeError: On leaving, if a parameter was changed.
+    Yields:
+        What to enter for each forward that is to begin with the same parameters, whatever the one before has changed.
     """
     with ExitStack() as stack:
         stack.enter_context(random_numbers_kept())
@@ -52,9 +56,9 @@ def neutral(
         stack.enter_context(_muted(trainer, stage))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_parameters_untouched(module))
+        fixed = stack.enter_context(parameters_kept(module))
         stack.enter_context(_modules_kept(module, may_log))
-        yield
+        yield fixed
 
 
 @contextmanager
@@ -121,17 +125,29 @@ class _Muted(DummyLogger):
 
 @contextmanager
 def _modules_kept(module: LightningModule, may_log: bool) -> Iterator[None]:
-    kept = {m: vars(m).copy() for m in module.modules()}
+    kept = {m: (type(m), vars(m).copy(), _hooks_of(m)) for m in module.modules()}
     try:
-        for m, own in kept.items():
+        for m, (_, own, _) in kept.items():
             vars(m).update({key: _scratch(value) for key, value in own.items() if key not in _TORCH_OWN})
             if is_lightning_module(m) and not may_log:
                 vars(m).update(log=_swallow, log_dict=_swallow)
         yield
     finally:
-        for m, own in kept.items():
+        for m, (kind, own, hooks) in kept.items():
+            if type(m) is not kind:  # a lazy module that was reached for the first time
+                m.__class__ = kind
             vars(m).clear()
             vars(m).update(own)
+            for held, before in hooks:
+                if list(held.items()) != list(before.items()):
+                    held.clear()
+                    held.update(before)
+
+
+def _hooks_of(m: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Each dict of hooks, and what it holds. A module cannot be lent another one: a handle removes from the first."""
+    own = ((key, value) for key, value in vars(m).items() if key in _TORCH_OWN)
+    return [(value, copy.copy(value)) for _, value in own if isinstance(value, dict)]
 
 
 def _scratch(value: Any) -> Any:
@@ -149,40 +165,10 @@ def _scratch(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_lazy(value):
         return value.clone()
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _swallow(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``self.log`` and ``self.log_dict``."""
-
-
-@contextmanager
-def _parameters_untouched(module: LightningModule) -> Iterator[None]:
-    before = _fingerprints(module)
-    gradients = [(p, p.grad) for p in module.parameters()]
-    try:
-        for p, _ in gradients:
-            p.grad = None  # a step that takes gradients itself must not add to those of the training
-        yield
-    finally:
-        for p, gradient in gradients:
-            p.grad = gradient
-    changed = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
-    if changed:
-        raise RuntimeError(
-            f"A forward of a pass changed parameters of {type(module).__name__} ({changed[0]} and "
-            f"{len(changed) - 1} more): this cannot be undone. Pass forward='forward' or a function that leaves "
-            "them alone."
-        )
-
-
-def _fingerprints(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Version, address and sum of the bits of each parameter: a change through ``.data`` shows in the last alone."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parameters = dict(module.named_parameters())
-    plain = [torch.view_as_real(p) if p.is_complex() else p for p in parameters.values()]
-    sums = [p.detach().view(bits[p.element_size()]).sum() for p in plain]
-    found = [(p._version, p.data_ptr(), int(total)) for p, total in zip(plain, sums, strict=True)]
-    return dict(zip(parameters, found, strict=True))

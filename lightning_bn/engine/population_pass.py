@@ -7,7 +7,7 @@ training needs them. The callbacks decide when.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import num_ranks
@@ -156,7 +157,7 @@ class PopulationPass:
 
         Raises:
             ValueError: If no batch came, or a layer received non-finite values.
-            RuntimeError: If the training step needs gradients, changes parameters, or raises StopIteration.
+            RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()
         layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
@@ -187,7 +188,8 @@ class PopulationPass:
     ) -> PopulationStatistics:
         count = counted_by(self.count)
         default = None if batch_size == "population" else TOLERANCE
-        with muted_forward(self.forward, trainer, module) as run, self._batches(trainer, module) as batches:
+        shown = muted_forward(self.forward, trainer, module, layers.values())
+        with shown as run, self._batches(trainer, module) as batches:
             return measure(
                 layers,
                 enumerate(batches),
@@ -236,18 +238,25 @@ class PopulationPass:
 
 @contextmanager
 def muted_forward(
-    forward: Forward, trainer: Trainer, module: LightningModule
+    forward: Forward, trainer: Trainer, module: LightningModule, estimated: Collection[nn.Module] = ()
 ) -> Iterator[Callable[[tuple[int, Any]], None]]:
     """What shows a batch, which comes with its number, to the fixed model, in the modes of a pass and a `neutral` zone.
 
+    Of its layers those to be ``estimated`` are in train mode when a forward begins, see `set_modes`.
+
     Raises:
-        RuntimeError: If the training step needs gradients or changes parameters.
+        RuntimeError: If the training step needs gradients.
     """
     modes = modes_of_training(trainer, module)
     with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def run(item: tuple[int, Any]) -> None:
         number, batch = item
+        begin()
+        with fixed():
+            show(number, batch)
+
+    def show(number: int, batch: Any) -> None:
         if forward == "training_step":
             with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
                 try:
@@ -263,8 +272,8 @@ def muted_forward(
             with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
                 (forward if callable(forward) else call_model)(module, batch)
 
-    with neutral(trainer, module):
-        set_modes(modes, like_training=forward == "training_step")
+    like_training = forward == "training_step"
+    with neutral(trainer, module) as fixed, set_modes(modes, like_training, set(estimated)) as begin:
         yield run
 
 

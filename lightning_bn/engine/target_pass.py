@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.engine.batches import evaluation_batches
 from lightning_bn.engine.domains import domains_of
 from lightning_bn.engine.evaluation_loop import run_step, stage_of
+from lightning_bn.engine.modes import set_modes
 from lightning_bn.engine.neutral import neutral
 from lightning_bn.engine.population_pass import Recomputed, moved_by
 from lightning_bn.engine.progress import progress_of
@@ -49,12 +50,17 @@ def measure_target(
 
     Raises:
         ValueError: If no batch came, a layer received non-finite values, or the loader cannot be read twice.
-        RuntimeError: If the forward changes parameters, or raises StopIteration.
+        RuntimeError: If the forward raises StopIteration.
     """
     if forward == "evaluation_step":
         refuse_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
 
     def run(item: tuple[Any, int, int]) -> None:
+        begin()
+        with fixed():
+            show(item)
+
+    def show(item: tuple[Any, int, int]) -> None:
         if forward == "evaluation_step":
             run_step(trainer, module, *item)
         else:
@@ -65,7 +71,8 @@ def measure_target(
     started = time.perf_counter()
     try:
         with (
-            neutral(trainer, module, trainer.state.stage),
+            neutral(trainer, module, trainer.state.stage) as fixed,
+            set_modes(dict.fromkeys(module.modules(), False), False, set(layers.values())) as begin,
             evaluation_batches(trainer, module, dataloader_idx) as batches,
         ):
             statistics = measure(

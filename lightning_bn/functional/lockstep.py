@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -75,8 +75,7 @@ class Lockstep(Generic[P, V, A]):
         """
         running: list[_Suspended[P, V, A, T]] = []
         streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
-        # of contexts that are left in another order than they were entered, the last one would leave its filters behind
-        with warnings.catch_warnings(), self._unwinding(running):
+        with _filters_kept(), self._unwinding(running):
             for function in functions:
                 running.append(_Suspended(function, next(streams)))
                 running[-1].go_on()
@@ -108,6 +107,25 @@ class Lockstep(Generic[P, V, A]):
                     f"They diverge: number 1 {first.whereabouts()} when number {number + 1} {other.whereabouts()}. "
                     f"{self._advice}"
                 )
+
+
+@contextmanager
+def _filters_kept() -> Iterator[None]:
+    """Of warnings: `catch_warnings` that are left in another order than they were entered leave their filters behind.
+
+    It is not done by one more of them, which would make Python forget what it has shown already.
+    """
+    filters: Any = warnings.filters
+    held = filters[:]
+    shows = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
+    try:
+        yield
+    finally:
+        if warnings.filters is not filters or filters[:] != held:
+            warnings.filters = filters
+            filters[:] = held
+        for name, show in shows.items():
+            setattr(warnings, name, show)
 
 
 class _Suspended(greenlet, Generic[P, V, A, T]):

@@ -16,6 +16,7 @@ import pickle
 import random
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
@@ -45,12 +47,16 @@ from lightning_bn import (
 )
 from tests.callbacks.zoo import (
     Images,
+    MomentumEncoder,
     Recorder,
     TinyData,
     TinyNet,
     digest,
     fit,
+    lerp,
+    lerp_data,
     numpy_noise,
+    other_data,
     python_noise,
     random_states,
     state_but_statistics,
@@ -280,6 +286,9 @@ SETUPS = {
     "reloading": Setup(train=loader(shuffle=True), trainer={"reload_dataloaders_every_n_epochs": 1}),
     "max_steps in mid-epoch": Setup(trainer={"max_epochs": -1, "max_steps": 6}),
     "limited batches": Setup(trainer={"limit_train_batches": 3}),
+    "momentum encoder": Setup(functools.partial(MomentumEncoder, lerp)),
+    "momentum encoder, through data": Setup(functools.partial(MomentumEncoder, lerp_data)),
+    "momentum encoder, other data": Setup(functools.partial(MomentumEncoder, other_data, student_first=True)),
 }
 
 
@@ -295,7 +304,13 @@ def undisturbed(name: str) -> list[tuple[str, Any]]:
     return trace(SETUPS[name])
 
 
-A_FEW = ["dropout, mid-epoch validation", "persistent workers", "validation in mid-accumulation", "two loaders"]
+A_FEW = [
+    "dropout, mid-epoch validation",
+    "persistent workers",
+    "validation in mid-accumulation",
+    "two loaders",
+    "momentum encoder, through data",
+]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +323,34 @@ def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: 
         assert callback.result is not None, "no pass was run: this test shows nothing"
     for ours, theirs in zip(observed, undisturbed(name), strict=True):
         assert ours == theirs
+
+
+class Warns(TinyNet):
+    """Its step warns itself, and has torch and Lightning warn."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        warnings.warn("the author warns", stacklevel=1)
+        torch.tensor(batch[0])
+        rank_zero_warn("Lightning warns")
+        return super().training_step(batch, batch_idx)
+
+
+def warnings_shown(make: Callable[[], Any], epochs: int) -> Counter[str]:
+    """What Python shows, each text by how often, under its own default of once a place."""
+    Warns.training_step.__globals__.pop("__warningregistry__", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(Warns(), make(), max_epochs=epochs)
+    return Counter(str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("observer", OBSERVING)
+def test_a_warning_that_is_shown_once_is_not_shown_again_for_every_pass(observer: str) -> None:
+    few, many = (warnings_shown(OBSERVING[observer], epochs) for epochs in (2, 4))
+    assert sorted(many.values()) == sorted(few.values())
+    assert few["the author warns"] == 1
+    assert few["Lightning warns"] <= 2  # it names the place from which a step was called, and a pass is another
+    assert sum(n for text, n in few.items() if "copy construct" in text) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- law 1

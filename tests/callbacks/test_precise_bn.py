@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 from collections import namedtuple
@@ -31,6 +32,7 @@ from lightning_bn import PreciseBNCallback, freeze_bn
 from tests.callbacks.zoo import (
     Evaluated,
     Images,
+    MomentumEncoder,
     Passes,
     Recorder,
     TinyData,
@@ -39,7 +41,10 @@ from tests.callbacks.zoo import (
     exact_statistics,
     expected,
     fit,
+    lerp,
+    lerp_data,
     loaded,
+    other_data,
     statistics_of,
     torch_noise,
     train_loader,
@@ -553,17 +558,10 @@ class NeedsGradients(TinyNet):
         return loss + torch.autograd.grad(loss, self.conv1.weight, create_graph=True)[0].square().sum()
 
 
-class MomentumEncoder(TinyNet):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.head.weight.data.mul_(0.99)
-        return super().training_step(batch, batch_idx)
-
-
 WITH_OTHER_FORWARD = {
     Manual: "Manual optimizes manually.*forward='forward' or a function",
     FetchesItself: r"FetchesItself\.training_step takes a dataloader_iter.*forward='forward' or a function",
     NeedsGradients: r"NeedsGradients\.training_step needs gradients itself.*forward='forward' or a function",
-    MomentumEncoder: r"changed parameters of MomentumEncoder \(head.weight.*forward='forward' or a function",
 }
 
 
@@ -576,6 +574,19 @@ def test_what_a_training_step_may_not_do_is_refused_and_the_way_out_works(module
         trained, precise = module(), PreciseBNCallback(20, forward=forward, **source)
         fit(trained, precise)
         assert_close(statistics_of(trained), expected(trained, first_batches(3)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", [lerp, lerp_data, other_data])
+def test_a_momentum_encoder_is_measured_as_the_next_step_will_use_it(update: Callable[..., Any]) -> None:
+    module, precise = MomentumEncoder(update), PreciseBNCallback(20)
+    fit(module, precise)
+    convolution = copy.deepcopy(module.teacher[0]).double()
+    for own, theirs in zip(convolution.parameters(), module.student[0].parameters(), strict=True):
+        own.data.lerp_(theirs.data.double(), 0.1)  # once, though the pass has run three steps
+    inputs = convolution(torch.cat([x for x, _ in first_batches(3)]).double())
+    var, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
+    assert_close(precise.result["teacher.1"].mean.double(), mean, rtol=1e-5, atol=1e-5)
+    assert_close(precise.result["teacher.1"].var.double(), var, rtol=1e-5, atol=1e-5)
 
 
 class Stateful(DataLoader[Any]):

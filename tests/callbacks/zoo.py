@@ -96,6 +96,47 @@ class TinyNet(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class MomentumEncoder(TinyNet):
+    """With a teacher that the training step moves towards a student, as MoCo and BYOL do.
+
+    Args:
+        update: Moves one parameter of the teacher a tenth of the way to the student's.
+        student_first: Run the student before the teacher is moved, not behind.
+    """
+
+    def __init__(self, update: Callable[[nn.Parameter, Tensor], Any], student_first: bool = False) -> None:
+        super().__init__()
+        self.update, self.student_first = update, student_first
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [
+                nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)) for _ in "12"
+            ]
+        self.student, self.teacher = layers
+        self.teacher.requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        answer = self.student(batch[0]) if self.student_first else None
+        with torch.no_grad():
+            for theirs, own in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                self.update(own, theirs)
+            target = self.teacher(batch[0])
+        answer = self.student(batch[0]) if answer is None else answer
+        return super().training_step(batch, batch_idx) + F.mse_loss(answer, target)
+
+
+def lerp(own: nn.Parameter, theirs: Tensor) -> None:
+    own.lerp_(theirs, 0.1)
+
+
+def lerp_data(own: nn.Parameter, theirs: Tensor) -> None:
+    own.data.lerp_(theirs.data, 0.1)
+
+
+def other_data(own: nn.Parameter, theirs: Tensor) -> None:
+    own.data = own.data.lerp(theirs.data, 0.1)
+
+
 class Images(Dataset[tuple[Tensor, int]]):
     """Random images whose mean depends on their class, the same in every process.
 

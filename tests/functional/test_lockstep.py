@@ -230,9 +230,18 @@ def test_filters_of_warnings_are_what_they_were() -> None:
                 warnings.simplefilter("ignore")
                 lockstep.arrive(point, own)
 
-    before = list(warnings.filters)
+    before, show = list(warnings.filters), warnings.showwarning
     lockstep.run([lambda: function(0)] * 3)
-    assert list(warnings.filters) == before
+    assert list(warnings.filters) == before and warnings.showwarning is show
+
+
+def test_warnings_that_were_shown_are_not_shown_again() -> None:
+    lockstep = summing()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            lockstep.run([lambda: warnings.warn("once", stacklevel=1)] * 2)
+    assert len(shown) == 1
 
 
 # --- a network --------------------------------------------------------------------------------------------------------
