@@ -135,14 +135,14 @@ LISTED: dict[str, Callable[[int], Any]] = {
 }
 """Kind of batch -> one of n samples that stand in lists."""
 REFUSED: dict[str, tuple[Any, str]] = {
-    "object": (Opaque(), "an Opaque holds: no part of it tells"),
+    "object": (Opaque(), "a batch holds that is an Opaque: no part of it tells"),
     "two objects": ((Opaque(), Opaque()), "a tuple of 2 x an Opaque"),
     "scalar": (torch.tensor(1.0), "a Tensor ()"),
     "nothing": (None, "a NoneType"),
     "numbers": ([1, 2], "a list of 2 x an int"),
     "sequences, each of its own length": (
         ([torch.zeros(9), torch.zeros(7)], [torch.zeros(3), torch.zeros(2)]),
-        "a tuple of (a list of (a Tensor (9,), a Tensor (7,)), a list of (a Tensor (3,), a Tensor (2,))) holds: a list",
+        "a tuple of (a list of (a Tensor (9,), a Tensor (7,)), a list of (a Tensor (3,), a Tensor (2,))): a list",
     ),
     "images of 13 bands and masks": (
         {"x": images(2, 13), "masks": [torch.zeros(5, 6)] * 2},
