@@ -103,8 +103,8 @@ def samples_in(batch: Any) -> int:
         return next(filter(None, lengths), 0)
     reason = "a list of tensors in it may hold a sample or a batch in each" if parts else "no part of it tells"
     raise ValueError(
-        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass count=, a function from "
-        "a batch to its number of samples, such as count=lambda batch: len(batch[0])."
+        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass count=, a function "
+        "from a batch to its number of samples, such as count=lambda batch: len(batch[0])."
     )
 
 
