@@ -81,8 +81,9 @@ def samples_in(batch: Any) -> int:
 
     A tuple is a list. Two refinements: images in a list are views of a batch if another part is as long as they are,
     and no part is as long as the list. And a batch that is a list of mappings or pairs is a list of different things
-    where they have no key in common (inputs, targets), or where each looks like a batch (two tensors of equal length,
-    or one with 4 and more dimensions), as those of several loaders do.
+    where they have no key in common (inputs, targets), or where each looks like a batch (two tensors of equal length),
+    as those of several loaders do. So is, within a batch as well, one of mappings with a tensor of 4 and more
+    dimensions in each.
 
     The kind of each part decides, not its size, so that a batch of another size (the last one) is read the same way.
     The one exception are tensors of 3 dimensions and first size 1, 3 or 4: alone in a batch they are images.
@@ -137,7 +138,8 @@ def _parts_of_list(batch: Sequence[Any], outermost: bool) -> Iterator[_Part]:
     elif all(isinstance(item, _ARRAYS) for item in batch):
         yield from _parts_of_arrays(batch, outermost)
     elif all(_is_record(item) or _is_mixed(item) for item in batch):
-        if outermost and (all(map(_looks_like_a_batch, batch)) or not set.intersection(*map(_names, batch))):
+        different = outermost and not set.intersection(*map(_names, batch))
+        if different or all(_looks_like_a_batch(item, outermost) for item in batch):
             yield from itertools.chain.from_iterable(map(_parts, batch))
         else:
             yield _Part([len(batch)], certain=True)
@@ -172,9 +174,10 @@ def _size(part: Any) -> int | None:
     return graphs if isinstance(graphs, int) else None
 
 
-def _looks_like_a_batch(record: Any) -> bool:
+def _looks_like_a_batch(record: Any, outermost: bool) -> bool:
+    """Whether it has a tensor that no sample would; an image's boxes and labels are of equal length, as a batch is."""
     arrays = [value for value in _values(record) if isinstance(value, _ARRAYS) and value.ndim]
-    alike = len(arrays) > 1 and len({_size(array) for array in arrays}) == 1
+    alike = outermost and len(arrays) > 1 and len({_size(array) for array in arrays}) == 1
     return alike or any(array.ndim > 3 for array in arrays)
 
 

@@ -104,6 +104,7 @@ COLLATED: dict[str, Callable[[int], Any]] = {
     "two loaders of images": lambda n: [{"x": stacked(n)}, {"x": stacked(n + 3)}],
     "inputs and targets": lambda n: [{"x": stacked(n, 8)}, {"y": labels(n)}],
     "inputs and targets as dataclasses": lambda n: (Pair(stacked(n, 8), None), Slots(labels(n)), Graphs(n)),
+    "batches in a tuple": lambda n: {"meta": ["a", None], "data": (Plain("b", stacked(n)), Plain("c", stacked(n)))},
     "loader of one tensor": lambda n: [stacked(n, 9)],
     "graphs": Graphs,
     "graphs and labels": lambda n: (Graphs(n), labels(n)),
