@@ -61,7 +61,7 @@ class AdaBNCallback(BatchNormCallback):
         forward: ``"evaluation_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping); or a function of module and batch.
         layers: Glob patterns over qualified layer names; None for every layer that is not frozen.
-        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
 
     Attributes:
         results: What was measured of each dataloader in the last evaluation; None for one without batches.

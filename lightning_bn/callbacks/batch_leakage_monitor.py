@@ -73,8 +73,7 @@ class BatchLeakageMonitor(BatchNormCallback):
         same_pattern: From the Trainer to a loader of validation samples, put together as in training. Ranks share it.
         layers: Glob patterns over qualified layer names, such as ``"*roi_heads.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the length of the first tensor in it. Detectors' lists of images
-            need it (``len``).
+        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         replay_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
             2.5e9, of all ranks together.
 

@@ -62,7 +62,7 @@ class BNStatsMonitor(BatchNormCallback):
             the middle and the last layer.
         alert_above: Alert when the worst lag rises above so many sigma, and again only after it fell below half of
             it; None for never. At half a sigma the validation errors of our demo are wrong by tens of points.
-        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
 
     Raises:

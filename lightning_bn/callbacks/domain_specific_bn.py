@@ -77,7 +77,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self,
         domains: int,
         owner: str | Sequence[str] | None = None,
-        domain_of: Callable[[Any], int | Tensor] | None = None,
+        domain_of: Callable[[Any], Any] | None = None,  # of int | Tensor, jsonargparse refuses unannotated ones
         sgd: Choice = "domain",
         population: Choice = "domain",
         affine: Choice = "shared",
@@ -247,7 +247,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         if self.domain_of is None:
             return dataloader_idx
         try:
-            domain = self.domain_of(batch)
+            domain: int | Tensor | None = self.domain_of(batch)
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("domain_of raised StopIteration.") from error
         if domain is None:

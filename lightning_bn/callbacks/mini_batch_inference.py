@@ -47,7 +47,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         stages: When, of ``"validate"`` (in a fit, too), ``"test"`` and ``"predict"``.
         layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
 
     Attributes:
         fallbacks: Calls of layers in the last evaluation, on all ranks, that had one value per channel.

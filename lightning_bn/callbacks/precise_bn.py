@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
-from lightning_bn.engine.batches import Source
 from lightning_bn.engine.forecasting import Forecasting
 from lightning_bn.engine.logging import log_row
 from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
@@ -68,7 +67,7 @@ class PreciseBNCallback(BatchNormCallback):
             then come from the (data) module's ``train_dataloader`` or from the ``source`` function.
         layers: Glob patterns over qualified layer names, such as ``"backbone.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         shard: Whether ranks share the batches of a ``source`` function out, or each shows all of them.
         replay_bytes: What replayed batches may take in main memory on each rank.
         when_needed: Skip a pass of a fit where a forecast from the training steps says that the EMA is good enough; it
@@ -106,7 +105,8 @@ class PreciseBNCallback(BatchNormCallback):
         tolerance: float | None = None,
         memory_limit: int | None = None,
         every_n: int = 1,
-        source: Source | Literal["training"] = "train_dataloader",
+        source: Literal["train_dataloader", "replay", "training"]
+        | Callable[[Trainer], Iterable[Any]] = "train_dataloader",
         forward: Forward = "training_step",
         before: Sequence[Literal["validate", "test", "predict"]] = (),
         layers: Layers = None,

@@ -12,16 +12,15 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.engine.owned import CONTAINERS, reachable, restorer
+from lightning_bn.functional.batch_copy import HostCopy, bytes_of
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
@@ -156,7 +155,7 @@ class Replay:
     def __init__(self, num_samples: int, max_bytes: int) -> None:
         self.num_samples = num_samples
         self.max_bytes = max_bytes
-        self._batches: deque[tuple[Any, int]] = deque()
+        self._batches: deque[tuple[HostCopy, int]] = deque()
 
     @property
     def held(self) -> int:
@@ -168,24 +167,25 @@ class Replay:
 
         Raises:
             ValueError: If so many samples of this size do not fit.
+            TypeError: If the batch cannot be copied.
         """
         if samples < 1:
             return
-        needed = bytes_of(batch) * max(self.num_samples / samples, 1)
+        num_bytes = bytes_of(batch)
+        needed = num_bytes * max(self.num_samples / samples, 1)
         if needed > self.max_bytes:
             raise ValueError(
-                f"source='replay': {self.num_samples} samples a rank of {bytes_of(batch) / samples:,.0f} bytes "
+                f"source='replay': {self.num_samples} samples a rank of {num_bytes / samples:,.0f} bytes "
                 f"take {needed:,.0f} bytes, more than replay_bytes={self.max_bytes:,}. Raise replay_bytes, or lower "
                 "num_samples."
             )
-        self._batches.append((_copied_to(torch.device("cpu"), batch), samples))
+        self._batches.append((HostCopy(batch), samples))
         while self.held - self._batches[0][1] >= self.num_samples:
             self._batches.popleft()
 
-    def batches(self, device: torch.device) -> Iterator[Any]:
-        """Copies of the batches held, newest first, on a device."""
-        for batch, _ in reversed(self._batches):
-            yield _copied_to(device, batch)
+    def batches(self) -> Iterator[Any]:
+        """Copies of the batches held, newest first, on the device where they were."""
+        return (kept.batch() for kept, _ in reversed(self._batches))
 
 
 class Reservoir:
@@ -203,7 +203,7 @@ class Reservoir:
         self.num_batches = num_batches
         self._random = random.Random(seed)
         self._shown = 0
-        self._batches: list[Any] = []
+        self._batches: list[HostCopy] = []
 
     @property
     def held(self) -> int:
@@ -211,22 +211,19 @@ class Reservoir:
         return len(self._batches)
 
     def keep(self, batch: Any) -> None:
-        """Perhaps keep a copy of a batch, before the training step can change it, in the place of another."""
+        """Perhaps keep a copy of a batch, before the training step can change it, in the place of another.
+
+        Raises:
+            TypeError: If the batch cannot be copied.
+        """
         place = self._shown if self.held < self.num_batches else self._random.randrange(self._shown + 1)
         self._shown += 1
         if place < self.num_batches:
-            self._batches[place : place + 1] = [_copied_to(torch.device("cpu"), batch)]
+            self._batches[place : place + 1] = [HostCopy(batch)]
 
-    def batches(self, device: torch.device) -> Iterator[Any]:
-        """Copies of the batches held, on a device."""
-        return (_copied_to(device, batch) for batch in self._batches)
-
-
-def bytes_of(batch: Any) -> int:
-    """What the tensors in a batch take."""
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.numel() * t.element_size()))
-    return sum(sizes)
+    def batches(self) -> Iterator[Any]:
+        """Copies of the batches held, on the device where they were."""
+        return (kept.batch() for kept in self._batches)
 
 
 def refuse_unprotectable(
@@ -293,10 +290,6 @@ def _to_device(trainer: Trainer, module: LightningModule, batch: Any, dataloader
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-
-
-def _copied_to(device: torch.device, batch: Any) -> Any:
-    return move_data_to_device(copy.deepcopy(batch), device)
 
 
 @contextmanager

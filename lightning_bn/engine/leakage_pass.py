@@ -9,11 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.engine.batches import Reservoir, bytes_of, evaluation_batches, loader_batches
+from lightning_bn.engine.batches import Reservoir, evaluation_batches, loader_batches
 from lightning_bn.engine.evaluate_under import evaluate_under
 from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.engine.population_pass import Forward, check_forward, muted_forward, refuse_sharding, require_forward
 from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.batch_copy import bytes_of
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
@@ -98,7 +99,7 @@ class LeakagePass:
         layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         try:
             with muted_forward(self.forward, trainer, module) as run:
-                batches = enumerate(self._kept.batches(module.device))
+                batches = enumerate(self._kept.batches())
                 return measure_leakage(layers, batches, run, seed=trainer.current_epoch)
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise RuntimeError("The forward over training batches raised StopIteration.") from error

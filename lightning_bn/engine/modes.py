@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_bn.engine.owned import is_lightning_module
+from lightning_bn.layers.modes import kept_in_eval
 
 
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
@@ -39,41 +39,26 @@ def set_modes(
     A training step may return other things in eval mode (torchvision's detectors do), and that is decided by modules
     that contain others. These keep the mode they had. What contains none (Dropout, DropPath, StochasticDepth, of
     whatever make), attention, whose dropout is its own, and every BatchNorm layer that is not estimated, whatever it
-    contains, are in eval whenever they are called, also after a step has called `train()`.
+    contains, are in eval, also after a step has called `train()`.
 
     Args:
         modes: Each module and its mode at the last training batch.
         like_training: Whether the training step is run.
-        estimated: Layers whose statistics are estimated. A step may set their mode, momentum and whether they track.
+        estimated: Layers whose statistics are estimated.
 
     Yields:
         What undoes at the beginning of a forward what the one before has set. Modes are left as they are in the end.
     """
     wanted = {m: m in estimated or (mode and like_training and _decides(m)) for m, mode in modes.items()}
-    off = {m for m in modes if m not in estimated and not _decides(m)}
-    settings = [(m, {key: vars(m)[key] for key in _SETTINGS if key in vars(m)}) for m in estimated]
 
     def begin() -> None:
         for m, mode in wanted.items():
             if m.training != mode:
                 m.training = mode
-        for m, own in settings:
-            vars(m).update(own)
 
-    def keep_off(m: nn.Module, args: Any) -> None:
-        if m in off and m.training:
-            m.training = False
-
-    # a hook for all: of what is set on a module, copies that a step makes would hold a part for ever
-    hook = register_module_forward_pre_hook(keep_off)
-    try:
+    with kept_in_eval([m for m in modes if m not in estimated and not _decides(m)]):
         begin()
         yield begin
-    finally:
-        hook.remove()
-
-
-_SETTINGS = ("momentum", "track_running_stats")
 
 
 def _decides(m: nn.Module) -> bool:

@@ -213,7 +213,7 @@ class PopulationPass:
     def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
         if callable(self.source):
             return loader_batches(trainer, module, self.source(trainer), self.shard)
-        return self._replayed(module) if self.source == "replay" else train_batches(trainer, module)
+        return self._replayed() if self.source == "replay" else train_batches(trainer, module)
 
     def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
         """Why a pass would be pointless now; empty if it would not. Says so as well where a replay is not yet full."""
@@ -231,9 +231,9 @@ class PopulationPass:
         return ""
 
     @contextmanager
-    def _replayed(self, module: LightningModule) -> Iterator[Iterator[Any]]:
+    def _replayed(self) -> Iterator[Iterator[Any]]:
         assert self._replay is not None  # nothing_to_do saw to it
-        yield self._replay.batches(module.device)
+        yield self._replay.batches()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def measure_target(
     try:
         with (
             neutral(trainer, module, trainer.state.stage) as fixed,
-            set_modes(dict.fromkeys(module.modules(), False), False, set(layers.values())) as begin,
+            set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
             evaluation_batches(trainer, module, dataloader_idx) as batches,
         ):
             statistics = measure(

@@ -7,7 +7,6 @@ ever made: micro-batches may have any size and structure.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.functional.batch_copy import copied
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
 from lightning_bn.functional.memory import Alive, Room, free_memory
 from lightning_bn.functional.thread_state import random_streams
@@ -106,7 +105,7 @@ class _First:
     """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
 
     def __init__(self, batch: Any) -> None:
-        self.batch = _copied(batch)
+        self.batch = copied(batch)
         self._began = _generators()
 
     @contextmanager
@@ -286,11 +285,11 @@ class Pooled:
         def function() -> None:
             self._flags.reset()
             if self._room is None:
-                self._run(_copied(batch))  # a step may change it, and it may have to run again
+                self._run(copied(batch))  # a step may change it, and it may have to run again
             else:
                 with self._room.keep_track() as alive:
                     _ALIVE.set(alive)
-                    self._run(_copied(batch))
+                    self._run(copied(batch))
 
         return function
 
@@ -365,7 +364,7 @@ class Pooled:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
         self._flags.reset()
         with first.random_numbers(), next(random_streams()).entered():
-            self._run(_copied(first.batch))
+            self._run(copied(first.batch))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
@@ -431,11 +430,6 @@ class Pooled:
 
 _ALIVE: ContextVar[Alive] = ContextVar("alive")
 """What keeps track of the micro-batch that is running."""
-
-
-def _copied(batch: Any) -> Any:
-    """A deep copy, with of each tensor what it shows only: of a part of a large one, ``deepcopy`` would copy all."""
-    return copy.deepcopy(batch, {id(t): t.clone() for t in tree_leaves(batch) if isinstance(t, Tensor)})
 
 
 def _together(brought: Sequence[Brought], home: torch.device) -> tuple[Moments, Tensor]:

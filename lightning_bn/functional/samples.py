@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from numbers import Real
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Number, Real
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 Count: TypeAlias = Callable[[Any], int]
 """Samples in a batch."""
+_ARRAYS = (Tensor, np.ndarray)
+_CHANNELS = {1, 3, 4}
+"""Of images: gray, color, and color with transparency or depth."""
 
 
 def counted_by(count: Count | None) -> Count:
@@ -46,31 +52,183 @@ class Checked:
             raise RuntimeError("count raised StopIteration.") from error
         number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
         if not isinstance(number, Real) or isinstance(number, bool):
-            raise TypeError(f"count must return a batch's number of samples but returned {said!r}.")
+            raise TypeError(
+                f"count must return a batch's number of samples but returned {said!r} for {described(batch)}."
+            )
         if not math.isfinite(number) or number < 0 or number != int(number):
-            raise ValueError(f"count must return a batch's number of samples but returned {said!r}.")
+            raise ValueError(
+                f"count must return a batch's number of samples but returned {said!r} for {described(batch)}."
+            )
         return int(number)
 
 
 def samples_in(batch: Any) -> int:
-    """Length of the first tensor found in a batch of nested tuples, lists, mappings and dataclasses.
+    """Samples in a batch, as people count them.
+
+    =============================================================  ===================================================
+    part of a batch                                                samples
+    =============================================================  ===================================================
+    tensor, NumPy array                                            its first size; one without sizes says nothing
+    packed sequence; object with ``num_graphs``                    its sequences; its graphs
+    mapping, dataclass, named tuple; list of different things      what the first of its parts says
+    list of images (C, H, W) with 1, 3 or 4 channels               its length
+    list of mappings, dataclasses, (tensor, label) pairs, scalars  its length
+    list of tensors with 4 and more dimensions: views of a batch   what the first of them says
+    list of other tensors, which is the batch                      what the first of them says
+    list of strings; list of objects within a batch                its length, if nothing above is there
+    list of other tensors within a batch                           nothing
+    =============================================================  ===================================================
+
+    A tuple is a list. Two refinements: images in a list are views of a batch if another part is as long as they are,
+    and no part is as long as the list. And a batch that is a list of mappings or pairs is a list of different things
+    where they have no key in common (inputs, targets), or where each looks like a batch (two tensors of equal length),
+    as those of several loaders do. So is, within a batch as well, one of mappings with a tensor of 4 and more
+    dimensions in each.
+
+    The kind of each part decides, not its size, so that a batch of another size (the last one) is read the same way.
+    The one exception are tensors of 3 dimensions and first size 1, 3 or 4: alone in a batch they are images.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If nothing says how many there are.
     """
-    for tensor in _tensors(batch):
-        return len(tensor) if tensor.ndim else 1
+    # Lightning's extract_batch_size is the first size of the first tensor, whatever holds it, and 1 for a scalar: 3
+    # for a list of RGB images. It walks through any iterable, which would use up an iterator, and counts the rows of
+    # packed sequences and the nodes of graphs. Where a batch's first tensor is a part of its own, both agree.
+    parts = list(_parts(batch, outermost=True))
+    for part in parts:
+        if part.certain:
+            others = {n for other in parts if other is not part for n in other.readings}
+            return next((n for n in part.readings if n in others), part.readings[0])
+    lengths = [part.readings[0] for part in parts if len(part.readings) == 1]
+    if any(lengths) or (lengths and len(lengths) == len(parts)):
+        return next(filter(None, lengths), 0)
+    reason = "a list of tensors in it may hold a sample or a batch in each" if parts else "no part of it tells"
     raise ValueError(
-        f"Cannot tell how many samples a batch of type {type(batch).__name__} holds: it has no tensor. Pass count=, "
-        "a function from batch to number of samples."
+        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass count=, a function "
+        "from a batch to its number of samples, such as count=lambda batch: len(batch[0])."
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if is_dataclass(batch) and not isinstance(batch, type):
-        batch = vars(batch)
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, (str, bytes)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+class _Part(NamedTuple):
+    """What a part of a batch says.
+
+    Attributes:
+        readings: Numbers of samples, the likeliest first.
+        certain: Whether the first part of this kind decides; else it is asked only if there is none.
+    """
+
+    readings: Sequence[int]
+    certain: bool
+
+
+def _parts(batch: Any, outermost: bool = False) -> Iterator[_Part]:
+    size = _size(batch)
+    if size is not None:
+        yield _Part([size], certain=True)
+    elif _is_record(batch):
+        for value in _values(batch):
+            yield from _parts(value)
+    elif _is_list(batch):
+        yield from _parts_of_list(batch, outermost)
+
+
+def _parts_of_list(batch: Sequence[Any], outermost: bool) -> Iterator[_Part]:
+    if not batch or all(isinstance(item, (str, bytes)) for item in batch):
+        yield _Part([len(batch)], certain=False)
+    elif all(isinstance(item, _ARRAYS) for item in batch):
+        yield from _parts_of_arrays(batch, outermost)
+    elif all(_is_record(item) or _is_mixed(item) for item in batch):
+        different = outermost and not set.intersection(*map(_names, batch))
+        if different or all(_looks_like_a_batch(item, outermost) for item in batch):
+            yield from itertools.chain.from_iterable(map(_parts, batch))
+        else:
+            yield _Part([len(batch)], certain=True)
+    elif not outermost and all(_is_opaque(item) for item in batch):
+        yield _Part([len(batch)], certain=False)
+    else:
+        for item in batch:
+            yield from _parts(item)
+
+
+def _parts_of_arrays(arrays: Sequence[Any], outermost: bool) -> Iterator[_Part]:
+    ranks, sizes = {array.ndim for array in arrays}, [_size(array) for array in arrays]
+    firsts = [size for size in sizes if size is not None]
+    if ranks == {0}:
+        yield _Part([len(arrays)], certain=True)
+    elif ranks == {3} and _CHANNELS.issuperset(firsts):
+        yield _Part([len(arrays), firsts[0]], certain=True)
+    elif outermost or len(ranks) > 1 or min(ranks) > 3:
+        yield from (_Part([size], certain=True) for size in firsts)
+    else:
+        yield _Part([len(arrays), firsts[0]], certain=False)
+
+
+def _size(part: Any) -> int | None:
+    """Samples in what holds them all in one; None for all else."""
+    if isinstance(part, PackedSequence):
+        return int(part.batch_sizes[0])
+    if isinstance(part, _ARRAYS):
+        first = part.size(0) if isinstance(part, Tensor) and part.ndim else None  # a nested one has no shape
+        return int(part.shape[0]) if isinstance(part, np.ndarray) and part.ndim else first
+    graphs = getattr(part, "num_graphs", None)
+    return graphs if isinstance(graphs, int) else None
+
+
+def _looks_like_a_batch(record: Any, outermost: bool) -> bool:
+    """Whether it has a tensor that no sample would; an image's boxes and labels are of equal length, as a batch is."""
+    arrays = [value for value in _values(record) if isinstance(value, _ARRAYS) and value.ndim]
+    alike = outermost and len(arrays) > 1 and len({_size(array) for array in arrays}) == 1
+    return alike or any(array.ndim > 3 for array in arrays)
+
+
+def _values(record: Any) -> Iterable[Any]:
+    """Of a mapping, dataclass, tuple or list; a field may be without a value."""
+    if is_dataclass(record):
+        return (getattr(record, field.name, None) for field in fields(record))
+    values: Iterable[Any] = record.values() if isinstance(record, Mapping) else record
+    return values
+
+
+def _names(record: Any) -> set[Any]:
+    """Of its parts."""
+    if is_dataclass(record):
+        return {field.name for field in fields(record)}
+    return set(record) if isinstance(record, Mapping) else set(getattr(record, "_fields", range(len(record))))
+
+
+def _is_record(part: Any) -> bool:
+    """Whether its parts have names, so that each has its own meaning."""
+    named_tuple = isinstance(part, tuple) and hasattr(part, "_fields") and not isinstance(part, PackedSequence)
+    return named_tuple or isinstance(part, Mapping) or (is_dataclass(part) and not isinstance(part, type))
+
+
+def _is_list(part: Any) -> bool:
+    return isinstance(part, Sequence) and not isinstance(part, (str, bytes, PackedSequence)) and not _is_record(part)
+
+
+def _is_mixed(part: Any) -> bool:
+    """Whether it is a list of a tensor and something else."""
+    return _is_list(part) and any(isinstance(p, _ARRAYS) for p in part) and len({_kind(p) for p in part}) > 1
+
+
+def _kind(part: Any) -> tuple[type, int]:
+    return (Tensor, part.ndim) if isinstance(part, _ARRAYS) else (type(part), 0)
+
+
+def _is_opaque(part: Any) -> bool:
+    known = isinstance(part, (*_ARRAYS, str, bytes, Number, PackedSequence)) or _is_record(part) or _is_list(part)
+    return not known and _size(part) is None
+
+
+def described(part: Any, depth: int = 3) -> str:
+    """The type and structure of a batch, for an error: ``a tuple of (a list of 2 x a tensor (13, 5, 5), an int)``."""
+    name = type(part).__name__
+    article = "an" if name[0] in "aeiouAEIOU" else "a"
+    if isinstance(part, _ARRAYS):
+        sizes = "of uneven sizes" if isinstance(part, Tensor) and part.is_nested else tuple(part.shape)
+        return f"{article} {name} {sizes}"
+    if not depth or not (_is_record(part) or _is_list(part)):
+        return f"{article} {name}"
+    items = [described(value, depth - 1) for value in itertools.islice(_values(part), 8)]
+    many = len(items) > 1 and len(set(items)) == 1 and not _is_record(part)
+    return f"{article} {name} of " + (f"{len(part)} x {items[0]}" if many else f"({', '.join(items)})")

@@ -252,7 +252,7 @@ def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
         for number in range(10):
             reservoir.keep(torch.tensor(number))
         assert reservoir.held == 3
-        kept.update(int(b) for b in reservoir.batches(torch.device("cpu")))
+        kept.update(int(b) for b in reservoir.batches())
     assert all(count == pytest.approx(600, abs=100) for count in kept.values()) and len(kept) == 10
 
 
@@ -260,7 +260,7 @@ def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
     reservoir, batch = Reservoir(1, 0), torch.zeros(2)
     reservoir.keep(batch)
     batch += 1
-    for shown in (next(reservoir.batches(torch.device("cpu"))) for _ in range(2)):
+    for shown in (next(reservoir.batches()) for _ in range(2)):
         assert torch.equal(shown, torch.zeros(2))
         shown += 1
 

@@ -1,0 +1,114 @@
+"""Batches of any kind that Lightning trains on are kept and shown again, and change nothing."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
+from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of
+
+
+@dataclass
+class Validating:
+    """As anomalib's ``ImageBatch``."""
+
+    image: Tensor
+    label: Tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor")
+        super().__setattr__(name, value)
+
+
+@dataclass(slots=True)
+class Slots:
+    image: Tensor
+    label: Tensor
+
+
+class Named(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+class Graphs:
+    """As torch-geometric's: no collection, moves by a method of its own, more rows than graphs."""
+
+    def __init__(self, image: Tensor, label: Tensor) -> None:
+        self.store = {"nodes": torch.zeros(99, 2), "image": image, "label": label}
+        self.num_graphs = len(image)
+
+    def to(self, device: Any) -> Graphs:
+        return Graphs(self.store["image"].to(device), self.store["label"].to(device))
+
+
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "dict": (lambda x, y: {"image": x, "label": y}, lambda b: (b["image"], b["label"])),
+    "UserDict": (lambda x, y: UserDict(image=x, label=y), lambda b: (b["image"], b["label"])),
+    "named tuple": (Named, lambda b: (b.image, b.label)),
+    "dataclass that validates": (Validating, lambda b: (b.image, b.label)),
+    "dataclass with slots": (Slots, lambda b: (b.image, b.label)),
+    "graphs": (Graphs, lambda b: (b.store["image"], b.store["label"])),
+    "images and targets": (
+        lambda x, y: (list(x), [{"label": label} for label in y]),
+        lambda b: (torch.stack(b[0]), torch.stack([t["label"] for t in b[1]])),
+    ),
+    "list of dicts": (
+        lambda x, y: [{"image": image, "label": label} for image, label in zip(x, y, strict=True)],
+        lambda b: (torch.stack([d["image"] for d in b]), torch.stack([d["label"] for d in b])),
+    ),
+}
+"""Kind -> how it is made of images and labels, and how these are read from it."""
+
+
+class OfKind(TinyNet):
+    """Trains on batches of a kind, and spoils them, as augmentations in place do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        _, read = KINDS[self.kind]
+        images, labels = read(batch)
+        loss = super().training_step((images.clone(), labels), batch_idx)
+        images.zero_()
+        return loss
+
+
+def collated(kind: str, samples: list[Any]) -> Any:
+    make, _ = KINDS[kind]
+    return make(*default_collate(samples))
+
+
+def fitted(kind: str, *callbacks: Any) -> TinyNet:
+    module = OfKind(kind)
+    fit(module, callbacks, DataLoader(Images(32), 8, collate_fn=partial(collated, kind)))
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_batches_of_any_kind_give_the_statistics_of_tensors(kind: str) -> None:
+    callback = PreciseBNCallback(num_samples=16, source="replay")
+    module = fitted(kind, callback)
+    truth = TinyNet()
+    fit(truth, PreciseBNCallback(num_samples=16, source="replay"), DataLoader(Images(32), 8))
+    assert callback.result is not None and callback.result.num_samples == 16
+    assert digest(statistics_of(module)) == digest(statistics_of(truth))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_leakage_monitor_reads_batches_of_any_kind_and_changes_nothing(kind: str) -> None:
+    monitor = BatchLeakageMonitor(num_samples=32)
+    assert digest(fitted(kind, monitor).state_dict()) == digest(fitted(kind).state_dict())
+    assert monitor.result is not None
