@@ -25,13 +25,12 @@ _MOST_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""
 
 _WAYS_OUT = {
-    "": "Shuffle",
-    "GhostBNCallback": "where the pattern is wanted, GhostBNCallback across it",
-    "SyncBNCallback": "in a head of one image's regions, SyncBNCallback",
-    "RoIShuffleCallback": "there also RoIShuffleCallback",
+    "GhostBNCallback": "GhostBNCallback across the pattern where it is wanted",
+    "SyncBNCallback": "SyncBNCallback in a head of regions",
+    "RoIShuffleCallback": "RoIShuffleCallback in a head of regions",
     "FreezeBNCallback": "FreezeBNCallback",
 }
-"""Callback -> what to do, unless it is there."""
+"""Callback -> what to do beside shuffling, unless the callback is there."""
 
 
 class BatchLeakageMonitor(ObservingCallback):
@@ -51,16 +50,23 @@ class BatchLeakageMonitor(ObservingCallback):
     - Shuffle, if it was left out; sample the classes of a batch independently.
     - If the loss needs the pattern: `GhostBNCallback` with groups that cut across it. Interleaved groups separate
       neighbours, c0, c0, c1, c1, ...; contiguous ones keep pairs together and the leak with them.
-    - In an R-CNN head (one image's regions are alike): `SyncBNCallback` on the head, or rows exchanged between ranks;
-      box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
+    - In an R-CNN head on one image's regions, which are alike: `SyncBNCallback` on the head, or rows exchanged between
+      ranks; box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
     - `FreezeBNCallback`: what normalises with the population cannot leak.
 
     Negative correlations say that batches are balanced, by class for instance. That is not i.i.d. either; compare
     the errors (``compare=True``) before changing anything.
 
+    Its unit is the sample: where a sample is several rows of a layer (tokens, views), they are averaged, and a layer of
+    which it cannot be told whose rows are whose (nodes of graphs, regions of several images) is left out and named.
+    Only where each normalization batch is the rows of a single sample are the rows compared; see `batch_leakage`.
+
+    Whatever it meets in a fit (a step that raises, batches too large to keep) costs a test, is said once, and ends no
+    training. Of an epoch in which a run is resumed it tests the batches that came after.
+
     When it does not help: it does not say what leakage costs. Ten digit classes as 8 x 2 alarm, and cost nothing
-    (3.6 % error against 3.8); regions of two images in a batch alarm, and cost little (40.1 against 41.7).
-    It cannot see patterns that do not show in a sample's channel means, nor a single batch per epoch.
+    (3.6 % error against 3.8). It cannot see patterns that do not show in a sample's channel means, regions of two
+    images in a batch (which cost little: box AP 40.1 against 41.7), nor a single batch per epoch.
 
     Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test
     (``python -m benchmarks --only leakage.cpu`` measures it); with ``compare``, two or three
@@ -78,14 +84,15 @@ class BatchLeakageMonitor(ObservingCallback):
         layers: Glob patterns over qualified layer names, such as ``"*roi_heads.*"``; None for every layer that is not
             frozen.
         count: Number of samples in a batch; None takes the length of the first tensor in it. Detectors' lists of images
-            need it (``len``).
+            need it (``len``). What is several rows of a layer goes by it.
         replay_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
             2.5e9, of all ranks together.
 
     Attributes:
         result: What the last test found, or None.
-        p_value: Of the run so far.
-        alarmed: Whether it fell below ``level``.
+        p_value: Of the run so far; NaN before the first test.
+        alarmed: Whether it fell below ``level``; None before the first test. With a strategy that starts processes of
+            its own (``ddp_spawn``), the callback of the process that called ``fit`` has tested nothing.
 
     Raises:
         ValueError: At fit start, naming the way out: no layer to test, a module that cannot be shown batches neutrally,
@@ -227,7 +234,7 @@ class BatchLeakageMonitor(ObservingCallback):
                 f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalises together are "
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
-                + (f"{'; or '.join(ways_out)}. " if alike else "")
+                + (f"{', or '.join(['Shuffle', *ways_out])}. " if alike else "")
                 + ("" if self.compare else "compare=True shows what it costs."),
             )
 
