@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,12 +31,14 @@ class ObservingCallback(BatchNormCallback):
             raise
         except Exception as error:
             cause = str(error) if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: {error}"
-            self._say(f"{type(self).__name__} {what}: {cause}")
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            # by its place: a message may hold what differs from batch to batch
+            self._say(f"{type(self).__name__} {what}: {cause}", key=f"{what}, {frame.f_code.co_filename}:{line}")
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
+    def _say(self, message: str, key: str = "") -> None:
+        if (key or message) not in self._said:
             rank_zero_warn(message)
-        self._said |= {message}
+        self._said |= {key or message}
 
     def _present(self, trainer: Trainer, layer: str | None = None) -> set[str]:
         """Names of the classes of the Trainer's callbacks, of those that act on ``layer`` if one is given."""

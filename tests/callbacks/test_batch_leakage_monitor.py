@@ -313,7 +313,7 @@ def test_rows_of_a_sample_do_not_alarm_in_shuffled_batches_and_do_in_sorted_ones
 
 def test_it_advises_no_callback_that_is_there() -> None:
     for callbacks, ghosts in (([], True), ([GhostBNCallback(size=16, grouping="contiguous")], False)):
-        _, said = warned(TinyNet(), [BatchLeakageMonitor(), *callbacks], loader("16 x 2"), val=None, max_epochs=1)
+        _, said = warned(TinyNet(), [BatchLeakageMonitor(512), *callbacks], loader("in order"), val=None, max_epochs=1)
         assert ("GhostBNCallback" in said[0]) is ghosts and "FreezeBNCallback" in said[0]
 
 
