@@ -41,7 +41,7 @@ class BNStatsMonitor(ObservingCallback):
 
     Logged: ten figures for all layers (``bn_agg/...``), ``bn_mean_gap/<layer>`` and ``bn_var_gap/<layer>``; after 32
     rows, 64, 128 and so on, and at the end, pictures; at the end, a table. The module, its random numbers and its
-    metrics are bit for bit those of a run without it.
+    metrics are bit for bit those of a run without it. Whatever it meets in a fit is said once, and ends no training.
 
     When it does not help: it reads training batches, so it cannot see that evaluation data differ; a small gap does
     not mean that the batches suit the model, and a large one does no harm before evaluation.
@@ -61,8 +61,9 @@ class BNStatsMonitor(ObservingCallback):
         log_layers: Patterns of layers that get keys of their own; None for all, if they are 64 or fewer, else none.
         channels: Layer name -> channel, whose EMA and batch means are drawn; None for the first channels of the first,
             the middle and the last layer.
-        alert_above: Alert when the worst lag rises above so many sigma, and again only after it fell below half of
-            it; None for never. At half a sigma the validation errors of our demo are wrong by tens of points.
+        alert_above: Warn, and alert in W&B, when the worst lag rises above so many sigma, and again only after it fell
+            below half of it; None for never. At half a sigma the validation errors of our demo are wrong by tens of
+            points.
         count: Number of samples in a batch; None takes the length of the first tensor in it.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
 

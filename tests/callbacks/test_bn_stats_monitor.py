@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
+from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
 from tests.callbacks.zoo import Images, InMemory, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
@@ -448,6 +448,21 @@ def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: An
     whole = fit_saving_at_the_ends_of_epochs(BNStatsMonitor(*windows), tmp_path, val)
     resumed = BNStatsMonitor(*windows)
     assert fit_saving_at_the_ends_of_epochs(resumed, tmp_path / "resumed", val, tmp_path / "step=4.ckpt") == whole
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, 2, alert_above=0.01), lambda: BatchLeakageMonitor(24)])
+def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
+    """The record, the alarm, and what has been said."""
+
+    def said_and_state(monitor: Any, module: LightningModule) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module, monitor, train_loader(64, 16), max_epochs=2)
+        return [str(w.message) for w in caught], digest(monitor.state_dict())
+
+    one, models = make(), (Wider, lambda: Deep(3))
+    assert [said_and_state(one, m()) for m in models] == [said_and_state(make(), m()) for m in models]
 
 
 @pytest.mark.filterwarnings("ignore:.*")
