@@ -174,9 +174,9 @@ def _turns(means: Tensor, rolled: Tensor, samples: int, eps: float) -> int | Non
 
 def _means_by(places: Tensor, rows: Tensor) -> Tensor:
     """Means of the rows of each place."""
-    places = places.to(rows.device)
-    sums = rows.new_zeros(int(places.amax()) + 1, rows.shape[1]).index_add_(0, places, rows)
-    return sums / places.bincount()[:, None]
+    counts = places.bincount()  # on the CPU: CUDA's is refused where only deterministic algorithms are allowed
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, places.to(rows.device), rows)
+    return sums / counts.to(rows.device)[:, None]
 
 
 def _first_of_each(places: Tensor) -> Tensor:
