@@ -105,18 +105,22 @@ class RowMeans(Behaviour):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """Keep the means, then do as ever."""
+        self._read(layer, input)
+        return forward(input)
+
+    def _read(self, layer: _BatchNorm, input: Tensor) -> None:
         name = self._names[layer]
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        if len(input) and name not in self.left_out:
-            rows = input.detach().to(torch.promote_types(input.dtype, torch.float32))
-            means = rows.flatten(2).mean(-1) if rows.ndim > 2 else rows
-            if self._rolled is not None:
-                self._rolled[name, call] = means
-            else:
-                self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
-                first = (self._batch * num_ranks() + _first_rank(layer)) * _MOST_IN_A_BATCH
-                self._keep(name, call, means, first + _groups(layer, input))
-        return forward(input)
+        if not len(input) or name in self.left_out:
+            return
+        rows = input.detach().to(torch.promote_types(input.dtype, torch.float32))
+        means = rows.flatten(2).mean(-1) if rows.ndim > 2 else rows
+        if self._rolled is not None:
+            self._rolled[name, call] = means
+            return
+        self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
+        first = (self._batch * num_ranks() + _first_rank(layer)) * _MOST_IN_A_BATCH
+        self._keep(name, call, means, first + _groups(layer, input))
 
     def _keep(self, name: str, call: int, means: Tensor, batches: Tensor) -> None:
         each, rest = divmod(len(means), max(self._samples, 1))
