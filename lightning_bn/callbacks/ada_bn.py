@@ -21,12 +21,12 @@ from lightning_bn.engine.modes import modes_of_training
 from lightning_bn.engine.population_pass import refuse_sharding
 from lightning_bn.engine.target_pass import TargetForward, measure_target, refuse_own_fetching
 from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.arguments import check_bool, require_whole
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.find import Layers, find_bn, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
 from lightning_bn.statistics.population import PopulationStatistics
 
 
@@ -101,6 +101,9 @@ class AdaBNCallback(BatchNormCallback):
         if num_samples is not None:
             require_whole("num_samples", num_samples, at_least=1)
         require_whole("prior_samples", prior_samples, at_least=0)
+        check_bool("online", online)
+        check_bool("compare", compare)
+        as_patterns(layers)
         if not callable(forward) and forward not in ("evaluation_step", "forward"):
             raise ValueError(f"forward must be 'evaluation_step', 'forward' or a function but is {forward!r}.")
         self.num_samples = num_samples

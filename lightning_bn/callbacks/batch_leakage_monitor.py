@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
-from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
+from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.engine.leakage_pass import LeakagePass, three_errors
 from lightning_bn.engine.logging import log_row, log_step, safe_keys
 from lightning_bn.engine.population_pass import Forward
-from lightning_bn.functional.leakage import BatchLeakage
+from lightning_bn.functional.arguments import check_bool
+from lightning_bn.functional.leakage import BatchLeakage, said_of
 from lightning_bn.functional.samples import Count
-from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.leakage import Evidence
 
 _MOST_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""
 
-_WAYS_OUT = (
-    "Shuffle; or, where the pattern is wanted, GhostBNCallback across it; in a head of regions SyncBNCallback or "
-    "RoIShuffleCallback; or FreezeBNCallback. "
-)
+_WAYS_OUT = {
+    "GhostBNCallback": "GhostBNCallback across the pattern where it is wanted",
+    "SyncBNCallback": "SyncBNCallback in a head of regions",
+    "RoIShuffleCallback": "RoIShuffleCallback in a head of regions",
+    "FreezeBNCallback": "FreezeBNCallback",
+}
+"""Callback -> what to do beside shuffling, unless the callback is there."""
 
 
-class BatchLeakageMonitor(BatchNormCallback):
+class BatchLeakageMonitor(ObservingCallback):
     """Tell whether normalization batches are i.i.d. in what BatchNorm sees, and sound an alarm if not (Sec. 6).
 
     A model learns to read a pattern in its batches off their statistics, and is lost in evaluation: with batches of
@@ -47,16 +50,23 @@ class BatchLeakageMonitor(BatchNormCallback):
     - Shuffle, if it was left out; sample the classes of a batch independently.
     - If the loss needs the pattern: `GhostBNCallback` with groups that cut across it. Interleaved groups separate
       neighbours, c0, c0, c1, c1, ...; contiguous ones keep pairs together and the leak with them.
-    - In an R-CNN head (one image's regions are alike): `SyncBNCallback` on the head, or rows exchanged between ranks;
-      box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
+    - In an R-CNN head on one image's regions, which are alike: `SyncBNCallback` on the head, or rows exchanged between
+      ranks; box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
     - `FreezeBNCallback`: what normalises with the population cannot leak.
 
     Negative correlations say that batches are balanced, by class for instance. That is not i.i.d. either; compare
     the errors (``compare=True``) before changing anything.
 
+    Its unit is the sample: where a sample is several rows of a layer (tokens, views), they are averaged, and a layer of
+    which it cannot be told whose rows are whose (nodes of graphs, regions of several images) is left out and named.
+    Only where each normalization batch is the rows of a single sample are the rows compared; see `batch_leakage`.
+
+    Whatever it meets in a fit (a step that raises, batches too large to keep) costs a test, is said once, and ends no
+    training. Of an epoch in which a run is resumed it tests the batches that came after.
+
     When it does not help: it does not say what leakage costs. Ten digit classes as 8 x 2 alarm, and cost nothing
-    (3.6 % error against 3.8); regions of two images in a batch alarm, and cost little (40.1 against 41.7).
-    It cannot see patterns that do not show in a sample's channel means, nor a single batch per epoch.
+    (3.6 % error against 3.8). It cannot see patterns that do not show in a sample's channel means, regions of two
+    images in a batch (which cost little: box AP 40.1 against 41.7), nor a single batch per epoch.
 
     Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test
     (``python -m benchmarks --only leakage.cpu`` measures it); with ``compare``, two or three
@@ -74,13 +84,15 @@ class BatchLeakageMonitor(BatchNormCallback):
         layers: Glob patterns over qualified layer names, such as ``"*roi_heads.*"``; None for every layer that is not
             frozen.
         count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+            What is several rows of a layer goes by it.
         replay_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
             2.5e9, of all ranks together.
 
     Attributes:
         result: What the last test found, or None.
-        p_value: Of the run so far.
-        alarmed: Whether it fell below ``level``.
+        p_value: Of the run so far; NaN before the first test.
+        alarmed: Whether it fell below ``level``; None before the first test. With a strategy that starts processes of
+            its own (``ddp_spawn``), the callback of the process that called ``fit`` has tested nothing.
 
     Raises:
         ValueError: At fit start, naming the way out: no layer to test, a module that cannot be shown batches neutrally,
@@ -114,8 +126,8 @@ class BatchLeakageMonitor(BatchNormCallback):
     ) -> None:
         if not (isinstance(level, float) and 0 < level < 1):
             raise ValueError(f"level must be a share of runs between 0 and 1 but is {level!r}.")
-        if not isinstance(compare, bool):
-            raise TypeError(f"compare must be True or False but is {compare!r}.")
+        check_bool("compare", compare)
+        as_patterns(layers)
         if same_pattern is not None and not callable(same_pattern):
             raise TypeError(f"same_pattern must be a function from the Trainer to a loader but is {same_pattern!r}.")
         if same_pattern is not None and not compare:
@@ -127,22 +139,22 @@ class BatchLeakageMonitor(BatchNormCallback):
         self.result: BatchLeakage | None = None
         self._pass = LeakagePass(num_samples, forward, layers, count, replay_bytes)
         self._evidence = Evidence()
-        self._said = ""
 
     @property
     def p_value(self) -> float:
-        """Of the run so far."""
-        return self._evidence.p_value
+        """Of the run so far; NaN before the first test."""
+        return self._evidence.p_value if self._evidence.epochs else torch.nan
 
     @property
-    def alarmed(self) -> bool:
-        """Whether the run's p-value is at most ``level``."""
-        return self.p_value <= self.level
+    def alarmed(self) -> bool | None:
+        """Whether the run's p-value is at most ``level``; None before the first test."""
+        return self.p_value <= self.level if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; a checkpoint is restored after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.result, self._evidence, self._said = None, Evidence(), ""
+            self.result, self._evidence = None, Evidence()
             self._pass.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,12 +180,16 @@ class BatchLeakageMonitor(BatchNormCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the errors of Fig. 8, if asked for."""
         if self.compare and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            log_row(trainer, three_errors(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage"))
+            with self._spared("compares nothing in this validation"):
+                log_row(trainer, three_errors(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the epoch's batches; log, and sound the alarm."""
         if not self.alarmed:
-            self._test(trainer, pl_module)
+            with self._spared("tests nothing in this epoch"):
+                self.result = found = self._pass.run(trainer, pl_module)
+                self._evidence.add(found.p_value)
+                self._report(trainer, pl_module, found)
         self._pass.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,38 +209,37 @@ class BatchLeakageMonitor(BatchNormCallback):
         """Take it back."""
         self._evidence = Evidence(**state_dict)
 
-    def _test(self, trainer: Trainer, module: LightningModule) -> None:
-        reason = self._pass.nothing_to_do(trainer, module)
-        found = None if reason else self._pass.run(trainer, module)
-        if found is None:
-            reason = reason or "its layers were given equal or non-finite rows, one batch alone, or batches of one row"
-            if reason != self._said:
-                rank_zero_warn(f"BatchLeakageMonitor tests nothing in this epoch: {reason}.")
-            self._said = reason
-            return
-        self.result = found
-        self._evidence.add(found.p_value)
+    def _report(self, trainer: Trainer, module: LightningModule, found: BatchLeakage) -> None:
+        if found.left_out:
+            self._say(f"BatchLeakageMonitor: {said_of(found.left_out)}")
         keys = safe_keys(storing_layers(module, self.layers))
         worst = found.worst_layer
         row = {"p_value": self.p_value, "epoch_p_value": found.p_value, "icc_worst": found.icc[worst]}
         if len(found.icc) <= _MOST_KEYED:
             row |= {f"icc/{keys[name]}": value for name, value in found.icc.items()}
-        log_row(trainer, {f"batch_leakage/{key}": value for key, value in row.items()})
+        with self._spared("could not log"):
+            log_row(trainer, {f"batch_leakage/{key}": value for key, value in row.items()})
         if self.alarmed:
-            alike = found.icc[worst] > 0
+            self._alert(trainer, found)
+            self._draw(trainer, found)
+
+    def _alert(self, trainer: Trainer, found: BatchLeakage) -> None:
+        worst = found.worst_layer
+        alike = found.icc[worst] > 0
+        ways_out = [what for name, what in _WAYS_OUT.items() if name not in self._present(trainer, worst)]
+        with self._spared("could not send its alert"):
             plots.alert(
                 trainer,
                 "Batches leak information" if alike else "Batches are balanced",
                 f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalises together are "
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
-                + (_WAYS_OUT if alike else "")
+                + (f"{', or '.join(['Shuffle', *ways_out])}. " if alike else "")
                 + ("" if self.compare else "compare=True shows what it costs."),
             )
-            self._draw(trainer, found)
 
     def _draw(self, trainer: Trainer, found: BatchLeakage) -> None:
         if plots.any_logs(trainer):
-            with suppress(ValueError):  # a logger without a place for pictures
+            with self._spared("could not draw"):
                 figure = plots.leakage_by_layer(found.icc, found.noise, p_value=self.p_value)
                 plots.log_figure(trainer, "batch_leakage/layers", figure, log_step(trainer))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
-from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.engine.logging import log_row, log_step, may_log, safe_keys
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.population_pass import Recomputed
 from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.drift_record import COLUMNS, DriftRecord
+from lightning_bn.functional.drift_record import COLUMNS, DriftRecord, check_channels
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.statistics.alarm import Alarm
@@ -28,8 +27,10 @@ _FIRST_DRAWN = 32
 """Pictures are drawn after so many rows, and whenever they have doubled: each shows the run from its start, and a
 million rows make less than the 50 images that a run may have."""
 
+_NO_PICTURE = "could not log a picture or table"
 
-class BNStatsMonitor(BatchNormCallback):
+
+class BNStatsMonitor(ObservingCallback):
     """Log the gap between EMA and batch statistics of every BatchNorm layer, and draw it (Sec. 3.1).
 
     The gap of a layer is the root mean square over channels of ``(batch mean - EMA mean) / EMA sigma``, measured
@@ -40,7 +41,7 @@ class BNStatsMonitor(BatchNormCallback):
 
     Logged: ten figures for all layers (``bn_agg/...``), ``bn_mean_gap/<layer>`` and ``bn_var_gap/<layer>``; after 32
     rows, 64, 128 and so on, and at the end, pictures; at the end, a table. The module, its random numbers and its
-    metrics are bit for bit those of a run without it.
+    metrics are bit for bit those of a run without it. Whatever it meets in a fit is said once, and ends no training.
 
     When it does not help: it reads training batches, so it cannot see that evaluation data differ; a small gap does
     not mean that the batches suit the model, and a large one does no harm before evaluation.
@@ -60,8 +61,9 @@ class BNStatsMonitor(BatchNormCallback):
         log_layers: Patterns of layers that get keys of their own; None for all, if they are 64 or fewer, else none.
         channels: Layer name -> channel, whose EMA and batch means are drawn; None for the first channels of the first,
             the middle and the last layer.
-        alert_above: Alert when the worst lag rises above so many sigma, and again only after it fell below half of
-            it; None for never. At half a sigma the validation errors of our demo are wrong by tens of points.
+        alert_above: Warn, and alert in W&B, when the worst lag rises above so many sigma, and again only after it fell
+            below half of it; None for never. At half a sigma the validation errors of our demo are wrong by tens of
+            points.
         count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
 
@@ -97,12 +99,15 @@ class BNStatsMonitor(BatchNormCallback):
     ) -> None:
         require_whole("every_n_batches", every_n_batches, at_least=1)
         require_whole("window", window, at_least=1)
-        unknown = [q for q in quantities if q not in QUANTITIES]
-        if isinstance(quantities, str) or unknown:
-            raise ValueError(f"quantities must be some of {', '.join(QUANTITIES)} but is {quantities!r}.")
-        if alert_above is not None and not (isinstance(alert_above, (int, float)) and alert_above > 0):
+        if not isinstance(quantities, (list, tuple)) or any(q not in QUANTITIES for q in quantities):
+            raise ValueError(f"quantities must be a list of some of {', '.join(QUANTITIES)} but is {quantities!r}.")
+        is_number = isinstance(alert_above, (int, float)) and not isinstance(alert_above, bool)
+        if alert_above is not None and not (is_number and alert_above > 0):
             raise ValueError(f"alert_above must be a positive number of sigma, or None, but is {alert_above!r}.")
-        as_patterns(log_layers)
+        check_channels(channels)
+        if log_layers is not None:
+            as_patterns(log_layers, "log_layers")
+        as_patterns(layers)
         self.every_n_batches = every_n_batches
         self.window = window
         self.quantities = tuple(quantities)
@@ -119,6 +124,7 @@ class BNStatsMonitor(BatchNormCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record, self._restored, self._samples = None, {}, None
             self._come_after_our_others(trainer)
@@ -151,24 +157,28 @@ class BNStatsMonitor(BatchNormCallback):
             except ValueError as error:
                 rank_zero_warn(f"BNStatsMonitor begins a new record: {error}")
         names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
-        plots.log_layer_names(trainer, f"{prefix}_layers", names)
-        plots.summarise_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
+        with self._spared("could not log the names of layers"):
+            plots.log_layer_names(trainer, f"{prefix}_layers", names)
+            plots.summarise_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look, at every n-th batch; on rank 0, whose running statistics are those that every rank's forward uses."""
         self._batches += 1
         self._abandon()  # a batch that another hook has skipped
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
-            with suppress(ValueError):  # a batch that cannot be counted
+            with self._spared("cannot tell the normalization batch size"):
                 self._samples = self._count(batch)
-            self._record.observer.before_batch()
+            with self._spared("cannot measure a batch"):
+                self._record.observer.before_batch()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """See what it was; log a row when a window is full."""
         if self._record:
-            self._record.after_batch(log_step(trainer))
+            with self._spared("cannot measure a batch"):
+                self._record.after_batch(log_step(trainer))
             if self._record.observer.batches >= self.window and may_log(trainer):
-                self._log(trainer, self._record)
+                with self._spared("could not log"):
+                    self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
                 if rows >= _FIRST_DRAWN and rows.bit_count() == 1:
                     self._draw(trainer, self._record)
@@ -177,7 +187,8 @@ class BNStatsMonitor(BatchNormCallback):
         """Note how far PreciseBN, or FreezeBN at its switch, has moved each layer."""
         self._abandon()
         if self._record:
-            self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
+            with self._spared("cannot note what a pass moved"):
+                self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave no layer observed, should its batch have been skipped."""
@@ -221,39 +232,54 @@ class BNStatsMonitor(BatchNormCallback):
         step, module = log_step(trainer), trainer.lightning_module
         if self._samples is not None:
             record.nbs = normalization_batch_size(trainer, module, samples=self._samples, layers=self.layers)
-        log_row(trainer, record.take_row(step))
+        row = record.take_row(step)
         assert record.last is not None
         lag = record.last.means.lag.nan_to_num(0.0)
         worst = int(lag.argmax())
         if self._alarm.sounds(float(lag[worst])):
-            frozen = record.last.direct.get(record.names[worst]) == "frozen"
-            plots.alert(
-                trainer,
-                "BatchNorm statistics drift",
-                f"At step {step} the {'frozen statistics' if frozen else 'EMA'} of layer {record.names[worst]!r} is "
-                f"{float(lag[worst]):.2g} sigma off its batches. "
-                + ("The data have moved." if frozen else "Evaluation uses the EMA: PreciseBNCallback recomputes it."),
-            )
+            name = record.names[worst]
+            frozen = record.last.direct.get(name) == "frozen"
+            with self._spared("could not send its alert"):
+                plots.alert(
+                    trainer,
+                    "BatchNorm statistics drift",
+                    f"At step {step} the {'frozen statistics' if frozen else 'EMA'} of layer {name!r} is "
+                    f"{float(lag[worst]):.2g} sigma off its batches. "
+                    + ("The data have moved." if frozen else self._advice_on_drift(trainer, name)),
+                )
         bad = [name for name, share in zip(record.names, record.last.nonfinite, strict=True) if share > 0]
         if bad and not record.nonfinite_said:
             record.nonfinite_said = True
+            precise = "PreciseBNCallback" in self._present(trainer, bad[0])
             rank_zero_warn(
                 f"BNStatsMonitor: {len(bad)} layers have seen NaN or infinite statistics up to step {step}, "
-                f"{bad[0]!r} first. Running statistics keep them for ever: PreciseBNCallback replaces them."
+                f"{bad[0]!r} first. Running statistics keep them "
+                + (
+                    "until the next pass of PreciseBNCallback."
+                    if precise
+                    else "for ever: PreciseBNCallback replaces them."
+                )
             )
+        log_row(trainer, row)
+
+    def _advice_on_drift(self, trainer: Trainer, layer: str) -> str:
+        if "PreciseBNCallback" in self._present(trainer, layer):
+            return "PreciseBNCallback recomputes it before evaluation; evaluations without a pass use it as it is."
+        return "Evaluation uses the EMA: PreciseBNCallback recomputes it."
 
     def _draw(self, trainer: Trainer, record: DriftRecord) -> None:
-        with _warned():
+        with self._spared(_NO_PICTURE):
             for name, figure in plots.pictures_of(record).items() if plots.any_logs(trainer) else ():
                 plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
 
     def _conclude(self, trainer: Trainer, record: DriftRecord) -> None:
         if record.observer.batches > 1:
-            self._log(trainer, record)
+            with self._spared("could not log"):
+                self._log(trainer, record)
         if record.last is None or not plots.any_logs(trainer):
             return
         self._draw(trainer, record)
-        with _warned():
+        with self._spared(_NO_PICTURE):
             step, history = log_step(trainer), record.history
             plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
             plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
@@ -271,12 +297,3 @@ class BNStatsMonitor(BatchNormCallback):
         if len(monitors) == 1:
             return "bn"
         return "bn_" + list(safe_keys("_".join(as_patterns(m.layers)) for m in monitors).values())[monitors.index(self)]
-
-
-@contextmanager
-def _warned() -> Iterator[None]:
-    """No picture is worth a training."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"BNStatsMonitor could not log a picture or table: {type(error).__name__}: {error}")

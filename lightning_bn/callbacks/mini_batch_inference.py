@@ -18,7 +18,7 @@ from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_infer
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.layers.rows import CountsRows
 
 
@@ -77,6 +77,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         layers: Layers = None,
         count: Count | None = None,
     ) -> None:
+        as_patterns(layers)
         self.stages = as_stages("stages", stages)
         self.layers = layers
         self.fallbacks = 0

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_bn.distributed.agree import NOT_OURS, agreed
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.engine.batches import Reservoir, evaluation_batches, loader_batches
 from lightning_bn.engine.evaluate_under import evaluate_under
@@ -47,6 +49,7 @@ class LeakagePass:
         self._count = counted_by(count)
         self.replay_bytes = replay_bytes
         self._kept: Reservoir | None = None
+        self._obstacle: Exception | None = None
 
     def check(self, module: LightningModule, trainer: Trainer) -> None:
         """Refuse at the start what could not be done later, naming the way out.
@@ -61,48 +64,59 @@ class LeakagePass:
 
     def forget(self) -> None:
         """Let go of the batches kept."""
-        self._kept = None
+        self._kept = self._obstacle = None
 
     def keep(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Perhaps keep a batch that is about to be trained on.
 
-        Raises:
-            ValueError: If so many batches of this size do not fit.
+        A batch that cannot be kept is no reason to end a training: `run` then raises what was in the way.
         """
-        if self._kept is None:
-            samples, *_ = sum_over_ranks([self._count(batch)], module.device)
-            places = max(-(-self.num_samples // max(samples, 1)), _FEWEST_BATCHES)
-            self._kept = Reservoir(places, seed=trainer.current_epoch)
-        needed = bytes_of(batch) * self._kept.num_batches
+        try:
+            if self._kept is None:
+                self._begin(module.device, batch, seed=trainer.current_epoch)
+            elif self._obstacle is None:
+                self._keep(self._kept, batch)
+        except NOT_OURS:
+            raise
+        except Exception as error:
+            self._obstacle = error
+
+    def _begin(self, device: torch.device, batch: Any, seed: int) -> None:
+        """Keep the first batch of an epoch; ranks have places for as many as each other, if all can count it."""
+        self._kept = Reservoir(_FEWEST_BATCHES, seed)
+        with agreed(device):
+            samples = self._count(batch)
+        samples, *_ = sum_over_ranks([samples], device)
+        self._kept = Reservoir(max(-(-self.num_samples // max(samples, 1)), _FEWEST_BATCHES), seed)
+        self._keep(self._kept, batch)
+
+    def _keep(self, kept: Reservoir, batch: Any) -> None:
+        needed = bytes_of(batch) * kept.num_batches
         if needed > self.replay_bytes:
             raise ValueError(
-                f"BatchLeakageMonitor keeps {self._kept.num_batches} batches of an epoch on each rank, and of "
-                f"{bytes_of(batch):,} bytes they take {needed:,}, more than replay_bytes={self.replay_bytes:,}. Raise "
-                "replay_bytes, or lower num_samples."
+                f"it keeps {kept.num_batches} batches of an epoch on each rank, and of {bytes_of(batch):,} bytes they "
+                f"take {needed:,}, more than replay_bytes={self.replay_bytes:,}. Raise replay_bytes, or lower "
+                "num_samples."
             )
-        self._kept.keep(batch)
+        kept.keep(batch)
 
-    def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
-        """Why a test would be pointless now; empty if it would not."""
-        if not estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__):
-            return "all of its layers are frozen, or in eval mode, and normalise with the population"
-        held = self._kept.held if self._kept else 0
-        return "an epoch of fewer than two batches leaves nothing to compare" if held < 2 else ""
-
-    def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage | None:
-        """Test the batches kept on the model as it is; None if a layer's rows leave nothing to compare.
+    def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage:
+        """Test the batches kept on the model as it is; on every rank, or on none.
 
         Raises:
-            RuntimeError: If the training step needs gradients, or raises StopIteration.
+            Exception: Whatever is in the way, on this rank or another.
         """
-        assert self._kept is not None  # nothing_to_do saw to it
-        layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
-        try:
-            with muted_forward(self.forward, trainer, module) as run:
-                batches = enumerate(self._kept.batches())
-                return measure_leakage(layers, batches, run, seed=trainer.current_epoch)
-        except StopIteration as error:  # would end Lightning's epoch without a word
-            raise RuntimeError("The forward over training batches raised StopIteration.") from error
+        with agreed(module.device):
+            if self._obstacle is not None:
+                raise self._obstacle
+            layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
+            if not layers:
+                raise ValueError("all of its layers are frozen, or in eval mode, and normalise with the population.")
+            if self._kept is None or self._kept.held < 2:
+                raise ValueError("an epoch of fewer than two batches leaves nothing to compare.")
+            batches = enumerate(self._kept.batches())
+        with agreed(module.device), muted_forward(self.forward, trainer, module) as run:
+            return measure_leakage(layers, batches, run, lambda item: self._count(item[1]), seed=trainer.current_epoch)
 
 
 def three_errors(
@@ -123,22 +137,20 @@ def three_errors(
 
     Raises:
         ValueError: If that loader has no batches.
-        RuntimeError: If ``same_pattern`` raises StopIteration.
+        RuntimeError: If another rank met an error.
     """
     found: dict[str, float] = {}
-    with evaluation_batches(trainer, module) as batches:
-        found |= evaluate_under(nullcontext(), trainer, module, batches, f"{prefix}/population")
-    with evaluation_batches(trainer, module) as batches:
-        mini_batch = mini_batch_inference(module, layers=layers)
-        found |= evaluate_under(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
-    if same_pattern is not None:
-        try:
-            loader = same_pattern(trainer)
-        except StopIteration as error:  # would end Lightning's validation without a word
-            raise RuntimeError("same_pattern raised StopIteration.") from error
-        with loader_batches(trainer, module, loader, shard=num_ranks() > 1) as loaded:
+    with agreed(module.device):
+        with evaluation_batches(trainer, module) as batches:
+            found |= evaluate_under(nullcontext(), trainer, module, batches, f"{prefix}/population")
+        with evaluation_batches(trainer, module) as batches:
             mini_batch = mini_batch_inference(module, layers=layers)
-            found |= evaluate_under(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
+            found |= evaluate_under(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
+        if same_pattern is not None:
+            loader = same_pattern(trainer)
+            with loader_batches(trainer, module, loader, shard=num_ranks() > 1) as loaded:
+                mini_batch = mini_batch_inference(module, layers=layers)
+                found |= evaluate_under(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
     return found
 
 

@@ -148,17 +148,31 @@ class DriftRecord:
         self.moved = dict(state["moved"])
 
 
+def check_channels(channels: Any) -> None:
+    """Refuse what no model can have: channels to trace that are no mapping from layer name to number.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is empty, or a channel is negative.
+    """
+    if channels is None:
+        return
+    if not isinstance(channels, Mapping):
+        raise TypeError(f"channels must map layer names to channels, or be None, but is {channels!r}.")
+    if not channels:
+        raise ValueError("channels is empty: name at least one, or leave it None.")
+    for name, channel in channels.items():
+        require_whole(f"channels: that of layer {name!r}", channel, at_least=0)
+
+
 def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:
     names = list(layers)
     if channels is None:
         return [(name, 0) for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
-    if not channels:
-        raise ValueError("channels is empty: name at least one, or leave it None.")
     for name, channel in channels.items():
         if name not in layers:
             raise ValueError(f"channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
-        require_whole(f"channels: that of layer {name!r}", channel, at_least=0)
-        if not 0 <= channel < layers[name].num_features:
+        if channel >= layers[name].num_features:
             raise ValueError(
                 f"channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
             )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_bn.distributed.agree import agreed
 from lightning_bn.distributed.gather import gather_rows
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.functional.precise import Forward, call_model, estimable_layers
+from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.modes import kept_in_eval
-from lightning_bn.layers.row_means import RowMeans
+from lightning_bn.layers.row_means import RowMeans, Rows, by_sample
 from lightning_bn.statistics.leakage import comparable, icc, icc_noise, leading_components, permutation_test
 
 _MOST_ROWS = 4096
@@ -26,19 +31,21 @@ _MOST_ROWS = 4096
 
 @dataclass(frozen=True)
 class BatchLeakage:
-    """How alike the rows of normalization batches are.
+    """How alike the samples of normalization batches are.
 
     Attributes:
         p_value: Probability of batches as unlike chance as these, over all layers, if they were put together at random.
-        icc: Layer's name -> intra-class correlation of the rows that it normalises together: positive if they are
+        icc: Layer's name -> intra-class correlation of the samples that it normalises together: positive if they are
             alike, negative if they are balanced, about 0 if they were put together at random. Of a layer that is called
             several times in a forward, that of the most conspicuous call.
         noise: Layer's name -> standard deviation that the correlation has without leakage.
+        left_out: Layer's name -> why it could not be tested, where it was given rows and they are not its samples.
     """
 
     p_value: float
     icc: dict[str, float]
     noise: dict[str, float]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def worst_layer(self) -> str:
@@ -47,7 +54,12 @@ class BatchLeakage:
 
 
 def batch_leakage(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward[Any] | None = None, layers: Layers = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward[Any] | None = None,
+    layers: Layers = None,
+    count: Count | None = None,
 ) -> BatchLeakage:
     r"""Test whether samples that are normalised together are alike, or balanced, more than chance has it.
 
@@ -57,8 +69,8 @@ def batch_leakage(
     one image, box AP was 30.7 instead of 41.7 (Table 3).
 
     The model is run in eval mode, since in train mode BatchNorm subtracts from each batch what its samples share. Of
-    every sample (row) a layer is given, the mean over space is kept; a layer's 16 leading principal components of
-    those give the intra-class correlation of its normalization batches,
+    every sample a layer is given, the mean over space is kept; a layer's 16 leading principal components of those give
+    the intra-class correlation of its normalization batches,
 
     $$ICC = \frac{MS_B - MS_W}{MS_B + (m - 1) MS_W}$$
 
@@ -71,6 +83,12 @@ def batch_leakage(
 
     A normalization batch is what a layer normalises together when it trains: a call's rows, of one rank, or of all that
     share statistics (`sync_bn`, SyncBatchNorm), or a group of them (`ghost_bn`).
+
+    Where a sample is several rows of a layer (tokens, views of an image), its rows are averaged: that they are alike
+    and always together is no leak. Which rows are of which sample is seen by running the model on a batch once more
+    with each sample in the next one's place; a layer of which that does not tell (regions of several images, nodes of
+    graphs) is left out. Where each normalization batch is the rows of a *single* sample, the rows themselves are
+    compared: they are put together by their sample, which is the leak of an R-CNN head on one image's regions.
 
     When it does not help: it says that batches are not i.i.d., not what that costs; easy tasks take no harm (ten
     digits as 8 classes x 2: 3.6 % error against 3.8). Some 4000 samples in 4 batches or more are needed to see 16
@@ -85,13 +103,15 @@ def batch_leakage(
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
+        count: Number of samples in a batch; None takes the length of the first tensor in it.
 
     Returns:
         The p-value, and the correlation of each layer; the same on all ranks.
 
     Raises:
         ValueError: If there is nothing to compare: no layer, one normalization batch only, normalization batches of
-            one row, or rows that are all equal but for rounding.
+            one row, rows that are all equal but for rounding, or of which it cannot be told whose they are.
+        RuntimeError: If another rank met an error.
 
     Example:
         >>> import torch
@@ -116,25 +136,28 @@ def batch_leakage(
             "train mode: they normalise with the population, through which nothing leaks."
         )
     with kept_in_eval(list(model.modules())):
-        found = measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch))
-    if found is None:
-        raise ValueError(
-            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of "
-            "two rows or more, of rows that are finite and differ by more than rounding."
-        )
-    return found
+        return measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch), counted_by(count))
 
 
 def measure_leakage(
-    layers: Mapping[str, _BatchNorm], batches: Iterable[Any], run: Callable[[Any], Any], seed: int = 0
-) -> BatchLeakage | None:
-    """Run batches through the fixed model and test what ``layers`` were given; None if there is nothing to compare.
+    layers: Mapping[str, _BatchNorm],
+    batches: Iterable[Any],
+    run: Callable[[Any], Any],
+    count: Count,
+    seed: int = 0,
+) -> BatchLeakage:
+    """Run batches through the fixed model and test what ``layers`` were given.
 
     Args:
         layers: Qualified name -> layer, in eval mode.
         batches: This rank's batches; as many are run as the rank with fewest has.
         run: Runs the model on one batch.
+        count: Samples in a batch.
         seed: Of the regroupings.
+
+    Raises:
+        ValueError: If there is nothing to compare.
+        RuntimeError: If another rank met an error.
     """
     rows = RowMeans(layers)
     device = next(iter(layers.values())).running_mean.device  # type: ignore[union-attr]  # estimable layers have one
@@ -145,13 +168,41 @@ def measure_leakage(
     ):
         iterator, missing = iter(batches), object()
         while True:
-            batch = next(iterator, missing)
+            with agreed(device):
+                batch = next(iterator, missing)
             ready, *_ = sum_over_ranks([batch is not missing], device)
             if ready < num_ranks():
                 break
-            rows.next_batch()
-            run(batch)
-        return _tested(_of_all_ranks(layers, rows), _eps_of_all_ranks(layers, rows), seed)
+            with agreed(device):
+                samples = count(batch)
+                rows.next_batch(samples)
+                run(batch)
+            unplaced, *_ = sum_over_ranks([rows.unplaced], device)
+            if unplaced:  # on all ranks: there may be collectives in a forward
+                with agreed(device):
+                    rows.probe(partial(run, _rolled(batch, samples)))
+        return _tested(_of_all_ranks(layers, rows), _eps_of_all_ranks(layers, rows), _left_out(layers, rows), seed)
+
+
+def _rolled(batch: Any, samples: int) -> Any:
+    """A copy of a batch with each sample in the place of the one after it, as far as its tensors show samples."""
+
+    def roll(tensor: Tensor) -> Tensor:
+        return tensor.copy_(tensor.roll(1, 0)) if tensor.ndim and len(tensor) == samples else tensor
+
+    try:
+        rolled = copy.deepcopy(batch)
+        apply_to_collection(rolled, Tensor, roll)  # in place, so that the batch may be of any class
+    except Exception:  # then nothing shows whose rows are whose
+        return batch
+    return rolled
+
+
+def _left_out(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, str]:
+    """Layers that any rank has left out, with its reason or the like."""
+    own = gather_rows(torch.tensor([[name in rows.left_out for name in layers]], dtype=torch.long)).amax(0)
+    reasons = {name: rows.left_out.get(name, "as another rank found, its rows are not its samples") for name in layers}
+    return {name: reason for (name, reason), left in zip(reasons.items(), own.tolist(), strict=True) if left}
 
 
 def _eps_of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, float]:
@@ -166,39 +217,65 @@ def _of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[tupl
     found = {}
     for name, number in zip(layers, calls.tolist(), strict=True):
         for call in range(number):
-            inputs = rows.seen.get((name, call), [])
-            means = torch.zeros(0, layers[name].num_features, dtype=torch.float64)
-            means = torch.cat([means, *(m.cpu().double() for m, _ in inputs)])
-            batches = torch.cat([torch.zeros(0, dtype=torch.long), *(b for _, b in inputs)])
+            empty = torch.zeros(0, dtype=torch.long)
+            nothing = Rows(torch.zeros(0, layers[name].num_features, dtype=torch.float64), empty, empty)
+            kept = [nothing, *rows.seen.get((name, call), [])]
+            parts = [
+                torch.cat([part.cpu().to(like) for part in of])
+                for of, like in zip(zip(*kept, strict=True), nothing, strict=True)
+            ]
             share = _MOST_ROWS // num_ranks()
-            if len(means) > share:  # the same ones in all layers that were given as many
-                thinned = torch.randperm(len(means), generator=torch.Generator().manual_seed(0))[:share]
-                means, batches = means[thinned], batches[thinned]
-            found[name, call] = gather_rows(means), gather_rows(batches)
+            if len(parts[0]) > share:  # the same ones in all layers that were given as many
+                thinned = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:share]
+                parts = [part[thinned] for part in parts]
+            found[name, call] = by_sample(Rows(*map(gather_rows, parts)))
     return found
 
 
 def _tested(
-    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], eps: dict[str, float], seed: int
-) -> BatchLeakage | None:
+    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], eps: dict[str, float], left_out: dict[str, str], seed: int
+) -> BatchLeakage:
     """The test on rank 0, whose result every rank takes: two kinds of processor may differ in the last bits."""
-    found: dict[str, tuple[float, float]] = {}
-    together: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # by which rows share which batches
-    if own_rank() == 0:
-        for (name, _), (means, batches) in calls.items():
-            components = leading_components(means, eps=eps[name])
-            if comparable(components, batches):
-                correlation, noise = icc(components, batches), icc_noise(components, batches)
-                if name not in found or abs(correlation / noise) > abs(found[name][0] / found[name][1]):
-                    found[name] = correlation, noise
-                together.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
-    p_values = [permutation_test(components, batches, seed=seed) for batches, components in together.values()]
-    p_value = min(1.0, len(p_values) * min(p_values, default=1.0))
-    names = list(dict.fromkeys(name for name, _ in calls))
-    table = [(p_value, 0.0), *(found.get(name, (torch.nan, torch.nan)) for name in names)]
-    own = torch.tensor(table if own_rank() == 0 else [], dtype=torch.float64).view(-1, 2)
-    (p_value, _), *rows = gather_rows(own).tolist()
+    names = [name for name in dict.fromkeys(name for name, _ in calls) if name not in left_out]
+    table: list[tuple[float, float]] = []
+    with agreed(torch.device("cpu")):
+        if own_rank() == 0:
+            table = _table({key: call for key, call in calls.items() if key[0] in names}, names, eps, seed)
+    (p_value, _), *rows = gather_rows(torch.tensor(table, dtype=torch.float64).view(-1, 2)).tolist()
     tested = {name: row for name, row in zip(names, rows, strict=True) if row[0] == row[0]}  # else NaN
     if not tested:
-        return None
-    return BatchLeakage(p_value, {n: row[0] for n, row in tested.items()}, {n: row[1] for n, row in tested.items()})
+        raise ValueError(
+            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of "
+            "two rows or more, of rows that are finite and differ by more than rounding"
+            + (f", and that can be told apart by sample. {said_of(left_out)}" if left_out else ".")
+        )
+    correlations, noises = ({name: row[i] for name, row in tested.items()} for i in (0, 1))
+    return BatchLeakage(p_value, correlations, noises, left_out)
+
+
+def said_of(left_out: Mapping[str, str]) -> str:
+    """Layers that were left out, in a sentence that says what to do."""
+    name, reason = next(iter(left_out.items()))
+    others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+    return (
+        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass count=, a function from batch "
+        "to number of samples."
+    )
+
+
+def _table(
+    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], names: list[str], eps: dict[str, float], seed: int
+) -> list[tuple[float, float]]:
+    """The p-value, then the correlation and noise of each layer; NaN for one that has nothing to compare."""
+    found: dict[str, tuple[float, float]] = {}
+    together: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # by which rows share which batches
+    for (name, _), (means, batches) in calls.items():
+        components = leading_components(means, eps=eps[name])
+        if comparable(components, batches):
+            correlation, noise = icc(components, batches), icc_noise(components, batches)
+            if name not in found or abs(correlation / noise) > abs(found[name][0] / found[name][1]):
+                found[name] = correlation, noise
+            together.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
+    p_values = [permutation_test(components, batches, seed=seed) for batches, components in together.values()]
+    p_value = min(1.0, len(p_values) * min(p_values, default=1.0))
+    return [(p_value, 0.0), *(found.get(name, (torch.nan, torch.nan)) for name in names)]

@@ -147,18 +147,17 @@ def log_line_chart(
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
 def alert(loggers: Any, title: str, text: str) -> None:
-    """Sends a W&B alert, by mail or Slack as the user has set it there; with other loggers only, it is a warning.
+    """Warns, and with a `WandbLogger` sends a W&B alert as well, by mail or Slack as the user has set it there.
 
     Args:
         loggers: As in `log_figure`.
         title: What it is about. The same title is sent once in ten minutes.
         text: What is wrong, where, and what to do.
     """
-    wandb_loggers = [logger for kind, logger in _each(loggers) if kind == "WandbLogger"]
-    for logger in wandb_loggers:
-        logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=ALERT_EVERY_SECONDS)
-    if not wandb_loggers:
-        rank_zero_warn(f"{title}: {text}")
+    rank_zero_warn(f"{title}: {text}")
+    for kind, logger in _each(loggers):
+        if kind == "WandbLogger":
+            logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=ALERT_EVERY_SECONDS)
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]

@@ -374,6 +374,9 @@ def test_what_cannot_work_is_refused_with_the_way_out() -> None:
     for bad in ({"num_samples": 0}, {"prior_samples": -1}, {"forward": "training_step"}, {"stages": ["fit"]}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             AdaBNCallback(**bad)
+    for bad in ({"online": "no"}, {"compare": "no"}, {"online": None}, {"layers": 3}, {"count": 3}):
+        with pytest.raises(TypeError, match=f"{next(iter(bad))} must be"):
+            AdaBNCallback(**bad)
 
 
 @pytest.mark.parametrize("compare", [False, True])

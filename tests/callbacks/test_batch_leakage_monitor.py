@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -19,6 +21,7 @@ from lightning_bn.engine.batches import Reservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
+    InMemory,
     Passes,
     TinyNet,
     digest,
@@ -176,6 +179,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
     [
         ({"count": 5}, "count must be a function from a batch .* but is 5"),
         ({"compare": "x"}, "compare must be True or False but is 'x'"),
+        ({"layers": 3}, "layers must be a glob pattern .* but is 3"),
         ({"compare": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
     ],
 )
@@ -184,24 +188,147 @@ def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], messag
         BatchLeakageMonitor(**arguments)
 
 
-def raises_stop_iteration(_: Any) -> Any:
-    raise StopIteration
+# ---------------------------------------------------------------------------------------------------- ends no fit
+def raising(error: Any) -> Any:
+    """A function of anything that raises."""
+
+    def function(*_: Any) -> Any:
+        raise error
+
+    return function
 
 
-def test_functions_that_raise_stop_iteration_or_give_nothing_end_no_fit_without_a_word() -> None:
-    with pytest.raises(RuntimeError, match="count raised StopIteration"):
-        fit(TinyNet(), BatchLeakageMonitor(count=raises_stop_iteration))
-    with pytest.raises(RuntimeError, match="same_pattern raised StopIteration"):
-        fit(TinyNet(), BatchLeakageMonitor(compare=True, same_pattern=raises_stop_iteration))
-    with pytest.raises(ValueError, match="same_pattern returned a loader without batches"):
-        fit(TinyNet(), BatchLeakageMonitor(compare=True, same_pattern=lambda _: []))
+class Uncopied(Tensor):
+    """Cannot be kept."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("no copies of this one")
 
 
-def test_batches_that_do_not_fit_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"keeps 4 batches.*Raise replay_bytes, or lower num_samples"):
-        fit(TinyNet(), BatchLeakageMonitor(8, replay_bytes=4000))
-    with pytest.raises(ValueError, match="keeps 10 batches"):  # of two samples each, if the user says so
-        fit(TinyNet(), BatchLeakageMonitor(20, count=len, replay_bytes=4000))
+class Uncopyable(TinyNet):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].as_subclass(Uncopied), batch[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([batch[0].as_subclass(Tensor), batch[1]], batch_idx)
+
+
+class FailsInEval(TinyNet):
+    """As one whose training step asks for a gradient."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.bn1.training:
+            raise ZeroDivisionError("in the step")
+        return super().training_step(batch, batch_idx)
+
+
+class NotFinite(TinyNet):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x if self.bn1.training else x * torch.nan)
+
+
+TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "count raises": (TinyNet, {"count": raising(KeyError("size"))}, "tests nothing in this epoch: KeyError: 'size'"),
+    "count leaks a StopIteration": (TinyNet, {"count": raising(StopIteration)}, "count raised StopIteration"),
+    "count gives no number": (TinyNet, {"count": str}, "count must return a batch's number of samples"),
+    "too large": (TinyNet, {"num_samples": 8, "replay_bytes": 4000}, r"keeps 4 batches.*Raise replay_bytes, or lower"),
+    "too large, as counted": (TinyNet, {"num_samples": 20, "count": len, "replay_bytes": 4000}, "keeps 10 batches"),
+    "no copy": (Uncopyable, {}, "TypeError: no copies of this one"),
+    "the step raises": (FailsInEval, {}, "ZeroDivisionError: in the step"),
+    "forward raises": (TinyNet, {"forward": raising(RuntimeError("in forward"))}, "this epoch: in forward"),
+    "forward leaks a StopIteration": (TinyNet, {"forward": raising(StopIteration)}, "StopIteration"),
+    "not finite": (NotFinite, {}, "There is nothing to compare"),
+    "no loader": (
+        TinyNet,
+        {"compare": True, "same_pattern": raising(StopIteration)},
+        "compares nothing.*StopIteration",
+    ),
+    "an empty loader": (TinyNet, {"compare": True, "same_pattern": lambda _: []}, "returned a loader without batches"),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments", "message"), TESTS_NOTHING.values(), ids=TESTS_NOTHING)
+def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(make: Any, arguments: Any, message: str) -> None:
+    watched, plain = make(), make()
+    monitor = BatchLeakageMonitor(**arguments)
+    trainer, said = warned(watched, monitor)
+    fit(plain)
+    assert trainer.global_step == 8 and len(said) == 1 and re.search(message, said[0])
+    assert digest(watched.state_dict()) == digest(plain.state_dict())
+    assert all(type(m) is type(n) for m, n in zip(watched.modules(), plain.modules(), strict=True))
+    if "same_pattern" not in arguments:
+        assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize("where", ["count", "forward", "same_pattern"])
+def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException, where: str) -> None:
+    module = TinyNet()
+    monitor = BatchLeakageMonitor(**{"compare": where == "same_pattern", where: raising(error)})
+    with pytest.raises(BaseException) as caught:
+        fit(module, monitor)
+    assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
+    assert all(type(m) is type(n) for m, n in zip(module.modules(), TinyNet().modules(), strict=True))
+
+
+class RefusesFigures(InMemory):
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(key.startswith("batch_leakage") for key in metrics):
+            raise OSError("disk full")
+
+
+def test_a_logger_that_raises_costs_what_it_would_have_logged_and_no_test(tmp_path: Path) -> None:
+    monitor = BatchLeakageMonitor()
+    trainer, said = warned(TinyNet(), monitor, loader("in order"), val=None, logger=RefusesFigures(), max_epochs=1)
+    assert [m.partition(":")[0] for m in said] == ["BatchLeakageMonitor could not log", "Batches leak information"]
+    assert monitor.alarmed and trainer.global_step == 64
+
+
+def test_a_layer_whose_rows_are_not_its_samples_is_named_once_and_the_others_are_tested() -> None:
+    class Ragged(TinyNet):
+        def features(self, x: Tensor) -> Tensor:
+            return self.bn2(self.conv2(self.bn1(self.conv1(torch.cat([x, x[:3]])))[: len(x)])).mean((2, 3))
+
+    monitor = BatchLeakageMonitor()
+    _, said = warned(Ragged(), monitor)
+    assert len(said) == 1 and "Layer 'bn1' is left out: 11 rows of 8 samples" in said[0]
+    assert set(monitor.result.icc) == {"bn2"}
+
+
+class OnTokens(TinyNet):
+    """Its second layer is given four rows a sample, which are alike."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        tokens = torch.cat([x.flatten(2)[..., i : i + 6] for i in range(4)], 1).view(4 * len(x), -1)[:, :6]
+        return self.bn2(tokens[..., None, None]).view(len(x), 4, -1).mean(1)
+
+
+def test_rows_of_a_sample_do_not_alarm_in_shuffled_batches_and_do_in_sorted_ones() -> None:
+    for pattern, alarms in (("shuffled", False), ("in order", True)):
+        monitor = BatchLeakageMonitor(layers="bn2", num_samples=2048)
+        fit(OnTokens(), monitor, loader(pattern), val=None, max_epochs=1)
+        assert monitor.alarmed is alarms and set(monitor.result.icc) == {"bn2"}
+
+
+def test_it_advises_no_callback_that_is_there() -> None:
+    for callbacks, ghosts in (([], True), ([GhostBNCallback(size=16, grouping="contiguous")], False)):
+        _, said = warned(TinyNet(), [BatchLeakageMonitor(512), *callbacks], loader("in order"), val=None, max_epochs=1)
+        assert ("GhostBNCallback" in said[0]) is ghosts and "FreezeBNCallback" in said[0]
+
+
+# --------------------------------------------------------------------------------------------------- state of a fit
+def test_before_a_test_it_knows_nothing() -> None:
+    monitor = BatchLeakageMonitor()
+    assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
+
+
+def test_after_a_fit_in_another_process_the_parents_callback_knows_nothing() -> None:
+    monitor = BatchLeakageMonitor()
+    trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
+    trainer.fit(TinyNet(), train_loader())
+    assert trainer.callback_metrics
+    assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
 def test_an_epoch_of_one_batch_is_said_once() -> None:
@@ -219,15 +346,6 @@ def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() 
     for _ in range(2):
         fit(TinyNet(), [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")], max_epochs=2)
         assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
-
-
-def stops(module: Any, batch: Any) -> None:
-    raise StopIteration
-
-
-def test_a_forward_that_leaks_a_stop_iteration_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="raised StopIteration"):
-        fit(TinyNet(), BatchLeakageMonitor(forward=stops))
 
 
 def test_manual_optimization_is_refused_with_the_way_out() -> None:
@@ -281,3 +399,31 @@ def test_ranks_agree() -> None:
     noise = (2 / 4 * (1 / 9 + 1 / 70)) ** 0.5 / 8
     assert first[1].noise["bn1"] == pytest.approx(noise), "80 samples in all: five batches of 8 on each of two ranks"
     assert any("batch_leakage/p_value" in row for _, row in first[3])
+
+
+def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
+    """Once in the first epoch of two."""
+    fails = {"left": torch.distributed.get_rank() == 1}
+
+    def count(batch: Any) -> int:
+        if where == "count" and fails.pop("left", False):
+            raise OSError("on rank 1")
+        return len(batch[0])
+
+    def forward(module: Any, batch: Any) -> None:
+        if where == "forward" and fails.pop("left", False):
+            raise OSError("on rank 1")
+        module(batch[0])
+
+    module, monitor = TinyNet(), BatchLeakageMonitor(80, forward=forward, count=count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
+    return monitor.state_dict()["epochs"], monitor.p_value, digest(dict(module.named_parameters())), trainer.global_step
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("where", ["count", "forward"])
+def test_an_error_on_one_rank_costs_all_ranks_that_epochs_test_alone(where: str) -> None:
+    first, second = run_on_ranks(fit_with_an_error_on_rank_1, 2, where, 2, timeout=60)
+    assert first == second and first[0] == 1 and first[3] == 20

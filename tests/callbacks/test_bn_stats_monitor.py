@@ -14,12 +14,14 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
-from tests.callbacks.zoo import InMemory, TinyNet, digest, fit, statistics_of, train_loader
+from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
+from tests.callbacks.zoo import Images, InMemory, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
 
@@ -164,7 +166,6 @@ def test_no_logger_is_an_error_that_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("channels", "says"),
     [
-        ({}, "channels is empty"),
         ({"bn3": 0}, r"no observed layer 'bn3'. There are: bn1, bn2"),
         ({"bn2": 6}, r"'bn2' has channels 0 to 5.*no 6"),
     ],
@@ -174,11 +175,6 @@ def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: 
         fit(TinyNet(), BNStatsMonitor(channels=channels))
 
 
-def test_a_channel_that_is_no_number_is_refused() -> None:
-    with pytest.raises(TypeError, match="channels: that of layer 'bn1' must be a whole number"):
-        fit(TinyNet(), BNStatsMonitor(channels={"bn1": "3"}))
-
-
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -186,13 +182,21 @@ def test_a_channel_that_is_no_number_is_refused() -> None:
         ({"window": 1.5}, TypeError),
         ({"quantities": ["drift"]}, ValueError),
         ({"quantities": "lag"}, ValueError),
+        ({"quantities": 3}, ValueError),
         ({"alert_above": -1.0}, ValueError),
+        ({"alert_above": True}, ValueError),
         ({"log_layers": 3}, TypeError),
+        ({"layers": 3}, TypeError),
+        ({"channels": 3}, TypeError),
+        ({"channels": {}}, ValueError),
+        ({"channels": {"bn1": "3"}}, TypeError),
+        ({"channels": {"bn1": -1}}, ValueError),
+        ({"count": 3}, TypeError),
     ],
     ids=str,
 )
 def test_senseless_arguments_are_refused_at_once(options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=next(iter(options)) if "log_layers" not in options else "glob pattern"):
+    with pytest.raises(error, match=f"^{next(iter(options))}"):
         BNStatsMonitor(**options)
 
 
@@ -252,6 +256,104 @@ def test_drift_is_said_once_until_it_has_gone() -> None:
         warnings.simplefilter("always")
         fit(TinyNet(lr=0.0), BNStatsMonitor(1, 1, alert_above=1e-6), max_epochs=4)
     assert len([w for w in caught if "statistics drift" in str(w.message)]) == 1
+
+
+def advice(*others: Any, alert_above: float = 0.05, module: Any = None) -> str:
+    """What the alert says to do."""
+    monitor = BNStatsMonitor(1, 1, alert_above=alert_above)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module or TinyNet(), [*others, monitor], max_epochs=1)
+    (said,) = {str(w.message).partition("off its batches. ")[2] for w in caught if "drift" in str(w.message)}
+    return said
+
+
+def test_it_advises_no_callback_that_acts_on_the_layer_already() -> None:
+    assert advice() == "Evaluation uses the EMA: PreciseBNCallback recomputes it."
+    assert "uses the EMA" not in advice(PreciseBNCallback(20))
+
+    class Own(PreciseBNCallback):
+        pass
+
+    assert "uses the EMA" not in advice(Own(20, layers=["bn1", "bn2"]))
+    stays = TinyNet()
+    stays.bn2.momentum = 0.5  # so that it is the other that drifts
+    assert advice(PreciseBNCallback(20, layers="bn2"), module=stays) == advice()
+
+
+# ------------------------------------------------------------------------------------------------------- ends no fit
+def raising(error: Any) -> Any:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
+
+
+class Refuses(InMemory):
+    """A logger that takes nothing of ours."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(key.startswith("bn_") for key in metrics):
+            raise OSError("disk full")
+        super().log_metrics(metrics, step)
+
+
+MEETS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "count raises": (
+        {"count": raising(KeyError("size"))},
+        InMemory,
+        "cannot tell the normalization batch size: KeyErr",
+    ),
+    "count gives no number": ({"count": str}, InMemory, "count must return a batch's number of samples"),
+    "a logger that raises": ({}, Refuses, "could not log: OSError: disk full"),
+}
+
+
+@pytest.mark.parametrize(("options", "logger", "message"), MEETS.values(), ids=MEETS)
+def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, logger: Any, message: str) -> None:
+    module, plain = TinyNet(), TinyNet()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, BNStatsMonitor(1, 1, alert_above=None, **options), logger=logger())
+    said = [str(w.message) for w in caught if "BNStatsMonitor" in str(w.message)]
+    assert trainer.global_step == 8 and len(said) == 1 and message in said[0]
+    fit(plain)
+    assert digest(module.state_dict()) == digest(plain.state_dict())
+
+
+@pytest.mark.parametrize("where", ["log_layer_names", "pictures_of", "overview_of", "alert"])
+def test_whatever_a_logger_or_a_picture_raises_costs_a_warning(where: str, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(f"lightning_bn.plots.{where}", raising(OSError("disk full")))
+    with pytest.warns(UserWarning, match="BNStatsMonitor could not .*: OSError: disk full"):
+        trainer = fit(TinyNet(), BNStatsMonitor(1, 1, alert_above=1e-6), logger=CSVLogger(tmp_path))
+    assert trainer.global_step == 8
+
+
+def test_a_layer_that_cannot_be_read_for_a_while_ends_no_fit() -> None:
+    class LosesItsStatistics(TinyNet):
+        """Has none around one batch, as if somebody had taken them away."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.kept, self.bn1.running_mean = self.bn1.running_mean, None
+            return loss
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.bn1.running_mean = self.kept
+
+    with pytest.warns(UserWarning, match="BNStatsMonitor cannot measure a batch: "):
+        trainer = fit(LosesItsStatistics(), BNStatsMonitor(1, 1))
+    assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), torch.OutOfMemoryError("full")])
+def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException) -> None:
+    module = TinyNet()
+    module.bn1.momentum = 0.0  # observed directly
+    with pytest.raises(BaseException) as caught:
+        fit(module, BNStatsMonitor(1, 1, count=raising(error)))
+    assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
+    assert type(module.bn1) is nn.BatchNorm2d
 
 
 class Checkpointed(TinyNet):
@@ -328,6 +430,39 @@ def resumed_with(tmp_path: Path, first: TinyNet, second: TinyNet, options: dict[
     second.strict_loading = False
     fit(second, monitor, ckpt_path=tmp_path / "first.ckpt", logger=CSVLogger(tmp_path))
     return monitor
+
+
+def fit_saving_at_the_ends_of_epochs(monitor: BNStatsMonitor, folder: Path, val: Any, ckpt_path: Any = None) -> Any:
+    """Three epochs of four equal batches; checkpoints come before validation and the epoch's end."""
+    checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    loader, module = DataLoader(ConcatDataset([Images(8)] * 4), 8), TinyNet()
+    options = {"enable_checkpointing": True, "max_epochs": 3, "ckpt_path": ckpt_path}
+    fit(module, [monitor, checkpoints], loader, val, **options)
+    return digest(monitor.state_dict()), digest(module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("val", ["default", None], ids=["validation", "none"])
+@pytest.mark.parametrize("windows", [(1, 1), (2, 2), (3, 1), (1, 3)], ids=str)
+def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: Any, val: Any, tmp_path: Path) -> None:
+    whole = fit_saving_at_the_ends_of_epochs(BNStatsMonitor(*windows), tmp_path, val)
+    resumed = BNStatsMonitor(*windows)
+    assert fit_saving_at_the_ends_of_epochs(resumed, tmp_path / "resumed", val, tmp_path / "step=4.ckpt") == whole
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, 2, alert_above=0.01), lambda: BatchLeakageMonitor(24)])
+def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
+    """The record, the alarm, and what has been said."""
+
+    def said_and_state(monitor: Any, module: LightningModule) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module, monitor, train_loader(64, 16), max_epochs=2)
+        return [str(w.message) for w in caught], digest(monitor.state_dict())
+
+    one, models = make(), (Wider, lambda: Deep(3))
+    assert [said_and_state(one, m()) for m in models] == [said_and_state(make(), m()) for m in models]
 
 
 @pytest.mark.filterwarnings("ignore:.*")

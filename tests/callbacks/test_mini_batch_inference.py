@@ -216,6 +216,9 @@ def test_arguments_are_checked() -> None:
     for bad in (["fit"], "test", None):
         with pytest.raises(ValueError, match="stages must be a list of"):
             MiniBatchInferenceCallback(stages=bad)  # type: ignore[arg-type]
+    for bad in ({"layers": 3}, {"layers": []}, {"count": 3}):
+        with pytest.raises(TypeError, match=f"{next(iter(bad))} must be"):
+            MiniBatchInferenceCallback(**bad)
     with pytest.raises(ValueError, match="matches no BatchNorm layer"):
         predictions(MiniBatchInferenceCallback(layers="head.*"))
     with pytest.raises(ValueError, match="Two MiniBatchInferenceCallbacks act on layer 'bn1'"):

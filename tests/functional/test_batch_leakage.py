@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.leakage import measure_leakage
 from lightning_bn.layers.behaviour import Handle, behaviours_of
-from lightning_bn.layers.row_means import RowMeans
+from lightning_bn.layers.row_means import RowMeans, Rows
 from lightning_bn.statistics.leakage import icc, leading_components
 from tests.callbacks.zoo import digest
 from tests.ranks import run_on_ranks
@@ -124,15 +124,15 @@ def test_nothing_to_compare_is_an_error(batches: list[Tensor]) -> None:
 
 
 class Twice(nn.Module):
-    """A layer on two feature maps of very different mean, and one that is given both as one."""
+    """A layer on two feature maps of very different mean, and one on another."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.apart, self.joint = nn.BatchNorm1d(1), nn.BatchNorm1d(2)
+        self.apart, self.other = nn.BatchNorm1d(1), nn.BatchNorm1d(2)
 
     def forward(self, x: Tensor) -> None:
         self.apart(x[:, :1]), self.apart(x[:, :1] + 5)
-        self.joint(torch.cat([x, -x]))
+        self.other(x)
 
 
 def test_calls_of_a_layer_are_not_compared_with_each_other() -> None:
@@ -155,10 +155,12 @@ def test_of_several_calls_the_most_conspicuous_is_reported(first: int) -> None:
     assert found == alone < -0.05
 
 
-def test_layers_that_are_given_other_rows_are_tested_by_themselves_and_the_smallest_p_value_counts_twice() -> None:
+def test_layers_of_other_batches_are_tested_by_themselves_and_the_smallest_p_value_counts_twice() -> None:
     batches = (torch.randn(256, 2) + 0.1 * torch.randn(16, 1, 2).expand(16, 16, 2).flatten(0, 1)).split(16)
-    apart, joint, both = (batch_leakage(Twice(), batches, layers=name).p_value for name in ("apart", "joint", None))
-    assert both == 2 * min(apart, joint) < 0.5 and apart != joint
+    net = Twice()
+    with ghost_bn(net, size=8, layers="other"):
+        apart, other, both = (batch_leakage(net, batches, layers=name).p_value for name in ("apart", "other", None))
+    assert both == 2 * min(apart, other) < 0.5 and apart != other
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,11 +212,130 @@ def test_large_inputs_are_thinned_alike_in_all_layers() -> None:
     rows = RowMeans(layers)
     with Handle(layers.values(), rows), torch.no_grad():
         for _ in range(3):
-            rows.next_batch()
+            rows.next_batch(samples=1000)
             net(torch.randn(1000, 3))
-    (first, groups), (second, same) = ([torch.cat(p) for p in zip(*seen, strict=True)] for seen in rows.seen.values())
-    assert len(first) == len(second) == 3 * 256 and torch.equal(groups, same)
-    torch.testing.assert_close(net[1](net[0](first)), second)
+    first, second = (Rows(*map(torch.cat, zip(*seen, strict=True))) for seen in rows.seen.values())
+    assert len(first.means) == len(second.means) == 3 * 256
+    assert torch.equal(first.batches, second.batches) and torch.equal(first.samples, second.samples)
+    torch.testing.assert_close(net[1](net[0](first.means)), second.means)
+
+
+# ------------------------------------------------------------------------------------ a sample is several rows
+LAYOUTS: dict[str, Any] = {
+    "a sample's rows together": lambda x: x.flatten(0, 1),
+    "a row of each sample, then the next of each": lambda x: x.transpose(0, 1).flatten(0, 1),
+    "two views, a sample's rows together in each": lambda x: x.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2),
+}
+
+
+def rows_of_samples(samples: int, rows: int = 6) -> Tensor:
+    """``(samples, rows, 4)``: independent samples, whose rows are alike, and differ by their place as well."""
+    generator = torch.Generator().manual_seed(0)
+    of_sample, of_place = torch.randn(samples, 1, 4, generator=generator), torch.randn(rows, 4, generator=generator)
+    return of_sample + of_place + 0.5 * torch.randn(samples, rows, 4, generator=generator)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_of_a_sample_are_one_sample_however_they_come(layout: Any) -> None:
+    """A shuffled loader does not alarm, a sorted one does, and the correlation is that of the samples' means."""
+    net, x = nn.Sequential(nn.BatchNorm1d(4)), rows_of_samples(384)
+    found = batch_leakage(net, x.split(16), forward=lambda m, b: m(layout(b)))
+    groups = torch.arange(24).repeat_interleave(16)
+    assert found.p_value > 0.01 and not found.left_out
+    assert found.icc["0"] == pytest.approx(icc(leading_components(x.mean(1)), groups), abs=1e-6)
+    ordered = x[x.mean((1, 2)).argsort()].split(16)
+    assert batch_leakage(net, ordered, forward=lambda m, b: m(layout(b))).p_value < 0.001
+
+
+@pytest.mark.parametrize("last", [1, 5])
+def test_a_smaller_last_batch_has_samples_too_even_if_it_is_a_single_one(last: int) -> None:
+    net, x = nn.BatchNorm1d(4), rows_of_samples(192 + last)
+    found = batch_leakage(net, x.split(16), forward=lambda m, b: m(b.flatten(0, 1)))
+    groups = torch.arange(192 + last) // 16
+    assert found.icc[""] == pytest.approx(icc(leading_components(x.mean(1)), groups), abs=1e-6)
+
+
+def test_sequences_of_other_lengths_are_samples_too() -> None:
+    net, x = nn.BatchNorm1d(4), rows_of_samples(192)
+    batches = [batch[:, : 3 + i % 3] for i, batch in enumerate(x.split(16))]
+    for layout in (lambda b: b.flatten(0, 1), lambda b: b.transpose(0, 1).flatten(0, 1)):
+        found = batch_leakage(net, batches, forward=lambda m, b, layout=layout: m(layout(b)))
+        means = torch.cat([batch.mean(1) for batch in batches])
+        groups = torch.arange(12).repeat_interleave(16)
+        assert found.icc[""] == pytest.approx(icc(leading_components(means), groups), abs=1e-6)
+
+
+class TwoLayers(nn.Module):
+    """One layer on samples, and one on rows of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples, self.rows = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+
+UNTOLD: dict[str, Any] = {
+    "graphs of other numbers of nodes": lambda x: torch.cat([g[: 1 + i % 5] for i, g in enumerate(x)]),
+    "fewer rows than samples": lambda x: x[:-3, 0],
+    "rows that the batch does not show": lambda x: torch.randn(2 * len(x), 4),
+    "rows that are ever the same": lambda x: torch.linspace(0, 1, 8 * len(x)).view(-1, 4),
+}
+
+
+@pytest.mark.parametrize("rows", UNTOLD.values(), ids=UNTOLD)
+def test_a_layer_whose_rows_cannot_be_told_apart_by_sample_is_left_out_and_named(rows: Any) -> None:
+    def forward(model: TwoLayers, x: Tensor) -> None:
+        model.samples(x.mean(1)), model.rows(rows(x))
+
+    batches = rows_of_samples(128).split(16)
+    found = batch_leakage(TwoLayers(), batches, forward=forward)
+    assert set(found.icc) == {"samples"} and set(found.left_out) == {"rows"}
+    with pytest.raises(ValueError, match=r"Layer 'rows' is left out: .* pass count="):
+        batch_leakage(TwoLayers(), batches, forward=forward, layers="rows")
+
+
+def test_ghosts_that_cut_through_samples_are_left_out_and_others_are_not() -> None:
+    x = rows_of_samples(128)
+    net = TwoLayers()
+
+    def forward(model: TwoLayers, x: Tensor) -> None:
+        model.samples(x.mean(1)), model.rows(x.flatten(0, 1))
+
+    with ghost_bn(net, size=24, grouping="interleaved", layers="rows"):
+        assert "ghosts" in batch_leakage(net, x.split(16), forward=forward).left_out["rows"]
+    with ghost_bn(net, size=24, grouping="contiguous", layers="rows"):
+        found = batch_leakage(net, x.split(16), forward=forward)
+    groups = torch.arange(32).repeat_interleave(4)
+    assert found.icc["rows"] == pytest.approx(icc(leading_components(x.mean(1)), groups), abs=1e-6)
+
+
+def test_batches_of_a_single_samples_rows_are_a_leak() -> None:
+    """As in an R-CNN head on the regions of one image (Table 3): no other sample is there to tell them from."""
+    net, x = nn.BatchNorm1d(4), rows_of_samples(64)
+    found = batch_leakage(net, x.split(1), forward=lambda m, b: m(b.flatten(0, 1)))
+    groups = torch.arange(64).repeat_interleave(6)
+    assert found.p_value < 0.001
+    assert found.icc[""] == pytest.approx(icc(leading_components(x.flatten(0, 1)), groups), abs=1e-6)
+
+
+def test_count_says_what_a_sample_is() -> None:
+    """Tensors whose first dimension is that of rows: sixteen rows a sample."""
+    net, x = nn.BatchNorm1d(4), rows_of_samples(48, rows=16).flatten(0, 1)
+    assert batch_leakage(net, x.split(32)).p_value < 0.001, "each row counts as a sample"
+    with pytest.raises(ValueError, match="32 rows are of which of 2 samples cannot be told"):
+        batch_leakage(net, x.split(32), count=lambda batch: len(batch) // 16)
+
+
+def test_only_one_batch_is_run_once_more_and_none_if_rows_are_samples() -> None:
+    runs = {}
+    for name, forward in (("rows", lambda m, x: m(x.flatten(0, 1))), ("samples", lambda m, x: m(x.mean(1)))):
+        runs[name] = 0
+
+        def counted(model: nn.Module, x: Tensor, name: str = name, forward: Any = forward) -> None:
+            runs[name] += 1
+            forward(model, x)
+
+        batch_leakage(nn.BatchNorm1d(4), rows_of_samples(128).split(16), forward=counted)
+    assert runs == {"rows": 9, "samples": 8}
 
 
 # ------------------------------------------------------------------------------------------------- heads on regions
@@ -247,7 +368,7 @@ def test_regions_of_one_image_alarm_in_a_faster_rcnn_head(detector: FasterRCNN) 
         layer.momentum = 1.0
     with torch.no_grad():
         net.backbone(torch.cat([torch.stack(batch) for batch in scenes(16, 1)]))
-    found = batch_leakage(net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*")
+    found = batch_leakage(net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*", count=len)
     assert set(found.icc) == {"roi_heads.box_head.0.1", "roi_heads.box_head.1.1"}
     assert found.p_value == pytest.approx(1 / 20_000) and min(found.icc.values()) > 0.1
 
@@ -290,5 +411,58 @@ def test_all_layers_are_measured_on_one_run_of_each_batch_without_gradients() ->
     def run(batch: Tensor) -> None:
         shown.append((len(batch), net(batch).requires_grad))
 
-    measure_leakage(find_bn(net), classes(4, 64).split(8), run)
+    measure_leakage(find_bn(net), classes(4, 64).split(8), run, len)
     assert shown == [(8, False)] * 8
+
+
+def raising_on_rank(where: str) -> str:
+    """Rank 1 meets an error at its third batch: in the batches, in counting, or in the model."""
+    third = 2 if torch.distributed.get_rank() == 1 else -1
+
+    def batches() -> Any:
+        for i in range(6):
+            if where == "batches" and i == third:
+                raise OSError("no such file")
+            yield i, torch.randn(8, 3, 8, 8)
+
+    def count(batch: Any) -> int:
+        if where == "count" and batch[0] == third:
+            raise OSError("no such file")
+        return len(batch[1])
+
+    def forward(net: nn.Module, batch: Any) -> None:
+        if where == "model" and batch[0] == third:
+            raise OSError("no such file")
+        net(batch[1])
+
+    try:
+        batch_leakage(model(), batches(), forward=forward, count=count)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("where", ["batches", "count", "model"])
+def test_an_error_on_one_rank_is_one_on_all_and_leaves_none_waiting(where: str) -> None:
+    first, second = run_on_ranks(raising_on_rank, 2, where, timeout=60)
+    assert second == "OSError: no such file" and first == "RuntimeError: another rank met an error, which it names"
+
+
+def ragged_on_rank() -> tuple[dict[str, float], list[str]]:
+    """Rank 1 is given rows that are not its samples, and has to run a batch once more; rank 0 is not."""
+    net, second = TwoLayers(), torch.distributed.get_rank() == 1
+
+    def forward(net: TwoLayers, x: Tensor) -> None:
+        net.samples(x.mean(1))
+        net.rows(x.flatten(0, 1)[:-1] if second else x.mean(1))
+        net.samples(x.flatten(0, 1) if second else x.mean(1))
+
+    found = batch_leakage(net, rows_of_samples(64).split(8), forward=forward)
+    return found.icc, list(found.left_out)
+
+
+@pytest.mark.ddp
+def test_ranks_agree_on_what_is_left_out() -> None:
+    first, second = run_on_ranks(ragged_on_rank, 2)
+    assert first == second and first[1] == ["rows"] and set(first[0]) == {"samples"}

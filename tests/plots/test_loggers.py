@@ -205,8 +205,9 @@ def test_wandb_gets_one_chart_of_all_lines_without_nan_and_within_what_it_shows(
     assert {line for _, line, _ in table["data"]} == set(lines)
 
 
-def test_wandb_gets_an_alert_at_most_once_in_ten_minutes(wandb_logger: WandbLogger) -> None:
-    plots.alert(wandb_logger, "BN drift", "layer1.bn is 3 sigma off")
+def test_wandb_gets_an_alert_at_most_once_in_ten_minutes_and_the_console_too(wandb_logger: WandbLogger) -> None:
+    with pytest.warns(UserWarning, match="BN drift: layer1.bn is 3 sigma off"):
+        plots.alert(wandb_logger, "BN drift", "layer1.bn is 3 sigma off")
     (sent,) = [record["alert"] for record in read_back(wandb_logger) if "alert" in record]
     assert (sent["title"], sent["text"], sent["level"]) == ("BN drift", "layer1.bn is 3 sigma off", "WARN")
     assert int(sent["wait_duration"]) == 600_000
