@@ -13,9 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_bn import plots
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
+from lightning_bn.engine.forward import Forward
 from lightning_bn.engine.leakage_pass import LeakagePass, three_errors
 from lightning_bn.engine.logging import log_row, log_step, safe_keys
-from lightning_bn.engine.population_pass import Forward
 from lightning_bn.functional.leakage import BatchLeakage
 from lightning_bn.functional.samples import Count
 from lightning_bn.layers.find import Layers, storing_layers

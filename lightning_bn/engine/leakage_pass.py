@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.engine.batches import Reservoir, bytes_of, evaluation_batches, loader_batches
 from lightning_bn.engine.evaluate_under import evaluate_under
+from lightning_bn.engine.forward import Forward, check_forward, require_forward
 from lightning_bn.engine.modes import modes_of_training
-from lightning_bn.engine.population_pass import Forward, check_forward, muted_forward, refuse_sharding, require_forward
+from lightning_bn.engine.population_pass import muted_forward, refuse_sharding
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
@@ -56,7 +57,7 @@ class LeakagePass:
         """
         storing_layers(module, self.layers)
         refuse_sharding(trainer)
-        check_forward(self.forward, module)
+        check_forward(self.forward, module, "BatchLeakageMonitor")
 
     def forget(self) -> None:
         """Let go of the batches kept."""

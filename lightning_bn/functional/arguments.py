@@ -16,3 +16,13 @@ def require_whole(name: str, value: Any, at_least: int) -> None:
         raise TypeError(f"{name} must be a whole number but is {value!r}.")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least} but is {value}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuse an argument that is neither True nor False: of ``"no"``, Python would make a yes.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False but is {value!r}.")

@@ -460,12 +460,12 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     with_a_pass = make in WITH_A_PASS.values()
     assert getattr(callback, option) == ["bn*"]
     if counts:
-        holder = callback if hasattr(callback, "_count") else callback._pass
+        holder = callback if hasattr(callback, "_count") else callback._pass.config
         said = holder._count if hasattr(holder, "_count") else holder.count
         assert getattr(said, "count", said) is samples
     pickled(callback)
     if with_a_pass:
-        assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
+        assert (callback._pass.config.source, callback._pass.config.forward) == (batches_for_a_pass, run_on)
 
 
 # ------------------------------------------------------------------------------------------------------------- law 3
@@ -536,11 +536,11 @@ def _interrupt_works_afterwards() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("_interrupt_works_afterwards")
 def test_an_exception_in_a_pass_leaves_everything_as_it_was(
-    make: Callable[[], Any], val: bool, error: BaseException, comes_out: type[BaseException]
+    make: Callable[..., Any], val: bool, error: BaseException, comes_out: type[BaseException]
 ) -> None:
     probe, module = BeforeAndAfter(), Fuse(error, n=6)  # the second batch of the first pass
     with pytest.raises(comes_out):
-        fit(module, [probe, make()], val="default" if val else None)
+        fit(module, [probe, make(on_error="raise")], val="default" if val else None)
     assert module.shown.batches == 6
     assert probe.before and probe.after == probe.before
 
