@@ -17,7 +17,7 @@ from lightning_bn.engine.batches import Source
 from lightning_bn.engine.failures import Failures, OnError, require_on_error
 from lightning_bn.engine.forward import Forward
 from lightning_bn.engine.logging import log_row, may_log
-from lightning_bn.engine.movement import Movement, as_made
+from lightning_bn.engine.movement import TOLD_BY_STATISTICS, Movement, as_made
 from lightning_bn.engine.normalization_batch import normalization_batch_size
 from lightning_bn.engine.pass_config import PassConfig
 from lightning_bn.engine.population_pass import PopulationPass, Recomputed
@@ -275,7 +275,8 @@ class FreezeBNCallback(BatchNormCallback):
     def _warn_of_untrained(
         self, trainer: Trainer, untrained: dict[str, _BatchNorm], recomputed: Recomputed | None
     ) -> None:
-        reached = {*self._start.of(untrained), *(recomputed.statistics if recomputed else ())}
+        called = self._start.of(untrained, TOLD_BY_STATISTICS)
+        reached = {*called, *(recomputed.statistics if recomputed else ())}
         nobody_knows = recomputed is None and trainer.global_step == 0
         names = [name for name in untrained if name in reached or nobody_knows]  # others are never called
         if names:

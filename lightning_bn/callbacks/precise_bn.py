@@ -178,11 +178,11 @@ class PreciseBNCallback(BatchNormCallback):
         """Refuse a loader that cannot be read a second time, as it exists now; make up for what a resume skips."""
         if self._pass:
             self._pass.check_loader(trainer)
-        if validation_was_skipped(trainer):
+        if validation_was_skipped(trainer) and self._occasion(trainer):
             for other in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(other, FreezeBNCallback):
                     other.freeze_again(trainer, pl_module)  # what is frozen keeps its statistics
-            self._make_up(trainer, pl_module)
+            self._run_on_averages(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See whether the first batch can be shown, keep those to be replayed; watch the step for a forecast."""
@@ -201,7 +201,6 @@ class PreciseBNCallback(BatchNormCallback):
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
-            self._evaluated = weights_version(trainer)
             self._due = self._occasion(trainer)
         else:
             self._due = "validate" in self.before
@@ -230,8 +229,7 @@ class PreciseBNCallback(BatchNormCallback):
         """Run, before checkpoints are written, if no validation has seen the weights as they are now."""
         without_batches, self._due = self._due, False  # a validation that had none
         if without_batches or (self._evaluated != weights_version(trainer) and self._occasion(trainer)):
-            with averaged_weights(trainer, pl_module):
-                self._run(trainer, pl_module)
+            self._run_on_averages(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Occasions so far, the version of the weights at the last one, how passes ended, what a forecast has seen."""
@@ -248,7 +246,7 @@ class PreciseBNCallback(BatchNormCallback):
             self._forecasting.load_state_dict(state_dict.get("forecast", {}))
 
     def _occasion(self, trainer: Trainer) -> bool:
-        self._occasions += 1
+        self._occasions, self._evaluated = self._occasions + 1, weights_version(trainer)
         return self.should_run(trainer)
 
     def _begin(self) -> None:
@@ -263,12 +261,9 @@ class PreciseBNCallback(BatchNormCallback):
                 self._pass.check(trainer, module)
             self._run(trainer, module)
 
-    def _make_up(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.enable_validation:
-            self._evaluated = weights_version(trainer)
-        if self._occasion(trainer):
-            with averaged_weights(trainer, module):
-                self._run(trainer, module)
+    def _run_on_averages(self, trainer: Trainer, module: LightningModule) -> None:
+        with averaged_weights(trainer, module):
+            self._run(trainer, module)
 
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
         recomputed = self._failures.attempt(trainer, lambda: self._recompute(trainer, module))

@@ -45,6 +45,8 @@ def located(error: Exception, where: str) -> Exception:
     An error that makes its message in a way of its own (`KeyError`, `OSError`) gets a `RuntimeError` around it, and so
     does `StopIteration`, which would end Lightning's epoch without a word.
     """
+    if str(error).startswith(where):  # the same object, raised once more
+        return error
     plain = type(error).__str__ is Exception.__str__ and len(error.args) <= 1
     if plain and not isinstance(error, StopIteration) and all(isinstance(a, str) for a in error.args):
         error.args = (f"{where}: {error}" if error.args else f"{where}.",)

@@ -38,7 +38,7 @@ def check_forward(forward: Forward, module: LightningModule, owner: str) -> None
     elif forward == "forward":
         if not _has_forward(module):
             raise ValueError(
-                f"{owner}(forward='forward'): {name} defines no forward. Pass a function of module and batch: "
+                f"{owner}(forward='forward'): {name} defines no forward. Pass a function of module and batch, such as "
                 f"{function_for(module, owner)}."
             )
     elif not module.automatic_optimization:

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_TOLD_BY = ("num_batches_tracked", "running_mean", "weight", "bias")
+TOLD_BY_STATISTICS = ("num_batches_tracked", "running_mean")
+_TOLD_BY = (*TOLD_BY_STATISTICS, "weight", "bias")
 
 
 class Movement:
     """What has moved in layers since this was made; keeps copies, and no hold on the layers.
-
-    Weight and bias tell of layers that something else than a forward of training keeps: a teacher that is an average.
 
     Args:
         layers: Qualified name -> layer.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self._then = {name: [t.detach().clone() for t in _parts(layer)] for name, layer in layers.items()}
+        self._then = {name: {key: t.detach().clone() for key, t in _parts(m).items()} for name, m in layers.items()}
 
-    def of(self, layers: Mapping[str, _BatchNorm]) -> list[str]:
-        """Which of these layers have moved."""
-        return [name for name, layer in layers.items() if name in self._then and self._moved(name, layer)]
+    def of(self, layers: Mapping[str, _BatchNorm], told_by: Sequence[str] = _TOLD_BY) -> list[str]:
+        """Which of these layers have moved.
 
-    def _moved(self, name: str, layer: _BatchNorm) -> bool:
-        now = _parts(layer)
-        return not all(torch.equal(a, b.to(a.device)) for a, b in zip(self._then[name], now, strict=True))
+        Args:
+            layers: Qualified name -> layer.
+            told_by: The parts that count. Weight and bias tell of layers that training moves by other ways than its own
+                forwards: a teacher that is an average.
+        """
+        return [name for name, layer in layers.items() if self._moved(name, _parts(layer), told_by)]
+
+    def _moved(self, name: str, now: Mapping[str, Tensor], told_by: Sequence[str]) -> bool:
+        then = self._then.get(name, {})
+        known = [key for key in told_by if key in then and key in now]
+        return not all(torch.equal(then[key], now[key].to(then[key].device)) for key in known)
 
 
 def as_made(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
@@ -41,6 +47,6 @@ def as_made(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
     }
 
 
-def _parts(layer: _BatchNorm) -> list[Tensor]:
+def _parts(layer: _BatchNorm) -> dict[str, Tensor]:
     own = {**layer._buffers, **layer._parameters}
-    return [t for key in _TOLD_BY if (t := own.get(key)) is not None]
+    return {key: t for key in _TOLD_BY if (t := own.get(key)) is not None}
