@@ -166,7 +166,7 @@ class FreezeBNCallback(BatchNormCallback):
             if self.statistics == "precise":
                 self._pass.look_at(pl_module, batch)
             if self.should_freeze(trainer, batch_idx):
-                with suppress(ValueError):  # a batch that cannot be counted
+                with suppress(Exception):  # of a batch that cannot be counted: a warning is not worth a fit
                     self._warn_of_large_batches(trainer, pl_module, self._count(batch))
                 self._switch(trainer, pl_module)
 
