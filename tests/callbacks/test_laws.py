@@ -763,15 +763,17 @@ def fit_saving_at_batch_ends(callbacks: list[Any], folder: Path, **kwargs: Any) 
     return module, callbacks
 
 
-@pytest.mark.parametrize("validating", VALIDATING)
-@pytest.mark.parametrize("name", RESUMED_AT_A_BATCHS_END)
+@pytest.mark.parametrize(
+    ("name", "validating"),
+    [(n, v) for n in RESUMED_AT_A_BATCHS_END for v in VALIDATING if "PreciseBN" in n or v == "validating"],
+)
 def test_a_fit_resumed_at_a_batchs_end_ends_as_the_uninterrupted_one(
     name: str, validating: str, tmp_path: Path
 ) -> None:
     """Such a checkpoint is written before the validation and the epoch's end, and Lightning makes up for neither."""
     make, kwargs = RESUMED_AT_A_BATCHS_END[name], VALIDATING[validating]
     module, callbacks = fit_saving_at_batch_ends(make(), tmp_path / "whole", **kwargs)
-    for step in (2, 4, 6, 8, 12):
+    for step in (4, 6, 12):
         checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
         resumed, ours = fit_saving_at_batch_ends(make(), tmp_path / f"from {step}", ckpt_path=checkpoint, **kwargs)
         assert [digest(c.state_dict()) for c in ours] == [digest(c.state_dict()) for c in callbacks], step
