@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_bn import plots
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.observing import ObservingCallback
+from lightning_bn.engine.forward import Forward
 from lightning_bn.engine.leakage_pass import LeakagePass, three_errors
 from lightning_bn.engine.logging import log_row, log_step, safe_keys
-from lightning_bn.engine.population_pass import Forward
 from lightning_bn.functional.arguments import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, said_of
 from lightning_bn.functional.samples import Count

@@ -8,16 +8,21 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.engine.averaging import refuse_with_swa
 from lightning_bn.engine.batches import Source
+from lightning_bn.engine.failures import Failures, OnError, require_on_error
+from lightning_bn.engine.forward import Forward
 from lightning_bn.engine.logging import log_row, may_log
+from lightning_bn.engine.movement import TOLD_BY_STATISTICS, Movement, as_made
 from lightning_bn.engine.normalization_batch import normalization_batch_size
-from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
+from lightning_bn.engine.pass_config import PassConfig
+from lightning_bn.engine.population_pass import PopulationPass, Recomputed
 from lightning_bn.engine.switch_point import SwitchPoint
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.functional.arguments import check_bool, require_whole
 from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.functional.warm_up import WarmUp
@@ -57,6 +62,8 @@ class FreezeBNCallback(BatchNormCallback):
         forward: How the pass shows them to the module.
         count: Number of samples in a batch.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
+        on_error: What happens if the pass at the switch fails: ``"warn"`` says why and freezes the running statistics
+            as they are, since training got so far without a pass; ``"raise"`` ends the fit.
 
     Raises:
         ValueError: At construction or fit start, naming the way out, if the switch cannot be placed or made.
@@ -94,7 +101,10 @@ class FreezeBNCallback(BatchNormCallback):
         forward: Forward = "training_step",
         count: Count | None = None,
         layers: Layers = None,
+        on_error: OnError = "warn",
     ) -> None:
+        check_bool("affine", affine)
+        require_on_error(on_error)
         if statistics not in ("precise", "ema"):
             raise ValueError(f"statistics must be 'precise' or 'ema' but is {statistics!r}.")
         if not isinstance(warmup_epochs, (int, float)) or not 0 <= warmup_epochs < float("inf"):
@@ -108,7 +118,9 @@ class FreezeBNCallback(BatchNormCallback):
         self.warmup_steps = warmup_steps
         self.layers = layers
         self._count = counted_by(count)
-        self._pass = PopulationPass(num_samples, source, forward, layers, count, True, REPLAY_BYTES)
+        self.on_error: OnError = on_error
+        self._pass = PopulationPass(PassConfig(num_samples, source, forward, layers, count), type(self).__name__)
+        self._start = Movement({})
         self._state: dict[str, Any] | None = None
         self._handle: Handle | None = None
         self._warm_up: WarmUp | None = None
@@ -122,14 +134,16 @@ class FreezeBNCallback(BatchNormCallback):
         """Forget an earlier fit; a checkpoint is restored after this."""
         if stage == "fit":
             self._state = None
-            self._pass.forget()
+            self._pass.begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
         refuse_with_swa(trainer, self)
-        self.switch_point.check(trainer)
-        self._affine = affine_of(storing_layers(pl_module, self.layers).values()) if self.affine else []
+        self.switch_point.check(trainer, type(self).__name__)
+        layers = storing_layers(pl_module, self.layers)
+        self._start = Movement(layers)
+        self._affine = affine_of(layers.values()) if self.affine else []
         if self.affine:
             for optimizer in trainer.optimizers:
                 refuse_lbfgs(optimizer, self._affine)
@@ -144,18 +158,22 @@ class FreezeBNCallback(BatchNormCallback):
             raise ValueError(
                 "An optimizer has no step hooks, by which learning rates are warmed up: pass warmup_epochs=0."
             )
-        if self._state is not None:
-            self._freeze(trainer, pl_module)
+        self.freeze_again(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the switch, if it falls on this step."""
         if self._state is None:
             if self.statistics == "precise":
-                self._pass.keep(batch)
+                self._pass.look_at(pl_module, batch)
             if self.should_freeze(trainer, batch_idx):
-                with suppress(ValueError):  # a batch that cannot be counted
+                with suppress(Exception):  # of a batch that cannot be counted: a warning is not worth a fit
                     self._warn_of_large_batches(trainer, pl_module, self._count(batch))
                 self._switch(trainer, pl_module)
+
+    def freeze_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze what was frozen when the checkpoint was written, if that has not been done yet."""
+        if self._state is not None and self._handle is None:
+            self._freeze(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of a frozen affine, before they are clipped together with the others."""
@@ -202,22 +220,30 @@ class FreezeBNCallback(BatchNormCallback):
         return {**vars(self), "_state": self.state_dict() or None, "_handle": None, "_warm_up": None, "_affine": []}
 
     def _switch(self, trainer: Trainer, module: LightningModule) -> None:
-        self._warn_of_untrained(module)
+        untrained = as_made(storing_layers(module, self.layers))
+        recomputed: Recomputed | None = None
         if self.statistics == "precise":
-            reason = self._pass.nothing_to_do(trainer, module)
-            if reason:
-                rank_zero_warn(f"FreezeBNCallback freezes the running statistics as they are: {reason}.")
-            else:
-                recomputed = self._pass.run(trainer, module)
-                log_row(trainer, recomputed.figures("freeze_bn"))
-                self._announce(trainer, recomputed)
-            self._pass.forget()
+            kept = "the running statistics are frozen as they are"
+            failures = Failures(type(self).__name__, "freeze_bn/failed", kept, self.on_error, succeeded=True)
+            recomputed = failures.attempt(trainer, lambda: self._recompute(trainer, module))
+            self._pass.begin()
+        if recomputed:
+            log_row(trainer, recomputed.figures("freeze_bn"))
+            self._announce(trainer, recomputed)
+        self._warn_of_untrained(trainer, untrained, recomputed)
         self._state = {
             "step": trainer.global_step,
             "warmup_steps": self._warmup_length(trainer),
             "warmup_done": [0] * len(trainer.optimizers),
         }
         self._freeze(trainer, module)
+
+    def _recompute(self, trainer: Trainer, module: LightningModule) -> Recomputed | None:
+        reason = self._pass.nothing_to_do(trainer, module)
+        if reason:
+            rank_zero_warn(f"FreezeBNCallback freezes the running statistics as they are: {reason}.")
+            return None
+        return self._pass.run(trainer, module)
 
     def _freeze(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._state is not None
@@ -246,16 +272,17 @@ class FreezeBNCallback(BatchNormCallback):
         steps_an_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
         return max(1, round(self.warmup_epochs * steps_an_epoch))
 
-    def _warn_of_untrained(self, module: LightningModule) -> None:
-        untrained = [
-            name
-            for name, layer in storing_layers(module, self.layers).items()
-            if not layer.running_mean.any() and (layer.running_var == 1).all()  # type: ignore[union-attr]
-        ]
-        if untrained:
+    def _warn_of_untrained(
+        self, trainer: Trainer, untrained: dict[str, _BatchNorm], recomputed: Recomputed | None
+    ) -> None:
+        called = self._start.of(untrained, TOLD_BY_STATISTICS)
+        reached = {*called, *(recomputed.statistics if recomputed else ())}
+        nobody_knows = recomputed is None and trainer.global_step == 0
+        names = [name for name in untrained if name in reached or nobody_knows]  # others are never called
+        if names:
             rank_zero_warn(
                 "FreezeBNCallback freezes statistics that were never trained (mean 0 and variance 1 in "
-                f"{len(untrained)} layers, {untrained[0]!r} first). A network does not train from the start with "
+                f"{len(names)} layers, {names[0]!r} first). A network does not train from the start with "
                 "frozen statistics (Sec. 4.3): freeze later, or load trained weights."
             )
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.distributed.agree import NOT_OURS
+from lightning_bn.distributed.agree import OUT_OF_MEMORY
 
 
 class ObservingCallback(BatchNormCallback):
@@ -27,7 +27,7 @@ class ObservingCallback(BatchNormCallback):
         """Go on after an error in here, and say once ``what`` it was in the way of."""
         try:
             yield
-        except NOT_OURS:
+        except OUT_OF_MEMORY:
             raise
         except Exception as error:
             cause = str(error) if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: {error}"

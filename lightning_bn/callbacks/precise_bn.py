@@ -10,11 +10,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
+from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
+from lightning_bn.engine.failures import Failures, OnError, require_on_error
 from lightning_bn.engine.forecasting import Forecasting
+from lightning_bn.engine.forward import Forward
 from lightning_bn.engine.logging import log_row
-from lightning_bn.engine.population_pass import REPLAY_BYTES, Forward, PopulationPass
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.engine.pass_config import REPLAY_BYTES, PassConfig, refuse_without_a_pass
+from lightning_bn.engine.population_pass import PopulationPass, Recomputed
+from lightning_bn.engine.resume import validation_was_skipped
+from lightning_bn.functional.arguments import check_bool, require_whole
 from lightning_bn.functional.measure import BatchSize
 from lightning_bn.functional.samples import Count
 from lightning_bn.layers.find import Layers
@@ -74,6 +79,8 @@ class PreciseBNCallback(BatchNormCallback):
             then stays as it is.
         needed_above: By how much the EMA may be off for that in any layer, as forecast: sigma for means, log ratio for
             variances.
+        on_error: What happens if a pass fails once one of the fit has succeeded: ``"warn"`` leaves the statistics as
+            they were, says why, counts it as ``precise_bn/failed`` and goes on; ``"raise"`` ends the fit.
 
     Attributes:
         result: What the last pass measured, or None.
@@ -115,8 +122,11 @@ class PreciseBNCallback(BatchNormCallback):
         replay_bytes: int = REPLAY_BYTES,
         when_needed: bool = False,
         needed_above: float = 0.05,
+        on_error: OnError = "warn",
     ) -> None:
         require_whole("every_n", every_n, at_least=1)
+        check_bool("when_needed", when_needed)
+        require_on_error(on_error)
         if not isinstance(needed_above, (int, float)) or not needed_above >= 0:
             raise ValueError(f"needed_above must be a number of sigma, 0 or more, but is {needed_above!r}.")
         self.layers = layers
@@ -125,36 +135,36 @@ class PreciseBNCallback(BatchNormCallback):
         self.result: PopulationStatistics | None = None
         self.when_needed = when_needed
         self.needed_above = needed_above
+        self.on_error: OnError = on_error
         if source == "training":
             options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "tolerance": tolerance}
             options |= {"memory_limit": memory_limit, "forward": forward, "before": self.before, "count": count}
             options |= {"shard": shard, "replay_bytes": replay_bytes, "when_needed": when_needed}
-            _refuse_without_a_pass(options)
+            refuse_without_a_pass(options, inspect.signature(PreciseBNCallback).parameters)
         self._forecasting = Forecasting(layers) if source == "training" or when_needed else None
-        self._pass = (
-            PopulationPass(
+        self._pass: PopulationPass | None = None
+        if source != "training":
+            config = PassConfig(
                 num_samples, source, forward, layers, count, shard, replay_bytes, batch_size, tolerance, memory_limit
             )
-            if source != "training"
-            else None
-        )
+            self._pass = PopulationPass(config, type(self).__name__)
         self._occasions = 0
         self._evaluated: tuple[int, ...] | None = None
-        self._due = False
-        self._said = ""
+        self._begin()
 
     def should_run(self, trainer: Trainer) -> bool:
         """Whether to run at this occasion; override to decide otherwise."""
         return self._occasions % self.every_n == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; a checkpoint is restored after this."""
-        self._said = ""
+        """Forget an earlier fit, and what was learned of another model; a checkpoint is restored after this."""
+        self._begin()
+        if self._pass:
+            self._pass.begin(fit=stage == "fit")
         if stage == "fit":
-            self._occasions, self._evaluated = 0, None
-            for each in (self._pass, self._forecasting):
-                if each:
-                    each.forget()
+            self._occasions, self._evaluated, self.result = 0, None, None
+            if self._forecasting:
+                self._forecasting.begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
@@ -165,14 +175,19 @@ class PreciseBNCallback(BatchNormCallback):
                 each.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a loader that cannot be read a second time; it did not exist before."""
+        """Refuse a loader that cannot be read a second time, as it exists now; make up for what a resume skips."""
         if self._pass:
             self._pass.check_loader(trainer)
+        if validation_was_skipped(trainer) and self._occasion(trainer):
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(other, FreezeBNCallback):
+                    other.freeze_again(trainer, pl_module)  # what is frozen keeps its statistics
+            self._run_on_averages(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, if batches are to be replayed; watch the step, if there is a forecast."""
+        """See whether the first batch can be shown, keep those to be replayed; watch the step for a forecast."""
         if self._pass:
-            self._pass.keep(batch)
+            self._pass.look_at(pl_module, batch)
         if self._forecasting:
             self._forecasting.before_batch()
 
@@ -186,7 +201,6 @@ class PreciseBNCallback(BatchNormCallback):
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
-            self._evaluated = weights_version(trainer)
             self._due = self._occasion(trainer)
         else:
             self._due = "validate" in self.before
@@ -215,23 +229,30 @@ class PreciseBNCallback(BatchNormCallback):
         """Run, before checkpoints are written, if no validation has seen the weights as they are now."""
         without_batches, self._due = self._due, False  # a validation that had none
         if without_batches or (self._evaluated != weights_version(trainer) and self._occasion(trainer)):
-            with averaged_weights(trainer, pl_module):
-                self._run(trainer, pl_module)
+            self._run_on_averages(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of occasions so far, the version of the weights at the last one, and what a forecast has seen."""
+        """Occasions so far, the version of the weights at the last one, how passes ended, what a forecast has seen."""
         forecast = {"forecast": self._forecasting.state_dict()} if self._forecasting else {}
-        return {"occasions": self._occasions, "evaluated": self._evaluated, **forecast}
+        passes = self._failures.state_dict()
+        return {"occasions": self._occasions, "evaluated": self._evaluated, "passes": passes, **forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
         self._occasions, self._evaluated = state_dict["occasions"], state_dict["evaluated"]
+        if "passes" in state_dict:
+            self._failures.load_state_dict(state_dict["passes"])
         if self._forecasting:
             self._forecasting.load_state_dict(state_dict.get("forecast", {}))
 
     def _occasion(self, trainer: Trainer) -> bool:
-        self._occasions += 1
+        self._occasions, self._evaluated = self._occasions + 1, weights_version(trainer)
         return self.should_run(trainer)
+
+    def _begin(self) -> None:
+        self._due, self._said = False, ""
+        kept = "the running statistics are left as they were"
+        self._failures = Failures(type(self).__name__, "precise_bn/failed", kept, self.on_error)
 
     def _run_if_due(self, trainer: Trainer, module: LightningModule) -> None:
         if self._due:
@@ -240,18 +261,14 @@ class PreciseBNCallback(BatchNormCallback):
                 self._pass.check(trainer, module)
             self._run(trainer, module)
 
+    def _run_on_averages(self, trainer: Trainer, module: LightningModule) -> None:
+        with averaged_weights(trainer, module):
+            self._run(trainer, module)
+
     def _run(self, trainer: Trainer, module: LightningModule) -> None:
-        recomputes = self._pass or self._forecasting
-        assert recomputes is not None  # one of them was made
-        reason = recomputes.nothing_to_do(trainer, module)
-        if reason:
-            if reason != self._said:
-                rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
-            self._said = reason
+        recomputed = self._failures.attempt(trainer, lambda: self._recompute(trainer, module))
+        if recomputed is None:
             return
-        if self.when_needed and trainer.state.fn == "fit" and not self._is_needed(trainer, module):
-            return
-        recomputed = recomputes.run(trainer, module)
         self.result = recomputed.statistics
         if self.result.spilled:
             rank_zero_info(
@@ -260,23 +277,21 @@ class PreciseBNCallback(BatchNormCallback):
         log_row(trainer, recomputed.figures("precise_bn"))
         self._announce(trainer, recomputed)
 
+    def _recompute(self, trainer: Trainer, module: LightningModule) -> Recomputed | None:
+        recomputes = self._pass or self._forecasting
+        assert recomputes is not None  # one of them was made
+        reason = recomputes.nothing_to_do(trainer, module)
+        if reason:
+            if reason != self._said:
+                rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")
+            self._said = reason
+            return None
+        if self.when_needed and trainer.state.fn == "fit" and not self._is_needed(trainer, module):
+            return None
+        return recomputes.run(trainer, module)
+
     def _is_needed(self, trainer: Trainer, module: LightningModule) -> bool:
         assert self._forecasting is not None  # when_needed has made it
         gap = self._forecasting.ema_gap(trainer, module)
         log_row(trainer, {"precise_bn/ema_gap": gap})
         return gap > self.needed_above
-
-
-def _refuse_without_a_pass(given: dict[str, Any]) -> None:
-    """Raise if an option of a pass is given where there is none.
-
-    Raises:
-        ValueError: Naming it.
-    """
-    defaults = inspect.signature(PreciseBNCallback).parameters
-    for name, value in given.items():
-        if value != defaults[name].default:
-            raise ValueError(
-                f"{name}={value!r} is for a pass over data, and source='training' runs none: leave it out, or choose "
-                "another source."
-            )

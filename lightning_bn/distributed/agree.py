@@ -9,8 +9,15 @@ import torch
 
 from lightning_bn.distributed.moments import sum_over_ranks
 
-NOT_OURS = (MemoryError, torch.OutOfMemoryError)
-"""Errors that are nobody's to swallow, beside those that are no `Exception`."""
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Not ours to swallow, as `KeyboardInterrupt` and `SystemExit` are not: what comes next would fail as well."""
+
+
+class AnotherRankFailedError(RuntimeError):
+    """Another rank failed in something that all ranks do together."""
+
+    def __init__(self) -> None:
+        super().__init__("Another rank failed in the pass; its error says why.")
 
 
 @contextmanager
@@ -23,12 +30,12 @@ def agreed(device: torch.device) -> Iterator[None]:
         device: Of the model.
 
     Raises:
-        RuntimeError: If only others have met one.
+        AnotherRankFailedError: If only others have met one.
     """
     error: Exception | None = None
     try:
         yield
-    except NOT_OURS:
+    except OUT_OF_MEMORY:
         raise
     except Exception as caught:
         error = caught
@@ -36,4 +43,4 @@ def agreed(device: torch.device) -> Iterator[None]:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("another rank met an error, which it names")
+        raise AnotherRankFailedError

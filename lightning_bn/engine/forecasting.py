@@ -16,7 +16,7 @@ from lightning_bn.engine.population_pass import Recomputed, moved_by, refuse_sha
 from lightning_bn.functional.forecast import StepForecast
 from lightning_bn.functional.precise import estimable_layers, write
 from lightning_bn.functional.recover import not_recoverable
-from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.statistics.population import PopulationStatistics
 
 
@@ -28,6 +28,7 @@ class Forecasting:
     """
 
     def __init__(self, layers: Layers) -> None:
+        as_patterns(layers)  # refuses what is none
         self._layers = layers
         self._forecast: StepForecast | None = None
         self._state: dict[str, Any] = {}
@@ -65,7 +66,7 @@ class Forecasting:
             except ValueError as error:
                 rank_zero_warn(f"PreciseBNCallback begins a new forecast: {error}")
 
-    def forget(self) -> None:
+    def begin(self) -> None:
         """Forget an earlier fit."""
         self._forecast, self._state, self._left = None, {}, set()
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.distributed.agree import NOT_OURS, agreed
+from lightning_bn.distributed.agree import OUT_OF_MEMORY, agreed
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.engine.batches import Reservoir, evaluation_batches, loader_batches
 from lightning_bn.engine.evaluate_under import evaluate_under
+from lightning_bn.engine.forward import Forward, check_forward, require_forward
 from lightning_bn.engine.modes import modes_of_training
-from lightning_bn.engine.population_pass import Forward, check_forward, muted_forward, refuse_sharding, require_forward
+from lightning_bn.engine.population_pass import muted_forward, refuse_sharding
 from lightning_bn.functional.arguments import require_whole
 from lightning_bn.functional.batch_copy import bytes_of
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
@@ -60,7 +61,7 @@ class LeakagePass:
         """
         storing_layers(module, self.layers)
         refuse_sharding(trainer)
-        check_forward(self.forward, module)
+        check_forward(self.forward, module, "BatchLeakageMonitor")
 
     def forget(self) -> None:
         """Let go of the batches kept."""
@@ -76,7 +77,7 @@ class LeakagePass:
                 self._begin(module.device, batch, seed=trainer.current_epoch)
             elif self._obstacle is None:
                 self._keep(self._kept, batch)
-        except NOT_OURS:
+        except OUT_OF_MEMORY:
             raise
         except Exception as error:
             self._obstacle = error

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from statistics import median
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -19,37 +20,30 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.distributed.agree import OUT_OF_MEMORY
 from lightning_bn.distributed.moments import num_ranks
-from lightning_bn.engine.batches import (
-    Replay,
-    Source,
-    loader_batches,
-    refuse_unprotectable,
-    train_batches,
-)
+from lightning_bn.engine.batches import Replay, loader_batches, refuse_unprotectable, train_batches
 from lightning_bn.engine.domains import domains_of
+from lightning_bn.engine.failures import located
+from lightning_bn.engine.forward import Forward, check_call, check_forward, function_for
 from lightning_bn.engine.modes import modes_of_training, set_modes
+from lightning_bn.engine.movement import Movement
 from lightning_bn.engine.neutral import neutral
+from lightning_bn.engine.pass_config import PassConfig, PassState
 from lightning_bn.engine.progress import progress_of
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.engine.shown import Shown
 from lightning_bn.functional.lockstep import LockstepError
-from lightning_bn.functional.measure import BatchSize, check_amounts, measure
-from lightning_bn.functional.pooled import Tried
+from lightning_bn.functional.measure import BatchSize, measure
 from lightning_bn.functional.precise import call_model, estimable_layers, write
-from lightning_bn.functional.samples import Count, counted_by
-from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.functional.samples import counted_by
+from lightning_bn.layers.find import storing_layers
 from lightning_bn.statistics.gaps import mean_gap, var_gap
 from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
-
-Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
-"""How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
 
 ENOUGH = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
 TOLERANCE = 0.02
 """Standard error at which validation errors could not be told from those after 10,000 samples (docs/recipes.md)."""
-REPLAY_BYTES = 2**30
-"""What replayed batches may take by default: 1700 images of 224 px in float32."""
 
 
 @dataclass(frozen=True)
@@ -78,48 +72,22 @@ class Recomputed:
         return {f"{prefix}/{key}": value for key, value in found.items()}
 
 
-@dataclass
 class PopulationPass:
-    """What a pass shows to the model.
+    """A pass over training data.
 
-    Attributes:
-        num_samples: Samples to show, of all ranks together, in whole batches.
-        source: Where batches come from.
-        forward: How a batch reaches the model.
-        layers: Glob patterns over the layers to estimate.
-        count: Samples in a batch; None takes the length of its first tensor.
-        shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
-        replay_bytes: What the replayed batches may take on each rank.
-        batch_size: Samples of all ranks to normalise together; by default the 100 that suffice (Table 2), or as many as
-            fit into half of the memory that is free.
-        tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
-        memory_limit: Bytes that batches waiting for each other may take on each rank.
+    Args:
+        config: What was asked for.
+        owner: The name of the callback whose passes these are, for messages.
     """
 
-    num_samples: int
-    source: Source
-    forward: Forward
-    layers: Layers
-    count: Count | None
-    shard: bool
-    replay_bytes: int
-    batch_size: BatchSize = None
-    tolerance: float | None = None
-    memory_limit: int | None = None
-    _replay: Replay | None = field(default=None, init=False, repr=False)
-    _tried: Tried = field(default_factory=Tried, init=False, repr=False)
-    _said: bool = field(default=False, init=False, repr=False)
+    def __init__(self, config: PassConfig, owner: str) -> None:
+        self.config = config
+        self.owner = owner
+        self.state = PassState()
 
-    def __post_init__(self) -> None:
-        check_amounts(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
-        require_whole("replay_bytes", self.replay_bytes, at_least=1)
-        as_patterns(self.layers)
-        counted_by(self.count)  # refuses what is no function
-        if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
-            raise ValueError(
-                f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
-            )
-        require_forward(self.forward)
+    def begin(self, fit: bool = True) -> None:
+        """Forget what was learned from another model; batches kept for a replay serve until the next fit."""
+        self.state = PassState(replay=None if fit else self.state.replay)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse at the start what could not be done later, naming the way out.
@@ -128,9 +96,9 @@ class PopulationPass:
             ValueError: For a model, module or loader that cannot be shown batches neutrally.
             RuntimeError: For a strategy that shards the model.
         """
-        storing_layers(module, self.layers)
+        self.state.start = Movement(storing_layers(module, self.config.layers))
         refuse_sharding(trainer)
-        check_forward(self.forward, module)
+        check_forward(self.config.forward, module, self.owner)
 
     def check_loader(self, trainer: Trainer) -> None:
         """Refuse, as soon as it exists, a train dataloader that cannot be read a second time.
@@ -138,19 +106,33 @@ class PopulationPass:
         Raises:
             ValueError: Naming the loader and the way out.
         """
-        if self.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
+        if self.config.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
             refuse_unprotectable(trainer.fit_loop._combined_loader.flattened)
 
-    def keep(self, batch: Any) -> None:
-        """Keep a training batch that is about to be used, if batches are to be replayed."""
-        if self.source == "replay":
-            if self._replay is None:
-                self._replay = Replay(-(-self.num_samples // num_ranks()), self.replay_bytes)
-            self._replay.keep(batch, counted_by(self.count)(batch))
+    def look_at(self, module: LightningModule, batch: Any) -> None:
+        """Refuse the first training batch of a fit if a pass could not show it; keep batches that are to be replayed.
 
-    def forget(self) -> None:
-        """Let go of the batches kept for a replay."""
-        self._replay = None
+        Raises:
+            Exception: For the first batch: what `check_call`, counting and keeping raise, with the callback's name.
+        """
+        first, self.state.seen_a_batch = not self.state.seen_a_batch, True
+        if callable(self.config.source):
+            return  # which may have batches of another kind
+        try:
+            if first:
+                check_call(self.config.forward, module, batch, self.owner)
+            if self.config.source == "replay":
+                self._keep(batch)
+            elif first:
+                counted_by(self.config.count)(batch)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            if first:
+                raise located(error, self.owner)  # noqa: B904 - it is the error, or has it for a cause
+            self._say_once(
+                "replay", f"{self.owner} could not keep a batch for the replay, and goes on without: {error}"
+            )
 
     def run(self, trainer: Trainer, module: LightningModule) -> Recomputed:
         """Recompute the statistics of the model as it is, and write them into its layers.
@@ -160,80 +142,105 @@ class PopulationPass:
             RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()
-        layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
+        layers = self._estimable(trainer, module)
         try:
-            try:
-                statistics = self._measured(trainer, module, layers, self.batch_size)
-            except LockstepError as error:
-                if self.batch_size is not None:
-                    raise
-                rank_zero_warn(
-                    f"PreciseBN takes the batches as they come, instead of {ENOUGH} samples together: {error} Small "
-                    "normalization batches accumulate error in depth (paper, Table 2)."
-                )
-                self.batch_size = 1
-                statistics = self._measured(trainer, module, layers, self.batch_size)
+            statistics = self._measured(trainer, module, layers)
         except StopIteration as error:  # would end Lightning's epoch without a word
-            raise RuntimeError("The forward over training batches raised StopIteration.") from error
+            raise located(error, "The pass over training batches")  # noqa: B904 - has it for a cause
         moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
         write(layers, statistics)
+        self._say_which_were_not_reached(module, layers, statistics)
         return Recomputed(statistics, moved, time.perf_counter() - started)
-
-    def _measured(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        layers: dict[str, _BatchNorm],
-        batch_size: BatchSize,
-    ) -> PopulationStatistics:
-        count = counted_by(self.count)
-        default = None if batch_size == "population" else TOLERANCE
-        shown = muted_forward(self.forward, trainer, module, layers.values())
-        with shown as run, self._batches(trainer, module) as batches:
-            return measure(
-                layers,
-                enumerate(batches),
-                run=run,
-                batch_size=ENOUGH if batch_size is None else batch_size,
-                num_samples=self.num_samples,
-                tolerance=default if self.tolerance is None else self.tolerance,
-                memory_limit=self.memory_limit,
-                at_most=0.5 if batch_size is None and self.memory_limit is None else None,
-                say=self._say_once,
-                tried=self._tried,
-                count=lambda item: count(item[1]),
-                progress=progress_of(trainer),
-            )
-
-    def _say_once(self, message: str) -> None:
-        if not self._said:
-            rank_zero_warn(message)
-        self._said = True
-
-    def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
-        if callable(self.source):
-            return loader_batches(trainer, module, self.source(trainer), self.shard)
-        return self._replayed() if self.source == "replay" else train_batches(trainer, module)
 
     def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
         """Why a pass would be pointless now; empty if it would not. Says so as well where a replay is not yet full."""
-        if not estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__):
+        if not self._estimable(trainer, module):
             return "all of its layers are frozen"
-        if self.source == "replay":
-            held = self._replay.held if self._replay else 0
+        if self.config.source == "replay":
+            held = self.state.replay.held if self.state.replay else 0
             if not held:
                 return "there are no batches to replay before the first training batch, nor right after a resume"
-            if held * num_ranks() < self.num_samples:
+            if held * num_ranks() < self.config.num_samples:
                 rank_zero_info(
-                    f"PreciseBN: the replay holds {held * num_ranks()} of {self.num_samples} samples so far, and "
-                    "uses those."
+                    f"PreciseBN: the replay holds {held * num_ranks()} of {self.config.num_samples} samples so far, "
+                    "and uses those."
                 )
         return ""
 
+    def _measured(
+        self, trainer: Trainer, module: LightningModule, layers: dict[str, _BatchNorm]
+    ) -> PopulationStatistics:
+        if self.config.batch_size is not None or self.state.one_by_one:
+            return self._measured_at(self.config.batch_size or 1, trainer, module, layers)
+        try:
+            return self._measured_at(None, trainer, module, layers)
+        except LockstepError as error:
+            rank_zero_warn(
+                f"{self.owner} takes the batches as they come, instead of {ENOUGH} samples together: {error} Small "
+                "normalization batches accumulate error in depth (paper, Table 2)."
+            )
+            self.state.one_by_one = True
+            return self._measured_at(1, trainer, module, layers)
+
+    def _measured_at(
+        self, batch_size: BatchSize, trainer: Trainer, module: LightningModule, layers: dict[str, _BatchNorm]
+    ) -> PopulationStatistics:
+        config = self.config
+        default = None if batch_size == "population" else TOLERANCE
+        forward = muted_forward(config.forward, trainer, module, layers.values())
+        with forward as run, self._batches(trainer, module) as batches:
+            shown = Shown(batches, counted_by(config.count), run, config.forward)
+            return measure(
+                layers,
+                shown,
+                run=shown.run,
+                batch_size=ENOUGH if batch_size is None else batch_size,
+                num_samples=config.num_samples,
+                tolerance=default if config.tolerance is None else config.tolerance,
+                memory_limit=config.memory_limit,
+                at_most=0.5 if batch_size is None and config.memory_limit is None else None,
+                say=self._say_once,
+                tried=self.state.tried,
+                count=attrgetter("samples"),
+                progress=progress_of(trainer),
+            )
+
+    def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
+        source = self.config.source
+        if callable(source):
+            return loader_batches(trainer, module, source(trainer), self.config.shard)
+        return self._replayed() if source == "replay" else train_batches(trainer, module)
+
     @contextmanager
     def _replayed(self) -> Iterator[Iterator[Any]]:
-        assert self._replay is not None  # nothing_to_do saw to it
-        yield self._replay.batches()
+        assert self.state.replay is not None  # nothing_to_do saw to it
+        yield self.state.replay.batches()
+
+    def _keep(self, batch: Any) -> None:
+        if self.state.replay is None:
+            self.state.replay = Replay(-(-self.config.num_samples // num_ranks()), self.config.replay_bytes)
+        self.state.replay.keep(batch, counted_by(self.config.count)(batch))
+
+    def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
+        return estimable_layers(module, self.config.layers, modes_of_training(trainer, module).__getitem__)
+
+    def _say_which_were_not_reached(
+        self, module: LightningModule, layers: dict[str, _BatchNorm], reached: PopulationStatistics
+    ) -> None:
+        left = self.state.start.of({name: layer for name, layer in layers.items() if name not in reached})
+        if left:
+            line = function_for(module, self.owner, left[0].partition(".")[0])
+            self._say_once(
+                "reach",
+                f"{self.owner}: the batches of a pass do not reach layer {left[0]!r} ({len(left)} in all), which "
+                "changes in training: its running statistics are left as they are. Have a function of module and batch "
+                f"run it as well, such as {line}, or leave it out by layers=.",
+            )
+
+    def _say_once(self, about: str, message: str) -> None:
+        if about not in self.state.said:
+            rank_zero_warn(message)
+        self.state.said.add(about)
 
 
 @contextmanager
@@ -275,36 +282,6 @@ def muted_forward(
     like_training = forward == "training_step"
     with neutral(trainer, module) as fixed, set_modes(modes, like_training, set(estimated)) as begin:
         yield run
-
-
-def require_forward(forward: Any) -> None:
-    """Raise for something that says not how a batch reaches the model.
-
-    Raises:
-        ValueError: If it is none of `Forward`.
-    """
-    if not callable(forward) and forward not in ("training_step", "forward"):
-        raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {forward!r}.")
-
-
-def check_forward(forward: Forward, module: LightningModule) -> None:
-    """Refuse a training step that cannot be run by a pass.
-
-    Raises:
-        ValueError: Naming the way out.
-    """
-    if forward != "training_step":
-        return
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} optimizes manually, so its training_step would take optimizer steps: "
-            "pass forward='forward' or a function of module and batch."
-        )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError(
-            f"{type(module).__name__}.training_step takes a dataloader_iter and fetches batches itself: pass "
-            "forward='forward' or a function of module and batch."
-        )
 
 
 def refuse_sharding(trainer: Trainer) -> None:

@@ -37,8 +37,8 @@ class SwitchPoint:
         elif not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"start_fraction must be a number from 0 up to, but not, 1 but is {value!r}.")
 
-    def check(self, trainer: Trainer) -> None:
-        """Refuse a fit without an end to count from.
+    def check(self, trainer: Trainer, owner: str) -> None:
+        """Refuse a fit without an end to count from, or with fewer epochs than are to be counted.
 
         Raises:
             ValueError: Naming the way out.
@@ -46,8 +46,14 @@ class SwitchPoint:
         endless = (trainer.max_epochs or -1) < 0
         if endless and (self.last_n_epochs is not None or (self.start_fraction is not None and trainer.max_steps < 0)):
             raise ValueError(
-                f"The Trainer has max_epochs={trainer.max_epochs}, so there is no end to count from: pass start_epoch "
-                "or start_step."
+                f"{owner}: the Trainer has max_epochs={trainer.max_epochs}, so there is no end to count from: pass "
+                "start_epoch or start_step."
+            )
+        epochs, debugging = trainer.max_epochs, trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.last_n_epochs is not None and epochs is not None and self.last_n_epochs > epochs and not debugging:
+            raise ValueError(
+                f"{owner}(last_n_epochs={self.last_n_epochs}) is more than the Trainer's max_epochs={epochs}: pass "
+                f"fewer than {epochs}, or start_epoch=0 to freeze from the first step on."
             )
 
     def reached(self, trainer: Trainer, batch_idx: int) -> bool:

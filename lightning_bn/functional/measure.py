@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.distributed.agree import AnotherRankFailedError
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
 from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.pooled import NOTHING, AnotherRankFailedError, MicroBatch, Pooled, Tried
+from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behaviour import Handle
@@ -41,6 +42,10 @@ _SPREAD = 8
 """Fewest normalization batches whose spread says something: with 8 it is known to a quarter."""
 
 
+def _warn(about: str, message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def measure(
     layers: dict[str, _BatchNorm],
     batches: Iterable[Any],
@@ -52,7 +57,7 @@ def measure(
     tolerance: float | None = None,
     memory_limit: int | None = None,
     at_most: float | None = None,
-    say: Callable[[str], Any] = warnings.warn,
+    say: Callable[[str, str], Any] = _warn,
     tried: Tried | None = None,
     count: Count | None = None,
     progress: Progress | None = None,
@@ -71,7 +76,7 @@ def measure(
         tolerance: Stop as soon as the standard errors of every layer are below it.
         memory_limit: Bytes that waiting micro-batches may take on each rank.
         at_most: Rather than more than this share of the memory that is free, take a smaller ``batch_size``.
-        say: Told that it was so, and of batches that were left out.
+        say: Given a subject and a message: that it was so ("memory"), or of batches that were left out ("left out").
         tried: What an earlier measurement of the model has shown of its micro-batches.
         count: Samples in a batch.
         progress: Display to show the progress on.
@@ -109,7 +114,7 @@ def measure(
             if first.small and at_most is not None:
                 most = pooled.most(first, at_most)
                 if first.everywhere * most < wanted and not told:
-                    say(_less(wanted, first, int(most), pooled))
+                    say("memory", _less(wanted, first, int(most), pooled))
                     told = True
             if first.small and most > 1:
                 group = _Group(itertools.chain([first], rounds), wanted, most, advance)
@@ -134,7 +139,7 @@ def measure(
         left_out = _LeftOut.of(taken, seen, pooled, device)
         _refuse_unusable(statistics, layers, left_out)
         if left_out.batches:
-            say(left_out.message())
+            say("left out", left_out.message())
         samples = taken.samples - left_out.samples
         return PopulationStatistics(
             _with_domains_folded(statistics, layers),

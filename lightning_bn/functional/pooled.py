@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bn.distributed.agree import AnotherRankFailedError
 from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
 from lightning_bn.functional.batch_copy import copied
 from lightning_bn.functional.lockstep import Lockstep, LockstepError
@@ -58,13 +59,6 @@ class MicroBatch:
     everywhere: int
     ranks: int
     small: bool
-
-
-class AnotherRankFailedError(RuntimeError):
-    """Another rank failed in a pass that all ranks run together."""
-
-    def __init__(self) -> None:
-        super().__init__("Another rank failed in the pass; its error says why.")
 
 
 class NotEnoughMemoryError(MemoryError):

@@ -119,7 +119,7 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     [
         ({"last_n_epochs": 1}, {}, 2 * EPOCH),
         ({"last_n_epochs": 2}, {}, 1 * EPOCH),
-        ({"last_n_epochs": 20}, {}, 0),
+        ({"last_n_epochs": 3}, {}, 0),
         ({"start_epoch": 0}, {}, 0),
         ({"start_epoch": 2}, {}, 2 * EPOCH),
         ({"start_epoch": 3}, {}, 3 * EPOCH),

@@ -503,12 +503,12 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     with_a_pass = make in WITH_A_PASS.values()
     assert getattr(callback, option) == ["bn*"]
     if counts:
-        holder = callback if hasattr(callback, "_count") else callback._pass
+        holder = callback if hasattr(callback, "_count") else getattr(callback._pass, "config", callback._pass)
         said = holder._count if hasattr(holder, "_count") else holder.count
         assert getattr(said, "count", said) is samples
     pickled(callback)
     if with_a_pass:
-        assert (callback._pass.source, callback._pass.forward) == (batches_for_a_pass, run_on)
+        assert (callback._pass.config.source, callback._pass.config.forward) == (batches_for_a_pass, run_on)
 
 
 # ------------------------------------------------------------------------------------------------------------- law 3
@@ -579,11 +579,11 @@ def _interrupt_works_afterwards() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("_interrupt_works_afterwards")
 def test_an_exception_in_a_pass_leaves_everything_as_it_was(
-    make: Callable[[], Any], val: bool, error: BaseException, comes_out: type[BaseException]
+    make: Callable[..., Any], val: bool, error: BaseException, comes_out: type[BaseException]
 ) -> None:
     probe, module = BeforeAndAfter(), Fuse(error, n=6)  # the second batch of the first pass
     with pytest.raises(comes_out):
-        fit(module, [probe, make()], val="default" if val else None)
+        fit(module, [probe, make(on_error="raise")], val="default" if val else None)
     assert module.shown.batches == 6
     assert probe.before and probe.after == probe.before
 
@@ -781,6 +781,49 @@ def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, step: int, l
     assert digest(resumed.state_dict()) == digest(uninterrupted.state_dict())
 
 
+RESUMED_AT_A_BATCHS_END: dict[str, Callable[[], list[Any]]] = {
+    # a leakage monitor's epoch is lost with the batches that it had kept
+    **{name: lambda make=make: [make()] for name, make in RESUMED.items() if name != "BatchLeakageMonitor"},
+    "PreciseBN, every third": lambda: [PreciseBNCallback(20, every_n=3)],
+    "PreciseBN, every second forecast": lambda: [PreciseBNCallback(source="training", every_n=2)],
+    "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), FreezeBNCallback(start_step=4, statistics="ema")],
+    "FreezeBN before PreciseBN": lambda: [FreezeBNCallback(start_step=4, statistics="ema"), PreciseBNCallback(20)],
+}
+VALIDATING: dict[str, dict[str, Any]] = {
+    "validating": {},
+    "validating twice an epoch": {"val_check_interval": 2},
+    "validating every second epoch": {"check_val_every_n_epoch": 2},
+    "not validating": {"limit_val_batches": 0},
+}
+
+
+def fit_saving_at_batch_ends(callbacks: list[Any], folder: Path, **kwargs: Any) -> tuple[TinyNet, list[Any]]:
+    """Three epochs of four equal batches, with a checkpoint, as ModelCheckpoint has it, after every second batch."""
+    module = TinyNet()
+    loader = DataLoader(torch.utils.data.ConcatDataset([Images(8)] * 4), 8)
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+    fit(module, [*callbacks, saving], loader, max_epochs=3, enable_checkpointing=True, **kwargs)
+    return module, callbacks
+
+
+@pytest.mark.parametrize(
+    ("name", "validating"),
+    [(n, v) for n in RESUMED_AT_A_BATCHS_END for v in VALIDATING if "PreciseBN" in n or v == "validating"],
+)
+def test_a_fit_resumed_at_a_batchs_end_ends_as_the_uninterrupted_one(
+    name: str, validating: str, tmp_path: Path
+) -> None:
+    """Such a checkpoint is written before the validation and the epoch's end, and Lightning makes up for neither."""
+    make, kwargs = RESUMED_AT_A_BATCHS_END[name], VALIDATING[validating]
+    module, callbacks = fit_saving_at_batch_ends(make(), tmp_path / "whole", **kwargs)
+    for step in (4, 6, 12):
+        checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+        resumed, ours = fit_saving_at_batch_ends(make(), tmp_path / f"from {step}", ckpt_path=checkpoint, **kwargs)
+        assert [digest(c.state_dict()) for c in ours] == [digest(c.state_dict()) for c in callbacks], step
+        assert digest(resumed.state_dict()) == digest(module.state_dict()), step
+
+
+# ------------------------------------------------------------------------------------------------------------- law 7
 @every_callback
 def test_a_second_fit_starts_afresh(make: Callable[[], Any]) -> None:
     used, fresh = make(), make()
@@ -790,6 +833,57 @@ def test_a_second_fit_starts_afresh(make: Callable[[], Any]) -> None:
         fit(module, callback, val=None)
     assert digest(used.state_dict()) == digest(fresh.state_dict())
     assert digest(modules[0].state_dict()) == digest(modules[1].state_dict())
+
+
+class Keeps(TinyNet):
+    """Has other layers, and keeps a tensor between them, so that its micro-batches cannot wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.conv1, self.bn1, self.conv2 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3)
+        self.kept = torch.zeros(())
+
+    def features(self, x: Tensor) -> Tensor:
+        self.kept = x.mean()
+        return super().features(x)
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(self._scaled, found) if name == "conv2" else found
+
+    def _scaled(self, conv: nn.Module, x: Tensor) -> Tensor:
+        return conv(x * (1 + self.kept))  # by now another micro-batch's
+
+
+def what_comes_of(callback: Any, module: TinyNet) -> dict[str, Any]:
+    """All that a fit shows: the model and the callback at its end, what was logged, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, callback)
+    result = getattr(callback, "result", None)
+    return {
+        "model": digest(module.state_dict()),
+        "state": digest(callback.state_dict()),
+        "result": repr(result),
+        "logged": [
+            (step, {k: repr(v) for k, v in row.items() if not k.endswith("seconds")})
+            for step, row in trainer.logger.rows
+        ],
+        "said": [str(w.message) for w in caught],
+    }
+
+
+@every_callback
+@pytest.mark.parametrize(
+    "models", [(Keeps, TinyNet), (TinyNet, Keeps)], ids=["from one that keeps", "to one that keeps"]
+)
+def test_one_callback_over_two_models_is_as_two_callbacks(make: Callable[[], Any], models: Any) -> None:
+    first, second = models
+    used = make()
+    fit(first(), used)
+    assert what_comes_of(used, second()) == what_comes_of(make(), second())
 
 
 # ------------------------------------------------------------------------------------------------------------- law 6

@@ -1,0 +1,287 @@
+"""A pass that fails: once one has succeeded, and at FreezeBN's switch, it must not end a fit that would have run.
+
+Every way to fail is held against a fit in which that pass was not asked for: bit for bit the same.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_bn import FreezeBNCallback, PreciseBNCallback
+from tests.callbacks.test_laws import BeforeAndAfter
+from tests.callbacks.zoo import TinyNet, digest, fit, statistics_of, train_loader
+from tests.ranks import run_on_ranks
+
+
+def in_a_pass(module: TinyNet) -> bool:
+    return any(type(logger).__name__ == "_Muted" for logger in module.trainer.loggers)
+
+
+class Blows(TinyNet):
+    """Raises in the passes of all epochs but the first ones."""
+
+    def __init__(self, error: BaseException, after: int = 1, batch: int = 1) -> None:
+        super().__init__()
+        self.error, self.after, self.batch = error, after, batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if in_a_pass(self) and self.trainer.current_epoch >= self.after and batch_idx == self.batch:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+class Wanders(TinyNet):
+    """Leaves a layer out for the first batch of later passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = float(next(iter(train_loader()))[0].sum())
+
+    def features(self, x: Tensor) -> Tensor:
+        skipped = in_a_pass(self) and self.trainer.current_epoch > 0 and float(x.sum()) == self.first
+        x = self.conv1(x)
+        x = self.conv2(x if skipped else self.bn1(x))
+        return F.relu(self.bn2(x)).mean((2, 3))
+
+
+def later(trainer: Trainer) -> bool:
+    return trainer.current_epoch > 0
+
+
+def dies(trainer: Trainer) -> Iterator[Any]:
+    yield from list(train_loader())[: 1 if later(trainer) else 4]
+    if later(trainer):
+        raise OSError("disk gone")
+
+
+def is_not_there(trainer: Trainer) -> Any:
+    if later(trainer):
+        raise StopIteration
+    return list(train_loader())
+
+
+def is_empty(trainer: Trainer) -> Any:
+    return [] if later(trainer) else list(train_loader())
+
+
+def goes_round(module: TinyNet, batch: Any) -> Any:
+    return batch if later(module.trainer) else module(batch[0])
+
+
+def cannot_tell(batch: Any) -> int:
+    if batch[0].sum() < 0:
+        raise LookupError("no such sample")
+    return len(batch[0])
+
+
+def uncountable(trainer: Trainer) -> Any:
+    return [(-x.abs() if later(trainer) and i == 2 else x.abs(), y) for i, (x, y) in enumerate(train_loader())]
+
+
+Kind = tuple[Callable[[], TinyNet], dict[str, Any], str]
+
+FAILING: dict[str, Kind] = {
+    "training step": (lambda: Blows(ValueError("no good")), {}, "batch 1 of the pass failed in training_step: no good"),
+    "training step, replay": (
+        lambda: Blows(KeyError("x")),
+        {"source": "replay"},
+        "batch 1 of the pass failed in training_step: KeyError: 'x'",
+    ),
+    "one by one": (
+        lambda: Blows(ValueError("no good")),
+        {"batch_size": 1},
+        "batch 1 of the pass failed in training_step: no good",
+    ),
+    "needs gradients": (
+        lambda: Blows(RuntimeError("element 0 of tensors does not require grad")),
+        {},
+        "batch 1 of the pass failed in training_step: Blows.training_step needs gradients itself",
+    ),
+    "StopIteration": (lambda: Blows(StopIteration()), {}, "batch 1 of the pass failed in training_step: StopIteration"),
+    "loader": (TinyNet, {"source": dies}, "batch 1 of the pass could not be read: OSError: disk gone"),
+    "loader's function": (TinyNet, {"source": is_not_there}, "StopIteration"),
+    "no batch": (TinyNet, {"source": is_empty}, "No batch reached a BatchNorm layer"),
+    "no layer": (TinyNet, {"forward": goes_round}, "No batch reached a BatchNorm layer"),
+    "count": (
+        TinyNet,
+        {"source": uncountable, "count": cannot_tell},
+        "batch 2 of the pass could not be read: no such sample",
+    ),
+    "lockstep": (Wanders, {"batch_size": 32}, "bn1"),
+}
+
+
+class FirstOnly(PreciseBNCallback):
+    """Runs no pass but the first."""
+
+    def should_run(self, trainer: Trainer) -> bool:
+        return trainer.current_epoch == 0
+
+
+def told(fit: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What ``fit`` returns, and what our callbacks warn of meanwhile."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = fit()
+    return found, [str(w.message) for w in caught if "BNCallback" in str(w.message)]
+
+
+@pytest.mark.parametrize("val", ["default", None], ids=["validating", "not validating"])
+@pytest.mark.parametrize("name", FAILING)
+def test_a_pass_that_fails_later_is_as_one_that_was_not_asked_for(name: str, val: Any) -> None:
+    make, options, message = FAILING[name]
+    module, precise = make(), PreciseBNCallback(**{"num_samples": 32, **options})
+    trainer, said = told(lambda: fit(module, precise, val=val, max_epochs=3))
+    without, first_only = make(), FirstOnly(**{"num_samples": 32, **options})
+    fit(without, first_only, val=val, max_epochs=3)
+    assert digest(module.state_dict()) == digest(without.state_dict())
+    assert digest([s.mean for s in precise.result.values()]) == digest([s.mean for s in first_only.result.values()])
+    assert list(trainer.logger.logged("precise_bn/failed").values()) == [1, 2]
+    (warning,) = said  # two passes failed, for one cause
+    assert warning.startswith("PreciseBNCallback: a pass failed") and message in warning
+    assert "on_error='raise'" in warning
+
+
+def test_each_cause_is_named_once() -> None:
+    class TwoCauses(Blows):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.error = ValueError(f"cause {'AB'[self.trainer.current_epoch % 2]} at {torch.rand(())}")
+            return super().training_step(batch, batch_idx)
+
+    trainer, said = told(lambda: fit(TwoCauses(ValueError()), PreciseBNCallback(32), max_epochs=6))
+    assert [("cause B" in s, "cause A" in s) for s in said] == [(True, False), (False, True)]
+    assert max(trainer.logger.logged("precise_bn/failed").values()) == 5
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_it_raises_if_asked_to(name: str) -> None:
+    make, options, message = FAILING[name]
+    with pytest.raises(Exception) as raised:
+        fit(make(), PreciseBNCallback(**{"num_samples": 32, **options}, on_error="raise"))
+    assert str(raised.value).startswith("PreciseBNCallback: ") and message in str(raised.value)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_the_first_pass_raises_what_was_raised_saying_where(on_error: Any) -> None:
+    class OwnError(Exception):
+        pass
+
+    with pytest.raises(OwnError, match=r"^PreciseBNCallback: batch 1 of the pass failed in training_step: mine$"):
+        fit(Blows(OwnError("mine"), after=0), PreciseBNCallback(32, on_error=on_error))
+    with pytest.raises(RuntimeError, match=r"^PreciseBNCallback: .* KeyError: 'x'$") as raised:
+        fit(Blows(KeyError("x"), after=0), PreciseBNCallback(32, on_error=on_error))
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.fixture
+def _interrupt_works_afterwards() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it once it was pressed
+
+
+@pytest.mark.usefixtures("_interrupt_works_afterwards")
+@pytest.mark.parametrize("callback", [PreciseBNCallback(32), FreezeBNCallback(start_epoch=1, num_samples=32)], ids=str)
+@pytest.mark.parametrize(
+    ("error", "comes_out"),
+    [
+        (KeyboardInterrupt(), SystemExit),
+        (SystemExit(3), SystemExit),
+        (MemoryError("full"), MemoryError),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+    ],
+    ids=repr,
+)
+def test_what_is_not_ours_to_swallow_comes_out_with_everything_restored(
+    callback: Any, error: BaseException, comes_out: type[BaseException]
+) -> None:
+    probe = BeforeAndAfter()
+    with pytest.raises(comes_out):
+        fit(Blows(error), [probe, callback])
+    assert probe.before and probe.after == probe.before
+
+
+def test_a_resumed_fit_knows_that_a_pass_has_succeeded(tmp_path: Path) -> None:
+    def make() -> list[Any]:
+        return [PreciseBNCallback(32), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+
+    fit(Blows(ValueError("no good"), after=2), make(), enable_checkpointing=True, max_epochs=2)
+    module = Blows(ValueError("no good"), after=2)
+    resumed, said = told(
+        lambda: fit(module, make(), enable_checkpointing=True, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    )
+    assert resumed.logger.logged("precise_bn/failed") == {11: 1.0}
+    assert len(said) == 1
+
+
+# ------------------------------------------------------------------------------------------------- FreezeBN's switch
+# at a switch, batches that cannot wait for each other are taken as they come, and those to replay are its own
+@pytest.mark.parametrize("name", [n for n in FAILING if n not in ("lockstep", "training step, replay")])
+def test_a_switch_whose_pass_fails_freezes_the_running_statistics(name: str) -> None:
+    make, options, message = FAILING[name]
+    options = {key: value for key, value in options.items() if key != "batch_size"}
+    module, freezing = make(), FreezeBNCallback(start_epoch=1, num_samples=32, **options)
+    trainer, said = told(lambda: fit(module, freezing))
+    plain = make()
+    fit(plain, FreezeBNCallback(start_epoch=1, statistics="ema"))
+    assert digest(module.state_dict()) == digest(plain.state_dict())
+    assert trainer.logger.logged("freeze_bn/failed") == {4: 1.0}
+    (warning,) = [s for s in said if "pass failed" in s]
+    assert warning.startswith("FreezeBNCallback: a pass failed, so the running statistics are frozen as they are")
+    assert message in warning
+    with pytest.raises(Exception, match=r"^FreezeBNCallback: "):
+        fit(make(), FreezeBNCallback(start_epoch=1, num_samples=32, on_error="raise", **options))
+
+
+# -------------------------------------------------------------------------------------------------------- many ranks
+def dies_on_rank_1(trainer: Trainer) -> Iterator[Any]:
+    for number, batch in enumerate(train_loader(64)):
+        if later(trainer) and trainer.global_rank == 1 and number > 1:
+            raise OSError("disk gone")
+        yield batch
+
+
+class BlowsOnRank1(Blows):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.after = 1 if self.global_rank == 1 else 10
+        return super().training_step(batch, batch_idx)
+
+
+def fit_on_rank(case: str, on_error: Any, batch_size: Any) -> dict[str, Any]:
+    """Train on this rank, whose neighbour's later passes fail."""
+    module: TinyNet = TinyNet() if case == "loader" else BlowsOnRank1(ValueError("no good"))
+    options = {"source": dies_on_rank_1, "shard": False} if case == "loader" else {}
+    precise = PreciseBNCallback(40, on_error=on_error, batch_size=batch_size, **options)
+    error = ""
+    try:
+        _, said = told(lambda: fit(module, precise, train_loader(64, 4), devices=2, strategy="ddp"))
+    except Exception as caught:
+        error, said = str(caught), []
+    return {"statistics": digest(statistics_of(module)), "said": said, "error": error, "state": precise.state_dict()}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(("case", "batch_size"), [("loader", None), ("loader", 1), ("step", None), ("step", 1)])
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_ranks_agree_that_a_pass_failed_on_one_of_them(case: str, batch_size: Any, on_error: str) -> None:
+    first, second = run_on_ranks(fit_on_rank, 2, case, on_error, batch_size)
+    cause = "disk gone" if case == "loader" else "no good"
+    assert first["state"] == second["state"]
+    if on_error == "raise":
+        assert "Another rank failed in the pass" in first["error"] and cause in second["error"]
+    else:
+        assert first["statistics"] == second["statistics"]
+        assert first["state"]["passes"] == {"succeeded": True, "count": 1}
+        assert "Another rank failed" in first["said"][0]
+        assert cause in second["said"][0]
