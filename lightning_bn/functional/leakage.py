@@ -188,7 +188,9 @@ def _rolled(batch: Any, samples: int) -> Any:
 
     def roll(tensor: Tensor) -> Tensor:
         twin = tensor.detach().clone()
-        return twin.copy_(twin.roll(1, 0)) if twin.ndim and len(twin) == samples else twin  # of the tensor's class
+        if twin.ndim and len(twin) == samples:
+            twin.copy_(twin.roll(1, 0))  # in place, so that it stays of its class
+        return twin
 
     try:
         return copied_with(roll, batch)
