@@ -4,31 +4,9 @@ A callback changes which batch a BatchNorm layer normalises over, and leaves eve
 exist for plain PyTorch.
 """
 
-from lightning_bn.callbacks.ada_bn import AdaBNCallback
-from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
-from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
-from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
-from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.callbacks.ghost_bn import GhostBNCallback
-from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
-from lightning_bn.callbacks.precise_bn import PreciseBNCallback
-from lightning_bn.callbacks.roi_shuffle import RoIShuffleCallback
-from lightning_bn.callbacks.sync_bn import SyncBNCallback
-from lightning_bn.distributed.exchange import exchange_rows, restore_rows
-from lightning_bn.engine.normalization_batch import normalization_batch_size
-from lightning_bn.functional.adapt import adapt_bn
-from lightning_bn.functional.domains import domain_bn
-from lightning_bn.functional.freeze import freeze_bn
-from lightning_bn.functional.ghost import ghost_bn
-from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
-from lightning_bn.functional.mini_batch import mini_batch_inference
-from lightning_bn.functional.precise import precise_bn
-from lightning_bn.functional.roi_shuffle import roi_shuffle
-from lightning_bn.functional.sync import sync_bn
-from lightning_bn.layers.find import find_bn
-from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
-from lightning_bn.statistics.moments import Moments
-from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
+from typing import TYPE_CHECKING
+
+from lightning_bn.lazy import lazily
 
 __all__ = [
     "AdaBNCallback",
@@ -58,8 +36,75 @@ __all__ = [
     "ghost_bn",
     "mini_batch_inference",
     "normalization_batch_size",
+    "plots",
     "precise_bn",
     "restore_rows",
     "roi_shuffle",
     "sync_bn",
 ]
+
+if TYPE_CHECKING:
+    from lightning_bn import plots as plots
+    from lightning_bn.callbacks.ada_bn import AdaBNCallback
+    from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
+    from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
+    from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
+    from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
+    from lightning_bn.callbacks.ghost_bn import GhostBNCallback
+    from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
+    from lightning_bn.callbacks.precise_bn import PreciseBNCallback
+    from lightning_bn.callbacks.roi_shuffle import RoIShuffleCallback
+    from lightning_bn.callbacks.sync_bn import SyncBNCallback
+    from lightning_bn.distributed.exchange import exchange_rows, restore_rows
+    from lightning_bn.engine.normalization_batch import normalization_batch_size
+    from lightning_bn.functional.adapt import adapt_bn
+    from lightning_bn.functional.domains import domain_bn
+    from lightning_bn.functional.freeze import freeze_bn
+    from lightning_bn.functional.ghost import ghost_bn
+    from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
+    from lightning_bn.functional.mini_batch import mini_batch_inference
+    from lightning_bn.functional.precise import precise_bn
+    from lightning_bn.functional.roi_shuffle import roi_shuffle
+    from lightning_bn.functional.sync import sync_bn
+    from lightning_bn.layers.find import find_bn
+    from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
+    from lightning_bn.statistics.moments import Moments
+    from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
+else:  # type checkers take any name from a module that they see a __getattr__ of
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "AdaBNCallback": "callbacks.ada_bn",
+            "BNStatsMonitor": "callbacks.bn_stats_monitor",
+            "BatchLeakage": "functional.leakage",
+            "BatchLeakageMonitor": "callbacks.batch_leakage_monitor",
+            "DeadChannels": "statistics.metrics",
+            "DomainSpecificBNCallback": "callbacks.domain_specific_bn",
+            "FreezeBNCallback": "callbacks.freeze_bn",
+            "GhostBNCallback": "callbacks.ghost_bn",
+            "LayerStatistics": "statistics.population",
+            "MeanGap": "statistics.metrics",
+            "MiniBatchInferenceCallback": "callbacks.mini_batch_inference",
+            "Moments": "statistics.moments",
+            "NonFiniteChannels": "statistics.metrics",
+            "PopulationStatistics": "statistics.population",
+            "PreciseBNCallback": "callbacks.precise_bn",
+            "RoIShuffleCallback": "callbacks.roi_shuffle",
+            "SyncBNCallback": "callbacks.sync_bn",
+            "VarGap": "statistics.metrics",
+            "adapt_bn": "functional.adapt",
+            "batch_leakage": "functional.leakage",
+            "domain_bn": "functional.domains",
+            "exchange_rows": "distributed.exchange",
+            "find_bn": "layers.find",
+            "freeze_bn": "functional.freeze",
+            "ghost_bn": "functional.ghost",
+            "mini_batch_inference": "functional.mini_batch",
+            "normalization_batch_size": "engine.normalization_batch",
+            "plots": "plots",
+            "precise_bn": "functional.precise",
+            "restore_rows": "distributed.exchange",
+            "roi_shuffle": "functional.roi_shuffle",
+            "sync_bn": "functional.sync",
+        },
+    )

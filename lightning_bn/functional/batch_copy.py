@@ -16,13 +16,30 @@ _HOST = torch.device("cpu")
 def copied(batch: Any) -> Any:
     """A deep copy of a batch.
 
-    Of each tensor what it shows only: of a part of a large one, ``copy.deepcopy`` would copy all. A tensor that is
-    there twice is so in the copy.
+    Of each tensor what it shows only: of a part of a large one, ``copy.deepcopy`` would copy all.
 
     Raises:
         TypeError: If something in it cannot be copied.
     """
-    return _copied(batch, lambda tensor: _clone(tensor, tensor.device))
+    return copied_with(lambda tensor: _clone(tensor, tensor.device), batch)
+
+
+def copied_with(twin_of: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A deep copy of a batch, with what ``twin_of`` returns in the place of each tensor, wherever that is.
+
+    It is asked once about a tensor that is there twice, and its answer is there twice in the copy.
+
+    Raises:
+        TypeError: If something in the batch cannot be copied.
+    """
+    try:
+        with _Copying(twin_of):
+            return copy.deepcopy(batch)
+    except Exception as error:
+        raise TypeError(
+            f"Cannot copy a batch of type {type(batch).__name__} ({type(error).__name__}: {error}). Leave out "
+            "of it, in the collate function, what copy.deepcopy cannot copy, or give that a __deepcopy__."
+        ) from error
 
 
 def bytes_of(batch: Any) -> int:
@@ -33,7 +50,7 @@ def bytes_of(batch: Any) -> int:
         sizes.append(_bytes(tensor))
         return tensor.detach()  # costs nothing, and is no copy
 
-    _copied(batch, weighed)
+    copied_with(weighed, batch)
     return sum(sizes)
 
 
@@ -52,11 +69,11 @@ class HostCopy:
 
     def __init__(self, batch: Any) -> None:
         self._devices: dict[int, torch.device] = {}
-        self._batch = _copied(batch, self._to_host)
+        self._batch = copied_with(self._to_host, batch)
 
     def batch(self) -> Any:
         """Another copy, with each tensor where it was."""
-        return _copied(self._batch, lambda tensor: _clone(tensor, self._devices.get(id(tensor), tensor.device)))
+        return copied_with(lambda tensor: _clone(tensor, self._devices.get(id(tensor), tensor.device)), self._batch)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         twin = _clone(tensor, _HOST)
@@ -91,17 +108,6 @@ class _Copying(TorchFunctionMode):
                 with self:  # a mode is off while it answers
                     vars(twin).update(copy.deepcopy(lost, memo))
         return memo[id(tensor)]
-
-
-def _copied(batch: Any, twin_of: Callable[[Tensor], Tensor]) -> Any:
-    try:
-        with _Copying(twin_of):
-            return copy.deepcopy(batch)
-    except Exception as error:
-        raise TypeError(
-            f"Cannot copy a batch of type {type(batch).__name__} ({type(error).__name__}: {error}). Leave out "
-            "of it, in the collate function, what copy.deepcopy cannot copy, or give that a __deepcopy__."
-        ) from error
 
 
 def _clone(tensor: Tensor, device: torch.device) -> Tensor:

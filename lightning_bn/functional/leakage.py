@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.distributed.agree import agreed
 from lightning_bn.distributed.gather import gather_rows
 from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
+from lightning_bn.functional.batch_copy import copied_with
 from lightning_bn.functional.precise import Forward, call_model, estimable_layers
 from lightning_bn.functional.samples import Count, counted_by
 from lightning_bn.layers.behaviour import Handle
@@ -188,14 +187,15 @@ def _rolled(batch: Any, samples: int) -> Any:
     """A copy of a batch with each sample in the place of the one after it, as far as its tensors show samples."""
 
     def roll(tensor: Tensor) -> Tensor:
-        return tensor.copy_(tensor.roll(1, 0)) if tensor.ndim and len(tensor) == samples else tensor
+        twin = tensor.detach().clone()
+        if twin.ndim and len(twin) == samples:
+            twin.copy_(twin.roll(1, 0))  # in place, so that it stays of its class
+        return twin
 
     try:
-        rolled = copy.deepcopy(batch)
-        apply_to_collection(rolled, Tensor, roll)  # in place, so that the batch may be of any class
-    except Exception:  # then nothing shows whose rows are whose
+        return copied_with(roll, batch)
+    except TypeError:  # then nothing shows whose rows are whose
         return batch
-    return rolled
 
 
 def _left_out(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, str]:

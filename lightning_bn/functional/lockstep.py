@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from contextvars import copy_context
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from greenlet import GreenletExit, getcurrent, greenlet
+from lightning_bn.functional.thread_state import random_streams
 
-from lightning_bn.functional.thread_state import RandomState, ThreadState, random_streams
+if TYPE_CHECKING:
+    from lightning_bn.functional.suspended import Suspended
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -52,19 +52,20 @@ class Lockstep(Generic[P, V, A]):
     def __init__(
         self, answer: Callable[[P, list[V]], Sequence[A]], own_random_numbers: bool = False, advice: str = ""
     ) -> None:
+        from lightning_bn.functional.suspended import Suspended  # of greenlet, which nothing else needs
+
+        self._suspended: type[Suspended[P, V, A, Any]] = Suspended
         self._answer = answer
         self._own_random_numbers, self._advice = own_random_numbers, advice
 
     def arrive(self, point: P, value: V) -> A:
         """Wait, inside a function, until all others have come to ``point``, and get one's own answer."""
-        own = getcurrent()
-        if not isinstance(own, _Suspended):
+        own = self._suspended.running()
+        if own is None:
             raise LockstepError(
                 f"{point} was reached outside of the functions in lockstep, or in another thread. {self._advice}"
             )
-        assert own.parent is not None  # it is run by `run`
-        answer: A = own.parent.switch((point, value))
-        return answer
+        return own.arrive(point, value)
 
     def run(self, functions: Iterable[Callable[[], T]]) -> list[T]:
         """Run functions to their end, and return what they return.
@@ -73,11 +74,11 @@ class Lockstep(Generic[P, V, A]):
             LockstepError: If some come to another point than others, or end where others wait; an error in one of them
                 is raised as it is. All are unwound then: their ``finally`` clauses have run.
         """
-        running: list[_Suspended[P, V, A, T]] = []
+        running: list[Suspended[P, V, A, T]] = []
         streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
         with _filters_kept(), self._unwinding(running):
             for function in functions:
-                running.append(_Suspended(function, next(streams)))
+                running.append(self._suspended(function, next(streams)))
                 running[-1].go_on()
             last_first = running
             while any(not s.dead for s in running):
@@ -92,14 +93,14 @@ class Lockstep(Generic[P, V, A]):
 
     @staticmethod
     @contextmanager
-    def _unwinding(running: Sequence[_Suspended[P, V, A, T]]) -> Iterator[None]:
+    def _unwinding(running: Sequence[Suspended[P, V, A, T]]) -> Iterator[None]:
         try:
             yield
         finally:
             for s in running:
                 s.unwind()
 
-    def _check(self, running: Sequence[_Suspended[P, V, A, T]]) -> None:
+    def _check(self, running: Sequence[Suspended[P, V, A, T]]) -> None:
         first = running[0]
         for number, other in enumerate(running):
             if other.dead != first.dead or (not first.dead and other.point != first.point):
@@ -126,42 +127,3 @@ def _filters_kept() -> Iterator[None]:
             filters[:] = held
         for name, show in shows.items():
             setattr(warnings, name, show)
-
-
-class _Suspended(greenlet, Generic[P, V, A, T]):
-    """A function that is run as far as its next meeting point."""
-
-    point: P
-    value: V
-    answer: A | None = None
-    result: T
-
-    def __init__(self, function: Callable[[], T], random: RandomState | None) -> None:
-        super().__init__(function)
-        self.gr_context = copy_context()
-        self._state, self._random = ThreadState(), random
-
-    def go_on(self) -> None:
-        """Run to the next point, or to the end."""
-        with self._own_state():
-            came_back = self.switch(self.answer) if self else self.switch()
-        self.answer = None
-        if self.dead:
-            self.result = came_back
-        else:
-            self.point, self.value = came_back
-
-    def unwind(self) -> None:
-        """End the function where it waits, whatever it makes of that: there is an error already, why it is ended."""
-        while self and not self.dead:
-            with self._own_state(), suppress(BaseException):
-                self.throw(GreenletExit)
-
-    @contextmanager
-    def _own_state(self) -> Iterator[None]:
-        with self._state.entered(), self._random.entered() if self._random else nullcontext():
-            yield
-
-    def whereabouts(self) -> str:
-        """Where it is, for messages."""
-        return "had come to its end" if self.dead else f"was at {self.point}"

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -190,6 +189,8 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + cached
+    import psutil  # which only those need who let the memory decide
+
     return min(psutil.virtual_memory().available, *_left_in_container())
 
 

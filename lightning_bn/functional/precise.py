@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from lightning_bn.functional.measure import BatchSize, measure, no_progress
 from lightning_bn.functional.samples import Count
@@ -216,6 +215,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _tqdm(total: int | None) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm  # which only those need who ask for a display
+
     with tqdm(total=total, desc="PreciseBN", unit="sample", leave=False) as bar:
 
         def advance(samples: int) -> None:

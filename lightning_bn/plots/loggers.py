@@ -1,17 +1,19 @@
 """Figures, tables, names and alerts to every logger, each in the form it shows best, or as files where it has none."""
 
+from __future__ import annotations
+
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from matplotlib.figure import Figure
 
-from lightning_bn.plots.style import save_png, to_rgb
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_CHART_POINTS = 10_000
 """W&B's custom charts silently leave out what is beyond."""
@@ -36,6 +38,8 @@ def log_figure(loggers: Any, key: str, figure: Figure, step: int) -> None:
     Raises:
         ValueError: A logger has neither an image panel known here nor a folder to write to, and no Trainer was given.
     """
+    from lightning_bn.plots.style import save_png, to_rgb  # of matplotlib, which was needed to draw the figure
+
     for kind, logger in _each(loggers):
         if kind == "WandbLogger":
             logger.log_image(key, [to_rgb(figure)], step=step)
