@@ -119,9 +119,10 @@ def refused(model: nn.Module, shards: list[Batches]) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_values_on_one_rank_are_refused_on_all(bad: float) -> None:
+def test_non_finite_values_in_all_batches_are_refused_on_all(bad: float) -> None:
     shards = [images(4, 4), images(4)]
-    shards[1][0][0, 0, 0, 0] = bad
+    for batch in (*shards[0], *shards[1]):
+        batch[0, 0, 0, 0] = bad
     for message, untouched in run_on_ranks(refused, 2, cnn(), shards):
         assert message.startswith("Layer '1' received non-finite values") and untouched
 
