@@ -23,7 +23,7 @@ from tests.truth import rows_of
 CHANNELS, LENGTH = 4, 6
 
 
-# ----------------------------------------------------------------------- forwards that do something to their input first
+# --------------------------------------------------------- forwards that do something to their input first
 class Transposed(nn.BatchNorm1d):
     """Of (N, L, C)."""
 
@@ -65,7 +65,7 @@ class Rows(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
-# ------------------------------------------------------------------- forwards that keep statistics or counters themselves
+# ---------------------------------------------------- forwards that keep statistics or counters themselves
 class ByHand(nn.BatchNorm1d):
     """Normalizes and keeps statistics itself, by assignment, as tutorials do."""
 
@@ -149,12 +149,14 @@ class Counting(nn.BatchNorm1d):
         self.calls, self.sizes = 0, [0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batches += 1
-        self.num_batches_tracked = self.num_batches_tracked + 1
-        self.calls += 1
-        self.sizes = [*self.sizes, len(x)]
+        if self.training:
+            self.batches += 1
+            self.num_batches_tracked = self.num_batches_tracked + 1
+            self.calls += 1
+            self.sizes = [*self.sizes, len(x)]
+        momentum = 1 / max(self.calls, 1)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 1 / self.calls, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
         )
 
 
@@ -169,7 +171,7 @@ class Uncounted(nn.BatchNorm1d):
         return super().forward(x)
 
 
-# ------------------------------------------------------------------------------------ forwards that call it in another way
+# --------------------------------------------------------- forwards that call it in another way
 class OfTorch(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return torch.batch_norm(
@@ -240,7 +242,7 @@ class WithChild(nn.BatchNorm1d):
         return super().forward(x + self.child(x * x))
 
 
-# --------------------------------------------------------------------------------- forwards of which it cannot be seen
+# --------------------------------------------------------- forwards of which it cannot be seen
 class MaskedByHand(ByHand):
     """Of rows (N, C) and a mask (N): without padding it does what torch's own would."""
 
@@ -277,7 +279,7 @@ class Sometimes(ByHand):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the zoo
+# --------------------------------------------------------- the zoo
 Given = Callable[[Tensor, Tensor], dict[str, list[Tensor]]]
 Use = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -423,29 +425,34 @@ def together(entry: HandWritten, group: Sequence[Tensor]) -> Tensor:
     return torch.cat([part for parts in zip(*(x.chunk(entry.parts) for x in group), strict=True) for part in parts])
 
 
-def truth(net: Net, groups: Sequence[Sequence[Tensor]], in_eval: bool = False) -> dict[str, Tensor]:
-    """What each layer normalizes, ``(count, C)``, in float64, if the batches of each group are one batch.
+def oracle(net: Net, in_eval: bool = False) -> Net:
+    """A copy in float64 that normalizes with the statistics of each batch.
 
     Args:
         net: The net.
-        groups: Batches.
-        in_eval: What it does in eval mode, but with the statistics of each batch.
+        in_eval: And else does what it does in eval mode.
     """
-    entry, twin = net.entry, copy.deepcopy(net).double()
-    if in_eval and entry.in_eval != "itself":
-        entry = ZOO[str(entry.in_eval)]
-        twin.bn.__class__ = entry.make
-    assert entry.given is not None
+    twin = copy.deepcopy(net).double()
+    if in_eval and twin.entry.in_eval != "itself":
+        twin.entry = ZOO[str(twin.entry.in_eval)]
+        twin.bn = twin.entry.make(CHANNELS).double()
     for layer in twin.modules():
         layer.training = isinstance(layer, _BatchNorm)
+    return twin
+
+
+def truth(net: Net, groups: Sequence[Sequence[Tensor]], in_eval: bool = False) -> dict[str, Tensor]:
+    """What each layer normalizes, ``(count, C)``, in float64, if the batches of each group are one batch."""
+    twin = oracle(net, in_eval)
+    assert twin.entry.given is not None
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for group in groups:
-            x = together(entry, group).double()
+            x = together(twin.entry, group).double()
             h = twin.inside(x)
-            for name, rows in entry.given(h, x).items():
+            for name, rows in twin.entry.given(h, x).items():
                 found.setdefault(f"bn{name}", []).extend(rows)
-            found.setdefault("last", []).append(rows_of(twin.outside(entry.use(twin.bn, h.clone(), x))))
+            found.setdefault("last", []).append(rows_of(twin.outside(twin.entry.use(twin.bn, h.clone(), x))))
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 

@@ -136,8 +136,8 @@ def with_batch_norm(
 
 def is_replaced() -> bool:
     """Whether a call of ``batch_norm`` would go to a replacement: inside of the forward of a layer that has one."""
-    depth = torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-    return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _Instead)  # type: ignore[attr-defined]
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _Instead)
 
 
 def raise_unseen(layer: str) -> NoReturn:

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import adapt_bn, batch_leakage, ghost_bn, mini_batch_inference, precise_bn
-from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, state, truth
+from tests.hand_written import LENGTH, TRUE, UNTOLD, ZOO, HandWritten, Net, batches, oracle, state, truth
 from tests.truth import assert_close_to, assert_stored
 
 SIGMA = VAR = 1e-5
 BATCH_SIZES = {None: 1, 4: 2, "population": 6}
 """How many of the batches are normalized together."""
+WITH_GHOSTS = [name for name in ZOO if "masked" not in name and "Sync" not in name]
+"""Rows without padding are not so many of each sample, and SyncBatchNorm does not train on the CPU."""
+SEVERAL_ROWS = ("masked", "masked, arguments by name", "two halves")
+"""Whose are which cannot be told."""
 WAY_OUT = r"'bn'.*layers="
 
 
@@ -76,5 +80,66 @@ def test_adapt_bn_measures_what_is_normalized_in_evaluation(name: str) -> None:
         expected = truth(net, [[x] for x in data], in_eval=True)
         with adapt_bn(net, data) as adaptation:
             assert_close_to(adaptation.statistics, expected, SIGMA, VAR)
+    assert state(net) == before
+    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_mini_batch_inference_normalizes_what_batch_norm_is_given_by_itself(name: str) -> None:
+    net, (x,) = trained(name).eval(), batches([4])
+    before, stored = state(net), statistics_of(net)
+    like_it = {**ZOO[name]._asdict(), "in_eval": ZOO[name].in_eval or "BatchNorm2d"}
+    with mini_batch_inference(net), torch.no_grad():
+        if ZOO[name].is_seen:
+            net.entry = HandWritten(**like_it)
+            torch.testing.assert_close(net(x).double(), oracle(net, in_eval=True)(x.double()), rtol=0, atol=1e-4)
+        else:
+            with pytest.raises(TypeError, match=WAY_OUT):
+                net(x)
+    assert state(net) == before
+    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
+
+
+@pytest.mark.parametrize("name", WITH_GHOSTS)
+def test_ghosts_are_groups_of_what_batch_norm_is_given(name: str) -> None:
+    net, (x,) = trained(name), batches([8])
+    h, entry = net.inside(x).detach(), ZOO[name]
+    with ghost_bn(net, splits=2, grouping="contiguous"), torch.no_grad():
+        if not entry.is_seen:
+            with pytest.raises(TypeError, match=WAY_OUT):
+                entry.use(net.bn, h, x)
+            return
+        y = entry.use(net.bn, h, x)
+    twin = oracle(net)
+    if entry.parts > 1:  # each has its own ghosts, and is plain itself
+        twin.bn.__class__ = nn.BatchNorm2d if entry.in_eval == "BatchNorm2d" else nn.BatchNorm1d
+    parts = [
+        entry.use(twin.bn, *pair) for pair in zip(*(v.double().chunk(2 * entry.parts) for v in (h, x)), strict=True)
+    ]
+    torch.testing.assert_close(y.double(), torch.cat(parts), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plain_leakage() -> tuple[Net, list[Tensor], float]:
+    """A net without hand-written layers, data, and what the leakage test finds of its first layer."""
+    torch.manual_seed(0)
+    net, data = trained("plain").eval(), [torch.randn(4, 3, LENGTH) for _ in range(12)]
+    return net, data, batch_leakage(net, data).icc["bn"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_leakage_test_reads_what_batch_norm_is_given_or_leaves_the_layer_out(
+    name: str, plain_leakage: tuple[Net, list[Tensor], float]
+) -> None:
+    net, (plain, data, expected) = trained(name).eval(), plain_leakage
+    net.inside.load_state_dict(plain.inside.state_dict())
+    before, stored = state(net), statistics_of(net)
+    found = batch_leakage(net, data)
+    if not ZOO[name].is_seen:
+        assert "does not call" in found.left_out["bn"]
+    elif name in SEVERAL_ROWS:
+        assert "rows" in found.left_out["bn"]
+    elif name != "a child":
+        assert found.icc["bn"] == pytest.approx(expected, abs=1e-4) and not found.left_out
     assert state(net) == before
     assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
