@@ -156,16 +156,17 @@ def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
     if input.ndim < 2 or input.shape[1] != layer.num_features:
         return False
     call = plain_call(layer, input)
+    if not call.values:
+        return True
     mean, var = call.running_mean, call.running_var
     if call.training or mean is None or var is None:
-        mean, var = batch_statistics(input) if call.values else input.new_zeros(2, input.shape[1])
+        mean, var = batch_statistics(input)
     if not (mean.isfinite() & var.isfinite()).all():
         return True  # there is nothing to compare, and the batch is left out
     expected = call.normalize_with(mean, var)
-    eps = torch.finfo(expected.dtype).eps
-    digits = eps * float((1 + mean.square() / (var + call.eps)).amax())  # as the textbook's E[x^2] - E[x]^2 loses them
-    off = (output - expected).abs()
-    return bool((off <= min(64 * digits, 1e-2) * expected.abs().amax()).all()) if call.values else True
+    eps = max(torch.finfo(x.dtype).eps for x in (input, output, expected))
+    lost = float((1 + mean.square() / (var + call.eps)).amax())  # digits, in the textbook's E[x^2] - E[x]^2
+    return bool(((output - expected).abs() <= min(64 * eps * lost, 1e-2) * expected.abs().amax()).all())
 
 
 def _own_class(layer: nn.Module) -> type[nn.Module]:

@@ -10,8 +10,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import adapt_bn, batch_leakage, ghost_bn, mini_batch_inference, precise_bn
-from tests.hand_written import LENGTH, TRUE, UNTOLD, ZOO, HandWritten, Net, batches, oracle, state, truth
-from tests.truth import assert_close_to, assert_stored
+from tests.hand_written import (
+    CHANNELS,
+    LENGTH,
+    TRUE,
+    UNTOLD,
+    ZOO,
+    ByHand,
+    HandWritten,
+    Net,
+    batches,
+    oracle,
+    state,
+    truth,
+)
+from tests.truth import assert_close_to, assert_stored, rows_of
 
 SIGMA = VAR = 1e-5
 BATCH_SIZES = {None: 1, 4: 2, "population": 6}
@@ -59,6 +72,22 @@ def test_what_cannot_be_seen_is_refused_by_name(name: str, batch_size: Any) -> N
     assert state(net) == before
     assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
     assert list(precise_bn(net, data, batch_size=batch_size, layers="last")) == ["last"], "the way out"
+
+
+def test_a_child_that_is_not_chosen_is_not_taken_for_its_parent() -> None:
+    net, data = trained("timm SplitBatchNorm2d"), batches()
+    statistics = precise_bn(net, data, layers="bn")
+    assert_close_to(statistics, {"bn": truth(net, [[x] for x in data])["bn"]}, SIGMA, VAR)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 300), (torch.float64, 1e4)]
+)
+def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype, mean: float) -> None:
+    bn = ByHand(CHANNELS).to(dtype)
+    data = [(torch.randn(8, CHANNELS, LENGTH) + mean).to(dtype) for _ in range(3)]
+    statistics = precise_bn(bn, data)
+    assert_close_to(statistics, {"": torch.cat([rows_of(x) for x in data])}, 1e-4, 1e-3)
 
 
 @pytest.mark.parametrize("name", TRUE)
