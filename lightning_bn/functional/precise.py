@@ -68,7 +68,10 @@ def precise_bn(
             (Table 1). None takes all batches.
         batch_size: B of Table 2, the samples of all ranks that a layer normalises together: whole batches, as few as
             hold so many; 100 suffice. ``"population"``: all of them, which is exact. None takes the batches as they
-            come, each rank its own.
+            come, each rank its own. A layer that is called several times in a forward (two views, several crops)
+            normalizes each call by itself, as in training, with ``"population"`` each over the population; its
+            statistics are those of the inputs of all its tracked calls together. The inputs of all calls in one batch
+            would be normalized together, and give later layers other inputs.
         tolerance: Stop before ``num_samples``, as soon as the standard errors of every layer's means (in sigma) and
             variances (relative), as the spread of at least 8 normalization batches tells them, are below it.
         memory_limit: Bytes that batches waiting for each other may take on each rank; those that have waited longest
@@ -85,6 +88,8 @@ def precise_bn(
     Raises:
         ValueError: If there is nothing to estimate or no batch, or if a layer received non-finite values; the layers
             then keep the statistics they had.
+        TypeError: If it cannot be seen what a layer normalizes: its forward makes no ``batch_norm`` call, nor does it
+            normalize its input as torch's own layers do.
         LockstepError: With ``batch_size``, if batches come to layers in different order, or influence each other
             through something that the model keeps between layers.
         MemoryError: With ``batch_size``, if the memory that is free does not suffice.

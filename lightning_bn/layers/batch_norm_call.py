@@ -76,7 +76,6 @@ def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
 
 def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
     """The call that the forward of a `PLAIN` class would make; its batch counter is left alone."""
-    layer._check_input_dim(input)
     own, buffers, parameters = vars(layer), layer._buffers, layer._parameters
     mean, var = buffers["running_mean"], buffers["running_var"]
     training = own["training"]
@@ -133,6 +132,12 @@ def with_batch_norm(
     if required and not calls:
         raise_unseen(layer)
     return output
+
+
+def is_replaced() -> bool:
+    """Whether a call of ``batch_norm`` would go to a replacement: inside of the forward of a layer that has one."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _Instead)
 
 
 def raise_unseen(layer: str) -> NoReturn:

@@ -21,9 +21,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _pop_mode_temporarily
 from typing_extensions import Self
 
 from lightning_bn.distributed.moments import own_rank
+from lightning_bn.layers.batch_norm_call import is_replaced
 
 _LIST = "_behaviours"
 
@@ -160,6 +162,9 @@ class _BehavingLayer(_Derived):
     """Of a BatchNorm layer: behaviours wrap its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_replaced():  # a layer within a layer (timm's SplitBatchNorm2d), whose call is none of the outer one's
+            with _pop_mode_temporarily():
+                return self.forward(*args, **kwargs)
         behaviours = behaviours_of(self)
         if len(args) == 1 == len(behaviours) and not kwargs:  # most calls, and in a pass they are many
             return behaviours[0].forward(cast(_BatchNorm, self), super().forward, args[0])

@@ -44,14 +44,20 @@ class LayerFlags:
 
 @contextmanager
 def flags_kept(layers: Collection[_BatchNorm], training: bool | None) -> Iterator[LayerFlags]:
-    """Layers in a given mode (None: that which they have) at the start of every step; on leaving they are as before."""
-    before = LayerFlags(layers)
+    """Layers in a given mode (None: that which they have) at the start of every step; on leaving they are as before.
+
+    So are all their attributes: a layer may count its calls in one.
+    """
+    before = [(vars(layer), dict(vars(layer))) for layer in layers]
     try:
         for layer in layers if training is not None else ():
             vars(layer)["training"] = training
         yield LayerFlags(layers)
     finally:
-        before.reset()
+        for now, then in before:
+            for key in now.keys() - then.keys():
+                del now[key]
+            now.update(then)
 
 
 @contextmanager

@@ -106,12 +106,18 @@ class RowMeans(Behaviour):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Keep the means of what the layer's ``batch_norm`` call is given, then do as ever."""
+        called = False
 
         def instead(call: BatchNormCall) -> Tensor:
+            nonlocal called
+            called = True
             self._read(layer, call.input)
             return call.run()
 
-        return with_batch_norm(instead, self._names[layer], forward, input, required=False)
+        output = with_batch_norm(instead, self._names[layer], forward, input, required=False)
+        if not called:
+            self.left_out[self._names[layer]] = "its forward does not call torch.nn.functional.batch_norm"
+        return output
 
     def _read(self, layer: _BatchNorm, input: Tensor) -> None:
         name = self._names[layer]

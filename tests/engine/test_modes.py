@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
 from lightning_bn.engine.modes import set_modes
+from lightning_bn.layers.modes import flags_kept
 from tests.callbacks.zoo import TinyNet, fit, train_loader
 
 
@@ -50,11 +51,6 @@ def train(net: nn.Module) -> None:
     net.train()
 
 
-def flags(net: nn.Module) -> None:
-    for m in net.modules():
-        m.training = True
-
-
 def back_and_forth(net: nn.Module) -> None:
     net.eval()
     net.train()
@@ -79,7 +75,7 @@ def is_container(m: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(("make", "shape"), NETS.values(), ids=NETS)
-@pytest.mark.parametrize("step", [nothing, train, flags, back_and_forth])
+@pytest.mark.parametrize("step", [nothing, train, back_and_forth])
 @pytest.mark.parametrize("like_training", [True, False])
 def test_only_containers_and_estimated_layers_train_whatever_a_step_sets(
     make: Callable[[], nn.Module], shape: tuple[int, ...], step: Callable[[nn.Module], None], like_training: bool
@@ -115,15 +111,18 @@ def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: 
 def test_what_a_step_sets_of_an_estimated_layer_holds_for_its_own_forward() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     teacher, other = net
-    with set_modes(dict.fromkeys(net.modules(), True), True, [teacher, other]) as begin:
+    with flags_kept([teacher, other], training=True) as flags:
         for _ in range(2):
-            begin()
+            flags.reset()
             assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
             teacher.eval()
             teacher.momentum, teacher.track_running_stats = 0.0, False
             net(torch.randn(4, 3))
             assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (False, 0.0, False)
             assert other.training
+            teacher.of_the_step = True
+    assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
+    assert not hasattr(teacher, "of_the_step")
 
 
 def test_a_part_that_was_in_eval_in_training_stays_so_in_a_pass() -> None:
@@ -176,7 +175,7 @@ class OfTimm(TinyNet):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("step", [nothing, train, flags])
+@pytest.mark.parametrize("step", [nothing, train, back_and_forth])
 @pytest.mark.parametrize("forward", ["training_step", "forward"])
 @pytest.mark.parametrize("layers", ["bn1", "bn2"])
 def test_statistics_of_a_few_layers_are_those_of_a_net_whose_others_use_the_population(
@@ -198,7 +197,7 @@ def test_statistics_of_a_few_layers_are_those_of_a_net_whose_others_use_the_popu
     torch.testing.assert_close(measured.var.double(), var, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("step", [nothing, train, flags])
+@pytest.mark.parametrize("step", [nothing, train, back_and_forth])
 def test_the_leakage_pass_normalizes_with_the_population(step: Callable[[nn.Module], None]) -> None:
     module = OfTimm(step)
     layers = {module.bn1, module.bn2}

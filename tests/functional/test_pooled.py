@@ -473,7 +473,9 @@ def test_rather_than_more_than_a_share_of_the_memory_it_takes_a_smaller_b_and_sa
     model, x = cnn().double().eval(), population(16, 8).double()
     said: list[str] = []
     monkeypatch.setattr("lightning_bn.functional.pooled.free_memory", lambda device: 120_000)
-    statistics = measure(estimable_layers(model), x.split(2), model, batch_size=100, at_most=0.5, say=said.append)
+    statistics = measure(
+        estimable_layers(model), x.split(2), model, batch_size=100, at_most=0.5, say=lambda _, text: said.append(text)
+    )
     (message,) = said
     together = re.search(r"normalization batches of (\d+) samples, not of 100", message)
     assert together and 2 < int(together[1]) < 16 and "more than half" in message

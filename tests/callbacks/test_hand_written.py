@@ -1,0 +1,126 @@
+"""The law of layers that people write themselves, in a fit: the statistics of every pass are those of the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import AdaBNCallback, FreezeBNCallback, PreciseBNCallback
+from tests.callbacks.zoo import fit, trainer_with
+from tests.hand_written import ZOO, Net, batches, state, truth
+
+SAMPLES = 12
+KINDS = (
+    "transposed",
+    "masked, arguments by name",
+    "container",
+    "by hand, by assignment",
+    "own statistics, in place",
+    "counts itself",
+    "two halves",
+    "DAWNBench's ghost",
+    "timm BatchNormAct2d",
+    "timm SplitBatchNorm2d",
+    "a child",
+)
+"""One of each; on the CPU SyncBatchNorm does not train."""
+UNTOLD_KINDS = ("by hand, masked", "by hand, activated")
+
+
+class Module(LightningModule):
+    """Trains nothing, so that the weights at a pass are those at the end."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = Net(ZOO[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test", self(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@cache
+def data() -> list[Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return batches([2] * (SAMPLES // 2))
+
+
+def loader(_: Any = None) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.cat(data())), batch_size=2)
+
+
+def shown(module: LightningModule, batch: Any) -> Tensor:
+    return module(batch[0])
+
+
+PASSES: dict[str, Callable[..., Callback]] = {
+    "train dataloader, training step": partial(PreciseBNCallback, SAMPLES),
+    "replay, forward": partial(PreciseBNCallback, SAMPLES, source="replay", forward="forward"),
+    "function, function": partial(PreciseBNCallback, SAMPLES, source=loader, forward=shown),
+    "freeze": partial(FreezeBNCallback, start_step=6, num_samples=SAMPLES, on_error="raise"),
+}
+
+
+def after_fit(name: str, callbacks: list[Callback]) -> Net:
+    module = Module(name)
+    fit(module, callbacks, loader(), val=None, max_epochs=2)
+    return module.net
+
+
+@pytest.mark.parametrize("make", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pass_of_a_fit_stores_what_batch_norm_normalizes(name: str, make: Callable[..., Callback]) -> None:
+    callback = make()
+    net = after_fit(name, [callback])
+    stored, expected = net.state_dict(), truth(net, [data()])
+    for layer, rows in expected.items():
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        assert ((stored[f"{layer}.running_mean"] - mean).abs() <= 1e-5 * var.sqrt()).all(), layer
+        assert ((stored[f"{layer}.running_var"] - var).abs() <= 1e-5 * var).all(), layer
+    if isinstance(callback, PreciseBNCallback):
+        assert state(net) == state(after_fit(name, []))
+
+
+@pytest.mark.parametrize("make", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize("name", UNTOLD_KINDS)
+def test_what_cannot_be_seen_is_refused_by_name_and_the_way_out_works(name: str, make: Callable[..., Callback]) -> None:
+    with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
+        after_fit(name, [make()])
+    after_fit(name, [make(layers="net.last")])
+
+
+@pytest.mark.parametrize("forward", ["evaluation_step", "forward", shown])
+@pytest.mark.parametrize("name", KINDS + UNTOLD_KINDS)
+def test_adabn_reads_what_is_normalized_in_evaluation(name: str, forward: Any) -> None:
+    module, callback = Module(name).eval(), AdaBNCallback(None, forward=forward)
+    before = state(module.net)
+    if ZOO[name].in_eval is None:
+        with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
+            trainer_with(callback).test(module, loader(), verbose=False)
+    else:
+        trainer_with(callback).test(module, loader(), verbose=False)
+        (measured,) = callback.results
+        assert measured is not None
+        for layer, rows in truth(module.net, [[x] for x in data()], in_eval=True).items():
+            var, mean = torch.var_mean(rows, 0, correction=0)
+            assert ((measured[f"net.{layer}"].mean - mean).abs() <= 1e-5 * var.sqrt()).all(), layer
+            assert ((measured[f"net.{layer}"].var - var).abs() <= 1e-5 * var).all(), layer
+    assert state(module.net) == before

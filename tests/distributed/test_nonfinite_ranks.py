@@ -1,0 +1,97 @@
+"""Batches with non-finite activations on some rank: the others count, and all ranks end with the same statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_bn import precise_bn
+from tests.distributed.test_precise_bn_ranks import Batches, Result, assert_same_bits, measured
+from tests.hand_written import ZOO, Net, batches, truth
+from tests.ranks import ranks_at_hand
+from tests.truth import assert_close_to, in_double
+from tests.zoo import cnn, images
+
+pytestmark = [pytest.mark.ddp, pytest.mark.filterwarnings("ignore:.*left out of the statistics")]
+
+BAD: dict[str, list[tuple[int, int]]] = {
+    "one": [(1, 1)],
+    "the first": [(1, 0)],
+    "one of each rank": [(0, 2), (1, 0)],
+    "all of one rank": [(1, 0), (1, 1), (1, 2)],
+    "all of the first rank, and one": [(0, 0), (0, 1), (0, 2), (1, 1)],
+}
+"""Rank and number of the bad batches."""
+CASES = [(name, batch_size) for name in BAD for batch_size in (None, "population")]
+
+
+def shards_with(bad: list[tuple[int, int]], value: float = math.nan) -> list[Batches]:
+    shards = [[x.double() for x in images(4, 2, 3)] for _ in "12"]
+    for rank, number in bad:
+        shards[rank][number][0, 0, 0, 0] = value
+    return shards
+
+
+def several(cases: list[tuple[nn.Module, list[Batches], dict[str, Any]]]) -> list[Result]:
+    return [measured(model, shards, False, kwargs) for model, shards, kwargs in cases]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    with ranks_at_hand(2) as call:
+        yield call
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(
+    value: float, ranks: Callable[..., list[Any]]
+) -> None:
+    model = cnn().double()
+    cases = [(model, shards_with(BAD[name], value), {"batch_size": size}) for name, size in CASES]
+    results = ranks(several, cases)
+    for number, (name, size) in enumerate(CASES):
+        of_ranks = [result[number] for result in results]
+        assert_same_bits(of_ranks)
+        good = [x for shard in cases[number][1] for x in shard if x.isfinite().all()]
+        together = good if size is None else [torch.cat(good)]
+        statistics, _ = of_ranks[0]
+        assert_close_to(statistics, in_double(model, together), sigma=1e-10, var=1e-10)
+        assert [s.left_out for s, _ in of_ranks] == [len(BAD[name])] * 2
+        assert statistics.num_samples == sum(map(len, good)) and statistics.num_batches == len(good)
+
+
+HAND_WRITTEN = ("by hand, by assignment", "own statistics, in place", "timm SplitBatchNorm2d")
+
+
+def of_hand_written(net: Net, shards: list[Batches], batch_size: Any) -> Result:
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running_" not in k}
+    statistics = precise_bn(net, shards[dist.get_rank()], batch_size=batch_size)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+    return statistics, net.state_dict()
+
+
+def all_hand_written(cases: list[tuple[str, list[Batches], Any]]) -> list[Result]:
+    torch.manual_seed(0)
+    return [of_hand_written(Net(ZOO[name]), shards, size) for name, shards, size in cases]
+
+
+def test_hand_written_layers_leave_the_same_out(ranks: Callable[..., list[Any]]) -> None:
+    shards = [batches([2, 2, 2]), batches([2, 2, 2])]
+    shards[1][1][0, 0, 0] = math.nan
+    cases = [(name, shards, size) for name in HAND_WRITTEN for size in (None, "population")]
+    torch.manual_seed(0)
+    nets = [Net(ZOO[name]) for name, _, _ in cases]
+    results = ranks(all_hand_written, cases)
+    good = [*shards[0], shards[1][0], shards[1][2]]
+    for number, (net, (_, _, size)) in enumerate(zip(nets, cases, strict=True)):
+        of_ranks = [result[number] for result in results]
+        assert_same_bits(of_ranks)
+        expected = truth(net, [[x] for x in good] if size is None else [good])
+        assert_close_to(of_ranks[0][0], expected, sigma=1e-5, var=1e-5)
+        assert [s.left_out for s, _ in of_ranks] == [1, 1]

@@ -1,0 +1,208 @@
+"""Which calls of a layer count: those that would have moved its running statistics in training, and no others.
+
+Random programs of calls stand for training steps. The truth runs the same program by its definition, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_bn import precise_bn
+from tests.hand_written import ZOO, Net, batches, state
+from tests.truth import assert_close_to, recorded, rows_of
+
+CHANNELS = 2
+Call = tuple[int, str, str]
+"""Number of the layer, what it is called under, and on which samples."""
+TRACKED = ("plain", "no_grad")
+WITH_THE_BATCH = (*TRACKED, "track_running_stats", "momentum")
+HOW = (*WITH_THE_BATCH, "layer.eval", "net.eval", "net.eval, flag by flag", "teacher")
+PARTS = ("all", "some", "one", "none")
+
+
+class Program(nn.Module):
+    """Runs calls of three layers, or of a teacher's."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+        self.layers, self.teacher = (nn.ModuleList(nn.BatchNorm1d(CHANNELS) for _ in range(3)) for _ in "12")
+        for layer in (*self.layers, *self.teacher):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, number = x[:, :CHANNELS], x[:, CHANNELS]
+        for place, how, part in self.calls:
+            layer = (self.teacher if how == "teacher" else self.layers)[place]
+            rows = chosen(number, part)
+            with self.under(how, layer):
+                h = with_answer(h, rows, layer(h[rows]))
+        return h
+
+    @contextmanager
+    def under(self, how: str, layer: Any) -> Iterator[None]:
+        if how == "no_grad":
+            with torch.no_grad():
+                yield
+        elif how in ("track_running_stats", "momentum"):
+            old = getattr(layer, how)
+            setattr(layer, how, 0.0 if how == "momentum" else False)
+            yield
+            setattr(layer, how, old)
+        elif how == "layer.eval":
+            layer.eval()
+            yield
+            layer.train()
+        elif how == "net.eval":
+            self.eval()
+            yield
+            self.train()
+        elif how == "net.eval, flag by flag":
+            old = [m.training for m in self.modules()]
+            self.eval()
+            yield
+            for m, mode in zip(self.modules(), old, strict=True):
+                m.training = mode
+        else:
+            if how == "teacher":
+                self.teacher.eval()
+            yield
+
+
+def chosen(number: Tensor, part: str) -> Tensor:
+    """Which samples take part, by their number in the population."""
+    return {"all": number >= 0, "some": number % 3 != 1, "one": number == 2, "none": number < 0}[part]
+
+
+def with_answer(h: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+    h = h.clone()
+    h[rows] = h[rows] / 2 + torch.tanh(y + y.square() / 3)
+    return h
+
+
+def inputs_that_count(net: Program, groups: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By definition: each group of batches is one batch, and each call normalizes its own input."""
+    found: dict[str, list[Tensor]] = {}
+    for x in groups:
+        h, number = x[:, :CHANNELS], x[:, CHANNELS]
+        for place, how, part in net.calls:
+            layer: Any = (net.teacher if how == "teacher" else net.layers)[place]
+            rows = chosen(number, part)
+            given = h[rows]
+            mean, var = layer.running_mean, layer.running_var
+            if how in WITH_THE_BATCH and len(given):
+                mean, var = given.mean(0), given.var(0, correction=0)
+            if how in TRACKED and len(given):
+                found.setdefault(f"layers.{place}", []).append(given)
+            h = with_answer(h, rows, (given - mean) / (var + layer.eps).sqrt())
+    return {name: torch.cat(inputs) for name, inputs in found.items()}
+
+
+def grouped(data: Sequence[Tensor], wanted: float) -> list[Tensor]:
+    """As few whole batches as hold so many samples."""
+    groups: list[list[Tensor]] = []
+    for x in (x for x in data if len(x)):
+        if groups and sum(map(len, groups[-1])) < wanted:
+            groups[-1].append(x)
+        else:
+            groups.append([x])
+    return [torch.cat(group) for group in groups]
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(HOW), st.sampled_from(PARTS)), min_size=1, max_size=6),
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.sampled_from([None, 3, "population"]),
+)
+@example([(0, "net.eval, flag by flag", "all"), (0, "plain", "some"), (1, "momentum", "all")], [1, 2, 0, 1], 3)
+@example([(0, "track_running_stats", "all"), (0, "plain", "all"), (1, "plain", "one")], [1, 1, 1, 1], "population")
+def test_statistics_are_those_of_the_tracked_calls(calls: list[Call], sizes: list[int], batch_size: Any) -> None:
+    torch.manual_seed(0)
+    net = Program(calls).double()
+    numbers = torch.arange(sum(sizes), dtype=torch.float64)
+    x = torch.cat([torch.randn(len(numbers), CHANNELS).double() * 2 + numbers[:, None] / 3, numbers[:, None]], 1)
+    data = list(x.split(sizes))
+    before, stored = state(net), copy.deepcopy(net.state_dict())
+    wanted = {None: 0.0, "population": float("inf")}.get(batch_size, batch_size)
+    truth = inputs_that_count(net, grouped(data, wanted))
+    if not truth or any(len(rows) == 1 for rows in truth.values()):
+        with pytest.raises(ValueError, match=r"No batch reached|one value per channel"):
+            precise_bn(net, data, batch_size=batch_size)
+    else:
+        assert_close_to(precise_bn(net, data, batch_size=batch_size), truth, sigma=1e-9, var=1e-9)
+        stored.update({k: v for k, v in net.state_dict().items() if k.rpartition(".")[0] in truth})
+    assert state(net) == before
+    assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())
+
+
+# ---------------------------------------------- several calls and "population"
+class Views(nn.Module):
+    """A shared encoder, as SimSiam's: called on views of each sample, each in a call of its own.
+
+    Args:
+        views: How many rows of each sample each call has.
+    """
+
+    def __init__(self, views: Sequence[int]) -> None:
+        super().__init__()
+        self.views = views
+        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> None:
+        for number, rows in enumerate(self.views):
+            view = (x * (1 + number) + number).repeat_interleave(rows, 0)
+            self.encoder(view + torch.linspace(0, 1, rows).to(x).repeat(len(x))[:, None])
+
+
+@pytest.mark.parametrize("views", [(1, 1), (1, 4), (2, 1, 3)])
+def test_every_call_is_normalized_over_the_population_by_itself(views: Sequence[int]) -> None:
+    net, data = Views(views).double(), [torch.randn(n, 4).double() * (1 + n) for n in (2, 1, 3, 2)]
+    twin = copy.deepcopy(net).train()
+    with recorded(twin) as calls, torch.no_grad():
+        twin(torch.cat(data))
+    truth = {name: torch.cat([rows_of(x) for x, _ in made]) for name, made in calls.items()}
+    statistics = precise_bn(net, data, batch_size="population")
+    assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
+    assert all(s.calls == len(views) for s in statistics.values())
+
+
+# ---------------------------------------------- errors in the middle
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 3, 7, 11])
+@pytest.mark.parametrize(
+    "name", ["plain", "counts itself", "own statistics, in place", "by hand, by assignment", "timm SplitBatchNorm2d"]
+)
+def test_an_error_in_lockstep_leaves_everything_as_it_was(name: str, at: int, error: type[BaseException]) -> None:
+    net, data = Net(ZOO[name]).train(), batches()
+    count = 0
+
+    def forward(net: Net, x: Tensor) -> None:
+        def failing(*_: Any) -> None:
+            nonlocal count
+            count += 1
+            if count > at:
+                raise error("from the middle")
+
+        net.bn.momentum = 0.5
+        h = net.inside(x)
+        y = net.entry.use(net.bn, h, x)
+        failing()
+        net.last(net.outside(y))
+        failing()
+
+    before, stored = state(net), copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match="from the middle"):
+        precise_bn(net, data, forward=forward, batch_size="population")
+    assert state(net) == before
+    assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())
