@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks
 from lightning_bn.layers.batch_norm_call import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaviours_of
+from lightning_bn.layers.behaviour import Behaviour, behaviours_of, own_class
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
 
@@ -41,7 +41,7 @@ class BatchMode(Behaviour):
         self._names = {layer: name for name, layer in layers.items()}
         self._seen = seen
         self._of_training = of_training
-        self._plain = {layer for layer in layers.values() if _own_class(layer) in PLAIN}
+        self._plain = {layer for layer in layers.values() if own_class(layer) in PLAIN}
         self._calling: set[_BatchNorm] = set()
         self._buffers = {layer: dict(layer._buffers) for layer in layers.values()}
         self.counts = True
@@ -71,7 +71,7 @@ class BatchMode(Behaviour):
         if layer in self._calling:
             return output
         # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input
-        if not _is_plain(layer, input, output):
+        if not is_plain(layer, input, output):
             raise_unseen(self._names[layer])
         self._plain.add(layer)
         return self._answer(layer, plain_call(layer, input))
@@ -147,19 +147,17 @@ class BatchMode(Behaviour):
         slot[1].copy_(var * (count / max(count - 1, 1)))
 
 
-def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
+def is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
     """Whether a layer has made of its input what torch's own would have."""
     tensors = isinstance(input, Tensor) and isinstance(output, Tensor) and input.shape == output.shape
     if not tensors or input.ndim < 2 or input.shape[1] != layer.num_features or input.numel() <= layer.num_features:
         return False
-    call = plain_call(layer, input)
+    try:
+        call = plain_call(layer, input)
+    except ValueError:  # torch's own takes no input of that shape
+        return False
     expected = call.normalize_by_itself() if call.training else call.run()
     return torch.allclose(output.float(), expected.float(), rtol=1e-2, atol=1e-2)
-
-
-def _own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a layer with behaviours has without them."""
-    return type(layer).__bases__[1] if behaviours_of(layer) else type(layer)
 
 
 def of_domain(name: str, domain: int | None) -> str:
