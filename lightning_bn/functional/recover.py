@@ -92,7 +92,7 @@ class Recovery:
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.layers = dict(layers)
-        self.sizes = [layer.num_features for layer in layers.values()]
+        self.sizes = [layer.get_buffer("running_mean").numel() for layer in layers.values()]
         home = next(iter(layers.values())).get_buffer("running_mean").device
         self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(home)
         eps = torch.tensor([layer.eps for layer in layers.values()], dtype=torch.float64)
@@ -139,6 +139,10 @@ class Recovery:
         momenta: list[float | None] = []
         for layer, before in zip(self.layers.values(), self._momenta, strict=True):
             noted, now = self._witness.momenta.get(layer), vars(layer)["momentum"]
+            if layer._buffers["num_batches_tracked"] is None:  # `not_recoverable`
+                calls.append(0)
+                momenta.append(before)
+                continue
             if noted is None:  # within a compiled region, or not called
                 if before != now:  # which says nothing of the one with which the batch was taken in
                     self._witnessed.add(layer)

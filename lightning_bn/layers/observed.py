@@ -46,8 +46,9 @@ class Observed(Behaviour):
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._names = {layer: name for name, layer in layers.items()}
-        self._calling: set[_BatchNorm] = set()
-        self._plain: set[_BatchNorm] = set()
+        self._within = {
+            layer: [m for m in layer.modules() if isinstance(m, _BatchNorm) and m is not layer] for layer in self._names
+        }
         self.unseen: set[_BatchNorm] = set()
         self.begin()
 
@@ -60,38 +61,43 @@ class Observed(Behaviour):
         """Measure what the layer's ``batch_norm`` call is given, then do as ever."""
         if torch.compiler.is_compiling():
             return forward(input)
-        calls = []
+        called = False
 
         def instead(call: BatchNormCall) -> Tensor:
-            calls.append(True)
-            self._take(layer, call)
+            nonlocal called
+            if not self._is_anothers(layer, call):
+                called = True
+                self._take(layer, call)
             return call.run()
 
         version = _version(input)
         output = with_batch_norm(instead, self._names[layer], forward, input, required=False)
-        if calls:
-            self._calling.add(layer)
-        elif layer not in self._calling and layer not in self.unseen:
+        if not called and layer not in self.unseen:
             self._at_the_door(layer, input, output, untouched=_version(input) == version)
         return output
 
     @torch.no_grad()
     def _at_the_door(self, layer: _BatchNorm, input: Any, output: Any, untouched: bool) -> None:
-        if layer not in self._plain and not (untouched and is_plain(layer, input, output)):
-            self.unseen.add(layer)
-            return
-        self._plain.add(layer)
+        # at every call: what it does to one input says nothing of the next, there may be a mask
         try:
-            call = plain_call(layer, input)
+            plain = untouched and is_plain(layer, input, output)
         except ValueError:  # of a shape that torch's own does not take
-            self.unseen.add(layer)
+            plain = False
+        if plain:
+            self._take(layer, plain_call(layer, input))
         else:
-            self._take(layer, call)
+            self.unseen.add(layer)
+
+    def _is_anothers(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
+        """Whether it is the call of a layer within the layer, as in timm's `SplitBatchNorm2d`."""
+        given = call.running_mean
+        return given is not None and any(given is m._buffers["running_mean"] for m in self._within[layer])
 
     @torch.no_grad()
     def _take(self, layer: _BatchNorm, call: BatchNormCall) -> None:
         input = call.input.detach()
-        if input.shape[1] != layer.num_features:  # which channels belong together cannot be told
+        stored = layer._buffers["running_mean"]
+        if stored is not None and input.shape[1] != len(stored):  # which channels belong together cannot be told
             self.unseen.add(layer)
         elif call.values > 1 and (tracks(layer, call) or layer not in self._moving):
             self.seen.setdefault(layer, []).append(Call(Moments.of(input), vars(layer)["momentum"]))
