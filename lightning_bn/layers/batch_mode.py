@@ -54,10 +54,18 @@ class BatchMode(Behaviour):
             domain = next((d for b in behaviours if (d := b.domain(layer)) is not None), None)
         return of_domain(self._names[layer], domain)
 
-    def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
-        """Put the statistics of one domain's part of an input into a slot; the layer is not run."""
-        count = input.numel() // layer.num_features
-        if self.counts and count:
+    def is_by_batch(self, layer: _BatchNorm) -> bool:
+        """Whether a layer is in batch mode at the moment, and not set to its stored statistics by the step."""
+        return not self._of_training or layer.training
+
+    def takes(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
+        """Whether the statistics of a call's input count."""
+        return not self._of_training or tracks(layer, call)
+
+    def bring(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
+        """Put the statistics of one domain's part of what a call is given into a slot; the layer is not run."""
+        count = input.numel() // input.shape[1]
+        if counts and self.counts and count:
             self._fill(self._seen.slot(self.name_of(layer, domain), count), *batch_statistics(input.detach()), count)
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -103,7 +111,7 @@ class BatchMode(Behaviour):
     def _answer(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
         if self._of_training and not call.training:
             return call.run()
-        return self._normalize(layer, call, counts=not self._of_training or tracks(layer, call))
+        return self._normalize(layer, call, self.takes(layer, call))
 
     def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
         """Normalize an input with its own statistics; an input without rows has none, and needs none."""
