@@ -48,9 +48,10 @@ class BNStatsMonitor(ObservingCallback):
 
     Cost: under 1 % of a training step at the defaults, and some 1.4 s each time pictures are drawn
     (benchmarks/RESULTS.md); memory for some numbers a channel. The batch statistics are recovered from the running
-    ones. Where that is inaccurate (16-bit statistics, momentum 0, a mean of thousands of sigma, frozen layers) inputs
-    are read, and the layer is marked; not inside a compiled region. With several ranks the figures are those of rank
-    0, whose buffers all ranks use.
+    ones. Where that is inaccurate (16-bit statistics, momentum 0, a mean of thousands of sigma, frozen layers, classes
+    that move their statistics otherwise than torch) inputs are read, and the layer is marked; not inside a compiled
+    region. A layer that normalizes without a ``batch_norm`` call, and otherwise than torch, is marked and left out.
+    With several ranks the figures are those of rank 0, whose buffers all ranks use.
 
     Args:
         every_n_batches: Measure every n-th training batch.

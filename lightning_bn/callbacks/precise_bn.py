@@ -227,9 +227,18 @@ class PreciseBNCallback(BatchNormCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run, before checkpoints are written, if no validation has seen the weights as they are now."""
+        self._abandon()
         without_batches, self._due = self._due, False  # a validation that had none
         if without_batches or (self._evaluated != weights_version(trainer) and self._occasion(trainer)):
             self._run_on_averages(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no layer watched."""
+        self._abandon()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no layer watched."""
+        self._abandon()
 
     def state_dict(self) -> dict[str, Any]:
         """Occasions so far, the version of the weights at the last one, how passes ended, what a forecast has seen."""
@@ -276,6 +285,10 @@ class PreciseBNCallback(BatchNormCallback):
             )
         log_row(trainer, recomputed.figures("precise_bn"))
         self._announce(trainer, recomputed)
+
+    def _abandon(self) -> None:
+        if self._forecasting:
+            self._forecasting.abandon()
 
     def _recompute(self, trainer: Trainer, module: LightningModule) -> Recomputed | None:
         recomputes = self._pass or self._forecasting

@@ -80,18 +80,31 @@ class Forecasting:
         if self._forecast:
             self._forecast.after_batch()
 
+    def abandon(self) -> None:
+        """Leave no layer watched, should its batch have been skipped, or have failed."""
+        if self._forecast:
+            self._forecast.abandon()
+
     def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
         """Why there is nothing to write now; empty if there is."""
-        if not self._estimable(trainer, module):
+        estimable = self._estimable(trainer, module)
+        if not estimable:
             return "all of its layers are frozen"
-        return "" if self._now(trainer, module) else "a forecast takes two training steps, and they were not yet seen"
+        if self._now(trainer, module):
+            return ""
+        assert self._forecast is not None  # check saw to it
+        left = self._forecast.left()
+        if set(left) >= set(estimable):
+            name = next(iter(estimable))
+            return f"none of its layers can be forecast ({name!r}: {left[name]}). Or {_WAY_OUT}"
+        return "a forecast takes two training steps, and they were not yet seen"
 
     def run(self, trainer: Trainer, module: LightningModule) -> Recomputed:
         """Write the forecast; layers without one keep their running statistics."""
         started = time.perf_counter()
         layers, statistics = self._estimable(trainer, module), self._now(trainer, module)
         assert self._forecast is not None  # check saw to it
-        self._say_left(dict.fromkeys(self._forecast.inaccurate(), "means of many sigma"))
+        self._say_left(self._forecast.left())
         moved = {name: moved_by(layers[name], forecast) for name, forecast in statistics.items()}
         write(layers, statistics)
         return Recomputed(statistics, moved, time.perf_counter() - started)

@@ -257,7 +257,6 @@ def domain_bn(
                 undo.append(give_domains(layer, domains, population, affine))
                 undo.append(_given(layer, specific))
             if isinstance(where, Levels):
-                where.specific = specific
                 where.start(undo)
             elif isinstance(where, Datasets):
                 for layer in within:

@@ -65,7 +65,9 @@ class DriftRecord:
         self.prefix = prefix
         self.layers = dict(layers)
         self.channels = _checked(layers, channels)
-        starts = dict(zip(layers, _cumulative(layer.num_features for layer in layers.values()), strict=True))
+        starts = dict(
+            zip(layers, _cumulative(layer.get_buffer("running_mean").numel() for layer in layers.values()), strict=True)
+        )
         self.observer = Observer(layers, [starts[name] + channel for name, channel in self.channels])
         self.history = History(("mean_gap", "var_gap", "lag", "noise"), len(layers))
         self.traces = Traces()

@@ -1,4 +1,4 @@
-"""Forecasting the population statistics of current weights from training steps: no forward, no data, no hooks.
+"""Forecasting the population statistics of current weights from training steps: no forward and no data.
 
 What each step's batch had is recovered from the running statistics before and after it (`functional.recover`), and what
 the next one would have follows from these (`statistics.forecast`). A step only copies the running statistics; what
@@ -16,6 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import of_first_rank, own_rank
 from lightning_bn.functional.recover import Around, Recovery
+from lightning_bn.functional.trusted import not_trusted, to_be_checked
+from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.observed import Observed
 from lightning_bn.statistics.drift import is_dead
 from lightning_bn.statistics.forecast import Forecaster
 from lightning_bn.statistics.gaps import mean_gap, var_gap
@@ -27,6 +30,10 @@ AT_ONCE = 32
 
 _CHANNELS_AT_ONCE = 2048
 """Channels, in whole layers, that are taken in together: bounds the memory of that,."""
+
+
+_INACCURATE = "means of many sigma"
+"""From which rounding hides what a batch had."""
 
 
 class StepForecast:
@@ -61,24 +68,48 @@ class StepForecast:
         self._wide = torch.tensor(wide).to(self._recovery.eps.device)[self._recovery.layer_of]
         self._parts = _parts(self._recovery.sizes, _CHANNELS_AT_ONCE)
         self._pending: list[Around] = []
+        self._observed = Observed(layers)
+        self._checking: tuple[Handle, set[str]] | None = None
+        self._not_trusted: dict[str, str] = {}
+        self._closely = True
 
     def before_batch(self) -> None:
         """Call right before a batch reaches the model."""
-        if own_rank() == 0:
-            self._recovery.before_batch()
+        self.abandon()
+        if own_rank() != 0:
+            return
+        layers = to_be_checked(self._recovery.layers) if self._closely else {}
+        checked = {name: layer for name, layer in layers.items() if name not in self._not_trusted}
+        self._observed.begin()
+        self._checking = Handle(checked.values(), self._observed), set(checked)
+        self._recovery.before_batch(self._closely)
 
     def after_batch(self) -> None:
         """Call right after it, or never: a batch that failed leaves no trace."""
         around = self._recovery.after_batch()
-        if around is not None:
-            self._pending.append(around)
-            if len(self._pending) == AT_ONCE:
-                self._take_in()
+        if around is None or self._checking is None:
+            return
+        _, checked = self._checking
+        self.abandon()
+        if checked:
+            self._not_trusted |= not_trusted(self._recovery, around, checked, self._observed)
+        self._closely = False
+        self._pending.append(around)
+        if len(self._pending) == AT_ONCE:
+            self._take_in()
 
-    def inaccurate(self) -> list[str]:
-        """Layers that have no forecast because of their large means, from which rounding hides what a batch had."""
-        parts = self._is_inaccurate().split(self._recovery.sizes)
-        return [name for name, part in zip(self._recovery.layers, parts, strict=True) if part[0]]
+    def abandon(self) -> None:
+        """Take back from the layers what a batch was given, whether or not it came to its end."""
+        if self._checking is not None:
+            self._checking[0].undo()
+        self._checking = None
+        self._recovery.abandon()
+
+    def left(self) -> dict[str, str]:
+        """Layers that have no forecast, whatever steps were seen, and why: those of the first rank."""
+        known = of_first_rank(self._is_known().to(self._recovery.eps)).split(self._recovery.sizes)
+        unknown = [name for name, part in zip(self._recovery.layers, known, strict=True) if not part.all()]
+        return {name: self._not_trusted.get(name, _INACCURATE) for name in unknown}
 
     def statistics(self) -> PopulationStatistics:
         """The forecast, for every layer that has one: of which two steps were seen, and recovered accurately."""
@@ -126,10 +157,12 @@ class StepForecast:
 
     def _look(self) -> tuple[PopulationStatistics, list[tuple[Tensor, Tensor]]]:
         """The forecast, and mean and variance of each layer's running statistics: those of the first rank."""
+        self.abandon()  # a step that never ended
         self._take_in()
         running = self._recovery.running()
         mean, var, error = self._forecaster.forecast(running)
-        known = error[0].isfinite()[self._recovery.layer_of] & ~self._is_inaccurate()
+        self._closely = True  # at the next step: what is asked for once in a while may wait for the device
+        known = error[0].isfinite()[self._recovery.layer_of] & self._is_known()
         shared = of_first_rank(torch.stack([mean, var, *running, known.to(mean)]))
         layers = list(zip(self._recovery.layers, shared.split(self._recovery.sizes, 1), strict=True))
         unknown = torch.tensor(torch.nan)
@@ -140,10 +173,12 @@ class StepForecast:
         }
         return PopulationStatistics(forecast, 0, 0, 0), [(part[2], part[3]) for _, part in layers]
 
-    def _is_inaccurate(self) -> Tensor:
-        """Of each channel, whether recovery is not accurate in some channel of its layer, ``(C,)``."""
+    def _is_known(self) -> Tensor:
+        """Of each channel, whether its layer can be recovered, and accurately in all of its channels, ``(C,)``."""
         too_much = self._recovery.inaccuracy() > MOST_ERROR
-        return torch.stack([part.any() for part in too_much.split(self._recovery.sizes)])[self._recovery.layer_of]
+        inaccurate = torch.stack([part.any() for part in too_much.split(self._recovery.sizes)])
+        trusted = torch.tensor([name not in self._not_trusted for name in self._recovery.layers])
+        return (~inaccurate & trusted.to(inaccurate.device))[self._recovery.layer_of]
 
 
 def _parts(sizes: Sequence[int], most: int) -> list[tuple[slice, slice]]:

@@ -23,13 +23,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.functional.lockstep import Lockstep
 from lightning_bn.layers.behaviour import Behaviour, ModuleBehaviour, give, take_back
-from lightning_bn.layers.domain_specific import Choice, DomainSpecific, Shown, by_batch, recomputing
+from lightning_bn.layers.domain_specific import Choice, Shown, by_batch, recomputing
 
 
 class _Arrival(NamedTuple):
     """What a level brings to a layer."""
 
-    layer: _BatchNorm
     forward: Callable[[Tensor], Tensor]
     input: Tensor
 
@@ -78,7 +77,6 @@ class Levels:
 
     def __init__(self, name: str, owner: nn.Module, layers: dict[_BatchNorm, str], number: int, sgd: Choice) -> None:
         self.name, self.number, self.layers = name, number, layers
-        self.specific: DomainSpecific | None = None
         self._owner, self._sgd = owner, sgd
         self._names = {m: f"{name}.{within}" if name else within for within, m in owner.named_modules() if within}
         self._came_by = WeakTensorKeyDictionary()
@@ -216,12 +214,10 @@ class Levels:
 
     def _all_levels(self, now: _Forward, arrivals: Sequence[_Arrival]) -> Sequence[Tensor]:
         """Run a layer once, on all levels side by side."""
-        layer, forward, _ = arrivals[0]
+        forward = arrivals[0].forward
         inputs = [a.input for a in arrivals]
-        if self.specific is not None:
-            self.specific.see(layer, enumerate(inputs))
         whole, dim, sizes = side_by_side(inputs)
-        levels = torch.arange(len(inputs)).repeat_interleave(torch.tensor(sizes)).to(whole.device)
+        levels = torch.arange(len(inputs)).repeat_interleave(torch.tensor(sizes))
         now.side_by_side = Shown(levels, dim)
         try:
             return apart(forward(whole), inputs, dim, sizes)
@@ -299,7 +295,7 @@ class _AllLevels(Behaviour):
             return forward(input)
         if now.lockstep is None:
             raise self._levels.by_itself(layer)
-        return now.lockstep.arrive(self._levels.layers[layer], _Arrival(layer, forward, input))
+        return now.lockstep.arrive(self._levels.layers[layer], _Arrival(forward, input))
 
 
 def side_by_side(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:

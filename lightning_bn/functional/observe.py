@@ -1,25 +1,26 @@
 """Observing training: what batches the layers see, held against the EMA that evaluation will use.
 
 What an observed batch had is recovered from running statistics (see `functional.recover`): a few vector operations for
-all layers together, and memory for a few numbers a channel. Layers for which that is not accurate, or that store
-nothing in training (frozen ones), are measured directly.
+all layers together, and memory for a few numbers a channel. Layers for which that is not accurate, that store nothing
+in training (frozen ones), or that move their statistics otherwise than torch (`functional.trusted`) are measured
+directly.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.moments import num_ranks
 from lightning_bn.functional.recover import Recovery, not_recoverable
-from lightning_bn.layers.behaviour import Handle, behaves
+from lightning_bn.functional.trusted import UNSEEN, is_spread, not_trusted, to_be_checked
+from lightning_bn.layers.behaviour import Handle
 from lightning_bn.layers.observed import Observed
-from lightning_bn.layers.synced import Synced
 from lightning_bn.statistics.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.statistics.gaps import mean_offsets, var_offsets
 from lightning_bn.statistics.moments import Moments
@@ -54,8 +55,11 @@ class Observer:
         self._recovery = Recovery(layers)
         self._layers, self._sizes, self._eps = self._recovery.layers, self._recovery.sizes, self._recovery.eps
         self._channels = torch.tensor(list(channels), dtype=torch.int64, device=self._eps.device)
-        self._observed: tuple[Observed, Handle, dict[str, str]] | None = None
+        self._observed = Observed(layers)
+        self._begun: tuple[Handle, dict[str, str], set[str]] | None = None
         self._inaccurate: set[str] = set()
+        self._not_trusted: dict[str, str] = {}
+        self._closely = True
         self.traced = self._eps.new_empty(2, len(channels))
         self._empty_window()
 
@@ -72,28 +76,37 @@ class Observer:
         self.abandon()
         if self.batches == 0:
             self._judge_accuracy()
+            self._closely = True
         reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
-        self._direct.update(reasons)
-        measured = {name: self._layers[name] for name, reason in reasons.items() if reason != _NOT_AT_ALL}
-        observed = Observed(measured)
-        handle = Handle(measured.values(), observed)
-        self._observed = observed, handle, reasons
-        self._recovery.before_batch()
+        checked = set(to_be_checked(self._layers)) - set(reasons) if self._closely else set()
+        measured = {name for name, reason in reasons.items() if reason not in (_NOT_AT_ALL, UNSEEN)}
+        self._observed.begin()
+        handle = Handle([self._layers[name] for name in measured | checked], self._observed)
+        self._begun = handle, reasons, checked
+        self._recovery.before_batch(self._closely)
 
     def after_batch(self) -> bool:
         """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
         around = self._recovery.after_batch()
-        if around is None or self._observed is None:
+        if around is None or self._begun is None:
             return False
-        observed, _, reasons = self._observed
+        _, reasons, checked = self._begun
         self.abandon()
+        self._closely = False
+        if checked:
+            self._not_trusted |= not_trusted(self._recovery, around, checked, self._observed)
+        unseen = {name: UNSEEN for name in reasons if self._layers[name] in self._observed.unseen}
+        self._not_trusted |= unseen
+        reasons |= {name: why for name, why in self._not_trusted.items() if name in checked or name in unseen}
+        self._direct.update(reasons)
         before, after, batch, _, called = (found[0] for found in self._recovery.recover([around]))
         parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
         for (name, layer), statistics, was_called in parts if reasons else ():
             if name in reasons:
-                seen = observed.seen.get(layer)
-                was_called.fill_(seen is not None)
-                if seen is not None:
+                calls = [] if layer in self._observed.unseen else self._observed.seen.get(layer, [])
+                was_called.fill_(bool(calls))
+                if calls:
+                    seen = functools.reduce(operator.add, (call.moments for call in calls))
                     statistics.copy_(torch.stack([seen.mean, seen.m2 / (seen.count - 1)]))
         self._add(before, batch, called)
         self._nonfinite |= ~after.isfinite().all(0)
@@ -113,9 +126,9 @@ class Observer:
 
     def abandon(self) -> None:
         """Take back from the layers what an observed batch was given, whether or not it came to its end."""
-        if self._observed is not None:
-            self._observed[1].undo()
-        self._observed = None
+        if self._begun is not None:
+            self._begun[0].undo()
+        self._begun = None
         self._recovery.abandon()
 
     def take(self) -> Observation:
@@ -137,6 +150,7 @@ class Observer:
             "nonfinite": self._nonfinite.clone(),
             "direct": dict(self._direct),
             "inaccurate": sorted(self._inaccurate),
+            "not_trusted": dict(self._not_trusted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,13 +159,15 @@ class Observer:
         self._window = Moments(*(v.to(self._eps) for v in state["window"]))
         self._dead, self._nonfinite = (state[key].to(self._eps.device) for key in ("dead", "nonfinite"))
         self._direct, self._inaccurate = dict(state["direct"]), set(state["inaccurate"])
+        self._not_trusted = dict(state["not_trusted"])
 
     def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
         """Why a layer's batch statistics are not recovered; empty if they are."""
-        reason = not_recoverable(layer) or ("mean of many sigma" if name in self._inaccurate else "")
-        # its batch is spread over ranks, which do not all measure
-        spread = isinstance(layer, SyncBatchNorm) or behaves(layer, Synced)
-        return _NOT_AT_ALL if reason and spread and num_ranks() > 1 else reason
+        known = self._not_trusted.get(name, "")
+        if known == UNSEEN:
+            return known
+        reason = not_recoverable(layer) or ("mean of many sigma" if name in self._inaccurate else "") or known
+        return _NOT_AT_ALL if reason and is_spread(layer) else reason
 
     def _judge_accuracy(self) -> None:
         """From where the running statistics are now: which layers to measure directly in the window that begins."""

@@ -1,11 +1,15 @@
-"""Recovering what batches a model saw in training from its running statistics, without hooks and without the data.
+"""Recovering what batches a model saw in training from its running statistics, without the data.
 
 Around each batch, running statistics are copied before and after; what the batch must have been follows from the two
 (see `statistics.recovery`). A few vector operations for all layers together, and for many batches at once.
+
+That takes the number of calls that moved the statistics, and their momenta. A layer that counts one call is taken at
+its word, where its statistics have moved. Any other is witnessed: its calls are noted on the host.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,9 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.layers.batch_norm_call import OF_TORCH
+from lightning_bn.layers.behaviour import Handle, behaves, own_class
+from lightning_bn.layers.domain_specific import DomainSpecific
 from lightning_bn.layers.frozen import is_frozen
+from lightning_bn.layers.observed import Witnessed
 from lightning_bn.statistics.drift import is_dead
 from lightning_bn.statistics.recovery import recovered, recovery_error, share_kept
+
+_ONE_BY_COUNTER, _BY_COUNTER = -1, -2
+"""In the place of a number of calls: one if the layer's counter says so; as many as it says."""
 
 
 class Around(NamedTuple):
@@ -26,8 +37,8 @@ class Around(NamedTuple):
         before: Running means, then running variances, before the batch, ``(2C,)``, in the layers' own precision.
         after: The same after it.
         tracked: Batches tracked before it, ``(L,)``.
-        calls: Calls of each layer that are known to have been at the momentum, ``(L,)``.
-        momentum: Of each layer, NaN for None, ``(L,)``.
+        calls: Calls of each layer, ``(L,)``; 0 where they, or their momenta, are not known.
+        momentum: Of these calls, NaN for None, ``(L,)``; several at other momenta are one that moves as much.
     """
 
     before: Tensor
@@ -81,20 +92,31 @@ class Recovery:
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.layers = dict(layers)
-        self.sizes = [layer.num_features for layer in layers.values()]
+        self.sizes = [layer.get_buffer("running_mean").numel() for layer in layers.values()]
         home = next(iter(layers.values())).get_buffer("running_mean").device
         self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(home)
         eps = torch.tensor([layer.eps for layer in layers.values()], dtype=torch.float64)
         self.eps = eps.to(home, torch.float32 if home.type == "mps" else torch.float64)[self.layer_of]
         self._momenta: list[float | None] = []
-        self._momenta_in_tensor: list[float | None] = []
+        self._on_device: dict[str, tuple[list[float], Tensor]] = {}
+        self._witness, self._handle = Witnessed(), Handle((), Witnessed())
+        self._witnessed = {layer for layer in layers.values() if own_class(layer) not in OF_TORCH}
         self._starts = [0, *accumulate(self.sizes)]
         self._none_tracked = torch.zeros((), dtype=torch.int64, device=home)
         self._together = all(layer.get_buffer("running_mean").device == home for layer in layers.values())
         self._before: tuple[Tensor, Tensor] | None = None
 
-    def before_batch(self) -> None:
-        """Call right before a batch reaches the model."""
+    def before_batch(self, closely: bool = False) -> None:
+        """Call right before a batch reaches the model.
+
+        Args:
+            closely: Witness all layers, to find those that need it: now and then, since it has compiled models
+                compiled for it, once.
+        """
+        self.abandon()
+        layers = self.layers.values() if closely else self._witnessed
+        self._witness.begin()
+        self._handle = Handle([layer for layer in layers if not behaves(layer, DomainSpecific)], self._witness)
         self._before = self._read()
         self._momenta = self._momenta_now()
 
@@ -105,11 +127,40 @@ class Recovery:
         # What was read after the batch before is no substitute for this one's `before`: nothing tells that none wrote
         # in between. A batch norm's kernel and `tensor.data` leave `tensor._version` as it is.
         (before, tracked), (after, tracked_after) = self._before, self._read()
-        self._before = None
-        calls, now = tracked_after - tracked, self._momenta_now()
-        if self._momenta != now:  # which says nothing of the one with which the batch was taken in
-            calls = calls * torch.tensor([a == b for a, b in zip(self._momenta, now, strict=True)]).to(calls)
-        return Around(before, after, tracked, calls, self._momentum())
+        self.abandon()
+        number, momenta = self._noted()
+        counted, known = tracked_after - tracked, self._tensor("calls", number)
+        calls = torch.where(known >= 0, known, counted.where((counted == 1) | (known == _BY_COUNTER), 0))
+        return Around(before, after, tracked, calls.to(counted), self._momentum(momenta))
+
+    def _noted(self) -> tuple[list[float], list[float | None]]:
+        """Of each layer: how many calls there were, or that its counter says so; and at which momentum."""
+        calls: list[float] = []
+        momenta: list[float | None] = []
+        for layer, before in zip(self.layers.values(), self._momenta, strict=True):
+            noted, now = self._witness.momenta.get(layer), vars(layer)["momentum"]
+            if layer._buffers["num_batches_tracked"] is None:  # `not_recoverable`
+                calls.append(0)
+                momenta.append(before)
+                continue
+            if noted is None:  # within a compiled region, or not called
+                if before != now:  # which says nothing of the one with which the batch was taken in
+                    self._witnessed.add(layer)
+                ours = behaves(layer, DomainSpecific)
+                calls.append(0 if before != now else _BY_COUNTER if ours else _ONE_BY_COUNTER)
+                momenta.append(before)
+                continue
+            if noted != [now]:
+                self._witnessed.add(layer)
+            plain_average = [m for m in noted if m is None]
+            if plain_average:  # its weights follow from the counter, which others may have moved in between
+                calls.append(len(noted) if len(plain_average) == len(noted) else 0)
+                momenta.append(None)
+            else:
+                moved = 1 - math.prod(1 - m for m in noted if m is not None)
+                calls.append(int(moved != 0))
+                momenta.append(noted[0] if len(noted) == 1 else moved)
+        return calls, momenta
 
     def recover(self, batches: Sequence[Around], layers: slice = slice(None)) -> Step:
         """What batches were, ``N`` of them at once.
@@ -130,11 +181,15 @@ class Recovery:
             for each in ([b.tracked for b in batches], [b.calls for b in batches], [b.momentum for b in batches])
         )
         kept = share_kept(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
-        return Step(before, after, recovered(before, after, kept[:, None]), kept, (calls > 0).index_select(1, layer_of))
+        # of a call at momentum 0 the layer's counter tells nothing
+        moved = (before != after).any(1) | is_dead(after[:, 1], self.eps[channels])
+        called = (calls > 0).index_select(1, layer_of) & moved
+        return Step(before, after, recovered(before, after, kept[:, None]), kept, called)
 
     def abandon(self) -> None:
-        """Forget a batch that has begun."""
+        """Forget a batch that has begun, and take back from the layers what they were given for it."""
         self._before = None
+        self._handle.undo()
 
     def running(self) -> Tensor:
         """Running means and variances as they are, ``(2, C)``: a copy."""
@@ -143,8 +198,7 @@ class Recovery:
     def inaccuracy(self) -> Tensor:
         """Sigma by which a mean recovered now may be off by rounding, ``(C,)``; 0 for dead channels."""
         running, tracked = self.running(), self._read()[1].to(self.eps)
-        self._momenta = self._momenta_now()
-        kept = share_kept(self._momentum(), torch.ones_like(tracked), tracked)[self.layer_of]
+        kept = share_kept(self._momentum(self._momenta_now()), torch.ones_like(tracked), tracked)[self.layer_of]
         return torch.where(is_dead(running[1], self.eps), 0.0, recovery_error(running[0], running[1], kept))
 
     def _read(self) -> tuple[Tensor, Tensor]:
@@ -160,12 +214,15 @@ class Recovery:
     def _momenta_now(self) -> list[float | None]:
         return [layer.momentum for layer in self.layers.values()]
 
-    def _momentum(self) -> Tensor:
-        """Of each layer, NaN for None; made anew only when one has changed, since that is a copy to the device."""
-        if self._momenta != self._momenta_in_tensor:
-            self._momenta_in_tensor = self._momenta
-            self._momentum_tensor = self.eps.new_tensor([torch.nan if m is None else m for m in self._momenta])
-        return self._momentum_tensor
+    def _momentum(self, momenta: list[float | None]) -> Tensor:
+        return self._tensor("momentum", [torch.nan if m is None else m for m in momenta])
+
+    def _tensor(self, kind: str, values: list[float]) -> Tensor:
+        """A number of each layer; made anew only when one has changed, and without waiting for the device."""
+        if kind not in self._on_device or self._on_device[kind][0] != values:
+            tensor = torch.tensor(values, dtype=self.eps.dtype).to(self.eps.device, non_blocking=True)
+            self._on_device[kind] = values, tensor
+        return self._on_device[kind][1]
 
 
 def not_recoverable(layer: _BatchNorm) -> str:

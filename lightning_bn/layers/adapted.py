@@ -42,6 +42,10 @@ class Adapting(Behaviour):
     """
 
     name = "adapting"
+    not_copied = (
+        "A deep copy of a model that AdaBNCallback(online=True) is adapting is a plain model: it evaluates with the "
+        "stored statistics, which are not adapted."
+    )
 
     def __init__(self, layers: Mapping[str, _BatchNorm], prior_samples: int) -> None:
         self._names = {layer: name for name, layer in layers.items()}

@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.distributed.moments import merge_over_ranks
 from lightning_bn.layers.batch_norm_call import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaviours_of
+from lightning_bn.layers.behaviour import Behaviour, behaviours_of, own_class
 from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.statistics.population import Accumulator
 
@@ -41,7 +41,7 @@ class BatchMode(Behaviour):
         self._names = {layer: name for name, layer in layers.items()}
         self._seen = seen
         self._of_training = of_training
-        self._plain = {layer for layer in layers.values() if _own_class(layer) in PLAIN}
+        self._plain = {layer for layer in layers.values() if own_class(layer) in PLAIN}
         self._buffers = {layer: dict(layer._buffers) for layer in layers.values()}
         self.counts = True
         """Whether what the layers are shown counts; a forward run only to keep other ranks company does not."""
@@ -53,10 +53,18 @@ class BatchMode(Behaviour):
             domain = next((d for b in behaviours if (d := b.domain(layer)) is not None), None)
         return of_domain(self._names[layer], domain)
 
-    def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
-        """Put the statistics of one domain's part of an input into a slot; the layer is not run."""
-        count = input.numel() // layer.num_features
-        if self.counts and count:
+    def is_by_batch(self, layer: _BatchNorm) -> bool:
+        """Whether a layer is in batch mode at the moment, and not set to its stored statistics by the step."""
+        return not self._of_training or layer.training
+
+    def takes(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
+        """Whether the statistics of a call's input count."""
+        return not self._of_training or tracks(layer, call)
+
+    def bring(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
+        """Put the statistics of one domain's part of what a call is given into a slot; the layer is not run."""
+        count = input.numel() // input.shape[1]
+        if counts and self.counts and count:
             self._fill(self._seen.slot(self.name_of(layer, domain), count), *batch_statistics(input.detach()), count)
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -72,7 +80,7 @@ class BatchMode(Behaviour):
             return output
         # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input.
         # What it does to one input says nothing of the next: there may be a mask.
-        if not _is_plain(layer, input, output):
+        if not is_plain(layer, input, output):
             raise_unseen(self._names[layer])
         return self._answer(layer, plain_call(layer, input))
 
@@ -105,7 +113,7 @@ class BatchMode(Behaviour):
     def _answer(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
         if self._of_training and not call.training:
             return call.run()
-        return self._normalize(layer, call, counts=not self._of_training or tracks(layer, call))
+        return self._normalize(layer, call, self.takes(layer, call))
 
     def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
         """Normalize an input with its own statistics; an input without rows has none, and needs none."""
@@ -149,7 +157,7 @@ class BatchMode(Behaviour):
         slot[1].copy_(var * (count / max(count - 1, 1)))
 
 
-def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
+def is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
     """Whether a layer has made of its input what torch's own would have, but for rounding."""
     if not isinstance(input, Tensor) or not isinstance(output, Tensor) or input.shape != output.shape:
         return False
@@ -167,11 +175,6 @@ def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
     eps = max(torch.finfo(x.dtype).eps for x in (input, output, expected))
     lost = float((1 + mean.square() / (var + call.eps)).amax())  # digits, in the textbook's E[x^2] - E[x]^2
     return bool(((output - expected).abs() <= min(64 * eps * lost, 1e-2) * expected.abs().amax()).all())
-
-
-def _own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a layer with behaviours has without them."""
-    return type(layer).__bases__[1] if behaviours_of(layer) else type(layer)
 
 
 def of_domain(name: str, domain: int | None) -> str:

@@ -56,6 +56,9 @@ class BatchNormCall(NamedTuple):
 PLAIN: frozenset[type[nn.Module]] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 """Classes whose forward is known: a ``batch_norm`` call on the layer's own input, and nothing around it."""
 
+OF_TORCH: frozenset[type[nn.Module]] = PLAIN | {nn.SyncBatchNorm}
+"""Classes that move their running statistics, and count their batches, as torch does."""
+
 
 def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
     """Whether this call would have moved the layer's running statistics in training.

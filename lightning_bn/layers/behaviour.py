@@ -37,6 +37,8 @@ class Behaviour(ABC):
     """Shown in ``repr(model)`` behind the layer's own description."""
     outermost = False
     """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
+    innermost = False
+    """Whether all others wrap it: it sees the ``batch_norm`` call as the layer makes it, before others change it."""
     not_copied = ""
     """What to say of a deep copy, which is plain, if that evaluates otherwise than the layer does with this."""
 
@@ -86,11 +88,16 @@ def behaves(layer: nn.Module, *kinds: type[Behaviour]) -> bool:
     return any(isinstance(behaviour, kinds) for behaviour in behaviours_of(layer))
 
 
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer has without behaviours."""
+    return type(layer).__bases__[1] if behaviours_of(layer) else type(layer)
+
+
 def give(layer: nn.Module, behaviour: Behaviour) -> None:
     """Give a layer (or another module) a behaviour, on top of those it has."""
     if not behaviours_of(layer):
         layer.__class__ = _derived(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
-    vars(layer)[_LIST] = tuple(sorted((*behaviours_of(layer), behaviour), key=lambda b: b.outermost))
+    vars(layer)[_LIST] = tuple(sorted((*behaviours_of(layer), behaviour), key=lambda b: b.outermost - b.innermost))
 
 
 def take_back(layer: nn.Module, behaviour: Behaviour) -> None:

@@ -131,24 +131,23 @@ class Apart(Behaviour):
         if not by_batch(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.now()
-        in_a_pass = behaves(layer, BatchMode)
-        if isinstance(domain, int) and not in_a_pass:
-            if self._sgd == "shared" and by_batch(layer):
-                self._specific.see(layer, [(domain, input)])
-                domain = torch.full((len(input),), domain, device=input.device)
-                return self._shown(layer, forward, input, Shown(domain))
-            return forward(input)
+        in_a_pass = behaves(layer, BatchMode) and by_batch(layer)
         if isinstance(domain, int):
-            domain = torch.full((len(input),), domain)
+            return self._of_one(layer, forward, input, domain, in_a_pass)
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"Layer {self._names[layer]!r} is given a {type(input).__name__}, whose samples cannot be told apart: "
+                "leave it out by layers=, or give one domain for the batch."
+            )
         if len(domain) != len(input):
             raise ValueError(
                 f"Layer {self._names[layer]!r} is given {len(input)} rows, and there are domains of {len(domain)} "
                 "samples: leave it out by layers=, or give one domain for the batch."
             )
+        domain = domain.cpu()
         rows = {d: (domain == d).nonzero().flatten().to(input.device) for d in range(self._datasets.number)}
         if self._sgd == "shared" and by_batch(layer):
-            self._specific.see(layer, ((d, input[r]) for d, r in rows.items() if in_a_pass or len(r)))
-            return self._shown(layer, forward, input, Shown(domain.to(input.device)))
+            return self._shown(layer, forward, input, Shown(domain))
         if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
             rows = {d: r for d, r in rows.items() if len(r)}
             self._refuse_one_value(layer, input, rows)
@@ -161,6 +160,21 @@ class Apart(Behaviour):
             return forward(input)
         order = torch.cat(list(rows.values()))
         return torch.cat(outputs)[order.argsort()]
+
+    def _of_one(
+        self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, domain: int, in_a_pass: bool
+    ) -> Any:
+        if not by_batch(layer):
+            return forward(input)
+        if self._sgd == "shared":
+            return self._shown(layer, forward, input, Shown(torch.tensor([domain])))
+        output = None
+        for d in range(self._datasets.number) if in_a_pass else (domain,):
+            if d == domain:
+                output = self._shown(layer, forward, input, Shown(d))
+            else:
+                self._specific.bring_nothing(layer, d)
+        return output
 
     def _refuse_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
         """Before any domain is normalised, and its statistics moved."""

@@ -6,7 +6,7 @@ statistics go on as if there were one domain: an EMA of the batches of all domai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
@@ -95,56 +95,119 @@ class DomainSpecific(Behaviour):
         shown = self._where.shown(layer)
         if self.affine == "domain":
             forward = self._with_affine(layer, forward, shown)
-        if behaves(layer, BatchMode) or (layer.training and not layer.track_running_stats):
+        if layer.training and not layer.track_running_stats:
             return forward(input)
         if by_batch(layer):
-            return self._training(layer, forward, input, shown)
+            if isinstance(shown.domain, Tensor) and self.population == "domain":
+                forward = self._seeing(layer, forward, shown)
+            return forward(input) if behaves(layer, BatchMode) else self._training(layer, forward, input, shown)
         if self.population == "shared":
             return forward(input)
         mean, var = (layer._buffers[key] for key in STATISTICS[:2])
         assert mean is not None and var is not None and isinstance(shown.domain, int)  # several are told apart before
         return lent(layer, forward, input, False, mean[shown.domain], var[shown.domain])
 
-    def see(self, layer: _BatchNorm, parts: Iterable[tuple[int, Tensor]]) -> None:
-        """Take the statistics of each domain's part of an input that is normalised as a whole."""
-        if self.population == "shared":
-            return
-        modes = [b for b in behaviours_of(layer) if isinstance(b, BatchMode)]
-        for domain, part in parts:
-            if modes:
-                modes[0].bring(layer, domain, part)
-            elif layer.track_running_stats and not recomputing():
-                values = part.numel() // layer.num_features
-                if values > 1:
-                    self._move(layer, domain, _statistics(part, values))
+    def _seeing(self, layer: _BatchNorm, forward: Callable[[Any], Any], shown: Shown) -> Callable[[Any], Any]:
+        """The layer's own forward, with a look at each domain's part of what is normalized as a whole."""
 
-    def _training(self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:
-        running = [cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var")]
-        if not isinstance(shown.domain, int):  # all together: plain BatchNorm, whose parts `see` has seen
-            if recomputing():
-                mean, var = (r.clone() for r in running)
-                return lent(layer, forward, input, True, mean, var, momentum=0.0)
-            return forward(input)
-        values = input.numel() // layer.num_features
-        if running[0].element_size() == 2 and values > 1:  # such buffers would round the statistics of every batch
-            own = _statistics(input, values)
-            output = lent(layer, forward, input, True, None, None)
+        def at(given: Any) -> Any:
+            def batch_norm(call: BatchNormCall) -> Tensor:
+                for domain, part in self._parts(layer, call, given, shown):
+                    self._see(layer, call, domain, part)
+                return call.run()
+
+            return with_batch_norm(batch_norm, self._names[layer], forward, given)
+
+        return at
+
+    def _parts(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> Iterator[tuple[int, Tensor]]:
+        """Each domain with its part of what a call is given."""
+        self._refuse_other_channels(layer, call)
+        self._refuse_mixed_up(layer, call, given, shown)
+        ids, input = cast(Tensor, shown.domain), call.input.detach()
+        number = len(cast(Tensor, layer._buffers[STATISTICS[0]]))
+        if len(ids) == 1:
+            parts = [input if domain == int(ids) else input[:0] for domain in range(number)]
+        elif (ids.diff() >= 0).all():
+            parts = list(input.split(ids.bincount(minlength=number).tolist(), shown.dim))
         else:
-            own = Statistics(torch.zeros_like(running[0]), torch.zeros_like(running[1]), values)
-            output = lent(layer, forward, input, True, own.mean, own.var, momentum=1.0)
-        if not recomputing():
-            with torch.no_grad():
-                if self.population == "domain":
-                    self._move(layer, shown.domain, own)
-                shown.seen.append(own)
-                if len(shown.seen) == shown.parts:
-                    counted = layer.num_batches_tracked
-                    if counted is not None:
-                        counted += 1
-                    for stored, new in zip(running, together(shown.seen), strict=True):
-                        _move(stored, new, layer.momentum, counted)
-                    shown.seen.clear()
+            rows = [(ids == domain).nonzero().flatten().to(input.device) for domain in range(number)]
+            parts = [input.index_select(shown.dim, r) for r in rows]
+        yield from enumerate(parts)
+
+    def _refuse_mixed_up(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> None:
+        """Where the layer has made something else of an input of several domains, before it comes to its call."""
+        ids, input = cast(Tensor, shown.domain), call.input
+        alike = input.ndim > max(shown.dim, 1) and input.shape[shown.dim] == len(ids)
+        # of two dimensions, they may be other rows: those that a mask has left
+        whole = input.ndim > 2 or (isinstance(given, Tensor) and given.numel() == input.numel())
+        if len(ids) > 1 and not (alike and whole):
+            raise TypeError(
+                f"Layer {self._names[layer]!r} makes a tensor of shape {tuple(input.shape)} of its input before it "
+                f"normalizes it, of which nothing says where the {len(ids)} parts of several domains are. Leave it out "
+                "by layers=, or give one domain for the batch."
+            )
+
+    def bring_nothing(self, layer: _BatchNorm, domain: int) -> None:
+        """Where micro-batches wait for each other, all come by all domains."""
+        modes = [b for b in behaviours_of(layer) if isinstance(b, BatchMode)]
+        nothing = cast(Tensor, layer._buffers["running_mean"]).new_empty(0, layer.num_features)
+        for mode in modes[:1]:
+            mode.bring(layer, domain if self.population == "domain" else None, nothing, True)
+
+    def _see(self, layer: _BatchNorm, call: BatchNormCall, domain: int, part: Tensor) -> None:
+        """Take the statistics of one domain's part."""
+        modes = [b for b in behaviours_of(layer) if isinstance(b, BatchMode)]
+        values = part.numel() // part.shape[1]
+        if modes:
+            modes[0].bring(layer, domain, part, modes[0].takes(layer, call))
+        elif call.training and values > 1 and not recomputing():
+            self._move(layer, domain, _statistics(part, values))
+
+    def _training(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, shown: Shown) -> Any:
+        if not isinstance(shown.domain, int):  # all together: plain BatchNorm, whose parts are seen at the call
+            return _on_copies(layer, forward, input) if recomputing() else forward(input)
+        seen: list[Statistics] = []
+
+        def batch_norm(call: BatchNormCall) -> Tensor:
+            if not call.training:
+                return call.run()
+            self._refuse_other_channels(layer, call)
+            output, own = _normalized(call, cast(Tensor, layer._buffers["running_mean"]))
+            seen.append(own)
+            return output
+
+        def watched(input: Any) -> Any:
+            return with_batch_norm(batch_norm, self._names[layer], forward, input)
+
+        output = _on_copies(layer, watched, input)
+        if seen and not recomputing():
+            self._store(layer, shown, seen)
         return output
+
+    @torch.no_grad()
+    def _store(self, layer: _BatchNorm, shown: Shown, seen: list[Statistics]) -> None:
+        """Move a domain's statistics, and with the last domain of a batch the layer's own."""
+        own = seen[0] if len(seen) == 1 else Statistics(*together(seen), sum(s.values for s in seen))
+        if self.population == "domain":
+            self._move(layer, cast(int, shown.domain), own)
+        shown.seen.append(own)
+        if len(shown.seen) == shown.parts:
+            counted = layer.num_batches_tracked
+            if counted is not None:
+                counted += 1
+            running = [cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var")]
+            for stored, new in zip(running, together(shown.seen), strict=True):
+                _move(stored, new, layer.momentum, counted)
+            shown.seen.clear()
+
+    def _refuse_other_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
+        stored, given = len(cast(Tensor, layer._buffers["running_mean"])), call.input.shape[1]
+        if stored != given:
+            raise TypeError(
+                f"Layer {self._names[layer]!r} stores statistics of {stored} channels, and its forward normalizes "
+                f"{given}: which of them belong together cannot be told. Leave it out by layers=."
+            )
 
     @torch.no_grad()
     def _move(self, layer: _BatchNorm, domain: int, own: Statistics) -> None:
@@ -165,18 +228,26 @@ class DomainSpecific(Behaviour):
 
         ids, dim = shown.domain, shown.dim
 
-        def batch_norm(call: BatchNormCall) -> Tensor:
-            output = call._replace(weight=None, bias=None).run()
-            if weights is not None:
-                output = output * _along(weights[ids], dim, output).to(output.dtype)
-            return output if biases is None else output + _along(biases[ids], dim, output).to(output.dtype)
+        def with_affine(given: Any) -> Any:
+            def batch_norm(call: BatchNormCall) -> Tensor:
+                self._refuse_mixed_up(layer, call, given, shown)
+                output = call._replace(weight=None, bias=None).run()
+                of_each = ids.to(output.device)
+                if weights is not None:
+                    output = output * _along(weights[of_each], dim, output).to(output.dtype)
+                return output if biases is None else output + _along(biases[of_each], dim, output).to(output.dtype)
 
-        return lambda input: with_batch_norm(batch_norm, self._names[layer], forward, input)
+            return with_batch_norm(batch_norm, self._names[layer], forward, given)
+
+        return with_affine
 
 
 def by_batch(layer: _BatchNorm) -> bool:
     """Whether a layer normalises with batch statistics at the moment."""
-    return behaves(layer, BatchMode) or (layer.training and not behaves(layer, Frozen))
+    for behaviour in behaviours_of(layer):
+        if isinstance(behaviour, BatchMode):
+            return behaviour.is_by_batch(layer)
+    return layer.training and not behaves(layer, Frozen)
 
 
 def recomputing() -> bool:
@@ -239,6 +310,25 @@ def together(parts: list[Statistics]) -> tuple[Tensor, Tensor]:
     mean = (values * means).sum(0) / total
     squares = (values - 1) * variances + values * (means - mean).square()
     return mean, squares.sum(0) / (total - 1)
+
+
+def _on_copies(layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+    """The layer's own forward, which may write statistics and count a batch, to copies."""
+    buffers = layer._buffers
+    own = {key: buffers[key] for key in ("running_mean", "running_var", "num_batches_tracked")}
+    buffers.update({key: value if value is None else value.clone() for key, value in own.items()})
+    try:
+        return forward(input)
+    finally:
+        buffers.update(own)
+
+
+def _normalized(call: BatchNormCall, running: Tensor) -> tuple[Tensor, Statistics]:
+    """What a call would return, and the statistics of its input."""
+    if running.element_size() == 2 and call.values > 1:  # such buffers would round the statistics of every batch
+        return call.normalize_by_itself(), _statistics(call.input, call.values)
+    own = Statistics(torch.zeros_like(running), torch.zeros_like(running), call.values)
+    return call._replace(running_mean=own.mean, running_var=own.var, momentum=1.0).run(), own
 
 
 def _statistics(input: Tensor, values: int) -> Statistics:

@@ -44,12 +44,12 @@ class InLockstep(BatchMode):
     name = "in lockstep"
     arrive: Arrive | None = None
 
-    def bring(self, layer: _BatchNorm, domain: int, input: Tensor) -> None:
+    def bring(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
         """Bring the statistics of one domain's part of an input, and wait for those of all."""
         if self.arrive is None:
-            super().bring(layer, domain, input)
+            super().bring(layer, domain, input, counts)
         else:
-            self.arrive(self.name_of(layer, domain), _brought(input, layer.num_features, True))
+            self.arrive(self.name_of(layer, domain), _brought(input, input.shape[1], counts))
 
     def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
         """Bring the statistics of an input, wait for those of all, and normalize."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behaviour import Behaviour, Handle, ModuleBehaviour, behaviours_of, give, take_back
 
 
@@ -172,3 +173,11 @@ def test_layers_of_one_class_share_one_derived_class() -> None:
     give(a, Adds(1))
     give(b, Adds(2))
     assert type(a) is type(b)
+
+
+def test_online_a_deep_copy_says_that_it_is_not_adapted() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    layers = {"0": model[0]}
+    with Handle(layers.values(), Adapting(layers, 0)), pytest.warns(UserWarning, match=r"online=True.*not adapted"):
+        twin = copy.deepcopy(model)
+    assert type(twin[0]) is nn.BatchNorm1d
