@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -248,32 +247,6 @@ def test_rows_of_a_sample_are_one_sample_however_they_come(layout: Any) -> None:
     assert batch_leakage(net, ordered, forward=lambda m, b: m(layout(b))).p_value < 0.001
 
 
-class Boxed:
-    def __init__(self, x: Tensor) -> None:
-        self.parts = {"x": x}
-
-
-HOLDERS: dict[str, tuple[Any, Any]] = {
-    "object": (Boxed, lambda b: b.parts["x"]),
-    "there twice": (lambda x: [x, x], lambda b: b[1]),
-    "image of torchvision": (tv_tensors.Image, lambda b: b),
-}
-
-
-@pytest.mark.parametrize(("put", "get"), HOLDERS.values(), ids=HOLDERS)
-def test_rows_are_told_apart_by_sample_whatever_holds_the_batch(put: Any, get: Any) -> None:
-    x = rows_of_samples(128)
-    batches, kinds = [put(own) for own in x.split(16)], set()
-
-    def forward(net: nn.Module, batch: Any) -> None:
-        kinds.add(type(get(batch)))
-        net(get(batch).flatten(0, 1))
-
-    found = batch_leakage(nn.BatchNorm1d(4), batches, forward=forward, count=lambda _: 16)
-    assert not found.left_out and len(kinds) == 1
-    assert torch.equal(torch.cat([get(batch).as_subclass(Tensor) for batch in batches]), x)  # they are as they were
-
-
 @pytest.mark.parametrize("last", [1, 5])
 def test_a_smaller_last_batch_has_samples_too_even_if_it_is_a_single_one(last: int) -> None:
     net, x = nn.BatchNorm1d(4), rows_of_samples(192 + last)
@@ -473,10 +446,8 @@ def raising_on_rank(where: str) -> str:
 @pytest.mark.parametrize("where", ["batches", "count", "model"])
 def test_an_error_on_one_rank_is_one_on_all_and_leaves_none_waiting(where: str) -> None:
     first, second = run_on_ranks(raising_on_rank, 2, where, timeout=60)
-    assert (
-        second == "OSError: no such file"
-        and first == "AnotherRankFailedError: Another rank failed in the pass, which it names"
-    )
+    assert second == "OSError: no such file"
+    assert first == "AnotherRankFailedError: Another rank failed in the pass; its error says why."
 
 
 def ragged_on_rank() -> tuple[dict[str, float], list[str]]:
