@@ -165,11 +165,12 @@ def test_ranks_that_take_different_ways_are_named() -> None:
 def short_of_memory(model: nn.Module, shards: list[Batches]) -> tuple[str, str]:
     from lightning_bn.functional import pooled
 
-    pooled.free_memory = lambda device: 10**9 if dist.get_rank() else 20_000  # type: ignore[assignment]
-    try:
-        precise_bn(model, shards[dist.get_rank()], batch_size="population")
-    except (MemoryError, RuntimeError) as error:
-        return type(error).__name__, str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooled, "free_memory", lambda device: 10**9 if dist.get_rank() else 20_000)
+        try:
+            precise_bn(model, shards[dist.get_rank()], batch_size="population")
+        except (MemoryError, RuntimeError) as error:
+            return type(error).__name__, str(error)
     return "", ""
 
 
