@@ -192,7 +192,9 @@ def _interrupt_works_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_interrupt_works_afterwards")
-@pytest.mark.parametrize("callback", [PreciseBNCallback(32), FreezeBNCallback(start_epoch=1, num_samples=32)], ids=str)
+@pytest.mark.parametrize(
+    "callback", [PreciseBNCallback(32), FreezeBNCallback(start_epoch=1, num_samples=32)], ids=["PreciseBN", "FreezeBN"]
+)
 @pytest.mark.parametrize(
     ("error", "comes_out"),
     [
@@ -201,7 +203,7 @@ def _interrupt_works_afterwards() -> Iterator[None]:
         (MemoryError("full"), MemoryError),
         (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
     ],
-    ids=repr,
+    ids=["Ctrl-C", "exit", "out of memory", "out of device memory"],
 )
 def test_what_is_not_ours_to_swallow_comes_out_with_everything_restored(
     callback: Any, error: BaseException, comes_out: type[BaseException]
