@@ -1,24 +1,27 @@
 """What every test gets: one thread, a seed; and for those that ask, W&B without a network."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import wandb
 from hypothesis import settings
+
+from tests.ranks import end_ranks, start_anew
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # the same examples, on any machine
 settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.set_num_threads(1)  # the suite runs on two cores, ranks of DDP tests included
-    torch.manual_seed(0)
-    if "torch._dynamo" in sys.modules:  # all compiled models of one process share a limit of recompilations
-        torch._dynamo.reset()
+def _anew() -> None:
+    start_anew()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ranks_left() -> Iterator[None]:
+    yield
+    end_ranks()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Run a function on several gloo ranks: real processes with a real process group, and no test that hangs.
+"""Run a function on several gloo ranks: real processes, in a process group of their own, and no test that hangs.
 
-The ranks are forked from a server process that has imported all of lightning_bn once (8 seconds), so starting them
-takes about a second. They live for one call. The server keeps the environment it was started with.
+The ranks stay for the next call, which finds a new process group and the state that a test begins with. They are
+forked from a server process that has imported all of lightning_bn once (8 seconds) and keeps the environment it was
+started with.
 """
 
 from __future__ import annotations
@@ -9,25 +10,37 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import Any
+from threading import Thread
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import lightning_bn
 
+PRELOADED = [module.name for module in walk_packages(lightning_bn.__path__, "lightning_bn.")]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([module.name for module in walk_packages(lightning_bn.__path__, "lightning_bn.")])
+
+
+class _Rank(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+_ranks: list[_Rank] = []  # those that live, the first is rank 0
 
 
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -45,105 +58,118 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     Raises:
         RuntimeError: If a rank raised, died, or had nothing to say in time; with the tracebacks of those that raised.
     """
+    while len(_ranks) < world_size:
+        _ranks.append(_start(len(_ranks)))
+    pipes = [rank.pipe for rank in _ranks[:world_size]]
+    task = pickle.dumps((fn, args))  # plainly: the ranks' own pickler would share tensors' memory
+    deadline = time.monotonic() + timeout
+    complete = False
     with tempfile.TemporaryDirectory() as folder:
-        task = pickle.dumps((fn, args))
-        ranks, reports = [], []
-        for rank in range(world_size):
-            report, to_report = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, timeout, task, to_report))
-            process.start()
-            to_report.close()
-            ranks.append(process)
-            reports.append(report)
-        deadline = time.monotonic() + timeout
         try:
-            outcomes = _collect(reports, deadline)
-            for process in ranks:
-                process.join(max(deadline - time.monotonic(), 1))
+            for pipe in pipes:
+                pipe.send((world_size, folder, timeout, task))
+            outcomes = _collect(pipes, deadline)
+            complete = not any(error for error, _ in outcomes)
         finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-    if any(error for error, _ in outcomes):
+            if not complete:  # some of them may wait for one that is gone
+                end_ranks(max(deadline - time.monotonic(), 1))
+    if not complete:
         raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error))
     return [result for _, result in outcomes]
 
 
-@contextmanager
-def ranks_at_hand(world_size: int) -> Iterator[Callable[..., list[Any]]]:
-    """Ranks that stay, for many small calls: ``call(fn, *args)`` is what `run_on_ranks` does, in milliseconds."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-        address = str(Path(folder) / "calls")
-        with Listener(address, "AF_UNIX") as listener:
-            ended = pool.submit(run_on_ranks, _serve, world_size, address)
-            connections = dict(_introduced(listener.accept()) for _ in range(world_size))
-
-            broken: list[str] = []
-
-            def call(fn: Callable[..., Any], *args: Any) -> list[Any]:
-                task = pickle.dumps((fn, args))  # plainly: the ranks' own pickler would share tensors' memory
-                if not broken:
-                    for connection in connections.values():
-                        connection.send_bytes(task)
-                    found = [pickle.loads(connections[rank].recv_bytes()) for rank in range(world_size)]
-                    broken.extend(f"rank {rank}: {error}" for rank, (error, _) in enumerate(found) if error)
-                if broken:  # for good: the ranks are gone
-                    raise RuntimeError("\n".join(broken))
-                return [result for _, result in found]
-
-            try:
-                yield call
-            finally:
-                if not broken:
-                    for connection in connections.values():
-                        connection.send_bytes(pickle.dumps(None))
-                    ended.result()
+def end_ranks(timeout: float = 10) -> None:
+    """End all ranks, by force those that still run after ``timeout`` seconds. The next call starts new ones."""
+    deadline = time.monotonic() + timeout
+    for rank in _ranks:
+        rank.pipe.close()
+    for rank in _ranks:
+        rank.process.join(max(deadline - time.monotonic(), 0))
+        rank.process.kill()
+        rank.process.join()
+    _ranks.clear()
 
 
-def _introduced(connection: Connection) -> tuple[int, Connection]:
-    return connection.recv(), connection
+def processes() -> set[BaseProcess]:
+    """Those of the ranks that wait for a next call."""
+    return {rank.process for rank in _ranks}
 
 
-def _serve(address: str) -> None:
-    with Client(address, "AF_UNIX") as connection:
-        connection.send(dist.get_rank())
-        while (task := pickle.loads(connection.recv_bytes())) is not None:
-            fn, args = task
-            try:
-                connection.send_bytes(pickle.dumps((None, fn(*args))))
-            except BaseException:
-                connection.send_bytes(pickle.dumps((traceback.format_exc(), None)))
-                raise  # so that the others do not wait
+def start_anew() -> None:
+    """What every test begins with, in whichever process: one thread, a seed."""
+    torch.set_num_threads(1)  # the suite runs on two cores, ranks included
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # all compiled models of one process share a limit of recompilations
+        torch._dynamo.reset()
 
 
-def _collect(reports: list[Connection], deadline: float) -> list[tuple[str | None, Any]]:
+def _start(rank: int) -> _Rank:
+    _CONTEXT.set_forkserver_preload(PRELOADED)  # what the first call says is what counts
+    pipe, of_rank = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_serve, args=(rank, of_rank))
+    process.start()
+    of_rank.close()
+    return _Rank(process, pipe)
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[tuple[str | None, Any]]:
     """What each rank reports: an error or a result."""
     outcomes: dict[Connection, tuple[str | None, Any]] = {}
-    while missing := [report for report in reports if report not in outcomes]:
-        ready = wait(missing, deadline - time.monotonic())
-        for report in ready or missing:
+    while missing := [pipe for pipe in pipes if pipe not in outcomes]:
+        ready = wait(missing, max(deadline - time.monotonic(), 0))
+        for pipe in ready or missing:
             try:
-                outcomes[report] = pickle.loads(report.recv_bytes()) if ready else ("nothing in time", None)
-            except EOFError:
-                outcomes[report] = ("died", None)
-    return [outcomes[report] for report in reports]
+                outcomes[pipe] = pickle.loads(pipe.recv_bytes()) if ready else ("nothing in time", None)
+            except (EOFError, ConnectionError):
+                outcomes[pipe] = ("died", None)
+    return [outcomes[pipe] for pipe in pipes]
 
 
-def _rank(rank: int, world_size: int, folder: str, timeout: float, task: bytes, report: Connection) -> None:
-    torch.set_num_threads(1)
+# ------------------------------------------------------------------------------------------------------ on the ranks
+def _serve(rank: int, pipe: Connection) -> None:
+    """Call what is sent until nothing comes any more or a call fails: the end of this process tells other ranks."""
+    Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ["LOCAL_RANK"] = str(rank)  # what tells Lightning that the processes are there already
+    environment, error = dict(os.environ), None
+    while error is None:
+        try:
+            world_size, folder, timeout, task = pipe.recv()
+        except EOFError:
+            return
+        os.environ.clear()
+        os.environ.update(environment)
+        error, result = _call(rank, world_size, folder, timeout, task)
+        pipe.send_bytes(result if error is None else pickle.dumps((error, None)))
+
+
+def _end_with_the_tests() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) -> tuple[str | None, bytes]:
+    """An error, or what is to be reported."""
+    start_anew()
+    random.seed(0)
+    np.random.seed(0)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=(Path(folder) / "store").as_uri(),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout / 2),
-        )
-        fn, args = pickle.loads(task)
-        torch.manual_seed(0)
-        outcome = pickle.dumps((None, fn(*args)))
-        dist.barrier()  # whoever is done first must not take the store away from the others
+        with warnings.catch_warnings():  # which also forgets those that were shown once
+            dist.init_process_group(
+                "gloo",
+                init_method=(Path(folder) / "store").as_uri(),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout / 2),
+            )
+            fn, args = pickle.loads(task)
+            outcome = pickle.dumps((None, fn(*args)))
+            dist.barrier()  # whoever is done first must not take the store away from the others
+            dist.destroy_process_group()
+            return None, outcome
     except BaseException:
-        outcome = pickle.dumps((traceback.format_exc(), None))
-    report.send_bytes(outcome)
+        return traceback.format_exc(), b""

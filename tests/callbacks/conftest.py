@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import ranks
+
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -14,6 +16,6 @@ def _no_workers_left() -> Iterator[None]:
     """A pass over a loader with workers must end its workers."""
     before = set(multiprocessing.active_children())
     yield
-    for process in set(multiprocessing.active_children()) - before:
+    for process in set(multiprocessing.active_children()) - before - ranks.processes():
         process.join(5)
         assert not process.is_alive(), f"{process} still runs after the test"

@@ -108,8 +108,8 @@ OBSERVING: dict[str, Callable[[], Any]] = {
 }
 """Those that must not be noticed by the training."""
 
-OBSERVING_EVERYWHERE = ["PreciseBN", "PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
-"""Those that are held against every way to train; the others have the same machinery, and a few will do."""
+RUNNING_THE_STEP = ["PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
+"""Those that run no loader of their own: what they may disturb is in the step. The others are as one of these."""
 
 
 def patterns_of(make: Any) -> str:
@@ -311,11 +311,23 @@ A_FEW = [
     "two loaders",
     "momentum encoder, through data",
 ]
+OF_THE_STEP = [
+    *A_FEW,
+    "augmentation on the device",
+    "augmentation in a collate function",
+    "iterable dataset, workers",
+    "ragged last batch",
+    "bf16-mixed",
+    "16-true",
+    "no validation",
+    "max_steps in mid-epoch",
+    "momentum encoder",
+    "momentum encoder, other data",
+]
+WAYS = {"PreciseBN": list(SETUPS), **dict.fromkeys(RUNNING_THE_STEP, OF_THE_STEP)}
 
 
-@pytest.mark.parametrize(
-    ("observer", "name"), [(o, n) for o in OBSERVING for n in (SETUPS if o in OBSERVING_EVERYWHERE else A_FEW)]
-)
+@pytest.mark.parametrize(("observer", "name"), [(o, n) for o in OBSERVING for n in WAYS.get(o, A_FEW)])
 def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
     callback = OBSERVING[observer]()
     observed = trace(SETUPS[name], callback)
@@ -404,49 +416,47 @@ def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
     return [(key, value.shape) for key, value in module.state_dict().items()]
 
 
-def copied(module: nn.Module, copy_of: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """How a copy of the module differs from a plain one: classes, and values of parameters and buffers."""
-    twin = copy_of(module)
-    classes = [type(m) for m in twin.modules()][1:]
-    return classes, digest(list(twin.parameters())) == digest(list(module.parameters())), sorted(vars(twin.bn1))
-
-
 def pickled(o: Any) -> Any:
     return pickle.loads(pickle.dumps(o))
 
 
-@every_callback
-def test_state_dict_has_the_plain_models_keys_and_shapes_at_every_moment(make: Callable[[], Any]) -> None:
-    between, module = AtEveryMoment(shapes), Peeking(shapes)
-    fit(module, [make(), between])
-    assert module.shown.batches > 8 or make not in WITH_A_PASS.values(), "no pass was run"
-    for found in between.found + module.shown.found:
-        assert found == shapes(TinyNet())
+COPIES = {"pickled": pickled, "deep copy": copy.deepcopy}
+
+
+def looked_at(module: nn.Module) -> dict[str, Any]:
+    """What must be as in a plain one: the state dict's keys and shapes; a copy's classes, attributes and values."""
+    found: dict[str, Any] = {"shapes": shapes(module)}
+    for name, copy_of in COPIES.items():
+        twin = copy_of(module)
+        classes = [type(m) for m in twin.modules()][1:]
+        same = digest(list(twin.parameters())) == digest(list(module.parameters()))
+        found[name] = classes, same, sorted(vars(twin.bn1))
+    return found
 
 
 @every_callback
-@pytest.mark.parametrize("copy_of", [pickled, copy.deepcopy])
-def test_the_model_copies_at_every_moment_as_the_plain_one(
-    make: Callable[[], Any], copy_of: Callable[[Any], Any]
-) -> None:
-    look = functools.partial(copied, copy_of=copy_of)
-    between, module = AtEveryMoment(look), Peeking(look)
+def test_at_every_moment_the_model_has_the_keys_of_the_plain_one_and_copies_as_it(make: Callable[[], Any]) -> None:
+    between, module = AtEveryMoment(looked_at), Peeking(looked_at)
     fit(module, [make(), between])
-    plain = look(Peeking(look))
+    plain = looked_at(Peeking(looked_at))
+    assert plain["shapes"] == shapes(TinyNet())
     assert module.shown.batches > 8 or make not in WITH_A_PASS.values(), "no pass was run"
     for found in between.found + module.shown.found:
         assert found == plain
 
 
 @every_callback
-@pytest.mark.parametrize("copy_of", [pickled, copy.deepcopy])
-def test_the_callback_copies_before_between_and_after(make: Callable[[], Any], copy_of: Callable[[Any], Any]) -> None:
-    callback = make()
-    between = AtEveryMoment(lambda _: digest(copy_of(callback).state_dict()) == digest(callback.state_dict()))
-    assert digest(copy_of(callback).state_dict()) == digest(callback.state_dict())
+def test_the_callback_copies_before_between_and_after(make: Callable[[], Any]) -> None:
+    def copies(_: Any) -> bool:
+        state = digest(callback.state_dict())
+        return all(digest(copy_of(callback).state_dict()) == state for copy_of in COPIES.values())
+
+    callback, between = make(), AtEveryMoment(copies)
+    assert copies(None)
     fit(TinyNet(), [callback, between])
     assert len(between.found) > 8 and all(between.found)
-    fit(TinyNet(), copy_of(callback))  # and a copy of one that was used works
+    for copy_of in COPIES.values():
+        fit(TinyNet(), copy_of(callback))  # and a copy of one that was used works
 
 
 @every_callback
@@ -757,28 +767,29 @@ def fit_with_checkpoints(module: TinyNet, callbacks: list[Any], folder: Path, **
     fit(module, [*callbacks, SavesAtEveryMoment(folder)], loader, **trainer, **kwargs)
 
 
-def train_until_killed(name: str, folder: Path, step: int) -> None:
+def train_until_killed(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    fit_with_checkpoints(TinyNet(), [RESUMED[name](), KilledAt(step)], folder)
+    fit_with_checkpoints(TinyNet(), [RESUMED[name](), KilledAt(8)], folder)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize(("step", "last"), [(5, "batch-5"), (6, "validation-6"), (8, "validation-8"), (8, "epoch-8")])
-def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, step: int, last: str, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(name, tmp_path, step))
+def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+    """From the last checkpoint of whichever moment, as if it had been killed right after it."""
+    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(name, tmp_path))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    checkpoint = tmp_path / f"{last}.ckpt"
-    resumed, callback = TinyNet(), RESUMED[name]()
-    at_start = StateAtStart(callback)
-    fit_with_checkpoints(resumed, [at_start, callback], tmp_path / "resumed", ckpt_path=checkpoint)
     uninterrupted, whole = TinyNet(), RESUMED[name]()
     fit_with_checkpoints(uninterrupted, [whole], tmp_path / "whole")
-    saved = torch.load(checkpoint, weights_only=True)["callbacks"].get(callback.state_key, {})
-    assert digest(at_start.state) == digest(saved)
-    assert digest(callback.state_dict()) == digest(whole.state_dict())
-    assert digest(resumed.state_dict()) == digest(uninterrupted.state_dict())
+    for last in ("batch-5", "validation-6", "validation-8", "epoch-8"):
+        checkpoint = tmp_path / f"{last}.ckpt"
+        resumed, callback = TinyNet(), RESUMED[name]()
+        at_start = StateAtStart(callback)
+        fit_with_checkpoints(resumed, [at_start, callback], tmp_path / f"from {last}", ckpt_path=checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)["callbacks"].get(callback.state_key, {})
+        assert digest(at_start.state) == digest(saved), last
+        assert digest(callback.state_dict()) == digest(whole.state_dict()), last
+        assert digest(resumed.state_dict()) == digest(uninterrupted.state_dict()), last
 
 
 RESUMED_AT_A_BATCHS_END: dict[str, Callable[[], list[Any]]] = {
@@ -789,6 +800,8 @@ RESUMED_AT_A_BATCHS_END: dict[str, Callable[[], list[Any]]] = {
     "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), FreezeBNCallback(start_step=4, statistics="ema")],
     "FreezeBN before PreciseBN": lambda: [FreezeBNCallback(start_step=4, statistics="ema"), PreciseBNCallback(20)],
 }
+WITH_A_PHASE = ["PreciseBN, every third", "PreciseBN, every second forecast", "PreciseBN before FreezeBN"]
+"""Those whose passes depend on which validations there are, and on how many there were."""
 VALIDATING: dict[str, dict[str, Any]] = {
     "validating": {},
     "validating twice an epoch": {"val_check_interval": 2},
@@ -808,7 +821,7 @@ def fit_saving_at_batch_ends(callbacks: list[Any], folder: Path, **kwargs: Any) 
 
 @pytest.mark.parametrize(
     ("name", "validating"),
-    [(n, v) for n in RESUMED_AT_A_BATCHS_END for v in VALIDATING if "PreciseBN" in n or v == "validating"],
+    [(n, v) for n in RESUMED_AT_A_BATCHS_END for v in VALIDATING if n in WITH_A_PHASE or v == "validating"],
 )
 def test_a_fit_resumed_at_a_batchs_end_ends_as_the_uninterrupted_one(
     name: str, validating: str, tmp_path: Path

@@ -177,7 +177,7 @@ def test_a_batch_that_cannot_be_counted_is_warned_of() -> None:
         def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self(torch.ones(2, 3, 6, 6))
 
-    assert said(lambda: predictions(MiniBatchInferenceCallback(), Pair(), DataLoader(["a", "b"])))
+    assert said(lambda: predictions(MiniBatchInferenceCallback(), Pair(), DataLoader(["a", "b"], collate_fn="".join)))
 
 
 class Rows(LightningModule):

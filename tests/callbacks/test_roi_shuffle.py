@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from lightning_bn import FreezeBNCallback, GhostBNCallback, PreciseBNCallback, RoIShuffleCallback, SyncBNCallback
 from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
 from tests.distributed.test_roi_shuffle_ranks import Detector
-from tests.ranks import ranks_at_hand, run_on_ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Two of them."""
-    with ranks_at_hand(2) as call:
-        yield call
+from tests.ranks import run_on_ranks
 
 
 class Scenes(torch.utils.data.Dataset[Any]):
@@ -136,8 +128,8 @@ def with_and_without(masks: bool, bn: bool) -> dict[str, Any]:
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:.*has no BatchNorm layer")
-def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle(ranks: Any) -> None:
-    results = ranks(with_and_without, True, False)
+def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle() -> None:
+    results = run_on_ranks(with_and_without, 2, True, False)
     for found in results:
         for ours, theirs in zip(found["with"]["losses"], found["without"]["losses"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
@@ -160,8 +152,8 @@ def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle(
 
 
 @pytest.mark.ddp
-def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently(ranks: Any) -> None:
-    first, second = ranks(with_and_without, False, True)
+def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently() -> None:
+    first, second = run_on_ranks(with_and_without, 2, False, True)
     for name, gradient in first["with"]["gradients"].items():
         assert torch.equal(gradient, second["with"]["gradients"][name]) and gradient.isfinite().all()
     assert first["with"]["losses"][0] != first["without"]["losses"][0]
@@ -227,7 +219,7 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.ddp
 def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(ranks: Any, tmp_path: Path) -> None:
-    first, second = ranks(resumed, tmp_path)
+    first, second = run_on_ranks(resumed, 2, tmp_path)
     whole, again, other_seed, plain, second_fit = first
     assert again == whole, "resumed differently"
     assert second_fit == whole, "the second fit of one callback is not like the first"
@@ -264,8 +256,8 @@ def ignored(kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("kind", ["rows", "no rows", "rows, find unused", "no rows, find unused", "rows, compiled"])
-def test_a_training_step_may_ignore_the_rows(kind: str, ranks: Any) -> None:
-    first, second = ranks(ignored, kind)
+def test_a_training_step_may_ignore_the_rows(kind: str) -> None:
+    first, second = run_on_ranks(ignored, 2, kind)
     assert first.keys() == second.keys() == dict(Ignores(True).named_parameters()).keys()
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
@@ -316,12 +308,12 @@ def short_or_long(trainer: Trainer) -> Any:
 
 
 @pytest.mark.ddp
-def test_a_pass_and_frozen_layers_exchange_nothing(ranks: Any) -> None:
-    plain = ranks(drawn, [])
+def test_a_pass_and_frozen_layers_exchange_nothing() -> None:
+    plain = run_on_ranks(drawn, 2, [])
     passing = PreciseBNCallback(100, source=short_or_long, shard=False)
-    assert ranks(drawn, [passing]) == plain
+    assert run_on_ranks(drawn, 2, [passing]) == plain
     frozen = FreezeBNCallback(start_epoch=1, num_samples=8, warmup_epochs=0)
-    assert ranks(drawn, [frozen]) != plain, "as many were drawn as without freezing"
+    assert run_on_ranks(drawn, 2, [frozen]) != plain, "as many were drawn as without freezing"
 
 
 def too_few() -> tuple[Any, ...]:
@@ -332,8 +324,8 @@ def too_few() -> tuple[Any, ...]:
 
 
 @pytest.mark.ddp
-def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted(ranks: Any) -> None:
-    for same, unshuffled, copied in ranks(too_few):
+def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted() -> None:
+    for same, unshuffled, copied in run_on_ranks(too_few, 2):
         assert same and unshuffled == copied == 3 * 4 * 2
 
 
@@ -347,10 +339,10 @@ def beside(kind: type, layers: str) -> str:
 
 
 @pytest.mark.ddp
-def test_beside_others_on_the_same_layer(ranks: Any) -> None:
-    for said in ranks(beside, SyncBNCallback, "bn*"):
+def test_beside_others_on_the_same_layer() -> None:
+    for said in run_on_ranks(beside, 2, SyncBNCallback, "bn*"):
         assert "RoIShuffleCallback and SyncBNCallback act on layer 'bn2' (1 in all)" in said
-    assert ranks(beside, SyncBNCallback, "bn1") == ranks(beside, GhostBNCallback, "bn*") == ["", ""]
+    assert run_on_ranks(beside, 2, SyncBNCallback, "bn1") == run_on_ranks(beside, 2, GhostBNCallback, "bn*") == ["", ""]
 
 
 def test_one_process_is_as_it_was_and_warns_once() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from lightning_bn import exchange_rows, restore_rows
 from lightning_bn.distributed.exchange import Route
-from tests.ranks import ranks_at_hand, run_on_ranks
+from tests.ranks import run_on_ranks
 
 counts_of = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
@@ -81,21 +79,15 @@ def exchanged(parts: list[Tensor], seed: int, without_history: bool) -> Found:
     return Found(rest["ids"], same, output.detach(), x.grad, generator.get_state())
 
 
-@pytest.fixture(scope="module")
-def at_hand() -> Iterator[dict[int, Callable[..., list[Any]]]]:
-    with contextlib.ExitStack() as stack:
-        yield {n: stack.enter_context(ranks_at_hand(n)) for n in (2, 4)}
-
-
 @pytest.mark.ddp
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_rows_come_home_and_gradients_are_those_of_one_process(ranks: int, at_hand: dict[int, Any]) -> None:
-    @settings(max_examples=60)
+def test_rows_come_home_and_gradients_are_those_of_one_process(ranks: int) -> None:
+    @settings(max_examples=30)
     @given(st.lists(st.integers(0, 7), min_size=ranks, max_size=ranks), st.integers(0, 2**32), st.booleans())
     def check(counts: list[int], seed: int, without_history: bool) -> None:
         x = torch.randn(sum(counts), 3, dtype=torch.float64, requires_grad=True)
         parts = list(x.detach().split(counts))
-        found: list[Found] = at_hand[ranks](exchanged, parts, seed, without_history)
+        found: list[Found] = run_on_ranks(exchanged, ranks, parts, seed, without_history)
         assert all(all(f.restored) for f in found), "not bit for bit what it was"
         sizes = [len(f.given) for f in found]
         assert torch.equal(torch.cat([f.given for f in found]).sort()[0], torch.arange(sum(counts)))
@@ -116,22 +108,22 @@ def test_rows_come_home_and_gradients_are_those_of_one_process(ranks: int, at_ha
     check()
 
 
-def orders(seed: int) -> list[list[int]]:
-    """What this rank is given of 4 rows a rank, in three exchanges of one generator."""
-    generator, ids = torch.Generator().manual_seed(seed), torch.arange(4) + 4 * dist.get_rank()
-    return [exchange_rows(ids, generator)[0].tolist() for _ in range(3)]
+def orders(seeds: Iterable[int]) -> list[list[list[int]]]:
+    """What this rank is given of 4 rows a rank, for each seed in three exchanges of one generator."""
+    ids, generators = torch.arange(4) + 4 * dist.get_rank(), [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [[exchange_rows(ids, generator)[0].tolist() for _ in range(3)] for generator in generators]
 
 
 @pytest.mark.ddp
-def test_the_order_is_drawn_anew_each_time_and_the_same_from_the_same_seed(at_hand: dict[int, Any]) -> None:
-    first, again, other = (at_hand[2](orders, seed) for seed in (0, 0, 1))
-    assert first == again != other
-    assert len({tuple(order) for order in first[0]}) == 3
+def test_the_order_is_drawn_anew_each_time_and_the_same_from_the_same_seed() -> None:
+    of_ranks = run_on_ranks(orders, 2, [0, *range(60)])
+    for again, first, other, *_ in of_ranks:
+        assert first == again != other
+        assert len({tuple(order) for order in first}) == 3
     where = torch.zeros(8, 2)
-    for seed in range(60):
-        for rank, given_to in enumerate(at_hand[2](orders, seed)):
-            for ids in given_to:
-                where[ids, rank] += 1
+    for rank, of_seeds in enumerate(of_ranks):
+        for ids in itertools.chain.from_iterable(of_seeds[1:]):
+            where[ids, rank] += 1
     assert (where.sum(1) == 180).all() and (where > 60).all(), "of 180 times each row is at each rank about 90 times"
 
 
@@ -162,9 +154,9 @@ def messages(sizes: list[int]) -> tuple[list[int], int, bool]:
 
 
 @pytest.mark.ddp
-def test_one_all_to_all_a_direction_moves_a_structure_and_no_row_that_stays(at_hand: dict[int, Any]) -> None:
+def test_one_all_to_all_a_direction_moves_a_structure_and_no_row_that_stays() -> None:
     sizes = [40, 24]
-    for (sent, to_itself, asked), rows in zip(at_hand[2](messages, sizes), sizes, strict=True):
+    for (sent, to_itself, asked), rows in zip(run_on_ranks(messages, 2, sizes), sizes, strict=True):
         there, back, back_again, there_again, *without_gradients = sent
         assert len(without_gradients) == 4 and not asked, "without gradients there is no backward to wait in"
         assert to_itself == 0
@@ -196,8 +188,8 @@ def misfits() -> list[str]:
 
 
 @pytest.mark.ddp
-def test_what_cannot_be_exchanged_is_an_error_on_every_rank_that_says_what(at_hand: dict[int, Any]) -> None:
-    for said in at_hand[2](misfits):
+def test_what_cannot_be_exchanged_is_an_error_on_every_rank_that_says_what() -> None:
+    for said in run_on_ranks(misfits, 2):
         shape, dtype, seed, rows, strange, nothing, lost, summed, strange_output = said
         assert "Ranks hold rows of different dtype or shape" in shape and "different dtype" in dtype
         assert "generators are in different states" in seed
@@ -226,8 +218,8 @@ def places() -> list[str]:
 
 
 @pytest.mark.ddp
-def test_rows_at_other_places_of_a_structure_are_not_mixed(at_hand: dict[int, Any]) -> None:
-    first, second = at_hand[2](places)
+def test_rows_at_other_places_of_a_structure_are_not_mixed() -> None:
+    first, second = run_on_ranks(places, 2)
     assert [said.split("this one ")[1].split(" torch")[0] for said in first] == ["['a']", "[0]", "[0].x"]
     assert [said.split("this one ")[1].split(" torch")[0] for said in second] == ["['b']", "[1]", "[0].y"]
 
@@ -248,8 +240,8 @@ def lists() -> None:
 
 
 @pytest.mark.ddp
-def test_rows_do_not_hide_in_lists_of_plain_values(at_hand: dict[int, Any]) -> None:
-    at_hand[2](lists)
+def test_rows_do_not_hide_in_lists_of_plain_values() -> None:
+    run_on_ranks(lists, 2)
 
 
 @pytest.mark.parametrize("generator", [None, 0, False, "gen"])
@@ -258,14 +250,13 @@ def test_a_generator_that_is_none_is_refused_by_one_process_too(generator: Any) 
         exchange_rows(torch.zeros(4, 3), generator)
 
 
-def last_words(at: str) -> float:
-    """Rank 1 is killed; seconds until rank 0 has an error."""
+def last_words(at: str) -> None:
+    """Rank 1 is killed, and rank 0 says in which step it has an error."""
     x, generator = torch.randn(5, 3, requires_grad=True), torch.Generator()
     group = dist.new_group([0, 1])
     for step in itertools.count():
         if dist.get_rank() == 1 and (step, at) == (2, "forward"):
             os.kill(os.getpid(), signal.SIGKILL)
-        began = time.monotonic()
         try:
             rows, exchange = exchange_rows(x, generator, group)
             output = restore_rows(rows * 2, exchange)
@@ -273,16 +264,17 @@ def last_words(at: str) -> float:
                 os.kill(os.getpid(), signal.SIGKILL)
             output.sum().backward()
         except RuntimeError as error:
-            raise RuntimeError(f"step {step} failed after {time.monotonic() - began:.0f} s") from error
+            raise RuntimeError(f"step {step} failed") from error
     raise AssertionError
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_killed_rank_ends_the_others_with_an_error(at: str) -> None:
-    """At once, not after the 60 seconds that the group would wait for a rank that is only late."""
-    with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*step 2 failed after [0-9] s.*rank 1: died"):
+    """At once, not when the group has waited for a rank that is only late."""
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*step 2 failed.*rank 1: died") as raised:
         run_on_ranks(last_words, 2, at)
+    assert "timed out" not in str(raised.value).lower()
 
 
 def test_one_process_keeps_its_rows() -> None:

@@ -85,7 +85,12 @@ def test_synced_layers_are_layers_like_others() -> None:
 def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple[float, list[str]]:
     said: list[str] = []
     statistics = measure(
-        estimable_layers(model), shards[dist.get_rank()], model, batch_size=100, at_most=share, say=said.append
+        estimable_layers(model),
+        shards[dist.get_rank()],
+        model,
+        batch_size=100,
+        at_most=share,
+        say=lambda about, text: said.append(text),
     )
     return statistics.batch_size, said
 
@@ -149,7 +154,7 @@ def test_what_goes_wrong_on_one_rank_ends_all(shards: list[list[int]]) -> None:
     assert len(first) == len(second) == len(hows), "each pass ended with an error on each rank"
     assert all(same for ends in of_ranks for _, _, same in ends)
     assert second[0][:2] == ("Trouble", "of rank 1")
-    assert first[0][:2] == ("RuntimeError", "Another rank failed in the pass; its error says why.")
+    assert first[0][:2] == ("AnotherRankFailedError", "Another rank failed in the pass; its error says why.")
     for ends in of_ranks:
         for kind, message, _ in ends[1:]:
             assert kind == "LockstepError", message
@@ -165,17 +170,18 @@ def test_ranks_that_take_different_ways_are_named() -> None:
 def short_of_memory(model: nn.Module, shards: list[Batches]) -> tuple[str, str]:
     from lightning_bn.functional import pooled
 
-    pooled.free_memory = lambda device: 10**9 if dist.get_rank() else 20_000  # type: ignore[assignment]
-    try:
-        precise_bn(model, shards[dist.get_rank()], batch_size="population")
-    except (MemoryError, RuntimeError) as error:
-        return type(error).__name__, str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooled, "free_memory", lambda device: 10**9 if dist.get_rank() else 20_000)
+        try:
+            precise_bn(model, shards[dist.get_rank()], batch_size="population")
+        except (MemoryError, RuntimeError) as error:
+            return type(error).__name__, str(error)
     return "", ""
 
 
 def test_a_rank_that_is_short_of_memory_ends_all() -> None:
     first, second = run_on_ranks(short_of_memory, 2, cnn(), [images(4, 4, 4), images(4, 4, 4)], timeout=60)
-    assert first[0] == "MemoryError" and second[0] == "RuntimeError"
+    assert first[0] == "NotEnoughMemoryError" and second[0] == "AnotherRankFailedError"
 
 
 # --- as many samples as needed ----------------------------------------------------------------------------------------

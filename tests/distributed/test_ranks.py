@@ -1,8 +1,18 @@
 """The tests' own runner of ranks: a rank that fails or hangs fails the test, and says so."""
 
-import os
-import time
+from __future__ import annotations
 
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,8 +58,57 @@ def test_a_rank_that_dies_fails_the_run() -> None:
         run_on_ranks(die_on_rank_1, 2)
 
 
-def test_a_rank_that_hangs_is_killed() -> None:
-    start = time.monotonic()
+def test_a_rank_that_hangs_is_killed_and_the_next_call_has_new_ones() -> None:
+    before = processes_of_ranks()
     with pytest.raises(RuntimeError, match="rank 1: nothing in time"):
         run_on_ranks(hang_on_rank_1, 2, timeout=4)
-    assert time.monotonic() - start < 30
+    assert len(before) == 2 and not any(psutil.pid_exists(pid) for pid in before)
+    assert not before & processes_of_ranks()
+
+
+def processes_of_ranks() -> set[int]:
+    return set(run_on_ranks(os.getpid, 2))
+
+
+def change_everything() -> None:
+    os.environ["LEFT_BEHIND"] = "1"
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)
+    warnings.simplefilter("error")
+    dist.new_group()
+
+
+def state() -> tuple[Any, ...]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.warn("once", stacklevel=1)
+    groups = len(dist.distributed_c10d._world.pg_names)
+    torch_state = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.rand(()).item()
+    strict = torch.are_deterministic_algorithms_enabled()
+    return os.environ.get("LEFT_BEHIND"), strict, random.random(), len(caught), groups, *torch_state
+
+
+def test_ranks_stay_but_nothing_that_they_were_left_with() -> None:
+    before, processes = run_on_ranks(state, 2), processes_of_ranks()
+    run_on_ranks(change_everything, 2)
+    assert run_on_ranks(state, 2) == before
+    assert processes_of_ranks() == processes
+
+
+KILLED = """
+import os
+from tests import ranks
+ranks.PRELOADED[:] = ["torch"]  # less than Lightning
+print(*ranks.run_on_ranks(os.getpid, 2), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_ranks_end_if_the_tests_are_killed() -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run([sys.executable, "-c", KILLED], env=env, stdout=subprocess.PIPE, text=True, timeout=120)
+    first, second = map(int, ran.stdout.split())
+    for rank in (first, second):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(rank).wait(60)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,17 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import domain_bn, find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
 from lightning_bn.layers.behaviour import behaviours_of
-from tests.ranks import ranks_at_hand
+from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.ddp
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Two of them."""
-    with ranks_at_hand(2) as call:
-        yield call
 
 
 class Detector(nn.Module):
@@ -116,8 +109,8 @@ def with_and_without(counts: tuple[int, int]) -> tuple[State, State]:
 
 
 @pytest.mark.parametrize("counts", [(7, 5), (0, 9), (12, 1), (1, 1)])
-def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle(counts: tuple[int, int], ranks: Any) -> None:
-    for found, without in ranks(with_and_without, counts):
+def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle(counts: tuple[int, int]) -> None:
+    for found, without in run_on_ranks(with_and_without, 2, counts):
         assert_equal(found, without)
 
 
@@ -137,8 +130,8 @@ def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
     return features, moved, dict(model.box_head.bn.named_buffers()), shown
 
 
-def test_a_head_normalises_rows_of_both_ranks(ranks: Any) -> None:
-    first, second = ranks(what_a_head_sees)
+def test_a_head_normalises_rows_of_both_ranks() -> None:
+    first, second = run_on_ranks(what_a_head_sees, 2)
     every = torch.cat([first[0], second[0]])
     for own, moved, buffers, shown in (first, second):
         from_here = sum(any(torch.equal(row, o) for o in own) for row in moved)
@@ -178,10 +171,10 @@ def ignoring(counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: 
 )
 @pytest.mark.parametrize("counts", [(8, 6), (0, 11)])
 def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
-    counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool, ranks: Any
+    counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool
 ) -> None:
     """And gets the gradients that its rows have through the batches of other ranks."""
-    for found in ranks(ignoring, counts, uses, find_unused):
+    for found in run_on_ranks(ignoring, 2, counts, uses, find_unused):
         for ours, expected in zip(found[::2], found[1::2], strict=True):
             assert_equal(ours, expected)
 
@@ -214,8 +207,8 @@ def one_uses_them(kind: type[Detector]) -> State:
 
 
 @pytest.mark.parametrize("kind", [WithoutGradients, CallsItself])
-def test_no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call(kind: type, ranks: Any) -> None:
-    for found in ranks(one_uses_them, kind):
+def test_no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call(kind: type) -> None:
+    for found in run_on_ranks(one_uses_them, 2, kind):
         assert found["trunk.weight"].isfinite().all()
 
 
@@ -237,8 +230,8 @@ def recomputed(checkpointing: str) -> tuple[State, State]:
 
 
 @pytest.mark.parametrize("kind", ["head", "head, reentrant", "whole", "whole, reentrant"])
-def test_recomputed_rows_take_the_route_they_took(kind: str, ranks: Any) -> None:
-    for found, expected in ranks(recomputed, kind):
+def test_recomputed_rows_take_the_route_they_took(kind: str) -> None:
+    for found, expected in run_on_ranks(recomputed, 2, kind):
         assert_equal(found, expected)
 
 
@@ -252,8 +245,8 @@ def recomputed_otherwise() -> None:
             loss.backward()
 
 
-def test_rows_that_no_forward_exchanged_are_refused_in_backward(ranks: Any) -> None:
-    ranks(recomputed_otherwise)
+def test_rows_that_no_forward_exchanged_are_refused_in_backward() -> None:
+    run_on_ranks(recomputed_otherwise, 2)
 
 
 class Contrastive(nn.Module):
@@ -283,8 +276,8 @@ def contrasted() -> tuple[Tensor, bool, bool]:
     return keys, keys.requires_grad, torch.allclose(keys, model.encoder_k(x))
 
 
-def test_a_momentum_encoder_is_shuffled_without_gradients(ranks: Any) -> None:
-    for keys, has_gradient, own_batch in ranks(contrasted):
+def test_a_momentum_encoder_is_shuffled_without_gradients() -> None:
+    for keys, has_gradient, own_batch in run_on_ranks(contrasted, 2):
         assert keys.shape == (6, 3) and not has_gradient and not own_batch
 
 
@@ -310,8 +303,8 @@ def where_nobody_waits() -> None:
         model.train()(x)  # undone
 
 
-def test_ranks_wait_for_each_other_only_where_batch_statistics_are_used(ranks: Any) -> None:
-    ranks(where_nobody_waits)
+def test_ranks_wait_for_each_other_only_where_batch_statistics_are_used() -> None:
+    run_on_ranks(where_nobody_waits, 2)
 
 
 def copied() -> None:
@@ -334,8 +327,8 @@ def copied() -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_copies_are_plain_and_nothing_is_left(ranks: Any) -> None:
-    ranks(copied)
+def test_copies_are_plain_and_nothing_is_left() -> None:
+    run_on_ranks(copied, 2)
 
 
 class Strange(Detector):
@@ -364,8 +357,8 @@ def strange() -> list[str]:
     return said
 
 
-def test_errors_name_the_module(ranks: Any) -> None:
-    for structure, summed in ranks(strange):
+def test_errors_name_the_module() -> None:
+    for structure, summed in run_on_ranks(strange, 2):
         assert "Module 'box_head': exchange_rows was given a slice" in structure
         assert "Module 'box_head': restore_rows was given a Tensor that is no tensor of rows" in summed
 
@@ -388,8 +381,8 @@ def compiled() -> tuple[State, State]:
     return gradients(model), gradients(plain)
 
 
-def test_it_works_under_compile(ranks: Any) -> None:
-    for found, expected in ranks(compiled):
+def test_it_works_under_compile() -> None:
+    for found, expected in run_on_ranks(compiled, 2):
         assert_equal(found, expected)
 
 
@@ -439,5 +432,5 @@ def with_datasets() -> None:
         model(torch.randn(4, 3))
 
 
-def test_rows_of_datasets_told_apart_are_not_mixed(ranks: Any) -> None:
-    ranks(with_datasets)
+def test_rows_of_datasets_told_apart_are_not_mixed() -> None:
+    run_on_ranks(with_datasets, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from lightning_bn import PopulationStatistics, precise_bn
 from lightning_bn.functional.memory import Alive, Room, Spilled, free_memory
+from tests.memory import growth
 from tests.ranks import run_on_ranks
 from tests.zoo import CASES, case, cnn, images
 
@@ -230,12 +230,10 @@ def test_free_memory_is_at_most_that_of_the_machine(monkeypatch: pytest.MonkeyPa
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# --- as measured in fresh processes -----------------------------------------------------------------------------------
+# --- as measured in another process -----------------------------------------------------------------------------------
 
 ACTIVATION = 8
 """MiB of a micro-batch's activation at the widest layer."""
-_M_MMAP_THRESHOLD = -3
-"""From this size on glibc gives a tensor pages of its own and takes them back."""
 
 
 def _network() -> nn.Module:
@@ -252,12 +250,10 @@ def _network() -> nn.Module:
 
 
 def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float, int, float]:
-    """MiB by which this fresh process grew at most; bytes spilled; MiB that were predicted."""
+    """MiB by which this process grew at most; bytes spilled; MiB that were predicted."""
     from lightning_bn.functional import pooled
 
-    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
-    tempfile.tempdir = folder
-    predicted = [0.0]
+    predicted, spilled = [0.0], list[int]()
     needs: Callable[..., Any] = pooled.Pooled.needs
 
     def spy(self: Any, own: Any) -> Any:
@@ -265,19 +261,15 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
         predicted[0] = found.num_bytes * 12 / 2**20
         return found
 
-    pooled.Pooled.needs = spy  # type: ignore[method-assign]
     model = _network()
     batches = torch.randn(12, 2, 3, 256, 256).unbind()
     kwargs = {"batch_size": batch_size, "memory_limit": memory_limit}
-    precise_bn(model, [torch.randn(2, 3, 16, 16)] * 2, **kwargs)  # loads what is loaded once
-    before = _status("VmRSS")
-    statistics = precise_bn(model, batches, **kwargs)
-    return _status("VmHWM") - before, statistics.spilled, predicted[0]
-
-
-def _status(key: str) -> float:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setattr(pooled.Pooled, "needs", spy)
+        precise_bn(model, [torch.randn(2, 3, 16, 16)] * 2, **kwargs)  # loads what is loaded once
+        grown = growth(lambda: spilled.append(precise_bn(model, batches, **kwargs).spilled), of_its_own=2**18)
+    return grown, spilled[0], predicted[0]
 
 
 @pytest.mark.ddp  # for the processes
