@@ -85,7 +85,12 @@ def test_synced_layers_are_layers_like_others() -> None:
 def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple[float, list[str]]:
     said: list[str] = []
     statistics = measure(
-        estimable_layers(model), shards[dist.get_rank()], model, batch_size=100, at_most=share, say=lambda about, text: said.append(text)
+        estimable_layers(model),
+        shards[dist.get_rank()],
+        model,
+        batch_size=100,
+        at_most=share,
+        say=lambda about, text: said.append(text),
     )
     return statistics.batch_size, said
 
