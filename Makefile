@@ -42,7 +42,7 @@ test: setup ## what CI runs: lint, types, docs, tests with coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest --cov -n auto --dist loadfile $(NO_HANG)
+	$(BIN)/pytest --cov -n auto --dist worksteal $(NO_HANG)
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks

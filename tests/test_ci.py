@@ -68,7 +68,7 @@ def test_a_process_that_dies_or_hangs_ends_the_run_with_its_tests_name(tmp_path:
     (tmp_path / "test_it.py").write_text(f"import ctypes, os\ndef test_bad(): {end}\ndef test_later(): pass\n")
     found = re.search(r"^NO_HANG := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found is not None
-    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "1", "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-n", "1", "--dist", "worksteal"]
     command += [*found[1].split(), "-o", "faulthandler_timeout=2", "test_it.py"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a third of the time

@@ -1,9 +1,6 @@
 """The recipe of Table 5: three trainings fill six rows, levels have objects, verdicts are decided by the numbers."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +14,11 @@ import lightning_bn as lbn
 from recipes.average_precision import AP
 from recipes.detection import Parts
 from recipes.scenes import SceneData, as_lists
-from recipes.shared_head.__main__ import make_parser
+from recipes.shared_head.__main__ import main, make_parser
 from recipes.shared_head.claims import ORDERINGS, PAPER, claims
 from recipes.shared_head.detector import HEADS, Detector
 from recipes.shared_head.experiment import ROWS, TRAININGS, Results, Row, shared_head
+from tests.recipes.offline import offline  # noqa: F401
 
 SCHEDULE = Path(__file__).parents[2] / "recipes" / "shared_head" / "coco.yaml"
 
@@ -37,10 +35,8 @@ def of_demo(**settings: Any) -> SceneData:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the real command."""
     folder = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "recipes.shared_head", "--preset", "smoke", "--out", str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline"}, timeout=240)
+    main(["--preset", "smoke", "--out", str(folder)])
     return folder
 
 
