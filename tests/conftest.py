@@ -1,11 +1,13 @@
 """What every test gets: one thread, a seed; and for those that ask, W&B without a network."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import wandb
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 from tests.ranks import end_ranks, start_anew
 
@@ -16,6 +18,14 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _anew() -> None:
     start_anew()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plugins_are_looked_up_once() -> Iterator[None]:
+    """A Trainer reads the metadata of every installed package, which takes a tenth of a tiny fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
