@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns, wait_for
-from lightning_bn.statistics.gaps import mean_gap, var_gap
+from lightning_bn.core.gaps import mean_gap, var_gap
 from tests.layer_by_layer import layer_by_layer
 
 TITLE = "Exact population statistics cost little more than one pass"

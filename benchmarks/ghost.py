@@ -67,7 +67,7 @@ class Loop(nn.Module):
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise runs of samples one after the other."""
+        """Normalize runs of samples one after the other."""
         return torch.cat([self.bn(chunk) for chunk in x.split(GHOST)])
 
 

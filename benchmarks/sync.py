@@ -70,7 +70,7 @@ class Row:
 def report(device: str, quick: bool) -> str:
     """Measure everything on the CPU; the table and how it was measured, as Markdown."""
     if device == "cuda":
-        return "Not measured: one GPU is one rank, which has nothing to synchronise."
+        return "Not measured: one GPU is one rank, which has nothing to synchronize."
     rows = []
     for network, shape in product(NETWORKS, QUICK if quick else SHAPES):
         rows.append(_measure(network, shape))

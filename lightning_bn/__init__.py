@@ -1,6 +1,6 @@
 """The BatchNorm toolkit for PyTorch Lightning: *Rethinking "Batch" in BatchNorm* (Wu & Johnson, 2021) in practice.
 
-A callback changes which batch a BatchNorm layer normalises over, and leaves everything else alone. The same verbs
+A callback changes which batch a BatchNorm layer normalizes over, and leaves everything else alone. The same verbs
 exist for plain PyTorch.
 """
 
@@ -55,10 +55,10 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.precise_bn import PreciseBNCallback
     from lightning_bn.callbacks.roi_shuffle import RoIShuffleCallback
     from lightning_bn.callbacks.sync_bn import SyncBNCallback
-    from lightning_bn.distributed.exchange import exchange_rows, restore_rows
-    from lightning_bn.engine.normalization_batch import normalization_batch_size
+    from lightning_bn.core.exchange import exchange_rows, restore_rows
+    from lightning_bn.trainer.normalization_batch import normalization_batch_size
     from lightning_bn.functional.adapt import adapt_bn
-    from lightning_bn.functional.domains import domain_bn
+    from lightning_bn.functional.domain.bn import domain_bn
     from lightning_bn.functional.freeze import freeze_bn
     from lightning_bn.functional.ghost import ghost_bn
     from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
@@ -67,9 +67,9 @@ if TYPE_CHECKING:
     from lightning_bn.functional.roi_shuffle import roi_shuffle
     from lightning_bn.functional.sync import sync_bn
     from lightning_bn.layers.find import find_bn
-    from lightning_bn.statistics.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
-    from lightning_bn.statistics.moments import Moments
-    from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
+    from lightning_bn.tracking.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
+    from lightning_bn.core.moments import Moments
+    from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 else:  # type checkers take any name from a module that they see a __getattr__ of
     __getattr__, __dir__ = lazily(
         __name__,
@@ -78,32 +78,32 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
             "BNStatsMonitor": "callbacks.bn_stats_monitor",
             "BatchLeakage": "functional.leakage",
             "BatchLeakageMonitor": "callbacks.batch_leakage_monitor",
-            "DeadChannels": "statistics.metrics",
+            "DeadChannels": "tracking.metrics",
             "DomainSpecificBNCallback": "callbacks.domain_specific_bn",
             "FreezeBNCallback": "callbacks.freeze_bn",
             "GhostBNCallback": "callbacks.ghost_bn",
-            "LayerStatistics": "statistics.population",
-            "MeanGap": "statistics.metrics",
+            "LayerStatistics": "core.population",
+            "MeanGap": "tracking.metrics",
             "MiniBatchInferenceCallback": "callbacks.mini_batch_inference",
-            "Moments": "statistics.moments",
-            "NonFiniteChannels": "statistics.metrics",
-            "PopulationStatistics": "statistics.population",
+            "Moments": "core.moments",
+            "NonFiniteChannels": "tracking.metrics",
+            "PopulationStatistics": "core.population",
             "PreciseBNCallback": "callbacks.precise_bn",
             "RoIShuffleCallback": "callbacks.roi_shuffle",
             "SyncBNCallback": "callbacks.sync_bn",
-            "VarGap": "statistics.metrics",
+            "VarGap": "tracking.metrics",
             "adapt_bn": "functional.adapt",
             "batch_leakage": "functional.leakage",
-            "domain_bn": "functional.domains",
-            "exchange_rows": "distributed.exchange",
+            "domain_bn": "functional.domain.bn",
+            "exchange_rows": "core.exchange",
             "find_bn": "layers.find",
             "freeze_bn": "functional.freeze",
             "ghost_bn": "functional.ghost",
             "mini_batch_inference": "functional.mini_batch",
-            "normalization_batch_size": "engine.normalization_batch",
+            "normalization_batch_size": "trainer.normalization_batch",
             "plots": "plots",
             "precise_bn": "functional.precise",
-            "restore_rows": "distributed.exchange",
+            "restore_rows": "core.exchange",
             "roi_shuffle": "functional.roi_shuffle",
             "sync_bn": "functional.sync",
         },

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.core.checks import require_whole
 
 # Blocks in each stage, and whether with shortcuts.
 NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}

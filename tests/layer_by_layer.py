@@ -1,8 +1,8 @@
 """The paper's exact algorithm (App. A.3), as the oracle of what lockstep computes: one layer at a time.
 
-To estimate a layer, every batch is run as far as it: layers before it normalise with the statistics that were found for
+To estimate a layer, every batch is run as far as it: layers before it normalize with the statistics that were found for
 them, and what it is given is measured. So each batch is run once for every layer. A layer that is called several times
-in a forward normalises each call with that call's statistics, as it does in training, and stores those of all.
+in a forward normalizes each call with that call's statistics, as it does in training, and stores those of all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def layer_by_layer(
     forward: Callable[[nn.Module, Any], Any] = call_model,
     layers: Sequence[str] | None = None,
 ) -> dict[str, Moments]:
-    """What each of ``layers`` is given when all batches are normalised together; the others use what they store."""
+    """What each of ``layers`` is given when all batches are normalized together; the others use what they store."""
     model = copy.deepcopy(model).eval()
     found: list[tuple[str, Moments]] = []
     here: list[Moments] = []

@@ -15,10 +15,10 @@ ROOT = Path(str(lightning_bn.__file__)).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 del FILES["__init__.py"]  # it names all
 
-FLOORS = [{"lazy"}, {"statistics"}, {"distributed"}, {"layers"}, {"functional"}, {"engine", "plots"}]
+FLOORS = [{"lazy"}, {"core"}, {"layers"}, {"lockstep"}, {"functional"}, {"tracking"}, {"trainer", "plots"}]
 FLOORS += [{"callbacks", "report"}]
 """A file imports from its own folder, and from those on lower floors."""
-LIGHTNING = {"engine", "plots", "callbacks", "report"}
+LIGHTNING = {"trainer", "plots", "callbacks", "report"}
 """Who may import Lightning."""
 PRIVATE = (
     r"\._(active_loop|combined_loader|data_fetcher|logger_connector|module_mode|results|batches_that_stepped|"
@@ -28,8 +28,8 @@ PRIVATE = (
 """Names of Lightning's that it may change at will."""
 KNOW_PRIVATE = {
     "callbacks/domain_specific_bn.py",
-    *(f"engine/{name}.py" for name in ("batches", "evaluate_under", "evaluation_loop", "logging", "modes")),
-    *(f"engine/{name}.py" for name in ("normalization_batch", "population_pass", "resume")),
+    *(f"trainer/{name}.py" for name in ("loaders", "evaluation", "evaluation_loop", "logging", "modes")),
+    *(f"trainer/{name}.py" for name in ("normalization_batch", "passes", "resume")),
 }
 
 

@@ -12,22 +12,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.distributed.moments import sum_over_ranks
-from lightning_bn.engine.batches import evaluation_batches
-from lightning_bn.engine.evaluate_under import evaluate_under
-from lightning_bn.engine.evaluation_loop import has_batches, num_domains, stage_of
-from lightning_bn.engine.logging import log_row
-from lightning_bn.engine.modes import modes_of_training
-from lightning_bn.engine.population_pass import refuse_sharding
-from lightning_bn.engine.target_pass import TargetForward, measure_target, refuse_own_fetching
+from lightning_bn.core.ranks import sum_over_ranks
+from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
+from lightning_bn.trainer.logging import log_row
+from lightning_bn.trainer.modes import modes_of_training
+from lightning_bn.trainer.passes import refuse_sharding
+from lightning_bn.trainer.target_pass import TargetForward, measure_target, refuse_own_fetching
 from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
-from lightning_bn.functional.arguments import check_bool, require_whole
+from lightning_bn.core.checks import check_bool, require_whole
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.functional.samples import Count, counted_by
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.adapted import Adapting
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
-from lightning_bn.statistics.population import PopulationStatistics
+from lightning_bn.core.population import PopulationStatistics
 
 
 class AdaBNCallback(BatchNormCallback):
@@ -53,7 +53,7 @@ class AdaBNCallback(BatchNormCallback):
         prior_samples: How many target samples the original statistics are worth, mixed in by ``N / (N + n)``, see
             `adapt_bn`. A prior protects where few samples come and the shift is small; at a strong one it is what
             is wrong (in a trial of ours 33.9 % error without, 89.5 with a prior of 16, from 64 samples).
-        online: Instead of reading ahead, normalise each batch with the statistics of all batches so far, itself
+        online: Instead of reading ahead, normalize each batch with the statistics of all batches so far, itself
             included, of this rank. Nothing is written. Predictions then depend on the order of batches.
         stages: Before which of ``"validate"``, ``"test"`` and ``"predict"``, outside of a fit.
         compare: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``, which

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_bn import plots
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.engine.forward import Forward
-from lightning_bn.engine.leakage_pass import LeakagePass, three_errors
-from lightning_bn.engine.logging import log_row, log_step, safe_keys
-from lightning_bn.functional.arguments import check_bool
+from lightning_bn.trainer.forward import Forward
+from lightning_bn.trainer.leakage_pass import LeakagePass, three_errors
+from lightning_bn.trainer.logging import log_row, log_step, safe_keys
+from lightning_bn.core.checks import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, said_of
-from lightning_bn.functional.samples import Count
+from lightning_bn.core.batch_sizes import Count
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
-from lightning_bn.statistics.leakage import Evidence
+from lightning_bn.functional.leakage_test import Evidence
 
 _MOST_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""
@@ -49,10 +49,10 @@ class BatchLeakageMonitor(ObservingCallback):
 
     - Shuffle, if it was left out; sample the classes of a batch independently.
     - If the loss needs the pattern: `GhostBNCallback` with groups that cut across it. Interleaved groups separate
-      neighbours, c0, c0, c1, c1, ...; contiguous ones keep pairs together and the leak with them.
+      neighbors, c0, c0, c1, c1, ...; contiguous ones keep pairs together and the leak with them.
     - In an R-CNN head on one image's regions, which are alike: `SyncBNCallback` on the head, or rows exchanged between
       ranks; box AP 30.7 became 41.7 (Table 3). `MiniBatchInferenceCallback` on the head: 41.5.
-    - `FreezeBNCallback`: what normalises with the population cannot leak.
+    - `FreezeBNCallback`: what normalizes with the population cannot leak.
 
     Negative correlations say that batches are balanced, by class for instance. That is not i.i.d. either; compare
     the errors (``compare=True``) before changing anything.
@@ -231,7 +231,7 @@ class BatchLeakageMonitor(ObservingCallback):
             plots.alert(
                 trainer,
                 "Batches leak information" if alike else "Batches are balanced",
-                f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalises together are "
+                f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalizes together are "
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
                 + (f"{', or '.join(['Shuffle', *ways_out])}. " if alike else "")

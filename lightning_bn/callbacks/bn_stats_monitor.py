@@ -1,4 +1,4 @@
-"""BNStatsMonitor: how far the EMA lies from the batches it should summarise, layer by layer (paper, Sec. 3.1)."""
+"""BNStatsMonitor: how far the EMA lies from the batches it should summarize, layer by layer (paper, Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.engine.logging import log_row, log_step, may_log, safe_keys
-from lightning_bn.engine.normalization_batch import normalization_batch_size
-from lightning_bn.engine.population_pass import Recomputed
-from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.drift_record import COLUMNS, DriftRecord, check_channels
-from lightning_bn.functional.samples import Count, counted_by
+from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
+from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.trainer.passes import Recomputed
+from lightning_bn.core.checks import require_whole
+from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
-from lightning_bn.statistics.alarm import Alarm
-from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
+from lightning_bn.tracking.alarm import Alarm
+from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 
 _MOST_KEYED = 64
 """Layers that get keys of their own by default: W&B advises less than 10,000 metrics a project."""
@@ -160,7 +160,7 @@ class BNStatsMonitor(ObservingCallback):
         names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
         with self._spared("could not log the names of layers"):
             plots.log_layer_names(trainer, f"{prefix}_layers", names)
-            plots.summarise_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
+            plots.summarize_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look, at every n-th batch; on rank 0, whose running statistics are those that every rank's forward uses."""

@@ -12,10 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.engine.averaging import averagers
-from lightning_bn.engine.population_pass import refuse_sharding
-from lightning_bn.functional.domains import DomainHandle, domain_bn, require_choices, state_of, take_state
-from lightning_bn.layers.domain_specific import AFFINE, Choice
+from lightning_bn.trainer.averaging import averagers
+from lightning_bn.trainer.passes import refuse_sharding
+from lightning_bn.functional.domain.bn import DomainHandle, domain_bn, require_choices, state_of, take_state
+from lightning_bn.functional.domain.specific import AFFINE, Choice
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 
 
@@ -44,7 +44,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
             ``"*.head.*_head"`` for torchvision's RetinaNet and FCOS; None if domains are datasets.
         domain_of: ``domain_of(batch)`` says which dataset a batch is from, or, as a tensor ``(N,)``, each of its
             samples. None takes the index of the dataloader, which in training is always 0.
-        sgd: ``"shared"``: training normalises domains together; ``"domain"``: each by itself.
+        sgd: ``"shared"``: training normalizes domains together; ``"domain"``: each by itself.
         population: ``"shared"`` or ``"domain"``: the same for evaluation.
         affine: ``"domain"`` gives each domain a weight and a bias: new parameters, there before optimizers are made.
         layers: Glob patterns over qualified layer names; None for those within owners, or every BatchNorm layer.
@@ -289,7 +289,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
             untrained = [n for n, m in self._handle.layers.items() if not m.get_buffer("domain_batches")[d]]
             if untrained:
                 rank_zero_warn(
-                    f"Domain {d} is validated, and layer {untrained[0]!r} was never trained on it: it is normalised "
+                    f"Domain {d} is validated, and layer {untrained[0]!r} was never trained on it: it is normalized "
                     "with the statistics that it started with. If its samples are of a domain that is trained on, say "
                     "so by domain_of=."
                 )

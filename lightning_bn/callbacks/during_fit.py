@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.engine.population_pass import refuse_sharding
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.trainer.passes import refuse_sharding
+from lightning_bn.layers.behavior import Handle
 
 
 class DuringFit(BatchNormCallback, ABC):
-    """Gives layers a behaviour when a fit starts, and takes it back when it ends, however it ends.
+    """Gives layers a behavior when a fit starts, and takes it back when it ends, however it ends.
 
     At ``on_fit_start``, because that is the first hook at which the layers are those that will train: made by
     ``configure_model``, converted by ``Trainer(sync_batchnorm=True)``, on their device, within DDP, and the process
@@ -25,7 +25,7 @@ class DuringFit(BatchNormCallback, ABC):
 
     @abstractmethod
     def _give(self, module: LightningModule) -> Handle:
-        """Give the layers their behaviour."""
+        """Give the layers their behavior."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be done; give."""

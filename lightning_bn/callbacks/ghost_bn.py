@@ -9,25 +9,25 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.engine.normalization_batch import normalization_batch_size
+from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.functional.ghost import ghost_bn, require_ghosts
-from lightning_bn.functional.samples import samples_in
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.core.batch_sizes import samples_in
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.layers.ghost import Grouping
 
 
 class GhostBNCallback(DuringFit):
-    """Normalise groups ("ghosts") of the training batch separately, for the length of a fit (App. A.5).
+    """Normalize groups ("ghosts") of the training batch separately, for the length of a fit (App. A.5).
 
     The normalization batch size (NBS) becomes that of a group, whatever the batch of the device. Evaluation, frozen
-    layers and `PreciseBNCallback`'s passes normalise as they do without; running statistics are updated once a step,
+    layers and `PreciseBNCallback`'s passes normalize as they do without; running statistics are updated once a step,
     with those of the whole batch. See `ghost_bn`, which this is.
 
     When it helps: as a regulariser where a device's batch holds more than about 128 samples (validation error 23.7 % at
     NBS 1024 and 512, 23.2 at 64, 23.4 at 32; Fig. 5 and 6); against information that leaks through batches put together
     by a pattern (Fig. 8: 51.1 % with population statistics where there should be about 23). When it does not: groups of
-    8 and fewer cost accuracy (24.3 % at 8, 32.5 at 2), and a training that normalises 16 to 128 samples together has
+    8 and fewer cost accuracy (24.3 % at 8, 32.5 at 2), and a training that normalizes 16 to 128 samples together has
     nothing to gain.
 
     Cost: about 0.14 ms a layer for interleaved groups of one size in an NCHW input; the layers' time 1.1 to

@@ -11,19 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
-from lightning_bn.distributed.moments import sum_over_ranks
-from lightning_bn.engine.logging import log_row
-from lightning_bn.engine.modes import modes_of_training
+from lightning_bn.core.ranks import sum_over_ranks
+from lightning_bn.trainer.logging import log_row
+from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.functional.samples import Count, counted_by
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.layers.rows import CountsRows
 
 
 class MiniBatchInferenceCallback(BatchNormCallback):
-    """Normalise with the statistics of the evaluated mini-batch, instead of the population's (Sec. 4.2).
+    """Normalize with the statistics of the evaluated mini-batch, instead of the population's (Sec. 4.2).
 
     Layers do in evaluation what they do in training. Running statistics are neither used nor changed, and training is
     bit for bit what it was. Never in the sanity check.
@@ -168,7 +168,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
             log_row(trainer, {"mini_batch_inference/fallbacks": float(self.fallbacks)})
             self._say(
                 f"MiniBatchInferenceCallback: {self.fallbacks} calls of layers had one value per channel, which has no "
-                "variance, and were normalised with the running statistics. Evaluate in larger batches.",
+                "variance, and were normalized with the running statistics. Evaluate in larger batches.",
                 key="fallbacks",
             )
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.distributed.agree import OUT_OF_MEMORY
+from lightning_bn.core.ranks import OUT_OF_MEMORY
 
 
 class ObservingCallback(BatchNormCallback):

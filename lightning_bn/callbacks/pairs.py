@@ -29,7 +29,7 @@ PAIRS: dict[frozenset[str], Pair] = {
             "works", "the precise statistics of the source are what adapting starts from and puts back"
         ),
         ("PreciseBNCallback", "GhostBNCallback"): Pair(
-            "works", "a pass normalises whole batches: estimates want large ones (Table 2)"
+            "works", "a pass normalizes whole batches: estimates want large ones (Table 2)"
         ),
         ("PreciseBNCallback", "SyncBNCallback"): Pair(
             "works", "a pass does not wait for other ranks, and pools their moments at its end"
@@ -42,7 +42,7 @@ PAIRS: dict[frozenset[str], Pair] = {
         ),
         ("FreezeBNCallback", "GhostBNCallback"): Pair("works", "ghosts until the switch; frozen layers have none"),
         ("FreezeBNCallback", "SyncBNCallback"): Pair(
-            "works", "synchronised until the switch; frozen layers need nobody"
+            "works", "synchronized until the switch; frozen layers need nobody"
         ),
         ("MiniBatchInferenceCallback", "AdaBNCallback"): Pair(
             "refused", "both say which statistics evaluation uses, the batch's or the target's"
@@ -62,7 +62,7 @@ PAIRS: dict[frozenset[str], Pair] = {
             "works", "a pass estimates each domain, or all together, as they are trained and evaluated"
         ),
         ("DomainSpecificBNCallback", "FreezeBNCallback"): Pair(
-            "works", "a frozen layer normalises each domain with the population that evaluation uses"
+            "works", "a frozen layer normalizes each domain with the population that evaluation uses"
         ),
         ("DomainSpecificBNCallback", "MiniBatchInferenceCallback"): Pair(
             "refused", "both say which statistics evaluation uses, the domain's or the batch's"
@@ -71,7 +71,7 @@ PAIRS: dict[frozenset[str], Pair] = {
             "refused", "both say which statistics evaluation uses, the domain's or the target's"
         ),
         ("DomainSpecificBNCallback", "GhostBNCallback"): Pair(
-            "refused", "both say which parts of a batch are normalised by themselves"
+            "refused", "both say which parts of a batch are normalized by themselves"
         ),
         ("DomainSpecificBNCallback", "SyncBNCallback"): Pair(
             "refused", "ranks would wait for each other where they are shown different domains"
@@ -99,7 +99,7 @@ PAIRS: dict[frozenset[str], Pair] = {
         ("RoIShuffleCallback", "AdaBNCallback"): Pair("works", "one acts in training, the other in evaluation"),
         ("RoIShuffleCallback", "GhostBNCallback"): Pair("works", "ghosts are groups of the rows that were exchanged"),
         ("RoIShuffleCallback", "SyncBNCallback"): Pair(
-            "refused", "rows that all ranks normalise as one batch need not be exchanged"
+            "refused", "rows that all ranks normalize as one batch need not be exchanged"
         ),
         ("RoIShuffleCallback", "BNStatsMonitor"): Pair(
             "works", _OBSERVED + "; its batches are those of exchanged rows"

@@ -11,19 +11,19 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.engine.averaging import averaged_weights, refuse_before_averaging, weights_version
-from lightning_bn.engine.failures import Failures, OnError, require_on_error
-from lightning_bn.engine.forecasting import Forecasting
-from lightning_bn.engine.forward import Forward
-from lightning_bn.engine.logging import log_row
-from lightning_bn.engine.pass_config import REPLAY_BYTES, PassConfig, refuse_without_a_pass
-from lightning_bn.engine.population_pass import PopulationPass, Recomputed
-from lightning_bn.engine.resume import validation_was_skipped
-from lightning_bn.functional.arguments import check_bool, require_whole
+from lightning_bn.trainer.averaging import averaged_weights, refuse_before_averaging, weights_version
+from lightning_bn.trainer.failures import Failures, OnError, require_on_error
+from lightning_bn.trainer.forecasting import Forecasting
+from lightning_bn.trainer.forward import Forward
+from lightning_bn.trainer.logging import log_row
+from lightning_bn.trainer.pass_config import REPLAY_BYTES, PassConfig, refuse_without_a_pass
+from lightning_bn.trainer.passes import PopulationPass, Recomputed
+from lightning_bn.trainer.resume import validation_was_skipped
+from lightning_bn.core.checks import check_bool, require_whole
 from lightning_bn.functional.measure import BatchSize
-from lightning_bn.functional.samples import Count
+from lightning_bn.core.batch_sizes import Count
 from lightning_bn.layers.find import Layers
-from lightning_bn.statistics.population import PopulationStatistics
+from lightning_bn.core.population import PopulationStatistics
 
 
 class PreciseBNCallback(BatchNormCallback):
@@ -40,7 +40,7 @@ class PreciseBNCallback(BatchNormCallback):
     at the end of a converged training with i.i.d. batches of decent size (24.0 against 23.7).
 
     Statistics of much fewer than 100 samples at a time are wrong in depth, whatever their number (28.8 % at 2 against
-    23.5 at 100; Table 2). So smaller batches wait for each other at every layer, which normalises 100 samples or more
+    23.5 at 100; Table 2). So smaller batches wait for each other at every layer, which normalizes 100 samples or more
     together (`precise_bn` says how); ``batch_size`` changes that.
 
     Cost: one forward without gradients over ``num_samples`` samples; its own share of that is in benchmarks/RESULTS.md.
@@ -51,7 +51,7 @@ class PreciseBNCallback(BatchNormCallback):
     Args:
         num_samples: Samples of all ranks together, in whole batches; fewer if the train dataloader has fewer. 1000 lies
             within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
-        batch_size: Samples of all ranks to normalise together, B of Table 2: whole batches, as few as hold so many. 1
+        batch_size: Samples of all ranks to normalize together, B of Table 2: whole batches, as few as hold so many. 1
             takes the batches as they come; ``"population"`` is exact. By default 100, or, with a warning, what fits
             into half of the memory that is free; and, with a warning, 1 if the model's batches cannot wait for each
             other.

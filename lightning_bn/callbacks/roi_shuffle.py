@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.core.checks import require_whole
 from lightning_bn.functional.roi_shuffle import Shuffle, roi_shuffle
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import as_patterns, find_bn, find_modules
 
 
@@ -20,7 +20,7 @@ class RoIShuffleCallback(DuringFit):
     """Exchange the rows that enter chosen modules at random among devices, for the length of a fit (Sec. 6.1).
 
     What a module returns for a row goes back to the row's device, with gradients, so nothing but the batches that its
-    BatchNorm layers normalise over is different. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange
+    BatchNorm layers normalize over is different. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange
     nothing. See `roi_shuffle`, which this is, also for what it asks of a training step.
 
     When it helps: heads that see many regions of few images (Mask R-CNN with BatchNorm in its heads, one image per

@@ -5,14 +5,14 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.core.checks import require_whole
 from lightning_bn.functional.sync import sync_bn
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 
 
 class SyncBNCallback(DuringFit):
-    """Normalise over the batches of several ranks as over one, for the length of a fit (App. A.5, A.6).
+    """Normalize over the batches of several ranks as over one, for the length of a fit (App. A.5, A.6).
 
     The normalization batch size (NBS) becomes that of a device times ``ranks``; outputs, gradients and running
     statistics are those of one process with all these batches. Unlike ``Trainer(sync_batchnorm=True)`` it keeps the

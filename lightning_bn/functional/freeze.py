@@ -1,4 +1,4 @@
-"""FrozenBN: normalise with constant statistics in training, too (paper, Sec. 4.3)."""
+"""FrozenBN: normalize with constant statistics in training, too (paper, Sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.domain_specific import AFFINE
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.functional.domain.specific import AFFINE
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import Frozen
 
 
 def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) -> Handle:
-    r"""Make BatchNorm layers normalise with their stored population statistics, in training as in evaluation.
+    r"""Make BatchNorm layers normalize with their stored population statistics, in training as in evaluation.
 
     The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$, whatever
     ``.train()`` or ``.eval()`` is called later. The layers keep their identity and their state dict.
@@ -36,7 +36,7 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
         A handle: ``undo()`` it, or use it as a context manager, to thaw the layers.
 
     Raises:
-        ValueError: If a pattern matches nothing, or a chosen layer stores no statistics to normalise with.
+        ValueError: If a pattern matches nothing, or a chosen layer stores no statistics to normalize with.
         TypeError: At its step, if ``affine`` and the optimizer is LBFGS, which moves a parameter along past gradients.
 
     Example:

@@ -1,4 +1,4 @@
-"""Ghost BN: normalise groups of the training batch separately (paper, App. A.5)."""
+"""Ghost BN: normalize groups of the training batch separately (paper, App. A.5)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import get_args
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.functional.arguments import require_whole
-from lightning_bn.layers.behaviour import Handle, behaves
-from lightning_bn.layers.domain_specific import DomainSpecific
+from lightning_bn.core.checks import require_whole
+from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.functional.domain.specific import DomainSpecific
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
 from lightning_bn.layers.synced import Synced
@@ -23,13 +23,13 @@ def ghost_bn(
     grouping: Grouping = "interleaved",
     layers: Layers = None,
 ) -> Handle:
-    r"""Make BatchNorm layers normalise groups ("ghosts") of the training batch, each with its own statistics.
+    r"""Make BatchNorm layers normalize groups ("ghosts") of the training batch, each with its own statistics.
 
     With $g$ groups $B_0 \dots B_{g-1}$ of a batch, $y_i = \gamma (x_i - \mu_{B_k}) / \sigma_{B_k} + \beta$ for every
-    sample $i \in B_k$: a normalization batch smaller than the batch of a device. Only the normalisation of training
+    sample $i \in B_k$: a normalization batch smaller than the batch of a device. Only the normalization of training
     changes. In eval mode, and in layers that are frozen, nothing does; the running statistics are updated once a
     forward, with the layer's momentum and the statistics of the *whole* batch, the variance between groups included;
-    the layers keep their identity and their state dict; `precise_bn` normalises its batches whole, since it wants the
+    the layers keep their identity and their state dict; `precise_bn` normalizes its batches whole, since it wants the
     largest normalization batch there is (Table 2).
 
     When it helps: as a regulariser where the batch of a device holds more than about 128 samples (validation error
@@ -43,8 +43,8 @@ def ghost_bn(
     where one would hold a single value per channel, which has no variance: rows ``(N, C)`` come at least in pairs.
 
     Cost: for interleaved groups of one size in an NCHW input, none but about 0.14 ms a layer: one call of torch's
-    kernel, on a view, normalises all groups. Others have no such view: groups of different size, as in a ragged last
-    batch, and ``channels_last`` are copied there and back, ``"contiguous"`` groups are normalised one after the other;
+    kernel, on a view, normalizes all groups. Others have no such view: groups of different size, as in a ragged last
+    batch, and ``channels_last`` are copied there and back, ``"contiguous"`` groups are normalized one after the other;
     forward and backward of the layer then take 2.4 to 2.6 and 1.1 to 1.3 times as long on a CPU
     (benchmarks/RESULTS.md). A compiled model is compiled again for every new size of a batch.
 
@@ -58,13 +58,13 @@ def ghost_bn(
         layers: Glob patterns over qualified layer names; None takes every BatchNorm layer.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to normalise whole batches again.
+        A handle: ``undo()`` it, or use it as a context manager, to normalize whole batches again.
 
     Raises:
         ValueError: If not exactly one of ``size`` and ``splits`` is given or it is less than 1, ``grouping`` is
             neither of the two, a pattern matches nothing, or a chosen layer has ghosts already or is under `sync_bn`.
         TypeError: If a chosen layer is a `SyncBatchNorm`, or, in its first forward in training, if its class does not
-            normalise by calling ``torch.nn.functional.batch_norm``.
+            normalize by calling ``torch.nn.functional.batch_norm``.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def ghost_bn(
             )
         if behaves(layer, DomainSpecific):
             raise ValueError(
-                f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalised together: leave "
+                f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalized together: leave "
                 "it out by layers=, or undo() that handle first."
             )
         if behaves(layer, Ghost):

@@ -1,4 +1,4 @@
-"""Leakage: whether samples that a BatchNorm layer normalises together were put together at random (paper, Sec. 6)."""
+"""Leakage: whether samples that a BatchNorm layer normalizes together were put together at random (paper, Sec. 6)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.distributed.agree import agreed
-from lightning_bn.distributed.gather import gather_rows
-from lightning_bn.distributed.moments import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.functional.batch_copy import copied_with
+from lightning_bn.core.ranks import agreed
+from lightning_bn.core.ranks import gather_rows
+from lightning_bn.core.ranks import num_ranks, own_rank, sum_over_ranks
+from lightning_bn.core.batch_copy import copied_with
 from lightning_bn.functional.precise import Forward, call_model, estimable_layers
-from lightning_bn.functional.samples import Count, counted_by
-from lightning_bn.layers.behaviour import Handle
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.modes import kept_in_eval
-from lightning_bn.layers.row_means import RowMeans, Rows, by_sample
-from lightning_bn.statistics.leakage import comparable, icc, icc_noise, leading_components, permutation_test
+from lightning_bn.functional.leakage_rows import RowMeans, Rows, by_sample
+from lightning_bn.functional.leakage_test import comparable, icc, icc_noise, leading_components, permutation_test
 
 _MOST_ROWS = 4096
 """Of one call of one layer, of all ranks; more are thinned at random."""
@@ -34,7 +34,7 @@ class BatchLeakage:
 
     Attributes:
         p_value: Probability of batches as unlike chance as these, over all layers, if they were put together at random.
-        icc: Layer's name -> intra-class correlation of the samples that it normalises together: positive if they are
+        icc: Layer's name -> intra-class correlation of the samples that it normalizes together: positive if they are
             alike, negative if they are balanced, about 0 if they were put together at random. Of a layer that is called
             several times in a forward, that of the most conspicuous call.
         noise: Layer's name -> standard deviation that the correlation has without leakage.
@@ -60,7 +60,7 @@ def batch_leakage(
     layers: Layers = None,
     count: Count | None = None,
 ) -> BatchLeakage:
-    r"""Test whether samples that are normalised together are alike, or balanced, more than chance has it.
+    r"""Test whether samples that are normalized together are alike, or balanced, more than chance has it.
 
     Where batches are put together by a pattern, a model can learn to read it off the batch statistics, and is lost in
     evaluation: with batches of 16 classes x 2 images validation error was 51.1 % with population statistics and 23.3 %
@@ -80,7 +80,7 @@ def batch_leakage(
     there are such sets of layers (Bonferroni). The calls of a layer within a forward, of several feature levels say,
     are compared among themselves, not with each other.
 
-    A normalization batch is what a layer normalises together when it trains: a call's rows, of one rank, or of all that
+    A normalization batch is what a layer normalizes together when it trains: a call's rows, of one rank, or of all that
     share statistics (`sync_bn`, SyncBatchNorm), or a group of them (`ghost_bn`).
 
     Where a sample is several rows of a layer (tokens, views of an image), its rows are averaged: that they are alike
@@ -132,7 +132,7 @@ def batch_leakage(
     if not chosen:
         raise ValueError(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen, or in eval mode while the model is in "
-            "train mode: they normalise with the population, through which nothing leaks."
+            "train mode: they normalize with the population, through which nothing leaks."
         )
     with kept_in_eval(list(model.modules())):
         return measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch), counted_by(count))

@@ -21,20 +21,20 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.agree import AnotherRankFailedError
-from lightning_bn.distributed.moments import max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
-from lightning_bn.functional.arguments import require_whole
-from lightning_bn.functional.pooled import NOTHING, MicroBatch, Pooled, Tried
-from lightning_bn.functional.samples import Count, counted_by
+from lightning_bn.core.ranks import AnotherRankFailedError
+from lightning_bn.core.ranks import max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
+from lightning_bn.core.checks import require_whole
+from lightning_bn.lockstep.pooled import NOTHING, MicroBatch, Pooled, Tried
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.batch_mode import of_domain
-from lightning_bn.layers.behaviour import Handle
-from lightning_bn.layers.domain_specific import num_domains
-from lightning_bn.layers.in_lockstep import InLockstep
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.functional.domain.specific import num_domains
+from lightning_bn.lockstep.in_lockstep import InLockstep
 from lightning_bn.layers.modes import flags_kept
-from lightning_bn.statistics.population import Accumulator, LayerStatistics, PopulationStatistics, together
+from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
 
 BatchSize: TypeAlias = int | Literal["population"] | None
-"""B of Table 2: samples to normalise together, of all ranks; None takes the batches as they come."""
+"""B of Table 2: samples to normalize together, of all ranks; None takes the batches as they come."""
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
 """Opens a progress display for a total number of samples (None: unknown); what it yields is told of each batch's."""
 
@@ -71,7 +71,7 @@ def measure(
         of_training: Measure what would have moved the running statistics in training: layers begin each batch in train
             mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure what
             the layers are given in evaluation, in the modes they have.
-        batch_size: Samples of all ranks to normalise together.
+        batch_size: Samples of all ranks to normalize together.
         num_samples: Stop after so many samples of all ranks; None takes all batches.
         tolerance: Stop as soon as the standard errors of every layer are below it.
         memory_limit: Bytes that waiting micro-batches may take on each rank.
@@ -84,7 +84,7 @@ def measure(
     Raises:
         ValueError: If there was no batch, no layer was reached, or all batches gave a layer non-finite values.
         TypeError: If a layer's forward makes no ``batch_norm`` call.
-        LockstepError: If batches cannot be normalised together.
+        LockstepError: If batches cannot be normalized together.
         MemoryError: If the memory that is free does not suffice for that.
     """
     check_amounts(batch_size, num_samples, tolerance, memory_limit)
@@ -220,7 +220,7 @@ _NEVER = 2**62
 
 
 class _Group:
-    """Rounds that are normalised together: until they hold enough samples.
+    """Rounds that are normalized together: until they hold enough samples.
 
     Attributes:
         taken: Those so far.
@@ -371,7 +371,7 @@ def _with_domains_folded(
 
 
 def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: _LeftOut) -> None:
-    """Raise, on every rank alike, for statistics that no layer can normalise with.
+    """Raise, on every rank alike, for statistics that no layer can normalize with.
 
     Raises:
         ValueError: Naming the layer, and what to do.

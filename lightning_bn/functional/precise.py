@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.functional.measure import BatchSize, measure, no_progress
-from lightning_bn.functional.samples import Count
-from lightning_bn.layers.domain_specific import STATISTICS
+from lightning_bn.core.batch_sizes import Count
+from lightning_bn.functional.domain.specific import STATISTICS
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.modes import kept_in_eval
-from lightning_bn.statistics.population import LayerStatistics, PopulationStatistics
+from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 
 T = TypeVar("T", bound=nn.Module)
 Forward: TypeAlias = Callable[[T, Any], Any]
@@ -54,7 +54,7 @@ def precise_bn(
     When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
     (Sec. 3.3). Batches smaller than about 100 samples accumulate error in depth: 28.8 % validation error at batches
     of 2 against 23.5 % (Table 2), whatever the number of samples. ``batch_size`` mends that, for batches of any size
-    and structure: their forwards wait for each other at every layer, which normalises them all with their pooled
+    and structure: their forwards wait for each other at every layer, which normalizes them all with their pooled
     statistics (lockstep). Each still runs once, where the paper's layer-by-layer algorithm (App. A.3) runs each as
     often as there are layers.
 
@@ -66,7 +66,7 @@ def precise_bn(
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Take whole batches until so many samples were seen, on all ranks together. 1e3 to 1e4 suffice
             (Table 1). None takes all batches.
-        batch_size: B of Table 2, the samples of all ranks that a layer normalises together: whole batches, as few as
+        batch_size: B of Table 2, the samples of all ranks that a layer normalizes together: whole batches, as few as
             hold so many; 100 suffice. ``"population"``: all of them, which is exact. None takes the batches as they
             come, each rank its own. A layer that is called several times in a forward (two views, several crops)
             normalizes each call by itself, as in training, with ``"population"`` each over the population; its

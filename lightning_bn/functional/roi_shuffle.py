@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.distributed.exchange import require_generator
-from lightning_bn.distributed.groups import own_group
-from lightning_bn.distributed.moments import num_ranks, own_rank
-from lightning_bn.layers.behaviour import Handle, behaves
-from lightning_bn.layers.exchanged import Exchanged, Tying
+from lightning_bn.core.exchange import require_generator
+from lightning_bn.core.ranks import own_group
+from lightning_bn.core.ranks import num_ranks, own_rank
+from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.functional.row_shuffle import Exchanged, Tying
 from lightning_bn.layers.find import find_modules
 
 
@@ -42,7 +42,7 @@ class Shuffle(Handle):
 def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: torch.Generator | None = None) -> Shuffle:
     r"""Exchange, in training, the rows that enter chosen modules at random among ranks; outputs return to their own.
 
-    Rows of one rank are often alike: an R-CNN head is given hundreds of regions of one image. Normalised together they
+    Rows of one rank are often alike: an R-CNN head is given hundreds of regions of one image. Normalized together they
     tell on each other, and the head learns to listen. Shuffled, a normalization batch holds rows of all ranks, as
     evaluation's population does. Rank $r$ of $k$ brings $n_r$ rows, zero among others, and its modules are given a
     random $n / k$ of all $n = \sum_r n_r$, rounded up or down; what they return for a row goes back to the row's rank
@@ -97,7 +97,7 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
         ...     dist.init_process_group("gloo")
         ...     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         ...     with roi_shuffle(model, modules="1"):
-        ...         return model(torch.randn(3 + dist.get_rank(), 4))  # normalised over rows of both
+        ...         return model(torch.randn(3 + dist.get_rank(), 4))  # normalized over rows of both
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     require_generator(generator)

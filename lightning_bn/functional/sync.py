@@ -7,21 +7,21 @@ import warnings
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.distributed.groups import borrow_group
-from lightning_bn.distributed.moments import num_ranks, own_rank
-from lightning_bn.functional.arguments import require_whole
-from lightning_bn.layers.behaviour import Handle, behaves
-from lightning_bn.layers.domain_specific import DomainSpecific
+from lightning_bn.core.ranks import borrow_group
+from lightning_bn.core.ranks import num_ranks, own_rank
+from lightning_bn.core.checks import require_whole
+from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.functional.domain.specific import DomainSpecific
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
 
 
 def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None) -> Handle:
-    r"""Make BatchNorm layers normalise, in training, over the batches of several ranks as over one.
+    r"""Make BatchNorm layers normalize, in training, over the batches of several ranks as over one.
 
     With $n_r, \mu_r, \sigma_r^2$ count, mean and variance of a layer's input on rank $r$ of $k$, and $n = \sum_r n_r$,
-    each of the $k$ ranks normalises with
+    each of the $k$ ranks normalizes with
 
     $$\mu = \sum_r \frac{n_r}{n} \mu_r, \qquad
     \sigma^2 = \sum_r \frac{n_r}{n} \left( \sigma_r^2 + (\mu_r - \mu)^2 \right).$$
@@ -61,7 +61,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
             layers are left alone by default: they do it already, over their own group.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to have each rank normalise by itself again.
+        A handle: ``undo()`` it, or use it as a context manager, to have each rank normalize by itself again.
 
     Raises:
         ValueError: If ``ranks`` does not divide the number of ranks, a pattern matches nothing, or a layer is synced
@@ -77,7 +77,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
         ...     dist.init_process_group("gloo")
         ...     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         ...     with sync_bn(model):
-        ...         return model(torch.randn(3, 4))  # normalised over 6 rows
+        ...         return model(torch.randn(3, 4))  # normalized over 6 rows
     """
     if ranks is not None:
         require_whole("ranks", ranks, at_least=1)
@@ -105,11 +105,11 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
             "those of others. Leave it out by layers=, or undo() the handle of ghost_bn first."
         )
     nothing = (
-        "there is one process, so nothing to synchronise."
+        "there is one process, so nothing to synchronize."
         if num_ranks() == 1
         else "ranks=1 is what BatchNorm does by itself. For less than the batch of one rank there is Ghost BN."
         if ranks == 1
-        else "the layers are torch's SyncBatchNorm, which synchronise by themselves."
+        else "the layers are torch's SyncBatchNorm, which synchronize by themselves."
         if not chosen
         else None
     )

@@ -1,4 +1,4 @@
-"""AdaBN: the layer normalises with the statistics of the target domain (paper, Sec. 5.1)."""
+"""AdaBN: the layer normalizes with the statistics of the target domain (paper, Sec. 5.1)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaves
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, behaves
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.statistics.moments import Moments
-from lightning_bn.statistics.prior import with_prior
+from lightning_bn.core.moments import Moments
+from lightning_bn.core.prior import with_prior
 
 
-class Adapted(Behaviour):
+class Adapted(Behavior):
     """A mark: the stored statistics are a target domain's, until they are put back."""
 
     name = "adapted"
@@ -27,7 +27,7 @@ class Adapted(Behaviour):
         return forward(input)
 
 
-class Adapting(Behaviour):
+class Adapting(Behavior):
     """In eval mode, the statistics of every input so far, the current one included; nothing is written.
 
     As long as no more than one value per channel came, which has no variance, it is the stored statistics.

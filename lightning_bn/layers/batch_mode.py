@@ -18,14 +18,14 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.moments import merge_over_ranks
-from lightning_bn.layers.batch_norm_call import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaviours_of, own_class
-from lightning_bn.statistics.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
-from lightning_bn.statistics.population import Accumulator
+from lightning_bn.core.ranks import merge_over_ranks
+from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, behaviors_of, own_class
+from lightning_bn.core.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
+from lightning_bn.core.population import Accumulator
 
 
-class BatchMode(Behaviour):
+class BatchMode(Behavior):
     """Normalize each input with its own batch statistics, and put those of the inputs that count into slots.
 
     Args:
@@ -48,9 +48,9 @@ class BatchMode(Behaviour):
 
     def name_of(self, layer: _BatchNorm, domain: int | None = None) -> str:
         """Under which name a layer's statistics go, those of a domain under one of their own."""
-        behaviours = behaviours_of(layer)
-        if domain is None and len(behaviours) > 1:
-            domain = next((d for b in behaviours if (d := b.domain(layer)) is not None), None)
+        behaviors = behaviors_of(layer)
+        if domain is None and len(behaviors) > 1:
+            domain = next((d for b in behaviors if (d := b.domain(layer)) is not None), None)
         return of_domain(self._names[layer], domain)
 
     def is_by_batch(self, layer: _BatchNorm) -> bool:
@@ -72,7 +72,7 @@ class BatchMode(Behaviour):
         own = vars(layer)
         if self._of_training and not own["training"]:  # set by the step: it uses the stored statistics here
             return forward(input)
-        if layer in self._plain and len(behaviours_of(layer)) == 1:
+        if layer in self._plain and len(behaviors_of(layer)) == 1:
             layer._check_input_dim(input)
             return self._answer(layer, plain_call(layer, input))
         output, called = self._watched(layer, forward, input)

@@ -86,7 +86,7 @@ def as_patterns(given: Layers, option: str = "layers") -> tuple[str, ...]:
 
 
 def changeable_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
-    """Those found by `find_bn`, if all of them can be given a behaviour.
+    """Those found by `find_bn`, if all of them can be given a behavior.
 
     Raises:
         ValueError: If a layer's forward was replaced on the instance.

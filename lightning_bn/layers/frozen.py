@@ -1,4 +1,4 @@
-"""FrozenBN: the layer normalises with its stored statistics, whatever mode it is in (paper, Sec. 4.3)."""
+"""FrozenBN: the layer normalizes with its stored statistics, whatever mode it is in (paper, Sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.behaviour import Behaviour, behaves
+from lightning_bn.layers.behavior import Behavior, behaves
 
 
-class Frozen(Behaviour):
+class Frozen(Behavior):
     """Stored statistics in training, too: the layer runs its own forward in eval mode.
 
     Written without a context manager, so that torch.compile traces through it.
@@ -21,7 +21,7 @@ class Frozen(Behaviour):
     name = "frozen"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Normalise ``input`` with the stored statistics."""
+        """Normalize ``input`` with the stored statistics."""
         asked = layer.training
         layer.training = False
         try:
@@ -30,7 +30,7 @@ class Frozen(Behaviour):
             layer.training = asked
 
     def normalization_batch(self, samples: float) -> float:
-        """None: the layer normalises with the population."""
+        """None: the layer normalizes with the population."""
         return torch.nan
 
 

@@ -1,9 +1,9 @@
-"""Ghost BN: in training, the layer normalises each of several groups of the batch by itself (paper, App. A.5).
+"""Ghost BN: in training, the layer normalizes each of several groups of the batch by itself (paper, App. A.5).
 
 Groups are made into channels: of an NCHW tensor whose sample i belongs to group i mod g, ``x.view(N / g, g * C, H, W)``
 has each group's values of each channel in a channel of its own, so that one call of torch's kernel, on memory that
-was never moved, normalises all groups. Interleaved groups without such a view are copied until there is one;
-contiguous ones are normalised one after the other.
+was never moved, normalizes all groups. Interleaved groups without such a view are copied until there is one;
+contiguous ones are normalized one after the other.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaves
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, behaves
 
 Grouping: TypeAlias = Literal["interleaved", "contiguous"]
 
 
-class Ghost(Behaviour):
-    """Normalise groups of a training batch separately; the running statistics are still updated once, by all of it.
+class Ghost(Behavior):
+    """Normalize groups of a training batch separately; the running statistics are still updated once, by all of it.
 
-    A layer that normalises with stored statistics, because it is in eval mode or frozen, goes on doing so. While a
-    population is estimated (`BatchMode`) the layer normalises whole batches: what that estimate wants is the largest
+    A layer that normalizes with stored statistics, because it is in eval mode or frozen, goes on doing so. While a
+    population is estimated (`BatchMode`) the layer normalizes whole batches: what that estimate wants is the largest
     batch there is (Table 2), not the one of training.
 
     Args:
@@ -55,7 +55,7 @@ class Ghost(Behaviour):
 
     def normalization_batch(self, samples: float) -> float:
         """Those of the largest group, where each has two values a channel or more."""
-        if math.isnan(samples):  # frozen by a behaviour nearer to the layer
+        if math.isnan(samples):  # frozen by a behavior nearer to the layer
             return samples
         return math.ceil(samples / self._number_of_groups(int(samples), 2 * int(samples)))
 
@@ -88,7 +88,7 @@ def _grouped(call: BatchNormCall, groups: int, grouping: Grouping) -> Tensor:
         weight, bias = (p if p is None else p.to(dtype) for p in (weight, bias))
         means, variances = (running_mean.new_zeros(groups, input.shape[1], dtype=dtype) for _ in range(2))
 
-    def normalise(part: Tensor, first: int) -> Tensor:
+    def normalize(part: Tensor, first: int) -> Tensor:
         """Samples of groups ``first`` and following, ``(samples of a group, groups * C, ...)``."""
         alike = part.shape[1] // input.shape[1]
         mean, var = (s if s is None else s[first : first + alike].flatten() for s in (means, variances))
@@ -97,9 +97,9 @@ def _grouped(call: BatchNormCall, groups: int, grouping: Grouping) -> Tensor:
 
     if grouping == "contiguous":
         runs = input.split([rows + 1] * larger + [rows] * (groups - larger))
-        output = torch.cat([normalise(run, first) for first, run in enumerate(runs)])
+        output = torch.cat([normalize(run, first) for first, run in enumerate(runs)])
     else:
-        output = _interleaved(input, groups, normalise)
+        output = _interleaved(input, groups, normalize)
     if running_mean is not None and running_var is not None and means is not None and variances is not None:
         space = input.numel() // (len(input) * input.shape[1])
         whole = _whole(
@@ -115,8 +115,8 @@ def _grouped(call: BatchNormCall, groups: int, grouping: Grouping) -> Tensor:
     return unviewed
 
 
-def _interleaved(input: Tensor, groups: int, normalise: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Normalise groups of which sample i belongs to number i mod ``groups``, as channels."""
+def _interleaved(input: Tensor, groups: int, normalize: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Normalize groups of which sample i belongs to number i mod ``groups``, as channels."""
     rows, larger = len(input) // groups, len(input) % groups
     # where channels lie side by side (channels_last) copies keep them so: runs of C values move faster than single ones
     last = input.ndim > 2 and not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
@@ -125,10 +125,10 @@ def _interleaved(input: Tensor, groups: int, normalise: Callable[[Tensor, int], 
         """Samples ``(samples of a group, groups, C, ...)``, or C last."""
         y: Tensor  # for torch leaves unflatten without a type
         if last:
-            y = normalise(x.movedim(1, -2).flatten(-2).movedim(-1, 1), first)
+            y = normalize(x.movedim(1, -2).flatten(-2).movedim(-1, 1), first)
             y = y.movedim(1, -1).unflatten(-1, (x.shape[1], x.shape[-1])).movedim(-2, 1)
         else:
-            y = normalise(x.flatten(1, 2), first).unflatten(1, x.shape[1:3])
+            y = normalize(x.flatten(1, 2), first).unflatten(1, x.shape[1:3])
         return y
 
     x = input.movedim(1, -1) if last else input

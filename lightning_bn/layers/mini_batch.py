@@ -1,4 +1,4 @@
-"""Mini-batch inference: in evaluation, the layer normalises with the statistics of the batch it is given (Sec. 4.2)."""
+"""Mini-batch inference: in evaluation, the layer normalizes with the statistics of the batch it is given (Sec. 4.2)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaves
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, behaves
 from lightning_bn.layers.frozen import Frozen
 
 
-class MiniBatch(Behaviour):
+class MiniBatch(Behavior):
     """In eval mode, as if the layer had no stored statistics (``track_running_stats=False``).
 
     A frozen layer stays frozen: its stored statistics are what it trains with. While a population is estimated
-    (`BatchMode`) the layer is normalised with batch statistics anyway.
+    (`BatchMode`) the layer is normalized with batch statistics anyway.
 
     Args:
         layers: Qualified name -> layer.

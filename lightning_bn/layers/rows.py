@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior
 
 
-class CountsRows(Behaviour):
+class CountsRows(Behavior):
     """Do as ever, and remember the rows of the smallest input that a ``batch_norm`` call was given.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""SyncBN: the layer normalises over the batches of several ranks as over one (paper, App. A.6)."""
+"""SyncBN: the layer normalizes over the batches of several ranks as over one (paper, App. A.6)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.distributed.batch_norm import synced_batch_norm
-from lightning_bn.distributed.moments import num_ranks
+from lightning_bn.core.sync_kernel import synced_batch_norm
+from lightning_bn.core.ranks import num_ranks
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.batch_norm_call import BatchNormCall, with_batch_norm
-from lightning_bn.layers.behaviour import Behaviour, behaves
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, behaves
 
 
-class Synced(Behaviour):
+class Synced(Behavior):
     """In train mode, batch statistics over all ranks of a group take the place of the rank's own.
 
     A layer in eval mode, frozen or in batch mode does what it does without: no rank waits for another there, in
-    whatever order the behaviours were given.
+    whatever order the behaviors were given.
 
     Args:
         layers: Qualified name -> layer.
@@ -50,7 +50,7 @@ class Synced(Behaviour):
         return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
-        if not call.training:  # frozen by a behaviour nearer to the layer
+        if not call.training:  # frozen by a behavior nearer to the layer
             return call.run()
         input, running_mean, running_var, weight, bias, _, momentum, eps = call
         return synced_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, self.group)

@@ -33,7 +33,7 @@ __all__ = [
     "overview_of",
     "pictures_of",
     "save_png",
-    "summarise_by_max",
+    "summarize_by_max",
     "to_rgb",
     "wandb_workspace",
 ]
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         log_layer_names,
         log_line_chart,
         log_table,
-        summarise_by_max,
+        summarize_by_max,
     )
     from lightning_bn.plots.monitor import overview_of, pictures_of
     from lightning_bn.plots.style import save_png, to_rgb
@@ -83,7 +83,7 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
             "overview_of": "monitor",
             "pictures_of": "monitor",
             "save_png": "style",
-            "summarise_by_max": "loggers",
+            "summarize_by_max": "loggers",
             "to_rgb": "style",
             "wandb_workspace": "workspace",
         },

@@ -1,4 +1,4 @@
-"""The paper's Fig. 2: a channel's EMA against the batch statistics it is supposed to summarise."""
+"""The paper's Fig. 2: a channel's EMA against the batch statistics it is supposed to summarize."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

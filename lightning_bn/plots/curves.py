@@ -40,11 +40,11 @@ def error_curves(
     """
     figure = new_figure(6.8, 4.0)
     axes = figure.add_subplot()
-    for errors, colour, marker, name in ((ema, EMA, "s", "EMA"), (precise, PRECISE, "o", "PreciseBN")):
+    for errors, color, marker, name in ((ema, EMA, "s", "EMA"), (precise, PRECISE, "o", "PreciseBN")):
         runs = np.maximum(np.asarray(errors, dtype=float), LOWEST)
         if len(runs) > 1:
-            axes.fill_between(epochs, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-        axes.plot(epochs, runs.mean(axis=0), color=colour, marker=marker, label=name, clip_on=False, zorder=3)
+            axes.fill_between(epochs, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(epochs, runs.mean(axis=0), color=color, marker=marker, label=name, clip_on=False, zorder=3)
     _error_axis(axes, np.concatenate([np.ravel(ema), np.ravel(precise)]))
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

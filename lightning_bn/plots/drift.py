@@ -51,16 +51,16 @@ def gap_heatmap(
     quantity: str = "mean gap (sigma)",
     title: str = "",
 ) -> Figure:
-    """Every layer's gap at every step, as colours: which part of the network is off, and when.
+    """Every layer's gap at every step, as colors: which part of the network is off, and when.
 
-    The colour scale is logarithmic and covers at least 0.01 to 1, so that a colour means the same in most pictures.
+    The color scale is logarithmic and covers at least 0.01 to 1, so that a color means the same in most pictures.
     Layers that were not measured (NaN) are hatched. With more layers than names fit, every second or third is named.
 
     Args:
         steps: When it was measured, rising.
         layers: The layers' names in the model's order; the input is on top.
         gaps: One row a step, one column a layer: ``(len(steps), len(layers))``.
-        quantity: What the colours stand for.
+        quantity: What the colors stand for.
         title: Printed above the axes.
 
     Raises:
@@ -218,7 +218,7 @@ def _draw_heatmap(
     figure: Figure | SubFigure, axes: Axes, steps: Sequence[float], layers: Sequence[str], gaps: Array, quantity: str
 ) -> QuadMesh:
     centres, gaps = _spans(np.asarray(steps, dtype=float), gaps)
-    low, high = _colour_limits(gaps)
+    low, high = _color_limits(gaps)
     between = (centres[1:] + centres[:-1]) / 2
     first, last = (between[0] - centres[0], centres[-1] - between[-1]) if len(centres) > 1 else (0.5, 0.5)
     edges = np.concatenate([[centres[0] - first], between, [centres[-1] + last]])
@@ -265,11 +265,11 @@ def _draw_lag_against_noise(
     behind = {"facecolor": "#F0F0F0", "edgecolor": "none", "pad": 1}
     axes.text(0.98, 0.025, "small normalization batch", color="#4D4D4D", ha="right", bbox=behind, **text)
     special = np.asarray([name in marked for name in layers], dtype=bool)
-    colour = np.where(y > x, EMA, "#5A5A5A")
+    color = np.where(y > x, EMA, "#5A5A5A")
     size = 34 if len(layers) <= 60 else 18
     for shape, chosen in (("o", known & ~special), ("D", known & special)):
         axes.scatter(
-            x[chosen], y[chosen], s=size, c=colour[chosen], marker=shape, alpha=0.75, edgecolor="white", lw=0.6
+            x[chosen], y[chosen], s=size, c=color[chosen], marker=shape, alpha=0.75, edgecolor="white", lw=0.6
         )
 
     handles = []
@@ -334,10 +334,10 @@ def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | 
     finite = np.concatenate([values[np.isfinite(values)] for values, *_ in bars])
     longest = float(finite.max(initial=0.0)) or 1.0
     thick = 0.8 / len(bars)
-    for number, (values, colour, label) in enumerate(bars):
+    for number, (values, color, label) in enumerate(bars):
         places = np.arange(len(worst)) - 0.4 + thick * (number + 0.5)
         lengths = np.clip(np.nan_to_num(values, nan=0.0, posinf=longest), 0.0, longest)
-        axes.barh(places, lengths, height=thick * 0.92, color=colour, label=label)
+        axes.barh(places, lengths, height=thick * 0.92, color=color, label=label)
         for row, (place, length, value) in enumerate(zip(places, lengths, values, strict=True)):
             text = "not measured" if np.isnan(value) else f"{value:.2g}"
             if number == 0 and dead is not None and dead[worst[row]] > 0:
@@ -362,7 +362,7 @@ def _plain_log_ticks(axes: Axes, axis: str) -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def _colour_limits(gaps: Array) -> tuple[float, float]:
+def _color_limits(gaps: Array) -> tuple[float, float]:
     positive = gaps[np.isfinite(gaps) & (gaps > 0)]
     if not len(positive):
         return 0.01, 1.0

@@ -30,7 +30,7 @@ def leakage_curves(panels: Sequence[LeakageCurves]) -> Figure:
     left = None
     for index, panel in enumerate(panels):
         axes = left = figure.add_subplot(1, len(panels), index + 1, sharey=left)
-        for name, errors, colour, marker in (
+        for name, errors, color, marker in (
             ("population", panel.population, EMA, "s"),
             ("mini-batch, random", panel.mini_batch, BATCHES, "^"),
             ("mini-batch, same pattern", panel.same_pattern, PRECISE, "o"),
@@ -38,8 +38,8 @@ def leakage_curves(panels: Sequence[LeakageCurves]) -> Figure:
             runs = np.asarray(errors, dtype=float)
             epochs = np.arange(1, runs.shape[1] + 1)
             if len(runs) > 1:
-                axes.fill_between(epochs, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-            axes.plot(epochs, runs.mean(axis=0), color=colour, marker=marker, label=name)
+                axes.fill_between(epochs, runs.min(axis=0), runs.max(axis=0), color=color, alpha=0.18, linewidth=0)
+            axes.plot(epochs, runs.mean(axis=0), color=color, marker=marker, label=name)
         for number, epoch in enumerate(panel.alarms):
             label = None if number else "alarm"
             axes.axvline(epoch, color="#4D4D4D", linestyle=":", linewidth=1.2, label=label)
@@ -54,7 +54,7 @@ def leakage_curves(panels: Sequence[LeakageCurves]) -> Figure:
 
 @styled
 def leakage_by_layer(icc: Mapping[str, float], noise: Mapping[str, float], *, p_value: float) -> Figure:
-    """Correlation of the samples that each layer normalises together, on the band of what chance gives.
+    """Correlation of the samples that each layer normalizes together, on the band of what chance gives.
 
     Args:
         icc: Layer's name -> intra-class correlation, in the order of the network.

@@ -165,7 +165,7 @@ def alert(loggers: Any, title: str, text: str) -> None:
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
-def summarise_by_max(loggers: Any, keys: Iterable[str]) -> None:
+def summarize_by_max(loggers: Any, keys: Iterable[str]) -> None:
     """Lets W&B's summary of a run hold the largest value of each key beside the last; other loggers have no summary.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_bn.plots.drift import aggregates_over_steps, gap_heatmap
 from lightning_bn.plots.runs import LoggedRun, Table
 from lightning_bn.plots.style import to_png
-from lightning_bn.statistics.drift import AGGREGATES
+from lightning_bn.tracking.drift import AGGREGATES
 
 PAGE = """\
 <!DOCTYPE html>

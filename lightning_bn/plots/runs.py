@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.statistics.drift import AGGREGATES, QUANTITIES
+from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 
 PREFIX = "bn"
 """What all keys of a monitor start with; whatever else the run logged is not read."""

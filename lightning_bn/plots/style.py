@@ -1,6 +1,6 @@
 """The one visual style of the project: what every figure function is drawn under.
 
-Colours are Okabe and Ito's, which stay apart under every common colour blindness, and each has one meaning
+Colors are Okabe and Ito's, which stay apart under every common color blindness, and each has one meaning
 everywhere: EMA is vermilion, PreciseBN is blue, the data (batches) is grey.
 """
 

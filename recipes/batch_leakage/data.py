@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from lightning_bn.functional.arguments import require_whole
+from lightning_bn.core.checks import require_whole
 from recipes.images import Batches, ImageData, LabelledImages, ShiftedImages
 
 ORIENTATIONS = 8

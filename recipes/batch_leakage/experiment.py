@@ -150,7 +150,7 @@ def train(
     monitor = lbn.BatchLeakageMonitor(level=level, compare=True, same_pattern=parts.data.same_pattern)
     rows = Rows(folder / f"{arm}, seed {seed}")
     progress = _Progress(monitor, rows, say)
-    # As many images as classes: each is of another class, since interleaved groups separate neighbours.
+    # As many images as classes: each is of another class, since interleaved groups separate neighbors.
     ghosts = [lbn.GhostBNCallback(size=parts.data.classes)] if arm == "pattern, Ghost BN" else []
     loggers = [logger for logger in (make_logger(arm, seed), rows) if logger]
     callbacks = [*(parts.trainer.get("callbacks") or []), *ghosts, monitor, progress]

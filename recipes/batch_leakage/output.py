@@ -34,14 +34,14 @@ interval cannot decide is *within noise*.
 {errors}
 
 *random*: training batches are random. *pattern*: each is {pattern} images. *Ghost BN*: the same batches, of which each
-layer normalises one image of every class together. Population statistics are the EMA's. *Same pattern* is measured on
+layer normalizes one image of every class together. Population statistics are the EMA's. *Same pattern* is measured on
 other draws of the validation images than the other two: compare it with its own curve under *random*, too.
 
 ## What BatchLeakageMonitor said
 
 {alarms}
 
-At level {level:g}. A positive correlation: samples that a layer normalises together are alike; a negative one: they are
+At level {level:g}. A positive correlation: samples that a layer normalizes together are alike; a negative one: they are
 balanced, as Ghost BN makes them, with no class twice. An alarm is final, so that the monitor then rests.
 
 `python -m recipes.batch_leakage --config config.yaml` repeats this run ({versions}).

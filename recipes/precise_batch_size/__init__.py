@@ -1,7 +1,7 @@
 """PreciseBN with normalization batches of B images: the paper's Table 2.
 
-The images are the same for every B; only how many of them a layer normalises together changes. With few, every
-layer passes on to the next what it normalised with the wrong statistics, and the errors add up in depth. All of them
+The images are the same for every B; only how many of them a layer normalizes together changes. With few, every
+layer passes on to the next what it normalized with the wrong statistics, and the errors add up in depth. All of them
 as one batch is exact.
 
     python -m recipes.precise_batch_size --preset demo

@@ -72,7 +72,7 @@ def make_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
     parser.add_argument("--out", type=Path | None, default=None, help="default: runs/precise_batch_size/<preset>")
     parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a model of each kind for each")
-    parser.add_argument("--nbs", type=list[PositiveInt], default=[32, 2], help="images normalised together in training")
+    parser.add_argument("--nbs", type=list[PositiveInt], default=[32, 2], help="images normalized together in training")
     parser.add_argument("--batch_sizes", type=list[PositiveInt], default=[2, 10, 100, 1000], help="the B of Table 2")
     parser.add_argument("--images", type=PositiveInt, default=2000, help="training images of every estimate")
     parser.add_argument("--draws", type=PositiveInt, default=3, help="draws of so many images, for the spread")

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 import lightning_bn as lbn
-from lightning_bn.statistics.gaps import mean_gap, var_gap
+from lightning_bn.core.gaps import mean_gap, var_gap
 from recipes.evaluation import mean_and_spread, on_its_device, wrong_images
 from recipes.images import ImageData
 from recipes.tolerance import Stops, sweep_tolerances
@@ -120,13 +120,13 @@ def precise_batch_size(
 def _refuse_impossible(data: ImageData, nbs: int, images: int) -> None:
     batch, there = data.batch_size, data.num_training_images
     if nbs > batch:
-        raise ValueError(f"A batch of {batch} images cannot be normalised {nbs} together: raise --data.batch_size.")
+        raise ValueError(f"A batch of {batch} images cannot be normalized {nbs} together: raise --data.batch_size.")
     if images > there:
         raise ValueError(f"{images:,} images were asked for, but there are only {there:,}: lower --images.")
 
 
 def train(nbs: int, seed: int, make: Callable[[], Parts], make_logger: Callable[[int, int], Logger], say: Say) -> Parts:
-    """Trains once. The models of a seed differ in how many images are normalised together, and in nothing else."""
+    """Trains once. The models of a seed differ in how many images are normalized together, and in nothing else."""
     say(f"\nTraining with NBS {nbs}, seed {seed}")
     L.seed_everything(seed, workers=True, verbose=False)
     parts = make()

@@ -37,7 +37,7 @@ wider. What the interval cannot decide is *within noise*.
 
 Every B sees the same {images:,} training images; the last column is all of them as one batch, which is exact. ± is the
 standard deviation over {draws} draws of the images. The models differ in how many images of a training batch were
-normalised together (Ghost BN), and in nothing else: same first weights, same batches, same steps.
+normalized together (Ghost BN), and in nothing else: same first weights, same batches, same steps.
 
 ## Seconds a pass
 

@@ -1,6 +1,6 @@
 """What per-GPU BatchNorm costs in an R-CNN head: the paper's Tables 3 and 6.
 
-The regions of one image are alike, so a head that normalises over the regions of one image learns from company that it
+The regions of one image are alike, so a head that normalizes over the regions of one image learns from company that it
 does not have in evaluation. Scenes of a single class make that plain. Shuffling the regions among ranks, SyncBN, or
 evaluating with the statistics of the image are what the paper does about it.
 

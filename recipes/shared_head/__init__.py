@@ -1,6 +1,6 @@
 """What a head shared by feature levels may share in BatchNorm: the paper's Table 5.
 
-A RetinaNet runs one head on every level of its pyramid. Each run may be normalised by itself or all together, in
+A RetinaNet runs one head on every level of its pyramid. Each run may be normalized by itself or all together, in
 training and in evaluation: the straightforward code does it one way in training and the other in evaluation.
 
     python -m recipes.shared_head --preset demo

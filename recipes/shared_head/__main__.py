@@ -36,7 +36,7 @@ EVERY_PRESET = {
     "data.single_class": False,
     "data.object_sizes": (0.18, 0.7),  # of every level but the coarsest
     "data.images_per_gpu": 4,
-    # Nothing normalises the FPN's outputs: steps that are too large at the start blow them up, and they learn no more.
+    # Nothing normalizes the FPN's outputs: steps that are too large at the start blow them up, and they learn no more.
     "trainer.gradient_clip_val": 1.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {

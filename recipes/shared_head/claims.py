@@ -20,7 +20,7 @@ ORDERINGS: Sequence[tuple[str, int, int, Callable[[Interval], Verdict]]] = (
     ("With an affine of each level, shared population statistics (row 5) are worse than own (row 6)", 6, 5, larger),
     ("An affine of each level makes the straightforward code better (row 5 against row 3)", 5, 3, larger),
     (
-        "Normalising levels together in training only (row 2) is worse than the straightforward code (row 3)",
+        "Normalizing levels together in training only (row 2) is worse than the straightforward code (row 3)",
         3,
         2,
         larger,
@@ -45,7 +45,7 @@ def collapse(results: Results) -> Iterator[Claim]:
         return
     gap = interval_of(table(all_levels.aps) / 2 - table(own.aps))
     yield Claim(
-        "Normalising levels together in training only (row 2) leaves less than half the AP of row 1",
+        "Normalizing levels together in training only (row 2) leaves less than half the AP of row 1",
         f"{PAPER[2]} of {PAPER[1]}",
         f"{mean_ap(own.aps):.1f} of {mean_ap(all_levels.aps):.1f} (half of it is larger by {gap})",
         larger(gap),

@@ -1,6 +1,6 @@
 """The experiment itself: three trainings, each evaluated with shared and with domain-specific population statistics.
 
-What evaluation normalises with does not change what is trained, so two rows of Table 5 are one model. Numbers only:
+What evaluation normalizes with does not change what is trained, so two rows of Table 5 are one model. Numbers only:
 `claims.py` judges them, `output.py` draws and writes them.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks import monitor
 from benchmarks.monitor import CYCLE, DEFAULT, Classifier, Row, Turns, _bytes, _fit
 from benchmarks.timing import Spread
-from lightning_bn.statistics.moments import Moments
+from lightning_bn.core.moments import Moments
 
 
 class Clock:

@@ -267,7 +267,7 @@ def test_it_logs_how_far_the_target_is_from_the_source() -> None:
 # --- batch by batch ---------------------------------------------------------------------------------------------------
 
 
-def test_online_every_batch_is_normalised_with_all_so_far_of_its_domain() -> None:
+def test_online_every_batch_is_normalized_with_all_so_far_of_its_domain() -> None:
     module = Evaluating()
     state = digest(module.state_dict())
     found = evaluate(AdaBNCallback(online=True, prior_samples=4), "predict", module=module)
@@ -284,7 +284,7 @@ def online_logits(module: TinyNet, batches: list[Tensor], prior: int) -> Iterato
     given: dict[nn.Module, list[Tensor]] = {}
     samples = 0
 
-    def normalise(bn: Any, args: Any, output: Tensor) -> Tensor:
+    def normalize(bn: Any, args: Any, output: Tensor) -> Tensor:
         x, *_ = args
         given.setdefault(bn, []).append(x.movedim(1, -1).reshape(-1, x.shape[1]))
         rows, share = torch.cat(given[bn]), prior / (prior + samples)
@@ -293,7 +293,7 @@ def online_logits(module: TinyNet, batches: list[Tensor], prior: int) -> Iterato
         return F.batch_norm(x, mean, var, bn.weight, bn.bias, False, 0.0, bn.eps)
 
     for bn in (module.bn1, module.bn2):
-        bn.register_forward_hook(normalise)
+        bn.register_forward_hook(normalize)
     for x in batches:
         samples += len(x)
         with torch.no_grad():

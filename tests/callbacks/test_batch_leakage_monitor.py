@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
-from lightning_bn.engine.batches import Reservoir
+from lightning_bn.trainer.loaders import Reservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
@@ -338,7 +338,7 @@ def test_an_epoch_of_one_batch_is_said_once() -> None:
 
 def test_frozen_layers_are_said_once() -> None:
     _, said = warned(TinyNet(), [BatchLeakageMonitor(), FreezeBNCallback(start_step=0, statistics="ema")])
-    assert len(said) == 1 and "normalise with the population" in said[0]
+    assert len(said) == 1 and "normalize with the population" in said[0]
 
 
 def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() -> None:

@@ -123,7 +123,7 @@ def test_a_checkpoint_saved_after_the_fit_has_everything(net: Any, make: Any, tm
 def test_a_fit_that_kept_every_domains_statistics_can_be_evaluated_with_the_shared_ones(
     net: Any, make: Any, row: int, trained_as: int, tmp_path: Path
 ) -> None:
-    """Two rows of the table are one training: what evaluation normalises with does not change what is trained."""
+    """Two rows of the table are one training: what evaluation normalizes with does not change what is trained."""
     saving = ModelCheckpoint(tmp_path, filename="last")
     fit(net(), [make(trained_as), PreciseBNCallback(32), saving], enable_checkpointing=True, max_epochs=1)
     evaluated = trainer_with(make(row)).validate(net(), val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
@@ -249,7 +249,7 @@ class DomainMeans(Callback):
 @pytest.mark.parametrize("batch_size", [None, 1], ids=["100 together", "batch by batch"])
 @pytest.mark.parametrize("row", [1, 4])
 def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
-    """bn1, whose inputs are not normalised before: each class's and all images' moments, in float64."""
+    """bn1, whose inputs are not normalized before: each class's and all images' moments, in float64."""
     seen = DomainMeans()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

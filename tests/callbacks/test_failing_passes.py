@@ -261,7 +261,7 @@ class BlowsOnRank1(Blows):
 
 
 def fit_on_rank(case: str, on_error: Any, batch_size: Any) -> dict[str, Any]:
-    """Train on this rank, whose neighbour's later passes fail."""
+    """Train on this rank, whose neighbor's later passes fail."""
     module: TinyNet = TinyNet() if case == "loader" else BlowsOnRank1(ValueError("no good"))
     options = {"source": dies_on_rank_1, "shard": False} if case == "loader" else {}
     precise = PreciseBNCallback(40, on_error=on_error, batch_size=batch_size, **options)

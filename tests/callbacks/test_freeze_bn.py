@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_bn as lbn
 from lightning_bn import FreezeBNCallback, PreciseBNCallback
-from lightning_bn.engine.population_pass import PopulationPass
-from lightning_bn.engine.switch_point import SwitchPoint
+from lightning_bn.trainer.passes import PopulationPass
+from lightning_bn.trainer.schedule import SwitchPoint
 from tests.callbacks.zoo import (
     Images,
     TinyData,

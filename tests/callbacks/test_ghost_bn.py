@@ -1,4 +1,4 @@
-"""GhostBNCallback: a training whose groups are normalised one by one, held against one written out by hand."""
+"""GhostBNCallback: a training whose groups are normalized one by one, held against one written out by hand."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.callbacks.zoo import (
 
 
 class ByHand(TinyNet):
-    """TinyNet whose layers normalise, in training, each of ``groups`` by itself with `F.batch_norm`."""
+    """TinyNet whose layers normalize, in training, each of ``groups`` by itself with `F.batch_norm`."""
 
     def __init__(self, groups: list[list[int]], layers: str = "bn1 bn2") -> None:
         super().__init__()
         self.groups, self.chosen = groups, layers.split()
 
-    def normalised(self, name: str, x: Tensor) -> Tensor:
+    def normalized(self, name: str, x: Tensor) -> Tensor:
         bn = self.get_submodule(name)
         if not self.training or name not in self.chosen:
             return bn(x)
@@ -46,8 +46,8 @@ class ByHand(TinyNet):
         return output
 
     def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.normalised("bn1", self.conv1(x)))
-        return F.relu(self.normalised("bn2", self.conv2(x))).mean((2, 3))
+        x = F.relu(self.normalized("bn1", self.conv1(x)))
+        return F.relu(self.normalized("bn2", self.conv2(x))).mean((2, 3))
 
 
 def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
@@ -68,7 +68,7 @@ def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
     ],
     ids=["two", "three of unequal size", "contiguous", "of one layer"],
 )
-def test_a_whole_training_is_that_of_groups_normalised_by_hand(
+def test_a_whole_training_is_that_of_groups_normalized_by_hand(
     callback: GhostBNCallback, groups: list[list[int]], layers: str
 ) -> None:
     ghosts, by_hand, plain = TinyNet(), ByHand(groups, layers), TinyNet()
@@ -169,7 +169,7 @@ class StatisticsAtValidation(Callback):
 
 
 @pytest.mark.parametrize("first", ["ghosts", "PreciseBN"])
-def test_a_pass_normalises_whole_batches_in_any_order(first: str) -> None:
+def test_a_pass_normalizes_whole_batches_in_any_order(first: str) -> None:
     callbacks = [GhostBNCallback(size=2), PreciseBNCallback(32)]
     watch = StatisticsAtValidation()
     fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), watch], max_epochs=1)

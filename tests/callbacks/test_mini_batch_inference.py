@@ -1,4 +1,4 @@
-"""Mini-batch inference: the chosen layers normalise the evaluated batch with itself, in the chosen stages alone."""
+"""Mini-batch inference: the chosen layers normalize the evaluated batch with itself, in the chosen stages alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import FreezeBNCallback, MiniBatchInferenceCallback, PreciseBNCallback
-from lightning_bn.layers.behaviour import behaviours_of
+from lightning_bn.layers.behavior import behaviors_of
 from tests.callbacks.zoo import (
     Evaluated,
     InMemory,
@@ -45,7 +45,7 @@ def predictions(callback: Any, module: Any = None, loader: Any = None) -> list[T
 
 
 @pytest.mark.parametrize("layers", [("bn1", "bn2"), ("bn2",)])
-def test_a_batch_is_normalised_with_its_own_statistics(layers: tuple[str, ...]) -> None:
+def test_a_batch_is_normalized_with_its_own_statistics(layers: tuple[str, ...]) -> None:
     module = TinyNet()
     before = digest(module.state_dict())
     found = predictions(MiniBatchInferenceCallback(layers=list(layers)), module)
@@ -69,13 +69,13 @@ def test_only_in_the_chosen_stages(stage: str) -> None:
 
 
 class Active(Callback):
-    """Whether ``bn1`` has a behaviour in each batch: of the sanity check, of training, of validations."""
+    """Whether ``bn1`` has a behavior in each batch: of the sanity check, of training, of validations."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[bool]] = {}
 
     def look(self, kind: str, module: LightningModule) -> None:
-        self.seen.setdefault(kind, set()).add(bool(behaviours_of(module.bn1)))
+        self.seen.setdefault(kind, set()).add(bool(behaviors_of(module.bn1)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.look("training", pl_module)

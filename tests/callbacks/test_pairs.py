@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 import lightning_bn as lbn
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.callbacks.pairs import PAIRS, as_markdown, pair_of
-from lightning_bn.layers.behaviour import behaviours_of
+from lightning_bn.layers.behavior import behaviors_of
 from tests.callbacks.zoo import TinyNet, digest, fit, train_loader, val_loader
 from tests.ranks import run_on_ranks
 
@@ -47,7 +47,7 @@ def train_and_test(first: str, second: str, **trainer: Any) -> LightningModule:
 def assert_plain(module: LightningModule) -> None:
     """Nothing is left in the module, and what it learnt is all there."""
     assert all(type(m) is type(p) for m, p in zip(module.modules(), TinyNet().modules(), strict=True))
-    assert not any(behaviours_of(m) for m in module.modules())
+    assert not any(behaviors_of(m) for m in module.modules())
     assert TinyNet().load_state_dict(module.state_dict(), strict=True)
     assert all(value.isfinite().all() for value in module.state_dict().values())
 

@@ -462,7 +462,7 @@ def test_a_replay_that_cannot_fit_is_refused_with_the_numbers() -> None:
 
 def test_a_replay_says_how_full_it_is_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_bn.engine.population_pass.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_bn.trainer.passes.rank_zero_info", said.append)
     fit(TinyNet(), PreciseBNCallback(16, source="replay"), val_check_interval=1)
     assert said == ["PreciseBN: the replay holds 8 of 16 samples so far, and uses those."]
 
@@ -803,7 +803,7 @@ class Lines:
 
 
 def test_a_pass_shows_in_the_tqdm_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_bn.engine import progress
+    from lightning_bn.trainer import progress
 
     lines = Lines()
 

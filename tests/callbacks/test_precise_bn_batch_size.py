@@ -1,4 +1,4 @@
-"""How many samples a pass of PreciseBNCallback normalises together: B of the paper's Table 2."""
+"""How many samples a pass of PreciseBNCallback normalizes together: B of the paper's Table 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.testing import assert_close
 
-import lightning_bn.functional.pooled as pooled
+import lightning_bn.lockstep.pooled as pooled
 from lightning_bn import PreciseBNCallback
 from tests.callbacks.zoo import TinyNet, digest, exact_statistics, fit, statistics_of, train_loader
 
@@ -34,7 +34,7 @@ def fitted(precise: Callback, module: TinyNet | None = None, **trainer: Any) -> 
 
 
 def assert_measured(module: TinyNet, precise: PreciseBNCallback, batches: list[Any]) -> None:
-    """What was measured and written is what float64 gives on these batches, each normalised by itself."""
+    """What was measured and written is what float64 gives on these batches, each normalized by itself."""
     assert precise.result is not None
     for name, (mean, var) in exact_statistics(module, batches, together=False).items():
         assert_close(precise.result[name].mean, mean, rtol=1e-5, atol=1e-5)
@@ -52,7 +52,7 @@ def warned(run: Callable[[], Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("batch_size", "group"), [(None, 13), (100, 13), (1, 1), (8, 1), (9, 2), ("population", 29), (10**9, 29)]
 )
-def test_whole_batches_are_normalised_together_until_they_hold_enough(batch_size: Any, group: int) -> None:
+def test_whole_batches_are_normalized_together_until_they_hold_enough(batch_size: Any, group: int) -> None:
     precise = PreciseBNCallback(SAMPLES, batch_size=batch_size)
     module = fitted(precise)
     batches = list(train_loader(SAMPLES))

@@ -329,7 +329,7 @@ def exact_statistics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Oracle: mean and biased variance over all inputs of each BatchNorm layer, in float64, by keeping the inputs.
 
-    Batches reach a copy of the module, whose layers normalise all ``together``, in one tensor, or each by its own
+    Batches reach a copy of the module, whose layers normalize all ``together``, in one tensor, or each by its own
     statistics. The default of a pass is 100 samples together, which is more than most tests have.
     """
     twin = TinyNet().double()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_bn import exchange_rows, restore_rows
-from lightning_bn.distributed.exchange import Route
+from lightning_bn.core.exchange import Route
 from tests.ranks import run_on_ranks
 
 counts_of = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -51,7 +51,7 @@ class Found(NamedTuple):
     state: Tensor
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalized(x: Tensor) -> Tensor:
     """What BatchNorm makes of rows, those of a rank: the gradient of each depends on all."""
     return (x - x.mean(0)) / (x.var(0, correction=0) + 1e-3).sqrt()
 
@@ -70,7 +70,7 @@ def exchanged(parts: list[Tensor], seed: int, without_history: bool) -> Found:
     others = [ids % 2 == 0, ids.to(torch.bfloat16), ids.to(torch.uint8)[:, None], torch.zeros(len(x), 0), ids + 1j]
     generator = torch.Generator().manual_seed(seed)
     (features, rest), exchange = exchange_rows(((x, 3), {"ids": ids, "others": others}), generator)
-    home = restore_rows((normalised(features[0]) if len(features[0]) else features[0], rest), exchange)
+    home = restore_rows((normalized(features[0]) if len(features[0]) else features[0], rest), exchange)
     output, rest_home = home
     same = [torch.equal(a, b) for a, b in zip([ids, *others], [rest_home["ids"], *rest_home["others"]], strict=True)]
     loss = (output * weights_for(output)).sum()
@@ -99,7 +99,7 @@ def test_rows_come_home_and_gradients_are_those_of_one_process(ranks: int) -> No
         whole = x * 0
         for f in found:
             if len(f.given):
-                whole = whole.index_put((f.given,), normalised(x[f.given]))
+                whole = whole.index_put((f.given,), normalized(x[f.given]))
         torch.testing.assert_close(torch.cat([f.output for f in found]), whole.detach(), rtol=1e-12, atol=1e-12)
         (whole * weights_for(whole)).sum().backward()
         gradients = [torch.zeros(0, 3).double() if f.gradient is None else f.gradient for f in found]

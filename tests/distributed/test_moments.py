@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_bn import Moments
-from lightning_bn.distributed.moments import merge_at_once, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.core.ranks import merge_at_once, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
 from tests.ranks import run_on_ranks
 
 

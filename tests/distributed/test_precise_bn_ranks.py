@@ -143,7 +143,7 @@ def measured_synced(model: nn.Module, shards: list[Batches]) -> tuple[Result, di
 
 
 @pytest.mark.parametrize("name", ["uneven batches", "an uneven number of batches"])
-def test_synced_layers_normalise_with_the_statistics_of_all_ranks_batches(name: str) -> None:
+def test_synced_layers_normalize_with_the_statistics_of_all_ranks_batches(name: str) -> None:
     model = cnn()
     shards = [images(*sizes) for sizes in SHARDS[name]]
     steps = [torch.cat([s[i] for s in shards if len(s) > i]) for i in range(max(map(len, shards)))]

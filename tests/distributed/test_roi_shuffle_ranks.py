@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import domain_bn, find_bn, freeze_bn, ghost_bn, precise_bn, roi_shuffle
-from lightning_bn.layers.behaviour import behaviours_of
+from lightning_bn.layers.behavior import behaviors_of
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.ddp
@@ -130,14 +130,14 @@ def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
     return features, moved, dict(model.box_head.bn.named_buffers()), shown
 
 
-def test_a_head_normalises_rows_of_both_ranks() -> None:
+def test_a_head_normalizes_rows_of_both_ranks() -> None:
     first, second = run_on_ranks(what_a_head_sees, 2)
     every = torch.cat([first[0], second[0]])
     for own, moved, buffers, shown in (first, second):
         from_here = sum(any(torch.equal(row, o) for o in own) for row in moved)
         assert 0 < from_here < len(moved) == 9, "rows of one rank alone"
-        normalised = nn.functional.linear(moved, Detector().box_head.fc.weight, Detector().box_head.fc.bias)
-        torch.testing.assert_close(buffers["running_mean"], 0.1 * normalised.mean(0))
+        normalized = nn.functional.linear(moved, Detector().box_head.fc.weight, Detector().box_head.fc.bias)
+        torch.testing.assert_close(buffers["running_mean"], 0.1 * normalized.mean(0))
         assert shown[0].count("rows exchanged") == 2 and "exchanged" not in shown[1]
     moved = torch.cat([first[1], second[1]])
     assert torch.equal(moved.sort(0)[0], every.sort(0)[0])
@@ -316,7 +316,7 @@ def copied() -> None:
         assert len(made) == there_were + 1
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
-            assert not any(behaviours_of(m) for m in twin.modules())
+            assert not any(behaviors_of(m) for m in twin.modules())
             assert [sorted(vars(m)) for m in twin.modules()] == [sorted(vars(m)) for m in plain.modules()]
             if dist.get_rank():
                 twin(rows(4))  # alone: it is a plain one

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import find_bn, freeze_bn, precise_bn, sync_bn
-from lightning_bn.layers.behaviour import behaviours_of
+from lightning_bn.layers.behavior import behaviors_of
 from lightning_bn.layers.synced import Synced
 from tests.ranks import run_on_ranks
 from tests.zoo import cnn, images
@@ -92,10 +92,10 @@ def steps_on_this_rank(cases: list[Case], device: str) -> list[Outcome]:
     for model, shards in cases:
         model.to(device)
         with sync_bn(model):
-            (behaviour,) = {b for layer in find_bn(model).values() for b in behaviours_of(layer)}
-            assert isinstance(behaviour, Synced) and behaviour.num_ranks == dist.get_world_size()
+            (behavior,) = {b for layer in find_bn(model).values() for b in behaviors_of(layer)}
+            assert isinstance(behavior, Synced) and behavior.num_ranks == dist.get_world_size()
             found.append(steps(model, [x.to(device) for x in shards[dist.get_rank()]]))
-        assert not any(behaviours_of(layer) for layer in find_bn(model).values())
+        assert not any(behaviors_of(layer) for layer in find_bn(model).values())
     return found
 
 

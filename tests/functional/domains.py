@@ -95,10 +95,10 @@ class ByHand:
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         for m in self.modules:
-            inputs = self.normalised(m, inputs) if isinstance(m, nn.BatchNorm2d) else [m(x) for x in inputs]
+            inputs = self.normalized(m, inputs) if isinstance(m, nn.BatchNorm2d) else [m(x) for x in inputs]
         return inputs
 
-    def normalised(self, bn: nn.BatchNorm2d, inputs: list[Tensor]) -> list[Tensor]:
+    def normalized(self, bn: nn.BatchNorm2d, inputs: list[Tensor]) -> list[Tensor]:
         rows = [x.movedim(1, -1).flatten(0, -2) for x in inputs]
         if bn.training:
             apart = [F.batch_norm(r, None, None, None, None, True) for r in rows]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_bn import adapt_bn, find_bn, freeze_bn, mini_batch_inference, precise_bn
 from lightning_bn.layers.adapted import Adapting
-from lightning_bn.layers.behaviour import Handle
-from lightning_bn.statistics.prior import with_prior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.core.prior import with_prior
 from tests.truth import in_double, recorded, rows_of
 from tests.zoo import CASES, Shared, case, cnn, images
 
@@ -137,7 +137,7 @@ def test_what_would_not_work_is_refused_by_name() -> None:
     before = buffers_of(model)
     with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer '5' is adapted to a domain al"):
         adapt_bn(model, images(8))
-    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="'5' normalises with mini-batch"):
+    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="'5' normalizes with mini-batch"):
         adapt_bn(model, images(8))
     for bad, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="prior_samples must be"):
@@ -162,10 +162,10 @@ def test_a_shift_is_undone_by_adapting_to_it() -> None:
 
 def adapting(model: nn.Module, batches: list[Tensor], prior: int) -> list[dict[str, list[tuple[Tensor, Tensor]]]]:
     """What layers were given, and made of it, batch after batch."""
-    behaviour, found = Adapting(find_bn(model), prior), []
-    with Handle(find_bn(model).values(), behaviour), torch.inference_mode():
+    behavior, found = Adapting(find_bn(model), prior), []
+    with Handle(find_bn(model).values(), behavior), torch.inference_mode():
         for batch in batches:
-            behaviour.samples += len(batch)
+            behavior.samples += len(batch)
             with recorded(model) as calls:
                 model(batch)
             found.append(calls)
@@ -174,7 +174,7 @@ def adapting(model: nn.Module, batches: list[Tensor], prior: int) -> list[dict[s
 
 @pytest.mark.parametrize("prior", [0, 10])
 @pytest.mark.parametrize("make", [cnn, Shared])
-def test_each_batch_is_normalised_with_all_that_came_so_far(make: Any, prior: int) -> None:
+def test_each_batch_is_normalized_with_all_that_came_so_far(make: Any, prior: int) -> None:
     model, batches = trained(make()).eval(), images(8, 3, 5, mean=1)
     before, samples = buffers_of(model), 0
     rows: dict[str, list[Tensor]] = {}
@@ -199,10 +199,10 @@ def test_a_compiled_model_adapts_as_well() -> None:
     with torch.no_grad():
         compiled(batches[0])
         for run in (model, compiled):
-            behaviour = Adapting(find_bn(model), 4)
-            with Handle(find_bn(model).values(), behaviour):
+            behavior = Adapting(find_bn(model), 4)
+            with Handle(find_bn(model).values(), behavior):
                 for batch in batches:
-                    behaviour.samples += len(batch)
+                    behavior.samples += len(batch)
                     outputs.append(run(batch))
         with adapt_bn(model, batches):
             torch.testing.assert_close(compiled(batches[0]), model(batches[0]))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torchvision import tv_tensors
 
-import lightning_bn.functional.batch_copy as batch_copy
-from lightning_bn.functional.batch_copy import HostCopy, bytes_of, copied
+import lightning_bn.core.batch_copy as batch_copy
+from lightning_bn.core.batch_copy import HostCopy, bytes_of, copied
 
 
 @dataclass

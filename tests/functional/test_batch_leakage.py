@@ -1,4 +1,4 @@
-"""`batch_leakage` sees what each layer normalises together in training, on the model with population statistics."""
+"""`batch_leakage` sees what each layer normalizes together in training, on the model with population statistics."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.leakage import measure_leakage
-from lightning_bn.layers.behaviour import Handle, behaviours_of
-from lightning_bn.layers.row_means import RowMeans, Rows
-from lightning_bn.statistics.leakage import icc, leading_components
+from lightning_bn.layers.behavior import Handle, behaviors_of
+from lightning_bn.functional.leakage_rows import RowMeans, Rows
+from lightning_bn.functional.leakage_test import icc, leading_components
 from tests.callbacks.zoo import digest
 from tests.ranks import run_on_ranks
 from tests.zoo import cnn
@@ -52,7 +52,7 @@ def test_random_batches_of_classes_pass_and_batches_of_one_class_do_not() -> Non
 
 
 def test_in_train_mode_the_evidence_would_be_masked() -> None:
-    """Why the model is run with population statistics: normalised by the batch, its samples' means sum to zero."""
+    """Why the model is run with population statistics: normalized by the batch, its samples' means sum to zero."""
     net, images = model(), sorted_by_class(8, 512)
     seen: list[Tensor] = []
     net[5].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3)).detach()))
@@ -77,10 +77,10 @@ def test_the_model_is_as_before_and_its_mode_too() -> None:
     before, random = digest(net.state_dict()), digest(torch.get_rng_state())
     batch_leakage(net, classes(4, 64).split(8))
     assert (digest(net.state_dict()), digest(torch.get_rng_state())) == (before, random)
-    assert all(m.training and not behaviours_of(m) for m in net.modules())
+    assert all(m.training and not behaviors_of(m) for m in net.modules())
 
 
-def test_interleaved_ghosts_break_neighbours_up_and_contiguous_ones_keep_them() -> None:
+def test_interleaved_ghosts_break_neighbors_up_and_contiguous_ones_keep_them() -> None:
     """Batches c0, c0, c1, c1, ... as in Fig. 8; a ghost of 2 holds two of one class, or of two."""
     generator = torch.Generator().manual_seed(1)
     means = 2 * torch.randn(64, 3, 1, 1, generator=generator)
@@ -97,13 +97,13 @@ def test_interleaved_ghosts_break_neighbours_up_and_contiguous_ones_keep_them() 
 
 @pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
 @pytest.mark.parametrize("rows", [12, 13, 3])
-def test_the_groups_of_ghosts_are_those_that_are_normalised_together(grouping: Any, rows: int) -> None:
+def test_the_groups_of_ghosts_are_those_that_are_normalized_together(grouping: Any, rows: int) -> None:
     """Oracle: rows of one ghost, and no others, share a mean of zero in the output."""
     layer = nn.BatchNorm1d(1, affine=False)
     x = torch.randn(rows, 1).exp()
     with ghost_bn(layer, size=4, grouping=grouping):
-        (behaviour,) = behaviours_of(layer)
-        groups, y = behaviour.normalization_groups(x), layer(x)
+        (behavior,) = behaviors_of(layer)
+        groups, y = behavior.normalization_groups(x), layer(x)
     assert groups is not None
     for group in groups.unique():
         assert y[groups == group].mean().abs() < 1e-5

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_bn as lbn
 from lightning_bn import domain_bn, find_bn
-from lightning_bn.layers.behaviour import behaviours_of
+from lightning_bn.layers.behavior import behaviors_of
 from tests.functional.domains import (
     EVERY,
     HEADS,
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name() 
         run(hidden)
     together = Model(checkpointed)
     by_owner(together, 1)
-    with pytest.raises(RuntimeError, match=r"normalised together \(sgd='shared'\).*sgd='domain'"):
+    with pytest.raises(RuntimeError, match=r"normalized together \(sgd='shared'\).*sgd='domain'"):
         run(together)
 
 
@@ -252,7 +252,7 @@ def test_levels_may_be_asked_for_in_any_order_and_towers_be_in_containers() -> N
 
 
 def test_a_layer_that_does_not_track_statistics_moves_none() -> None:
-    """As Lightning's BaseFinetuning leaves it: it still normalises each level by itself."""
+    """As Lightning's BaseFinetuning leaves it: it still normalizes each level by itself."""
     model = Model()
     by_owner(model, 4)
     for layer in find_bn(model).values():
@@ -308,11 +308,11 @@ def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(2))
     with pytest.raises(TypeError, match="'0' is a SyncBatchNorm"):
         domain_bn(model, domains=3, **choices(4))
-    assert not any(behaviours_of(m) for m in head.modules())
+    assert not any(behaviors_of(m) for m in head.modules())
 
 
 class Final(nn.Identity):
-    """A module whose class nothing can be derived from, so that it takes no behaviour."""
+    """A module whose class nothing can be derived from, so that it takes no behavior."""
 
     def __init_subclass__(cls) -> None:
         raise TypeError("Final is final")
@@ -325,7 +325,7 @@ def test_where_one_module_cannot_follow_the_model_is_left_as_it_was(row: int) ->
     for _ in range(2):  # and nothing stands in the way of another attempt
         with pytest.raises(TypeError, match="Final is final"):
             by_owner(model, row)
-    assert not any(behaviours_of(m) for m in model.modules())
+    assert not any(behaviors_of(m) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert everything(model).keys() == everything(before).keys()
     assert_same(run(model), run(before))

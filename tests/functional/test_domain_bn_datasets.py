@@ -52,7 +52,7 @@ class ByHand:
     def __call__(self, x: Tensor, domain: Tensor) -> Tensor:
         for m in self.model:
             x = (
-                self.normalised(m, x, domain)
+                self.normalized(m, x, domain)
                 if isinstance(m, nn.BatchNorm2d)
                 else F.relu(x)
                 if isinstance(m, nn.ReLU)
@@ -60,7 +60,7 @@ class ByHand:
             )
         return x
 
-    def normalised(self, bn: nn.BatchNorm2d, x: Tensor, domain: Tensor) -> Tensor:
+    def normalized(self, bn: nn.BatchNorm2d, x: Tensor, domain: Tensor) -> Tensor:
         groups = [(d, domain == d) for d in range(3) if (domain == d).any()]
         parts = {d: x[own].movedim(1, -1).flatten(0, -2) for d, own in groups}
         whole = x.movedim(1, -1).flatten(0, -2)
@@ -142,7 +142,7 @@ def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
     inputs: dict[str, Tensor] = {}
     for name, m in truth.model.named_children():
         inputs[name] = x
-        x = truth.normalised(m, x, domain) if isinstance(m, nn.BatchNorm2d) else m(x)
+        x = truth.normalized(m, x, domain) if isinstance(m, nn.BatchNorm2d) else m(x)
     for name, layer in find_bn(model).items():
         rows = inputs[name].detach().movedim(1, -1)
         whole = rows.flatten(0, -2)
@@ -179,7 +179,7 @@ def test_one_value_has_no_variance_and_moves_no_statistics_of_its_domain() -> No
 
 
 @pytest.mark.parametrize("row", [3, 4, 6])
-def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalised(row: int) -> None:
+def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalized(row: int) -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     handle = given(model, row)
     before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}

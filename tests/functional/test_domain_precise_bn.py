@@ -22,7 +22,7 @@ def batches() -> list[list[Tensor]]:
 def truth(head: nn.Module, row: int, shown: list[list[list[Tensor]]]) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Mean and biased variance of each level's inputs, and of all, of every layer, level by level and by hand.
 
-    ``shown`` are groups of batches that are normalised together.
+    ``shown`` are groups of batches that are normalized together.
     """
     inputs: dict[str, list[list[Tensor]]] = {}
     for group in shown:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.functional import forecast
-from lightning_bn.functional.forecast import AT_ONCE, StepForecast
-from tests.statistics.test_forecast import Stepwise, assert_equal_to_rounding
+from lightning_bn.tracking.step_forecast import AT_ONCE, StepForecast
+from tests.core.test_forecast import Stepwise, assert_equal_to_rounding
 
 SIZES = [3, 2, 4]
 STEPS = 2 * AT_ONCE + 9

@@ -172,7 +172,7 @@ def test_an_activation_in_place_is_as_cheap_as_behind_plain_batchnorm(
 
 
 @pytest.mark.parametrize("samples", [8, 7])
-def test_an_input_with_gaps_in_memory_is_normalised_like_any(samples: int) -> None:
+def test_an_input_with_gaps_in_memory_is_normalized_like_any(samples: int) -> None:
     bn = layer()
     with ghost_bn(bn, splits=3):
         for x in (torch.randn(samples, 4, 4, 3), torch.randn(samples, 3, 4, 8)[..., ::2].transpose(2, 3)):
@@ -191,7 +191,7 @@ def test_gradients_of_gradients_are_right(grouping: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", ["float32", "16-bit"])
-def test_16_bit_inputs_are_normalised_group_by_group_and_stay_16_bit(dtype: torch.dtype, parameters: str) -> None:
+def test_16_bit_inputs_are_normalized_group_by_group_and_stay_16_bit(dtype: torch.dtype, parameters: str) -> None:
     bn, x = nn.BatchNorm2d(3), (torch.randn(9, 3, 4, 4) + 20).to(dtype)
     if parameters == "16-bit":
         bn.to(dtype)
@@ -227,7 +227,7 @@ def test_a_batch_without_samples_is_what_it_is_without_ghosts() -> None:
 
 
 def test_on_an_ordered_batch_interleaved_groups_break_up_pairs_and_contiguous_ones_keep_them() -> None:
-    """c0, c0, c1, c1: what leaks is that a sample's neighbour in its group has its class (Fig. 8)."""
+    """c0, c0, c1, c1: what leaks is that a sample's neighbor in its group has its class (Fig. 8)."""
     x = torch.tensor([[1.0], [1.1], [5.0], [5.1]])
     y = {}
     for grouping in GROUPINGS:
@@ -330,7 +330,7 @@ def test_a_compiled_model_is_one_graph_and_has_ghosts_too(make: Callable[[int], 
         torch.testing.assert_close(model.state_dict()[key], value)
 
 
-# --- with other behaviours --------------------------------------------------------------------------------------------
+# --- with other behaviors --------------------------------------------------------------------------------------------
 
 Give = Callable[[nn.Module], Any]
 

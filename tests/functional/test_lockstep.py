@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, precise_bn
-from lightning_bn.functional.lockstep import Lockstep, LockstepError
+from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
 from tests.zoo import cnn, images
 
 Summing = Lockstep[str, int, int]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from lightning_bn import PopulationStatistics, precise_bn
-from lightning_bn.functional.memory import Alive, Room, Spilled, free_memory
+from lightning_bn.lockstep.offload import Alive, Room, Spilled, free_memory
 from tests.memory import growth
 from tests.ranks import run_on_ranks
 from tests.zoo import CASES, case, cnn, images
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_is_an_error_and_loses_nothing(folder: Path, monkeyp
             raise OSError(28, "No space left on device")
         return b""
 
-    monkeypatch.setattr("lightning_bn.functional.memory._as_bytes", full)
+    monkeypatch.setattr("lightning_bn.lockstep.offload._as_bytes", full)
     with pytest.raises(OSError, match="No space"):
         Spilled(storages(*tensors))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -217,7 +217,7 @@ def test_too_little_memory_is_an_error_that_gives_both_numbers_before_anything_i
 ) -> None:
     model, batches = cnn(), images(4, 4, 4, 4)
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("lightning_bn.functional.pooled.free_memory", lambda device: 30_000)
+    monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 30_000)
     with pytest.raises(MemoryError, match=r"about [\d,]+ bytes alive at the widest BatchNorm layer, and 30,000") as e:
         precise_bn(model, batches, batch_size="population")
     assert "memory_limit=" in str(e.value) and "batch_size" in str(e.value)

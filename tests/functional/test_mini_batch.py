@@ -33,7 +33,7 @@ def assert_untouched(model: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("gradients", GRADIENTS)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_eval_normalises_with_the_batch_and_writes_nothing(momentum: float | None, gradients: str) -> None:
+def test_eval_normalizes_with_the_batch_and_writes_nothing(momentum: float | None, gradients: str) -> None:
     bn = nn.BatchNorm2d(3, momentum=momentum)
     nn.init.uniform_(bn.weight), nn.init.uniform_(bn.bias), bn.running_mean.fill_(4)
     before, x = copy.deepcopy(dict(bn.named_buffers())), torch.randn(4, 3, 5, 5) * 3 + 7
@@ -82,7 +82,7 @@ def test_a_single_value_per_channel_takes_the_population_and_is_counted() -> Non
         model(torch.randn(2, 2))
         assert handle.fallbacks == 2
         assert model(torch.zeros(0, 2)).shape == (0, 2)
-        assert handle.fallbacks == 2, "nothing to normalise is nothing to fall back from"
+        assert handle.fallbacks == 2, "nothing to normalize is nothing to fall back from"
 
 
 def test_a_single_sample_with_space_has_statistics() -> None:

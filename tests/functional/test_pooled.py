@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import Moments, PopulationStatistics, find_bn, freeze_bn, precise_bn
-from lightning_bn.functional.lockstep import LockstepError
+from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import estimable_layers
 from tests.layer_by_layer import layer_by_layer
@@ -185,7 +185,7 @@ def test_16_bit_networks_are_estimated_as_what_they_are(name: str) -> None:
         assert ((measured.mean - real[layer].mean).abs() <= spread * sigma).all(), layer
 
 
-def test_a_layer_called_several_times_normalises_each_call_with_that_calls_statistics() -> None:
+def test_a_layer_called_several_times_normalizes_each_call_with_that_calls_statistics() -> None:
     model, batches = Shared().double(), [x.double() for x in images(4, 2, 1)]
     truth = in_double(model, [torch.cat(batches)])
     statistics = precise_bn(model, batches, batch_size="population")
@@ -366,7 +366,7 @@ def test_forward_hooks_run_once_for_every_micro_batch_and_are_seen() -> None:
     assert sorted(sizes[1:-1]) == [1, 2, 3]
 
 
-def test_frozen_and_unchosen_layers_normalise_with_what_they_store() -> None:
+def test_frozen_and_unchosen_layers_normalize_with_what_they_store() -> None:
     model, batches = cnn().double(), [x.double() for x in images(3, 2, 1)]
     nn.init.normal_(model[1].running_mean)
     expected = layer_by_layer(model, batches, layers="5")
@@ -472,7 +472,7 @@ def test_rather_than_more_than_a_share_of_the_memory_it_takes_a_smaller_b_and_sa
 ) -> None:
     model, x = cnn().double().eval(), population(16, 8).double()
     said: list[str] = []
-    monkeypatch.setattr("lightning_bn.functional.pooled.free_memory", lambda device: 120_000)
+    monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 120_000)
     statistics = measure(
         estimable_layers(model), x.split(2), model, batch_size=100, at_most=0.5, say=lambda _, text: said.append(text)
     )

@@ -20,7 +20,7 @@ from tests.truth import Calls, assert_close_to, assert_measured, assert_stored, 
 from tests.zoo import CASES, Shared, case, cnn, images
 
 
-def normalised(layer: nn.Module, x: Tensor) -> Tensor:
+def normalized(layer: nn.Module, x: Tensor) -> Tensor:
     """What a BatchNorm layer, and the activation that timm puts into it, make of ``x`` in batch mode; in float64."""
     weight, bias = (None if p is None else p.double() for p in (layer.weight, layer.bias))
     x = x.double()
@@ -43,7 +43,7 @@ def test_statistics_are_those_of_everything_a_layer_was_given(name: str) -> None
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "bf16 model, mean 100"])
-def test_every_batch_is_normalised_with_its_own_statistics(name: str) -> None:
+def test_every_batch_is_normalized_with_its_own_statistics(name: str) -> None:
     model, batches = case(name)
     with recorded(model) as calls:
         precise_bn(model, batches)
@@ -52,13 +52,13 @@ def test_every_batch_is_normalised_with_its_own_statistics(name: str) -> None:
             mean, sigma = given([(x, y)]).mean(0), given([(x, y)]).std(0, correction=0)
             rounding = (2**-22 * mean.abs() / (sigma**2 + layer.eps).sqrt()).max().item()
             rounding += {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(y.dtype, 1e-5)
-            wrong = (y.double() - normalised(layer, x)).abs().max().item()
+            wrong = (y.double() - normalized(layer, x)).abs().max().item()
             assert wrong <= 4 * rounding, layer_name
             assert y.dtype == x.dtype and y.shape == x.shape
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("bf16", "fp16")) and "float32" not in n])
-def test_16_bit_layers_normalise_bit_by_bit_as_torch_does_in_training(name: str) -> None:
+def test_16_bit_layers_normalize_bit_by_bit_as_torch_does_in_training(name: str) -> None:
     """Which rounds the mean to 16 bits: with a large mean that is far from exact, and what the next layers train on."""
     model, batches = case(name)
     with recorded(model) as calls:
@@ -148,7 +148,7 @@ def test_a_layer_that_is_not_reached_keeps_its_statistics() -> None:
     assert model.c.running_mean.eq(5).all() and model.c.running_var.eq(7).all()
 
 
-def test_only_the_chosen_layers_are_estimated_and_the_others_normalise_with_what_they_have() -> None:
+def test_only_the_chosen_layers_are_estimated_and_the_others_normalize_with_what_they_have() -> None:
     model, batches = case("ragged batches")
     before = copy.deepcopy(model)
     with recorded(model) as calls:
@@ -411,6 +411,6 @@ def test_micro_batches_that_are_parts_of_one_large_tensor_need_no_more_memory_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = torch.randn(1000, 3, 8, 8)
-    monkeypatch.setattr("lightning_bn.functional.pooled.free_memory", lambda device: 20 * images.nbytes)
+    monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 20 * images.nbytes)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     assert precise_bn(model, images.split(4), batch_size="population").num_samples == 1000

@@ -209,7 +209,7 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_the_plain_model(copied: Callable
     copies = []
     precise_bn(model, batches, forward=lambda m, x: (m(x), copies.append(copied(m))))
     for plain in copies:
-        assert type(plain[1]) is nn.BatchNorm2d and not hasattr(plain[1], "_behaviours")
+        assert type(plain[1]) is nn.BatchNorm2d and not hasattr(plain[1], "_behaviors")
         torch.testing.assert_close(plain.eval()(batches[0]), before(batches[0]), rtol=0, atol=0)
         assert plain[1].train()(torch.randn(4, 8, 2, 2)).shape == (4, 8, 2, 2)
         assert plain[1].num_batches_tracked == before[1].num_batches_tracked + 1

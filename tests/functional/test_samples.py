@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
-from lightning_bn.functional.samples import counted_by, samples_in
+from lightning_bn.core.batch_sizes import counted_by, samples_in
 
 Pair = namedtuple("Pair", "x y")
 

@@ -1,4 +1,4 @@
-"""SyncBN in one process: nothing to synchronise, and arguments that cannot be met are refused by name."""
+"""SyncBN in one process: nothing to synchronize, and arguments that cannot be met are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, freeze_bn, ghost_bn, sync_bn
-from lightning_bn.layers.behaviour import Handle, behaviours_of
+from lightning_bn.layers.behavior import Handle, behaviors_of
 from lightning_bn.layers.synced import Synced
 from tests.zoo import CASES, case, cnn, images
 
@@ -37,7 +37,7 @@ def synced(model: nn.Module) -> Handle:
 def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
     model = cnn()
     with pytest.warns(UserWarning, match="changes nothing: there is one process") as said, sync_bn(model, ranks=ranks):
-        assert not any(behaviours_of(layer) for layer in find_bn(model).values())
+        assert not any(behaviors_of(layer) for layer in find_bn(model).values())
     assert len(said) == 1
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import precise_bn
-from lightning_bn.functional.thread_state import RandomState, ThreadState, random_streams
+from lightning_bn.lockstep.thread_state import RandomState, ThreadState, random_streams
 from tests.layer_by_layer import layer_by_layer
 from tests.zoo import images
 

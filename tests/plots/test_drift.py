@@ -49,7 +49,7 @@ def test_a_heatmap_has_a_row_a_layer_from_the_input_down_and_hatches_what_was_no
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not measured"]
 
 
-def test_a_colour_is_the_same_gap_in_most_heatmaps() -> None:
+def test_a_color_is_the_same_gap_in_most_heatmaps() -> None:
     small, large = (plots.gap_heatmap([1], ["a", "b"], [row]) for row in ([0.02, 0.3], [0.05, 0.9]))
     assert (mesh(small).norm.vmin, mesh(small).norm.vmax) == (mesh(large).norm.vmin, mesh(large).norm.vmax) == (0.01, 1)
 
@@ -89,7 +89,7 @@ def test_lag_against_noise_puts_every_finite_layer_at_its_place_and_counts_the_o
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["measured directly or frozen", "1 of 4 layers without a finite value"]
     stale, noisy, _ = np.concatenate([c.get_facecolor() for c in axes.collections[2:]])
-    assert not np.allclose(stale, noisy), "the two sides of the diagonal differ in colour"
+    assert not np.allclose(stale, noisy), "the two sides of the diagonal differ in color"
 
 
 def test_the_worst_layers_are_named_apart_from_each_other() -> None:
@@ -160,9 +160,9 @@ def test_short_names_stay_different_and_lose_only_what_all_share() -> None:
     assert short_names(["a" * 60]) == ["a" * 13 + "…" + "a" * 26]
 
 
-def test_colours_mean_what_they_mean_in_every_figure() -> None:
+def test_colors_mean_what_they_mean_in_every_figure() -> None:
     row = np.array([0.5, 0.2])
     figure = plots.drift_overview([1], ["a", "b"], row[None], row[None], row, row, precise_gap=row)
     handles, labels = panel(figure, "Over the run").get_legend_handles_labels()
-    colours = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels, strict=True)}
-    assert colours == {"EMA to the batches (mean gap)": to_rgba(EMA), "EMA to PreciseBN": to_rgba(PRECISE)}
+    colors = {label: handle[0].get_facecolor() for handle, label in zip(handles, labels, strict=True)}
+    assert colors == {"EMA to the batches (mean gap)": to_rgba(EMA), "EMA to PreciseBN": to_rgba(PRECISE)}

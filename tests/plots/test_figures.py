@@ -126,7 +126,7 @@ def test_no_channel_is_an_error_that_says_so() -> None:
         plots.channels_over_steps([])
 
 
-def test_a_colour_means_the_same_in_every_figure() -> None:
+def test_a_color_means_the_same_in_every_figure() -> None:
     assert line(curves(), "EMA").get_color() == line(samples(), "EMA").get_color() == EMA
     assert line(cloud(), "EMA (running_mean)").get_color() == EMA
     assert line(curves(), "PreciseBN").get_color() == PRECISE

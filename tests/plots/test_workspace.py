@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lightning_bn.plots.workspace import IMAGES, drift_workspace, wandb_workspace
-from lightning_bn.statistics.drift import AGGREGATES
+from lightning_bn.tracking.drift import AGGREGATES
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic V1 style")

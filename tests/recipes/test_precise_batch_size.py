@@ -98,7 +98,7 @@ def test_whole_micro_batches_make_up_b(b: int, loaded: int, size: int) -> None:
 
 
 class NBS(L.Callback):
-    """Notes what the layers of the first batch normalise together, and the weights before it."""
+    """Notes what the layers of the first batch normalize together, and the weights before it."""
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if args[-1] == 0:
@@ -106,7 +106,7 @@ class NBS(L.Callback):
             self.weights = torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()])
 
 
-def test_the_models_of_a_seed_start_alike_and_differ_in_what_is_normalised_together() -> None:
+def test_the_models_of_a_seed_start_alike_and_differ_in_what_is_normalized_together() -> None:
     noted = {nbs: NBS() for nbs in (20, 2)}
     for nbs, note in noted.items():
         train(nbs, 0, lambda note=note: make(callbacks=[note]), no_logger, lambda line: None)  # type: ignore[misc]
@@ -115,7 +115,7 @@ def test_the_models_of_a_seed_start_alike_and_differ_in_what_is_normalised_toget
 
 
 def test_what_cannot_be_is_refused_before_any_training() -> None:
-    with pytest.raises(ValueError, match="20 images cannot be normalised 32 together"):
+    with pytest.raises(ValueError, match="20 images cannot be normalized 32 together"):
         precise_batch_size(make, no_logger, nbs=[32, 2])
     with pytest.raises(ValueError, match="100 images were asked for, but there are only 60"):
         precise_batch_size(make, no_logger, nbs=[20, 2], images=100)

@@ -1,1 +1,0 @@
-"""What ranks do together: merge moments, agree on numbers."""

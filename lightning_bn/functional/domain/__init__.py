@@ -1,0 +1,1 @@
+"""Statistics of several domains or feature levels."""

@@ -1,0 +1,1 @@
+"""Batches that wait for each other at every BatchNorm layer."""

@@ -1,1 +1,0 @@
-"""Numbers in, numbers out: moments and their merge, population statistics, gaps."""

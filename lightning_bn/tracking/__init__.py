@@ -1,0 +1,1 @@
+"""What training shows of its own statistics: recovery, drift, history, forecast."""

@@ -1,0 +1,183 @@
+"""Gaps as `torchmetrics.Metric` classes, for a MetricCollection of one's own.
+
+All are updated with the same four vectors, ``(C,)`` each: mean and variance of a batch, mean and variance of the EMA
+before it. They add up over updates and over ranks as `Moments` do, and compute what the functions of `gaps` and
+`drift` say.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_bn.tracking.drift import is_dead, split
+from lightning_bn.core.gaps import mean_offsets, var_offsets
+from lightning_bn.core.moments import Moments
+
+
+class _Gap(Metric):
+    """Moments of offsets over updates."""
+
+    is_differentiable = False
+    full_state_update = False
+    offsets: Tensor
+
+    def __init__(self, channels: int, part: Literal["gap", "lag", "noise"] = "gap", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if part not in ("gap", "lag", "noise"):
+            raise ValueError(f"part must be 'gap', 'lag' or 'noise' but is {part!r}.")
+        self.part = part
+        self.add_state("offsets", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_added)
+
+    def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
+        """Add a batch."""
+        offsets = self._offsets_of(*(v.to(self.offsets) for v in (mean, var, ema_mean, ema_var)))
+        if offsets.shape != self.offsets[0].shape:
+            raise ValueError(
+                f"{type(self).__name__} was made for {self.offsets.shape[1]} channels, and was given statistics of "
+                f"shape {tuple(mean.shape)}."
+            )
+        seen = Moments(*self.offsets) + Moments(torch.ones_like(offsets), offsets, torch.zeros_like(offsets))
+        self.offsets = torch.stack([seen.count, seen.mean, seen.m2])
+
+    def compute(self) -> Tensor:
+        """The part of the gap that was asked for; NaN before the first update."""
+        drift = split(Moments(*self.offsets), [self.offsets.shape[1]])
+        return getattr(drift, self.part)[0]  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor:
+        """Each channel's offset, ``(C,)``."""
+
+
+class MeanGap(_Gap):
+    """Root mean square, over channels and updates, of ``(mean - ema_mean) / sqrt(ema_var)``; or its lag or noise.
+
+    Args:
+        channels: Of the layer.
+        part: ``"gap"``; ``"lag"``, the part that all updates share; or ``"noise"``, their spread. ``gap^2 = lag^2 +
+            noise^2``.
+        kwargs: For `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics import MetricCollection
+        >>> from lightning_bn import MeanGap, VarGap
+        >>> gaps = MetricCollection({"lag": MeanGap(1, "lag"), "noise": MeanGap(1, "noise"), "var_gap": VarGap(1)})
+        >>> for mean in (0.5, 1.5):
+        ...     gaps.update(torch.tensor([mean]), torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> {name: value.item() for name, value in gaps.compute().items()}
+        {'lag': 1.0, 'noise': 0.5, 'var_gap': 0.0}
+    """
+
+    def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor:
+        return mean_offsets(mean, ema_mean, ema_var)
+
+
+class VarGap(_Gap):
+    """Root mean square, over channels and updates, of ``log(var / ema_var)``; or its lag or noise.
+
+    Both variances are unbiased, as running variances are. With few values a channel the log of an unbiased variance
+    lies below that of the true one by about ``1 / (values - 1)``: that reads as lag.
+
+    Args:
+        channels: Of the layer.
+        part: As in `MeanGap`.
+        kwargs: For `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import VarGap
+        >>> gap = VarGap(channels=2)
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> gap.update(zero, 2 * one, zero, one)
+        >>> gap.compute()
+        tensor(0.6931, dtype=torch.float64)
+    """
+
+    def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor:
+        return var_offsets(var, ema_var)
+
+
+class DeadChannels(Metric):
+    """Fraction of channels without variance (see `is_dead`), over all updates.
+
+    Args:
+        eps: The layer's.
+        kwargs: For `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import DeadChannels
+        >>> dead = DeadChannels()
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> dead.update(zero, torch.tensor([0.0, 1.0]), zero, one)
+        >>> dead.compute()
+        tensor(0.5000)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    dead: Tensor
+    channels: Tensor
+
+    def __init__(self, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.eps = eps
+        for state in ("dead", "channels"):
+            self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
+        """Add a batch, of which only the variance counts."""
+        self.dead += is_dead(var, self.eps).sum()
+        self.channels += var.numel()
+
+    def compute(self) -> Tensor:
+        """The fraction; NaN before the first update."""
+        return self.dead / self.channels
+
+
+class NonFiniteChannels(Metric):
+    """Fraction of channels of which any of the four statistics was NaN or infinite in any update, on any rank.
+
+    Args:
+        channels: Of the layer.
+        kwargs: For `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import NonFiniteChannels
+        >>> bad = NonFiniteChannels(channels=2)
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> bad.update(torch.tensor([0.0, torch.inf]), one, zero, one)
+        >>> bad.compute()
+        tensor(0.5000)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    seen: Tensor
+
+    def __init__(self, channels: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("seen", torch.zeros(channels), dist_reduce_fx="max")
+
+    def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
+        """Add a batch."""
+        finite = torch.stack([mean, var, ema_mean, ema_var]).isfinite().all(0)
+        self.seen = self.seen.maximum((~finite).to(self.seen))
+
+    def compute(self) -> Tensor:
+        """The fraction."""
+        return self.seen.mean()
+
+
+def _added(states: Tensor) -> Tensor:
+    """Moments of several ranks, ``(ranks, 3, C)``, added up."""
+    first, *others = (Moments(*state) for state in states)
+    total = sum(others, first)
+    return torch.stack([total.count, total.mean, total.m2])

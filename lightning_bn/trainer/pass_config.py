@@ -1,0 +1,98 @@
+"""What a population pass is asked for, checked once and never changed; and what it learns, for one fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter
+from typing import Any
+
+from lightning_bn.trainer.loaders import Replay, Source
+from lightning_bn.trainer.forward import Forward, require_forward
+from lightning_bn.trainer.moved_layers import Movement
+from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.functional.measure import BatchSize, check_amounts
+from lightning_bn.lockstep.pooled import Tried
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.layers.find import Layers, as_patterns
+
+REPLAY_BYTES = 2**30
+"""What replayed batches may take by default: 1700 images of 224 px in float32."""
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """What a pass shows to the model.
+
+    Attributes:
+        num_samples: Samples to show, of all ranks together, in whole batches.
+        source: Where batches come from.
+        forward: How a batch reaches the model.
+        layers: Glob patterns over the layers to estimate.
+        count: Samples in a batch; None takes the length of its first tensor.
+        shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
+        replay_bytes: What the replayed batches may take on each rank.
+        batch_size: Samples of all ranks to normalize together; by default the 100 that suffice (Table 2), or as many as
+            fit into half of the memory that is free.
+        tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
+        memory_limit: Bytes that batches waiting for each other may take on each rank.
+    """
+
+    num_samples: int
+    source: Source
+    forward: Forward
+    layers: Layers
+    count: Count | None
+    shard: bool = True
+    replay_bytes: int = REPLAY_BYTES
+    batch_size: BatchSize = None
+    tolerance: float | None = None
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("num_samples", self.num_samples, at_least=1)
+        check_amounts(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
+        require_whole("replay_bytes", self.replay_bytes, at_least=1)
+        check_bool("shard", self.shard)
+        as_patterns(self.layers)
+        counted_by(self.count)  # refuses what is no function
+        if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
+            raise ValueError(
+                f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
+            )
+        require_forward(self.forward)
+
+
+@dataclass
+class PassState:
+    """What is learned from one fit of one model; made anew for every other.
+
+    Attributes:
+        replay: The last training batches, if batches are to be replayed.
+        tried: What is known of the model's micro-batches.
+        one_by_one: Whether they cannot wait for each other.
+        seen_a_batch: Whether a training batch was looked at.
+        start: How the layers were when the fit began.
+        said: Warnings given, by what they are about.
+    """
+
+    replay: Replay | None = None
+    tried: Tried = field(default_factory=Tried)
+    one_by_one: bool = False
+    seen_a_batch: bool = False
+    start: Movement = field(default_factory=lambda: Movement({}))
+    said: set[str] = field(default_factory=set)
+
+
+def refuse_without_a_pass(given: Mapping[str, Any], defaults: Mapping[str, Parameter]) -> None:
+    """Raise if an option of a pass is given where there is none.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"{name}={value!r} is for a pass over data, and source='training' runs none: leave it out, or choose "
+                "another source."
+            )

@@ -1,0 +1,70 @@
+"""When in a fit something begins: an epoch, a step, or a fraction of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from lightning_bn.core.checks import require_whole
+
+
+@dataclass(frozen=True)
+class SwitchPoint:
+    """The point of a fit from which on something holds, given in exactly one of four ways.
+
+    Attributes:
+        last_n_epochs: The first of so many last epochs.
+        start_epoch: This epoch; the first is 0.
+        start_step: This optimizer step, ``trainer.global_step``.
+        start_fraction: This fraction of the fit, by its epochs or its steps, whichever end it sooner.
+    """
+
+    last_n_epochs: int | None = None
+    start_epoch: int | None = None
+    start_step: int | None = None
+    start_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"Say when to switch by exactly one of {', '.join(vars(self))}; given: {', '.join(given) or 'none'}."
+            )
+        (name, value), *_ = given.items()
+        if name != "start_fraction":
+            require_whole(name, value, at_least=1 if name == "last_n_epochs" else 0)
+        elif not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"start_fraction must be a number from 0 up to, but not, 1 but is {value!r}.")
+
+    def check(self, trainer: Trainer, owner: str) -> None:
+        """Refuse a fit without an end to count from, or with fewer epochs than are to be counted.
+
+        Raises:
+            ValueError: Naming the way out.
+        """
+        endless = (trainer.max_epochs or -1) < 0
+        if endless and (self.last_n_epochs is not None or (self.start_fraction is not None and trainer.max_steps < 0)):
+            raise ValueError(
+                f"{owner}: the Trainer has max_epochs={trainer.max_epochs}, so there is no end to count from: pass "
+                "start_epoch or start_step."
+            )
+        epochs, debugging = trainer.max_epochs, trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.last_n_epochs is not None and epochs is not None and self.last_n_epochs > epochs and not debugging:
+            raise ValueError(
+                f"{owner}(last_n_epochs={self.last_n_epochs}) is more than the Trainer's max_epochs={epochs}: pass "
+                f"fewer than {epochs}, or start_epoch=0 to freeze from the first step on."
+            )
+
+    def reached(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether the fit has come to this point, right before the batch ``batch_idx`` of the current epoch."""
+        if self.start_step is not None:
+            return trainer.global_step >= self.start_step
+        last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps
+        if self.start_fraction is not None:
+            epochs = trainer.current_epoch + (batch_idx / (trainer.num_training_batches or 1))
+            by_epoch = epochs / last_epoch if last_epoch > 0 else 0.0
+            by_step = trainer.global_step / last_step if last_step > 0 else 0.0
+            return max(by_epoch, by_step) >= self.start_fraction
+        first = last_epoch - self.last_n_epochs if self.last_n_epochs is not None else self.start_epoch
+        return first is not None and trainer.current_epoch >= first

@@ -1,0 +1,103 @@
+"""The target pass: show batches of the dataloader that is evaluated to the model, neutrally, and measure what they are.
+
+What `PopulationPass` is for training batches. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.trainer.domains import domains_of
+from lightning_bn.trainer.evaluation_loop import run_step, stage_of
+from lightning_bn.trainer.modes import set_modes
+from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.passes import Recomputed, moved_by
+from lightning_bn.trainer.progress import progress_of
+from lightning_bn.functional.measure import measure
+from lightning_bn.functional.precise import call_model
+from lightning_bn.core.batch_sizes import Count, counted_by
+
+TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
+"""How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
+
+
+def measure_target(
+    trainer: Trainer,
+    module: LightningModule,
+    layers: dict[str, _BatchNorm],
+    dataloader_idx: int,
+    num_samples: int | None,
+    forward: TargetForward,
+    count: Count | None,
+) -> Recomputed:
+    """Measure the population statistics of one of the dataloaders that are evaluated now.
+
+    Args:
+        trainer: The Trainer, while it validates, tests or predicts.
+        module: Its module.
+        layers: Qualified name -> layer to measure.
+        dataloader_idx: Which one; all of them together where they are read side by side.
+        num_samples: Samples to show, of all ranks together, in whole batches; None for the whole loader.
+        forward: How a batch reaches the model.
+        count: Samples in a batch.
+
+    Raises:
+        ValueError: If no batch came, a layer received non-finite values, or the loader cannot be read twice.
+        RuntimeError: If the forward raises StopIteration.
+    """
+    if forward == "evaluation_step":
+        refuse_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
+
+    def run(item: tuple[Any, int, int]) -> None:
+        begin()
+        with fixed():
+            show(item)
+
+    def show(item: tuple[Any, int, int]) -> None:
+        if forward == "evaluation_step":
+            run_step(trainer, module, *item)
+        else:
+            with trainer.precision_plugin.forward_context(), domains_of(trainer, item[0], item[2]):
+                (forward if callable(forward) else call_model)(module, item[0])
+
+    assert trainer.state.stage is not None
+    started = time.perf_counter()
+    try:
+        with (
+            neutral(trainer, module, trainer.state.stage) as fixed,
+            set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
+            evaluation_batches(trainer, module, dataloader_idx) as batches,
+        ):
+            statistics = measure(
+                layers,
+                batches,
+                run,
+                of_training=False,
+                num_samples=num_samples,
+                count=lambda item: counted_by(count)(item[0]),
+                progress=progress_of(trainer, "AdaBN"),
+            )
+    except StopIteration as error:  # would end Lightning's evaluation without a word
+        raise RuntimeError("The forward over target batches raised StopIteration.") from error
+    moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
+    return Recomputed(statistics, moved, time.perf_counter() - started)
+
+
+def refuse_own_fetching(trainer: Trainer, module: LightningModule, way_out: str) -> None:
+    """Raise for an evaluation step that cannot be given a batch.
+
+    Raises:
+        ValueError: Naming the step and the ``way_out``.
+    """
+    step = f"{stage_of(trainer)}_step"
+    if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass {way_out}."
+        )

@@ -1,0 +1,66 @@
+"""The one call of batch_norm inside a layer's forward is replaced, and nothing else of that forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_bn.layers.override import BatchNormCall, plain_call, tracks, with_batch_norm
+
+
+@pytest.mark.parametrize("bn", [nn.BatchNorm2d(2), timm.layers.BatchNormAct2d(2)])
+def test_the_replacement_is_given_what_batch_norm_would_have_been(bn: Any) -> None:
+    given: list[BatchNormCall] = []
+
+    def replacement(call: BatchNormCall) -> Tensor:
+        given.append(call)
+        return call.input
+
+    x = torch.randn(2, 2, 3, 3)
+    y = with_batch_norm(replacement, "bn", bn, x)
+    (call,) = given
+    assert call.input is x and call.training is True and (call.momentum, call.eps) == (0.1, 1e-5)
+    assert all(getattr(call, name) is getattr(bn, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    torch.testing.assert_close(y, bn.act(x) if hasattr(bn, "act") else x)
+    assert bn.num_batches_tracked == 1, "counted by the layer"
+
+
+def test_the_replacement_may_call_batch_norm_itself() -> None:
+    bn, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+    y = with_batch_norm(BatchNormCall.run, "bn", bn, x)
+    torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+
+
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=None), nn.BatchNorm1d(2, affine=False)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_the_known_call_of_torchs_own_layers_is_the_one_they_make(bn: Any, training: bool, tracking: bool) -> None:
+    x = torch.randn(4, 2)
+    bn.train(training).track_running_stats = tracking
+    known = plain_call(bn, x)
+    made: list[BatchNormCall] = []
+    with_batch_norm(lambda call: (made.append(call), call.input)[1], "bn", bn, x)
+    (call,) = made
+    assert all(a is b for a, b in zip(known[:5], call[:5], strict=True)) and known.eps == call.eps
+    assert known.training == call.training and tracks(bn, known) == tracks(bn, call)
+
+
+def test_outside_and_after_an_error_nothing_is_replaced() -> None:
+    bn, x = nn.BatchNorm1d(2), torch.randn(4, 2)
+
+    def broken(_: BatchNormCall) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with_batch_norm(broken, "bn", bn, x)
+    assert bn(x).shape == (4, 2)
+
+
+def test_a_forward_without_such_a_call_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"forward of layer 'head\.0' does not call torch\.nn\.functional\.batch_norm"):
+        with_batch_norm(BatchNormCall.run, "head.0", nn.ReLU(), torch.zeros(1))

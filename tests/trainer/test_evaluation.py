@@ -1,0 +1,185 @@
+"""An evaluation within an evaluation gives the metrics of a real one under that behavior, and leaves no trace."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_bn import mini_batch_inference
+from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.functional.adapt import adapt_bn
+from tests.callbacks.zoo import (
+    Images,
+    InMemory,
+    TinyNet,
+    digest,
+    fit,
+    random_states,
+    state_but_statistics,
+    trainer_with,
+)
+
+
+class Talkative(TinyNet):
+    """Logs in every way: values and metrics, by step and epoch, sums, from every hook, of its own lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top1, self.at_the_end = MulticlassAccuracy(3), MulticlassAccuracy(3)
+        self.outputs: list[Tensor] = []
+        self.calls = 0
+
+    def evaluate(self, kind: str, batch: Any) -> Tensor:
+        x, y = batch
+        torch.manual_seed(len(x))  # the noise is then that of the real evaluation
+        logits = self(x + 0.1 * torch.randn_like(x))
+        self.calls += 1
+        self.top1(logits, y), self.at_the_end.update(logits, y)
+        self.outputs.append(logits)
+        self.log(f"{kind}_loss", F.cross_entropy(logits, y), on_step=True, on_epoch=True, prog_bar=True)
+        self.log(f"{kind}_sum", logits.square().sum(), reduce_fx="sum", batch_size=len(x))
+        self.log_dict({f"{kind}_top1": self.top1, f"{kind}_max": logits.max()}, reduce_fx="max")
+        return logits
+
+    def conclude(self, kind: str) -> None:
+        self.log(f"{kind}_at_the_end", self.at_the_end.compute())
+        self.log(f"{kind}_spread", torch.cat(self.outputs).std())
+        self.at_the_end.reset()
+        self.outputs.clear()
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.evaluate("test", batch)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.evaluate("val", batch)
+
+    def on_test_epoch_start(self) -> None:
+        self.outputs = []
+
+    on_validation_epoch_start = on_test_epoch_start
+
+    def on_test_batch_end(self, outputs: Any, *args: Any) -> None:
+        self.log("last_hook", outputs.mean(), batch_size=len(outputs))
+
+    def on_test_epoch_end(self) -> None:
+        self.conclude("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self.conclude("val")
+
+
+class Within(Callback):
+    """Evaluates under a behavior before the first batch of each evaluation, and after that of one in the middle."""
+
+    def __init__(self, behavior: Any = lambda module: nullcontext()) -> None:
+        self.behavior, self.found = behavior, []
+
+    def look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.state.fn == "fit" and trainer.current_epoch == 0:
+            return
+        before = self.state(trainer, pl_module)
+        with evaluation_batches(trainer, pl_module) as batches:
+            self.found.append(evaluate_under(self.behavior(pl_module), trainer, pl_module, batches, "other"))
+        assert self.state(trainer, pl_module) == before
+
+    on_validation_batch_start = on_test_batch_start = look
+
+    def state(self, trainer: Trainer, module: Any) -> list[Any]:
+        connector = {k: v for k, v in vars(trainer._logger_connector).items() if k != "trainer"}
+        own = [digest(list(random_states())), state_but_statistics(module), digest(module.state_dict()), str(connector)]
+        return [*own, str(trainer._results), digest(module.outputs), {n: m.training for n, m in module.named_modules()}]
+
+
+def loaders(n: int) -> Any:
+    found = [DataLoader(Images(size), batch_size=5) for size in (12, 7)[:n]]
+    return found if n > 1 else found[0]
+
+
+def metrics_of(callbacks: list[Any], stage: str, n: int, behavior: Any = None) -> tuple[dict[str, float], InMemory]:
+    module, trainer = Talkative(), trainer_with(callbacks)
+    with behavior(module) if behavior else nullcontext():
+        results = getattr(trainer, stage)(module, loaders(n), verbose=False)
+    return {key: value for result in results for key, value in result.items()}, trainer.logger
+
+
+def of_the_target(module: LightningModule) -> Any:
+    return adapt_bn(module, [(3 * torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("behavior", [None, mini_batch_inference, of_the_target])
+def test_metrics_are_those_of_a_real_evaluation_under_the_behavior(stage: str, n: int, behavior: Any) -> None:
+    within = Within(behavior or (lambda module: nullcontext()))
+    plain, rows = metrics_of([], stage, n)
+    around, rows_around = metrics_of([within], stage, n)
+    assert around == plain and rows_around.rows == rows.rows, "the evaluation around must not notice"
+    expected, _ = metrics_of([], stage, n, behavior)
+    assert len(expected) == (6 if stage == "validate" else 7) * n - 2 * (n - 1)
+    assert (expected == plain) is (behavior is None)
+    assert len(within.found) == 3 + 2 * (n - 1)
+    for found in within.found:
+        assert found == {f"other/{key}": value for key, value in expected.items()}
+
+
+def test_in_the_validation_of_a_fit_it_leaves_training_as_it_was() -> None:
+    modules, within, rows = (Talkative(), Talkative()), Within(mini_batch_inference), []
+    for module, callbacks in zip(modules, ([], [within]), strict=True):
+        rows.append(fit(module, callbacks).logger.rows)
+    assert within.found and rows[0] == rows[1]
+    assert digest(modules[0].state_dict()) == digest(modules[1].state_dict())
+
+
+class Breaking(Talkative):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        if not isinstance(self.trainer.loggers[0], InMemory):  # muted: not the evaluation around
+            raise self.error
+        return super().test_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("error", "comes_out"), [(ZeroDivisionError(), ZeroDivisionError), (StopIteration(), RuntimeError)]
+)
+def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_out: type[Exception]) -> None:
+    module, caught = Breaking(error), []
+
+    class Probe(Within):
+        def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            before = self.state(trainer, pl_module)
+            with (
+                pytest.raises(comes_out),
+                evaluation_batches(trainer, pl_module) as batches,
+            ):
+                evaluate_under(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
+            caught.append(self.state(trainer, pl_module) == before)
+
+        on_test_batch_start = look
+
+    trainer_with(Probe()).test(module, loaders(1), verbose=False)
+    assert caught == [True] * 3
+
+
+def test_outside_of_an_evaluation_it_is_refused() -> None:
+    trainer = fit(TinyNet())
+    with pytest.raises(RuntimeError, match="evaluates nothing at the moment"):
+        evaluate_under(nullcontext(), trainer, trainer.lightning_module, [], "other")
+
+    class Predicting(Callback):
+        def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            evaluate_under(nullcontext(), trainer, pl_module, [], "other")
+
+    with pytest.raises(RuntimeError, match="predict logs nothing"):
+        trainer_with(Predicting()).predict(TinyNet(), loaders(1))

@@ -1,0 +1,379 @@
+"""A neutral zone leaves no trace of what forwards do in it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import RunningStage
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torchmetrics.classification import MulticlassAUROC
+
+from lightning_bn.trainer.isolation import neutral
+from tests.callbacks.zoo import TinyNet, digest, random_states, state_but_statistics, trainer_with
+
+
+@pytest.fixture
+def trainer(tmp_path: Any) -> Trainer:
+    trainer = trainer_with(logger=CSVLogger(tmp_path))
+    trainer.state.stage = RunningStage.VALIDATING
+    return trainer
+
+
+class Hoarder(TinyNet):
+    """Keeps state in every kind of attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = np.zeros(3)
+        self.tensor = torch.zeros(3)
+        self.tensors = [torch.zeros(3)]
+        self.by_name = {"a": torch.zeros(3), "array": np.zeros(3)}
+        self.recent = deque([torch.zeros(3)], maxlen=4)
+        self.labels = {0}
+        self.curve = MulticlassAUROC(3)
+
+    def kept(self) -> Any:
+        own = [self.array, self.tensor, self.tensors, self.by_name, list(self.recent), list(self.labels)]
+        return digest([own, self.curve.preds, state_but_statistics(self)])
+
+
+def in_place(m: Any) -> None:
+    m.array += 1
+    m.tensor.add_(1)
+    m.tensors[0].add_(1)
+    m.by_name["a"].add_(1)
+    m.by_name["array"] += 1
+    m.recent[0].add_(1)
+
+
+def by_growing(m: Any) -> None:
+    m.tensors.append(torch.ones(3))
+    m.by_name["b"] = torch.ones(3)
+    m.recent.append(torch.ones(3))
+    m.labels.add(1)
+
+
+def by_assignment(m: Any) -> None:
+    m.array, m.tensor, m.tensors, m.by_name = np.ones(3), torch.ones(3), [], {}
+    m.recent, m.labels = deque(), {2}
+    m.new_attribute = 1
+    m.queue = torch.ones(8, 6)
+
+
+def in_buffers(m: Any) -> None:
+    m.queue.add_(1)
+    m.bn1.running_mean.add_(1)
+    m.bn1.num_batches_tracked.add_(1)
+
+
+def in_metrics(m: Any) -> None:
+    m.accuracy(torch.eye(3), torch.arange(3))
+    m.curve.update(torch.eye(3), torch.arange(3))
+    m.average_loss.reset()
+
+
+def in_modes(m: Any) -> None:
+    m.train()
+    m.drop.p = 0.9
+    m.bn1.momentum = None
+
+
+@pytest.mark.parametrize("change", [in_place, by_growing, by_assignment, in_buffers, in_metrics, in_modes])
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, StopIteration])
+def test_state_of_modules_is_as_before(trainer: Trainer, change: Callable[[Any], None], error: Any) -> None:
+    module = Hoarder().eval()
+    module.curve.update(torch.eye(3), torch.arange(3))
+    before, buffers, names = module.kept(), digest(module.state_dict()), set(vars(module))
+    try:
+        with neutral(trainer, module):
+            change(module)
+            assert (module.kept(), digest(module.state_dict())) != (before, buffers), "the change does nothing"
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt, StopIteration):
+        pass
+    assert module.kept() == before
+    assert digest(module.state_dict()) == buffers
+    assert set(vars(module)) == names
+
+
+def test_tensors_keep_their_identity(trainer: Trainer) -> None:
+    module = TinyNet()
+    before = {name: id(b) for name, b in module.named_buffers()}
+    with neutral(trainer, module):
+        module.queue.add_(1)
+    assert {name: id(b) for name, b in module.named_buffers()} == before
+
+
+def test_random_numbers_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
+    before = digest(list(random_states()))
+    with neutral(trainer, TinyNet()):
+        assert torch.rand(1) is not None and np.random.rand() and random.random()
+        assert digest(list(random_states())) != before
+    assert digest(list(random_states())) == before
+
+
+class Augmentation:
+    """What a module holds to augment with."""
+
+    def __init__(self) -> None:
+        self.steps = [random.Random(0), np.random.default_rng(0)]
+
+
+def test_random_numbers_of_the_modules_own_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
+    module = TinyNet()
+    module.generator, module.augmentation = torch.Generator(), Augmentation()
+    first, second = module.augmentation.steps
+
+    def draw() -> list[float]:
+        return [torch.rand(1, generator=module.generator).item(), first.random(), second.random()]
+
+    with neutral(trainer, module):
+        drawn = draw()
+        assert draw() != drawn
+    assert draw() == drawn
+
+
+def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_path: Any) -> None:
+    module, loggers = TinyNet(), list(trainer.loggers)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    with neutral(trainer, module):
+        assert trainer.training
+        module.log("train_loss", 1.0)
+        module.log_dict({"train_accuracy": 1.0})
+        module.logger.log_metrics({"train_loss": 1.0}, step=0)
+        module.logger.experiment.anything_at_all(1)
+        assert module.logger.log_dir == loggers[0].log_dir  # where a step may want to write a file
+    assert trainer.loggers == loggers and trainer.state.stage == RunningStage.VALIDATING
+    assert not trainer.fit_loop.epoch_loop._results
+    assert not list(tmp_path.rglob("metrics.csv"))
+    assert module.log.__func__ is TinyNet.log
+
+
+def test_forwards_run_without_gradients_also_within_inference_mode(trainer: Trainer) -> None:
+    module = TinyNet()
+    with torch.inference_mode():
+        with neutral(trainer, module):
+            assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            module.queue.add_(1)
+        assert torch.is_inference_mode_enabled()
+
+
+def test_gradients_of_an_unfinished_accumulation_are_kept(trainer: Trainer) -> None:
+    module, x = TinyNet(), torch.randn(2, 3, 6, 6)
+    module(x).sum().backward()
+    before = digest([p.grad for p in module.parameters()])
+    with neutral(trainer, module), torch.enable_grad():
+        module(x).square().sum().backward()
+        module.zero_grad()
+        module(x).square().sum().backward()
+    assert digest([p.grad for p in module.parameters()]) == before
+
+
+class Changing(TinyNet):
+    """Parameters of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.arange(1.0, 7.0)
+        self.overlapping = nn.ParameterList([nn.Parameter(flat[:4]), nn.Parameter(flat[2:])])
+        self.row = nn.Parameter(torch.ones(1000, 3)[5])
+        self.embedding = nn.Embedding(4, 3, max_norm=0.01)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+        self.lstm = nn.LSTM(3, 3)
+        self.later = nn.LazyLinear(3)
+        self.later_norm = nn.LazyBatchNorm1d()
+        self.count = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.waves = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.tied = self.head.weight
+
+    def kept(self) -> Any:
+        """Everything about parameters that optimizers, DDP and autograd graphs could hold."""
+        named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers()]
+        modules = [(name, type(m), list(m._forward_pre_hooks.values())) for name, m in self.named_modules()]
+        return modules, [
+            (name, id(t), type(t), t.requires_grad, t.dtype, None if is_lazy(t) else (t.data_ptr(), digest(t.data)))
+            for name, t in named
+        ]
+
+
+def in_place_through_data(m: Changing) -> None:
+    m.conv2.weight.data.mul_(0.9)
+
+
+def by_other_data(m: Changing) -> None:
+    m.conv2.weight.data = m.conv2.weight.data * 0.9
+
+
+def under_no_grad(m: Changing) -> None:
+    torch._foreach_lerp_([m.conv2.weight, m.conv2.bias], [m.conv2.weight * 2, m.conv2.bias * 2], 0.5)
+
+
+def with_nan(m: Changing) -> None:
+    m.conv2.weight.data.fill_(torch.nan)
+
+
+def by_an_optimizer(m: Changing) -> None:
+    with torch.enable_grad():
+        m(torch.randn(2, 3, 6, 6)).sum().backward()
+    torch.optim.SGD(m.parameters(), 0.1).step()
+
+
+def of_other_types(m: Changing) -> None:
+    m.count.add_(1)
+    m.waves.data.mul_(1j)
+
+
+def all_in_half(m: Changing) -> None:
+    m.conv2.half()
+
+
+def replaced(m: Changing) -> None:
+    m.conv2.weight = nn.Parameter(torch.zeros(1))
+    m.head = nn.Linear(6, 3)
+
+
+def added_and_deleted(m: Changing) -> None:
+    m.more = nn.Parameter(torch.ones(2))
+    m.bn3 = nn.BatchNorm1d(2)
+    m.register_buffer("passing", torch.ones(2), persistent=False)
+    del m.conv2.bias, m.bn1
+
+
+def overlapping(m: Changing) -> None:
+    first, second = m.overlapping
+    first.zero_()
+    assert second[0] == 0, "what shared its memory does no longer"
+
+
+def renormalized_as_used(m: Changing) -> None:
+    m.embedding(torch.arange(4))
+
+
+def parametrized(m: Changing) -> None:
+    m.normed.weight = torch.ones(3, 3)
+
+
+def weights_of_an_rnn(m: Changing) -> None:
+    x = torch.randn(2, 1, 3)
+    before, _ = m.lstm(x)
+    m.lstm.weight_ih_l0.data.mul_(2)
+    assert not torch.equal(before, m.lstm(x)[0])
+
+
+def lazy_reached(m: Changing) -> None:
+    m.later(torch.ones(2, 4))
+    m.later_norm(torch.ones(2, 4))
+
+
+def gradients_not_needed(m: Changing) -> None:
+    m.conv2.requires_grad_(False)
+
+
+def hooked(m: Changing) -> None:
+    m.conv2.register_forward_pre_hook(lambda *_: None)
+
+
+CHANGES_OF_PARAMETERS = [
+    in_place_through_data,
+    by_other_data,
+    under_no_grad,
+    with_nan,
+    by_an_optimizer,
+    of_other_types,
+    all_in_half,
+    replaced,
+    added_and_deleted,
+    overlapping,
+    renormalized_as_used,
+    parametrized,
+    weights_of_an_rnn,
+    lazy_reached,
+    gradients_not_needed,
+    hooked,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_PARAMETERS)
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_parameters_are_as_before_bit_for_bit(trainer: Trainer, change: Callable[[Any], None], error: Any) -> None:
+    module = Changing()
+    before = module.kept()
+    try:
+        with neutral(trainer, module) as fixed, fixed():
+            lent = module.kept()
+            change(module)
+            assert module.kept() != lent, "the change does nothing"
+            if error:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert module.kept() == before
+
+
+def test_a_parameter_cut_from_a_large_tensor_is_lent_no_more_than_itself(trainer: Trainer) -> None:
+    module = Changing()
+    with neutral(trainer, module):
+        assert module.row.untyped_storage().nbytes() == 12
+
+
+@pytest.mark.parametrize("change", [in_place_through_data, by_other_data, under_no_grad, with_nan, of_other_types])
+def test_every_forward_begins_with_the_same_parameters(trainer: Trainer, change: Callable[[Any], None]) -> None:
+    """A momentum encoder would else move on with every batch of a pass."""
+    module = Changing()
+    before = digest([p.data for p in module.parameters() if not is_lazy(p)])
+    with neutral(trainer, module) as fixed:
+        for _ in range(3):
+            with fixed():
+                assert digest([p.data for p in module.parameters() if not is_lazy(p)]) == before
+                change(module)
+
+
+@pytest.mark.parametrize("change", [by_other_data, under_no_grad])
+def test_every_forward_begins_with_the_same_also_where_the_first_changed_nothing(
+    trainer: Trainer, change: Callable[[Any], None]
+) -> None:
+    module = Changing()
+    before = digest(module.conv2.weight)
+    with neutral(trainer, module) as fixed:
+        for number in range(4):
+            with fixed():
+                assert digest(module.conv2.weight) == before
+                if number % 2:
+                    change(module)
+
+
+def test_a_graph_that_is_kept_over_a_pass_can_still_be_gone_back_through(trainer: Trainer) -> None:
+    """As in truncated backpropagation through time."""
+    module, x = Changing(), torch.randn(4, 3)
+    loss = module.normed(x).square().sum() + (module.lstm(x[None])[0] * module.row).sum()
+    with neutral(trainer, module) as fixed:
+        for _ in range(2):
+            with fixed():
+                module.normed(x), module.lstm(x[None]), in_place_through_data(module)
+    loss.backward()
+    twin = Changing()
+    twin.load_state_dict(module.state_dict())
+    (twin.normed(x).square().sum() + (twin.lstm(x[None])[0] * twin.row).sum()).backward()
+    assert digest([p.grad for p in module.parameters()]) == digest([p.grad for p in twin.parameters()])
+
+
+def test_parameters_made_in_inference_mode_are_no_obstacle(trainer: Trainer) -> None:
+    with torch.inference_mode():
+        module = TinyNet()
+    before = digest(module.state_dict())
+    with neutral(trainer, module) as fixed:
+        for _ in range(2):
+            with fixed():
+                module(torch.randn(2, 3, 6, 6)), by_other_data(module)
+    assert digest(module.state_dict()) == before
