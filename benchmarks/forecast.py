@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, precise_bn
-from lightning_bn.tracking.step_forecast import StepForecast
 from lightning_bn.functional.precise import write
+from lightning_bn.tracking.step_forecast import StepForecast
 from recipes.classifier import ResNet
 from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, ShiftedImages
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Spread
 from lightning_bn import BNStatsMonitor
-from lightning_bn.tracking.record import DriftRecord
-from lightning_bn.tracking.history import MOST_ROWS
 from lightning_bn.core.moments import Moments
+from lightning_bn.tracking.history import MOST_ROWS
+from lightning_bn.tracking.record import DriftRecord
 
 TITLE = "BNStatsMonitor costs under 1 % of a training step"
 CLAIM = (

@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.roi_shuffle import RoIShuffleCallback
     from lightning_bn.callbacks.sync_bn import SyncBNCallback
     from lightning_bn.core.exchange import exchange_rows, restore_rows
-    from lightning_bn.trainer.normalization_batch import normalization_batch_size
+    from lightning_bn.core.moments import Moments
+    from lightning_bn.core.population import LayerStatistics, PopulationStatistics
     from lightning_bn.functional.adapt import adapt_bn
     from lightning_bn.functional.domain.bn import domain_bn
     from lightning_bn.functional.freeze import freeze_bn
@@ -68,8 +69,7 @@ if TYPE_CHECKING:
     from lightning_bn.functional.sync import sync_bn
     from lightning_bn.layers.find import find_bn
     from lightning_bn.tracking.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
-    from lightning_bn.core.moments import Moments
-    from lightning_bn.core.population import LayerStatistics, PopulationStatistics
+    from lightning_bn.trainer.normalization_batch import normalization_batch_size
 else:  # type checkers take any name from a module that they see a __getattr__ of
     __getattr__, __dir__ = lazily(
         __name__,

@@ -12,22 +12,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
-from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
+from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.layers.adapted import Adapting
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
 from lightning_bn.trainer.evaluation import evaluate_under
 from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
+from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.trainer.passes import refuse_sharding
 from lightning_bn.trainer.target_pass import TargetForward, measure_target, refuse_own_fetching
-from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.layers.adapted import Adapting
-from lightning_bn.layers.behavior import Handle
-from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
-from lightning_bn.core.population import PopulationStatistics
 
 
 class AdaBNCallback(BatchNormCallback):

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.pairs import pair_of
-from lightning_bn.trainer.passes import Recomputed
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
+from lightning_bn.trainer.passes import Recomputed
 
 
 class BatchNormCallback(Callback):

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_bn import plots
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.observing import ObservingCallback
+from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.checks import check_bool
+from lightning_bn.functional.leakage import BatchLeakage, said_of
+from lightning_bn.functional.leakage_test import Evidence
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.leakage_pass import LeakagePass, three_errors
 from lightning_bn.trainer.logging import log_row, log_step, safe_keys
-from lightning_bn.core.checks import check_bool
-from lightning_bn.functional.leakage import BatchLeakage, said_of
-from lightning_bn.core.batch_sizes import Count
-from lightning_bn.layers.find import Layers, as_patterns, storing_layers
-from lightning_bn.functional.leakage_test import Evidence
 
 _MOST_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""

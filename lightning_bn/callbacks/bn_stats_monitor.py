@@ -10,15 +10,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
-from lightning_bn.trainer.passes import Recomputed
-from lightning_bn.core.checks import require_whole
-from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
 from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.checks import require_whole
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
+from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
+from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
+from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.trainer.passes import Recomputed
 
 _MOST_KEYED = 64
 """Layers that get keys of their own by default: W&B advises less than 10,000 metrics a project."""

@@ -12,11 +12,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.trainer.averaging import averagers
-from lightning_bn.trainer.passes import refuse_sharding
 from lightning_bn.functional.domain.bn import DomainHandle, domain_bn, require_choices, state_of, take_state
 from lightning_bn.functional.domain.specific import AFFINE, Choice
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
+from lightning_bn.trainer.averaging import averagers
+from lightning_bn.trainer.passes import refuse_sharding
 
 
 class DomainSpecificBNCallback(BatchNormCallback):

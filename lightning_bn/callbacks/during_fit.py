@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.trainer.passes import refuse_sharding
 from lightning_bn.layers.behavior import Handle
+from lightning_bn.trainer.passes import refuse_sharding
 
 
 class DuringFit(BatchNormCallback, ABC):

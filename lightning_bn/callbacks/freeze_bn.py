@@ -12,22 +12,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
+from lightning_bn.functional.warm_up import WarmUp
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.trainer.averaging import refuse_with_swa
-from lightning_bn.trainer.loaders import Source
 from lightning_bn.trainer.failures import Failures, OnError, require_on_error
 from lightning_bn.trainer.forward import Forward
+from lightning_bn.trainer.loaders import Source
 from lightning_bn.trainer.logging import log_row, may_log
 from lightning_bn.trainer.moved_layers import TOLD_BY_STATISTICS, Movement, as_made
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.pass_config import PassConfig
 from lightning_bn.trainer.passes import PopulationPass, Recomputed
 from lightning_bn.trainer.schedule import SwitchPoint
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.functional.warm_up import WarmUp
-from lightning_bn.layers.behavior import Handle
-from lightning_bn.layers.find import Layers, storing_layers
 
 _HURTS_FROM = 16
 """Normalization batch size from which the paper found freezing to cost accuracy (Fig. 5 and 6)."""

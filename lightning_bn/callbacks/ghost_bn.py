@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
-from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.core.batch_sizes import samples_in
+from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.layers.ghost import Grouping
+from lightning_bn.trainer.normalization_batch import normalization_batch_size
 
 
 class GhostBNCallback(DuringFit):

@@ -11,15 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.core.ranks import sum_over_ranks
-from lightning_bn.trainer.logging import log_row
-from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.layers.rows import CountsRows
+from lightning_bn.trainer.logging import log_row
+from lightning_bn.trainer.modes import modes_of_training
 
 
 class MiniBatchInferenceCallback(BatchNormCallback):

@@ -11,6 +11,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
+from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.core.population import PopulationStatistics
+from lightning_bn.functional.measure import BatchSize
+from lightning_bn.layers.find import Layers
 from lightning_bn.trainer.averaging import averaged_weights, refuse_before_averaging, weights_version
 from lightning_bn.trainer.failures import Failures, OnError, require_on_error
 from lightning_bn.trainer.forecasting import Forecasting
@@ -19,11 +24,6 @@ from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.pass_config import REPLAY_BYTES, PassConfig, refuse_without_a_pass
 from lightning_bn.trainer.passes import PopulationPass, Recomputed
 from lightning_bn.trainer.resume import validation_was_skipped
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.measure import BatchSize
-from lightning_bn.core.batch_sizes import Count
-from lightning_bn.layers.find import Layers
-from lightning_bn.core.population import PopulationStatistics
 
 
 class PreciseBNCallback(BatchNormCallback):

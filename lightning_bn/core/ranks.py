@@ -9,45 +9,15 @@ Groups of ranks: the first k, the next k and so on, each rank in one; made once 
 
 from __future__ import annotations
 
-
-
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_bn.core.moments import Moments
-
-
-
-
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
-
-
-
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-
-
-
-
-
-from collections.abc import Callable
-from typing import Any, cast
-
-import torch.distributed as dist
-
-
 
 
 def num_ranks(group: dist.ProcessGroup | None = None) -> int:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
-from lightning_bn.core.ranks import merge_at_once, num_ranks
 from lightning_bn.core.moments import Moments
+from lightning_bn.core.ranks import merge_at_once, num_ranks
 
 
 def synced_batch_norm(

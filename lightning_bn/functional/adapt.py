@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.precise import Forward, measure_model, write
 from lightning_bn.core.batch_sizes import Count
-from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Handle, behaves
-from lightning_bn.functional.domain.specific import num_domains
-from lightning_bn.layers.find import Layers
-from lightning_bn.layers.mini_batch import MiniBatch
+from lightning_bn.core.checks import check_bool, require_whole
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
+from lightning_bn.functional.domain.specific import num_domains
+from lightning_bn.functional.precise import Forward, measure_model, write
+from lightning_bn.layers.adapted import Adapted, Adapting
+from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.layers.find import Layers
+from lightning_bn.layers.mini_batch import MiniBatch
 
 
 class Adaptation(Handle):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import SyncBatchNorm
 
 from lightning_bn.core.checks import require_whole
-from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.functional.domain.specific import DomainSpecific
+from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
 from lightning_bn.layers.synced import Synced

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.core.ranks import agreed
-from lightning_bn.core.ranks import gather_rows
-from lightning_bn.core.ranks import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.core.batch_copy import copied_with
-from lightning_bn.functional.precise import Forward, call_model, estimable_layers
 from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.ranks import agreed, gather_rows, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.functional.leakage_rows import RowMeans, Rows, by_sample
+from lightning_bn.functional.leakage_test import comparable, icc, icc_noise, leading_components, permutation_test
+from lightning_bn.functional.precise import Forward, call_model, estimable_layers
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.modes import kept_in_eval
-from lightning_bn.functional.leakage_rows import RowMeans, Rows, by_sample
-from lightning_bn.functional.leakage_test import comparable, icc, icc_noise, leading_components, permutation_test
 
 _MOST_ROWS = 4096
 """Of one call of one layer, of all ranks; more are thinned at random."""

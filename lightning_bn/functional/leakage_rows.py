@@ -13,8 +13,8 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import num_ranks, own_rank
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behavior import Behavior, behaviors_of
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.synced import Synced
 
 _MOST_ROWS_OF_A_CALL = 256

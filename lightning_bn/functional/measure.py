@@ -21,17 +21,16 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import AnotherRankFailedError
-from lightning_bn.core.ranks import max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
-from lightning_bn.core.checks import require_whole
-from lightning_bn.lockstep.pooled import NOTHING, MicroBatch, Pooled, Tried
 from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.checks import require_whole
+from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
+from lightning_bn.core.ranks import AnotherRankFailedError, max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
+from lightning_bn.functional.domain.specific import num_domains
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.functional.domain.specific import num_domains
-from lightning_bn.lockstep.in_lockstep import InLockstep
 from lightning_bn.layers.modes import flags_kept
-from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
+from lightning_bn.lockstep.in_lockstep import InLockstep
+from lightning_bn.lockstep.pooled import NOTHING, MicroBatch, Pooled, Tried
 
 BatchSize: TypeAlias = int | Literal["population"] | None
 """B of Table 2: samples to normalize together, of all ranks; None takes the batches as they come."""

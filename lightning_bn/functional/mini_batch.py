@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.functional.domain.specific import DomainSpecific
+from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.mini_batch import MiniBatch
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.functional.measure import BatchSize, measure, no_progress
 from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.functional.domain.specific import STATISTICS
+from lightning_bn.functional.measure import BatchSize, measure, no_progress
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.modes import kept_in_eval
-from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 
 T = TypeVar("T", bound=nn.Module)
 Forward: TypeAlias = Callable[[T, Any], Any]

@@ -11,10 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.exchange import require_generator
-from lightning_bn.core.ranks import own_group
-from lightning_bn.core.ranks import num_ranks, own_rank
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.core.ranks import num_ranks, own_group, own_rank
 from lightning_bn.functional.row_shuffle import Exchanged, Tying
+from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.layers.find import find_modules
 
 

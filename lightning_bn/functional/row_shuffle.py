@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.exchange import exchange_rows, restore_rows, tied
+from lightning_bn.functional.domain.datasets import Apart
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import ModuleBehavior, behaves
-from lightning_bn.functional.domain.datasets import Apart
 from lightning_bn.layers.frozen import Frozen
 
 

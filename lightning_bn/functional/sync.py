@@ -7,11 +7,10 @@ import warnings
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.core.ranks import borrow_group
-from lightning_bn.core.ranks import num_ranks, own_rank
 from lightning_bn.core.checks import require_whole
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.core.ranks import borrow_group, num_ranks, own_rank
 from lightning_bn.functional.domain.specific import DomainSpecific
+from lightning_bn.layers.behavior import Handle, behaves
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced

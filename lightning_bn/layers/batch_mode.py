@@ -18,11 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import merge_over_ranks
-from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
-from lightning_bn.layers.behavior import Behavior, behaviors_of, own_class
 from lightning_bn.core.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
 from lightning_bn.core.population import Accumulator
+from lightning_bn.core.ranks import merge_over_ranks
+from lightning_bn.layers.behavior import Behavior, behaviors_of, own_class
+from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
 
 
 class BatchMode(Behavior):

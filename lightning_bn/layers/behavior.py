@@ -115,9 +115,7 @@ class Handle:
     A context manager; leaving it is ``undo()``. A second ``undo()`` does nothing.
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
         self._undo: list[Callable[[], Any]] = list(also)
         for layer in layers:
             give(layer, behavior)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behavior import Behavior, behaves
 from lightning_bn.layers.frozen import Frozen
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 
 
 class MiniBatch(Behavior):

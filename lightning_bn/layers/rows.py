@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behavior import Behavior
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 
 
 class CountsRows(Behavior):

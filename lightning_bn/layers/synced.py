@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.sync_kernel import synced_batch_norm
 from lightning_bn.core.ranks import num_ranks
+from lightning_bn.core.sync_kernel import synced_batch_norm
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behavior import Behavior, behaves
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 
 
 class Synced(Behavior):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.moments import batch_statistics
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.override import BatchNormCall
-from lightning_bn.core.moments import batch_statistics
 
 
 class Brought(NamedTuple):

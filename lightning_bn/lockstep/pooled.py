@@ -18,16 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bn.core.ranks import AnotherRankFailedError
-from lightning_bn.core.ranks import max_over_ranks, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
 from lightning_bn.core.batch_copy import copied
-from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
-from lightning_bn.lockstep.offload import Alive, Room, free_memory
-from lightning_bn.lockstep.thread_state import random_streams
-from lightning_bn.lockstep.in_lockstep import Arrive, Brought, InLockstep
-from lightning_bn.layers.modes import LayerFlags
 from lightning_bn.core.moments import Moments
 from lightning_bn.core.population import Accumulator
+from lightning_bn.core.ranks import (
+    AnotherRankFailedError,
+    max_over_ranks,
+    merge_over_ranks,
+    num_ranks,
+    own_rank,
+    sum_over_ranks,
+)
+from lightning_bn.layers.modes import LayerFlags
+from lightning_bn.lockstep.in_lockstep import Arrive, Brought, InLockstep
+from lightning_bn.lockstep.offload import Alive, Room, free_memory
+from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
+from lightning_bn.lockstep.thread_state import random_streams
 
 NOTHING = object()
 """The batch of a rank that never had one."""

@@ -268,9 +268,7 @@ def _draw_lag_against_noise(
     color = np.where(y > x, EMA, "#5A5A5A")
     size = 34 if len(layers) <= 60 else 18
     for shape, chosen in (("o", known & ~special), ("D", known & special)):
-        axes.scatter(
-            x[chosen], y[chosen], s=size, c=color[chosen], marker=shape, alpha=0.75, edgecolor="white", lw=0.6
-        )
+        axes.scatter(x[chosen], y[chosen], s=size, c=color[chosen], marker=shape, alpha=0.75, edgecolor="white", lw=0.6)
 
     handles = []
     if (known & special).any():

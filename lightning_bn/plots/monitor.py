@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_bn.tracking.record import DriftRecord
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
 from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise
+from lightning_bn.tracking.record import DriftRecord
 
 
 def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:

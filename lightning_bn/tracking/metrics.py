@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_bn.tracking.drift import is_dead, split
 from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.moments import Moments
+from lightning_bn.tracking.drift import is_dead, split
 
 
 class _Gap(Metric):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.moments import Moments
 from lightning_bn.layers.batch_mode import is_plain
-from lightning_bn.layers.override import BatchNormCall, plain_call, tracks, with_batch_norm
 from lightning_bn.layers.behavior import Behavior
 from lightning_bn.layers.frozen import is_frozen
-from lightning_bn.core.moments import Moments
+from lightning_bn.layers.override import BatchNormCall, plain_call, tracks, with_batch_norm
 
 
 class Call(NamedTuple):

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.tracking.running_stats import Recovery, not_recoverable
-from lightning_bn.tracking.trusted import UNSEEN, is_spread, not_trusted, to_be_checked
-from lightning_bn.layers.behavior import Handle
-from lightning_bn.tracking.observed import Observed
-from lightning_bn.tracking.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.moments import Moments
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.tracking.drift import Drift, Observation, is_dead, share_of_layers, split
+from lightning_bn.tracking.observed import Observed
 from lightning_bn.tracking.recovery import MOST_ERROR
+from lightning_bn.tracking.running_stats import Recovery, not_recoverable
+from lightning_bn.tracking.trusted import UNSEEN, is_spread, not_trusted, to_be_checked
 
 
 class Observer:

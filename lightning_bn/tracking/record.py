@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import require_whole
-from lightning_bn.tracking.observer import Observer
+from lightning_bn.core.population import LayerStatistics
 from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.history import History, Traces
-from lightning_bn.core.population import LayerStatistics
+from lightning_bn.tracking.observer import Observer
 
 COLUMNS = [
     *("index", "layer", "channels", "momentum", "NBS", "batch statistics", "mean gap", "lag", "noise", "variance gap"),

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.override import OF_TORCH
-from lightning_bn.layers.behavior import Handle, behaves, own_class
 from lightning_bn.functional.domain.specific import DomainSpecific
+from lightning_bn.layers.behavior import Handle, behaves, own_class
 from lightning_bn.layers.frozen import is_frozen
-from lightning_bn.tracking.observed import Witnessed
+from lightning_bn.layers.override import OF_TORCH
 from lightning_bn.tracking.drift import is_dead
+from lightning_bn.tracking.observed import Witnessed
 from lightning_bn.tracking.recovery import recovered, recovery_error, share_kept
 
 _ONE_BY_COUNTER, _BY_COUNTER = -1, -2

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import of_first_rank, own_rank
-from lightning_bn.tracking.running_stats import Around, Recovery
-from lightning_bn.tracking.trusted import not_trusted, to_be_checked
-from lightning_bn.layers.behavior import Handle
-from lightning_bn.tracking.observed import Observed
-from lightning_bn.tracking.drift import is_dead
-from lightning_bn.tracking.forecast import Forecaster
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
+from lightning_bn.core.ranks import of_first_rank, own_rank
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.tracking.drift import is_dead
+from lightning_bn.tracking.forecast import Forecaster
+from lightning_bn.tracking.observed import Observed
 from lightning_bn.tracking.recovery import MOST_ERROR, recovery_error
+from lightning_bn.tracking.running_stats import Around, Recovery
+from lightning_bn.tracking.trusted import not_trusted, to_be_checked
 
 AT_ONCE = 32
 """Steps that are kept until they are taken in together."""

@@ -14,14 +14,14 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import num_ranks
-from lightning_bn.tracking.running_stats import Around, Recovery
-from lightning_bn.layers.override import OF_TORCH
-from lightning_bn.layers.behavior import behaves, own_class
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.tracking.observed import Call, Observed
+from lightning_bn.layers.behavior import behaves, own_class
+from lightning_bn.layers.override import OF_TORCH
 from lightning_bn.layers.synced import Synced
 from lightning_bn.tracking.drift import is_dead
+from lightning_bn.tracking.observed import Call, Observed
 from lightning_bn.tracking.recovery import recovery_error
+from lightning_bn.tracking.running_stats import Around, Recovery
 
 UNSEEN = "cannot be seen: no batch_norm call of its channels"
 """Of a layer whose inputs cannot be measured either."""

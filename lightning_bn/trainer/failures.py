@@ -10,10 +10,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning.pytorch import Trainer
 
-from lightning_bn.core.ranks import OUT_OF_MEMORY, AnotherRankFailedError
-from lightning_bn.core.ranks import own_rank
-from lightning_bn.trainer.logging import log_row
+from lightning_bn.core.ranks import OUT_OF_MEMORY, AnotherRankFailedError, own_rank
 from lightning_bn.lockstep.pooled import NotEnoughMemoryError
+from lightning_bn.trainer.logging import log_row
 
 T = TypeVar("T")
 OnError: TypeAlias = Literal["warn", "raise"]

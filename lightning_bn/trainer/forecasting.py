@@ -10,14 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.population import PopulationStatistics
+from lightning_bn.functional.precise import estimable_layers, write
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.tracking.running_stats import not_recoverable
+from lightning_bn.tracking.step_forecast import StepForecast
 from lightning_bn.trainer.averaging import averagers
 from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.trainer.passes import Recomputed, moved_by, refuse_sharding
-from lightning_bn.tracking.step_forecast import StepForecast
-from lightning_bn.functional.precise import estimable_layers, write
-from lightning_bn.tracking.running_stats import not_recoverable
-from lightning_bn.layers.find import Layers, as_patterns, storing_layers
-from lightning_bn.core.population import PopulationStatistics
 
 
 class Forecasting:

@@ -21,8 +21,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.trainer.stateful_objects import GENERATORS, is_lightning_module, reachable, restorer
 from lightning_bn.trainer.parameters import FixedModel, parameters_kept
+from lightning_bn.trainer.stateful_objects import GENERATORS, is_lightning_module, reachable, restorer
 
 _HELD = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 """Where `nn.Module` keeps what its author gave it."""

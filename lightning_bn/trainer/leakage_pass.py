@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed
-from lightning_bn.core.ranks import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
-from lightning_bn.trainer.evaluation import evaluate_under
-from lightning_bn.trainer.forward import Forward, check_forward, require_forward
-from lightning_bn.trainer.modes import modes_of_training
-from lightning_bn.trainer.passes import muted_forward, refuse_sharding
-from lightning_bn.core.checks import require_whole
 from lightning_bn.core.batch_copy import bytes_of
+from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.checks import require_whole
+from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, num_ranks, own_rank, sum_over_ranks
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.trainer.forward import Forward, check_forward, require_forward
+from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
+from lightning_bn.trainer.modes import modes_of_training
+from lightning_bn.trainer.passes import muted_forward, refuse_sharding
 
 _FEWEST_BATCHES = 4
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_bn.core.batch_copy import HostCopy, bytes_of
 from lightning_bn.core.ranks import num_ranks, own_rank, sum_over_ranks
 from lightning_bn.trainer.stateful_objects import CONTAINERS, reachable, restorer
-from lightning_bn.core.batch_copy import HostCopy, bytes_of
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.trainer.stateful_objects import is_lightning_module
 from lightning_bn.layers.modes import kept_in_eval
+from lightning_bn.trainer.stateful_objects import is_lightning_module
 
 
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:

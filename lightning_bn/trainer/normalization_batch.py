@@ -10,11 +10,11 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import num_ranks
-from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.core.batch_sizes import samples_in
+from lightning_bn.core.ranks import num_ranks
 from lightning_bn.layers.behavior import behaviors_of
 from lightning_bn.layers.find import Layers, find_bn
+from lightning_bn.trainer.modes import modes_of_training
 
 
 def normalization_batch_size(

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from lightning_bn.core.batch_sizes import Count
 from lightning_bn.core.ranks import OUT_OF_MEMORY
+from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.trainer.failures import located
 from lightning_bn.trainer.forward import Forward
-from lightning_bn.lockstep.scheduler import LockstepError
-from lightning_bn.core.batch_sizes import Count
 
 
 class Numbered(NamedTuple):

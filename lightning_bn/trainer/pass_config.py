@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
 
-from lightning_bn.trainer.loaders import Replay, Source
-from lightning_bn.trainer.forward import Forward, require_forward
-from lightning_bn.trainer.moved_layers import Movement
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.core.checks import check_bool, require_whole
 from lightning_bn.functional.measure import BatchSize, check_amounts
-from lightning_bn.lockstep.pooled import Tried
-from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.layers.find import Layers, as_patterns
+from lightning_bn.lockstep.pooled import Tried
+from lightning_bn.trainer.forward import Forward, require_forward
+from lightning_bn.trainer.loaders import Replay, Source
+from lightning_bn.trainer.moved_layers import Movement
 
 REPLAY_BYTES = 2**30
 """What replayed batches may take by default: 1700 images of 224 px in float32."""

@@ -20,25 +20,24 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import OUT_OF_MEMORY
-from lightning_bn.core.ranks import num_ranks
-from lightning_bn.trainer.loaders import Replay, loader_batches, refuse_unprotectable, train_batches
+from lightning_bn.core.batch_sizes import counted_by
+from lightning_bn.core.gaps import mean_gap, var_gap
+from lightning_bn.core.population import LayerStatistics, PopulationStatistics
+from lightning_bn.core.ranks import OUT_OF_MEMORY, num_ranks
+from lightning_bn.functional.measure import BatchSize, measure
+from lightning_bn.functional.precise import call_model, estimable_layers, write
+from lightning_bn.layers.find import storing_layers
+from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.trainer.domains import domains_of
 from lightning_bn.trainer.failures import located
 from lightning_bn.trainer.forward import Forward, check_call, check_forward, function_for
+from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.loaders import Replay, loader_batches, refuse_unprotectable, train_batches
 from lightning_bn.trainer.modes import modes_of_training, set_modes
 from lightning_bn.trainer.moved_layers import Movement
-from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.numbered_batches import Shown
 from lightning_bn.trainer.pass_config import PassConfig, PassState
 from lightning_bn.trainer.progress import progress_of
-from lightning_bn.trainer.numbered_batches import Shown
-from lightning_bn.lockstep.scheduler import LockstepError
-from lightning_bn.functional.measure import BatchSize, measure
-from lightning_bn.functional.precise import call_model, estimable_layers, write
-from lightning_bn.core.batch_sizes import counted_by
-from lightning_bn.layers.find import storing_layers
-from lightning_bn.core.gaps import mean_gap, var_gap
-from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 
 ENOUGH = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""

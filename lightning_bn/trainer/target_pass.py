@@ -13,16 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.trainer.loaders import evaluation_batches
-from lightning_bn.trainer.domains import domains_of
-from lightning_bn.trainer.evaluation_loop import run_step, stage_of
-from lightning_bn.trainer.modes import set_modes
-from lightning_bn.trainer.isolation import neutral
-from lightning_bn.trainer.passes import Recomputed, moved_by
-from lightning_bn.trainer.progress import progress_of
+from lightning_bn.core.batch_sizes import Count, counted_by
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import call_model
-from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.trainer.domains import domains_of
+from lightning_bn.trainer.evaluation_loop import run_step, stage_of
+from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.trainer.modes import set_modes
+from lightning_bn.trainer.passes import Recomputed, moved_by
+from lightning_bn.trainer.progress import progress_of
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn import adapt_bn, find_bn, freeze_bn, mini_batch_inference, precise_bn
+from lightning_bn.core.prior import with_prior
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.core.prior import with_prior
 from tests.truth import in_double, recorded, rows_of
 from tests.zoo import CASES, Shared, case, cnn, images
 

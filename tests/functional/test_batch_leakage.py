@@ -14,9 +14,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.leakage import measure_leakage
-from lightning_bn.layers.behavior import Handle, behaviors_of
 from lightning_bn.functional.leakage_rows import RowMeans, Rows
 from lightning_bn.functional.leakage_test import icc, leading_components
+from lightning_bn.layers.behavior import Handle, behaviors_of
 from tests.callbacks.zoo import digest
 from tests.ranks import run_on_ranks
 from tests.zoo import cnn

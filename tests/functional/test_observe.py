@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import find_bn, freeze_bn
-from lightning_bn.tracking.observer import Observer
 from lightning_bn.tracking.drift import Observation
+from lightning_bn.tracking.observer import Observer
 from tests.truth import recorded, rows_of
 from tests.zoo import Shared, cnn, images
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import find_bn
-from lightning_bn.tracking.step_forecast import StepForecast
-from lightning_bn.tracking.observer import Observer
-from lightning_bn.tracking.trusted import UNSEEN
 from lightning_bn.tracking.drift import Observation
+from lightning_bn.tracking.observer import Observer
+from lightning_bn.tracking.step_forecast import StepForecast
+from lightning_bn.tracking.trusted import UNSEEN
 from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, truth
 
 SIZES = (4, 8, 4, 6, 4)

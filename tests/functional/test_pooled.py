@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import Moments, PopulationStatistics, find_bn, freeze_bn, precise_bn
-from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.lockstep.scheduler import LockstepError
 from tests.layer_by_layer import layer_by_layer
 from tests.truth import assert_close_to, assert_stored, in_double
 from tests.zoo import CASES, Shared, case, cnn, images

@@ -26,8 +26,8 @@ from lightning_bn import (
     roi_shuffle,
     sync_bn,
 )
-from lightning_bn.layers.behavior import Handle
 from lightning_bn.functional.domain.specific import STATISTICS
+from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.synced import Synced
 from tests.functional.domains import EVERY, choices
 from tests.zoo import images

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bn import mini_batch_inference
-from lightning_bn.trainer.loaders import evaluation_batches
-from lightning_bn.trainer.evaluation import evaluate_under
 from lightning_bn.functional.adapt import adapt_bn
+from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.trainer.loaders import evaluation_batches
 from tests.callbacks.zoo import (
     Images,
     InMemory,

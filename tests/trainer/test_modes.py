@@ -13,8 +13,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
-from lightning_bn.trainer.modes import set_modes
 from lightning_bn.layers.modes import flags_kept
+from lightning_bn.trainer.modes import set_modes
 from tests.callbacks.zoo import TinyNet, fit, train_loader
 
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import own_rank
 from lightning_bn.core.checks import require_whole
-from lightning_bn.functional.domain.levels import Levels
-from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Behavior, Handle, behaves, behaviors_of, give, take_back
+from lightning_bn.core.ranks import own_rank
 from lightning_bn.functional.domain.datasets import Apart, Datasets, Domain
+from lightning_bn.functional.domain.levels import Levels
 from lightning_bn.functional.domain.specific import (
     AFFINE,
     STATISTICS,
@@ -26,6 +24,8 @@ from lightning_bn.functional.domain.specific import (
     Where,
     give_domains,
 )
+from lightning_bn.layers.adapted import Adapted, Adapting
+from lightning_bn.layers.behavior import Behavior, Handle, behaves, behaviors_of, give, take_back
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.mini_batch import MiniBatch

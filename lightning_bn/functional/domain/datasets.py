@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, by_batch
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, behaves
-from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, by_batch
 
 Domain: TypeAlias = "int | Tensor"
 """The domain of a batch; or of each of its samples, ``(N,)``."""

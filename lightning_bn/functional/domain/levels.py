@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_bn.lockstep.scheduler import Lockstep
-from lightning_bn.layers.behavior import Behavior, ModuleBehavior, give, take_back
 from lightning_bn.functional.domain.specific import Choice, Shown, by_batch, recomputing
+from lightning_bn.layers.behavior import Behavior, ModuleBehavior, give, take_back
+from lightning_bn.lockstep.scheduler import Lockstep
 
 
 class _Arrival(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.moments import batch_statistics
 from lightning_bn.layers.batch_mode import BatchMode, lent
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 from lightning_bn.layers.behavior import Behavior, behaves, behaviors_of
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.core.moments import batch_statistics
+from lightning_bn.layers.override import BatchNormCall, with_batch_norm
 
 Choice: TypeAlias = Literal["shared", "domain"]
 """Whether all domains have something in common, or each has its own."""
