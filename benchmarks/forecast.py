@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, precise_bn
-from lightning_bn.functional.precise import write
-from lightning_bn.tracking.step_forecast import StepForecast
+from lightning_bn.functional.precise import write_running_stats
+from lightning_bn.tracking.step_forecast import StatisticsForecaster
 from recipes.classifier import ResNet
 from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, ShiftedImages
 
@@ -165,7 +165,7 @@ def train(case: Case, seed: int, device: str, epochs: int) -> Run:
     if case.schedule == "steps":
         schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [int(0.45 * steps), int(0.75 * steps)])
     layers = find_bn(model)
-    forecast, run = StepForecast(layers), Run(validation_images=val_images)
+    forecast, run = StatisticsForecaster(layers), Run(validation_images=val_images)
     watching, stepping = 0.0, 0.0
     for _ in range(epochs):
         for x, y in batches(train_set, torch.randperm(images), case.batch, device):
@@ -186,7 +186,7 @@ def train(case: Case, seed: int, device: str, epochs: int) -> Run:
         begun = time.perf_counter()
         run.gap.append(max(forecast.ema_gaps().values()))  # takes in the steps that are left
         watching += time.perf_counter() - begun
-        write(layers, forecast.statistics())
+        write_running_stats(layers, forecast.statistics())
         run.forecast.append(error(model, *validation))
         precise_bn(model, batches(train_set, torch.randperm(images)[:PASS_SAMPLES], case.batch, device))
         run.precise.append(error(model, *validation))

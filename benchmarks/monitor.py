@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.timing import Spread
 from lightning_bn import BNStatsMonitor
 from lightning_bn.core.moments import Moments
-from lightning_bn.tracking.history import MOST_ROWS
+from lightning_bn.tracking.history import MAX_ROWS
 from lightning_bn.tracking.record import DriftRecord
 
 TITLE = "BNStatsMonitor costs under 1 % of a training step"
@@ -233,9 +233,9 @@ def _measure(network: str, samples: int, pixels: int, device: str, minutes: floa
 def _fill(record: DriftRecord) -> tuple[int, float]:
     """Repeat the last row until the history is full; the bytes of all tensors held then, and those a channel."""
     assert record.last is not None
-    for row in range(4 * MOST_ROWS):
+    for row in range(4 * MAX_ROWS):
         record.traces.add(row, record.observer.traced)
-        if row < MOST_ROWS:
+        if row < MAX_ROWS:
             record.history.add(row, record.last.per_layer())
     record.observer.before_batch()
     observing = _bytes(vars(record.observer))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 
 # Blocks in each stage, and whether with shortcuts.
 NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}
@@ -101,7 +101,7 @@ class ImageClassifier(L.LightningModule):
         if network in NETWORKS:
             # In channels_last, torch's 1x1 convolutions with stride 2 and fewer than 8 channels write past their memory
             # on a CPU without AVX-512 (2.15, one thread): the process crashes, or hangs, some time later.
-            require_whole("model.width", width, at_least=8)
+            check_int("model.width", width, at_least=8)
             self.network: nn.Module = ResNet(in_channels, num_classes, width, *NETWORKS[network])
         else:
             from torchvision.models import get_model

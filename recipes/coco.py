@@ -50,13 +50,13 @@ class Coco(Dataset[Scene]):
             image = file.convert("RGB")
         boxes = torch.tensor([found["bbox"] for found in objects], dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]  # from width and height to the far corner
-        masks = np.stack([_drawn(found["segmentation"], image.size) for found in objects])
+        masks = np.stack([_new_route(found["segmentation"], image.size) for found in objects])
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         labels = torch.tensor([self.labels[found["category_id"]] for found in objects])
         return pixels, {"boxes": boxes, "labels": labels, "masks": torch.from_numpy(masks)}
 
 
-def _drawn(polygons: list[list[float]], size: tuple[int, int]) -> Any:
+def _new_route(polygons: list[list[float]], size: tuple[int, int]) -> Any:
     mask = Image.new("L", size)
     for polygon in polygons:
         ImageDraw.Draw(mask).polygon(polygon, fill=1, outline=1)

@@ -132,7 +132,7 @@ def evaluate(
     return {kind: in_parts(made.model.found, kind, parts) for kind in made.model.kinds}
 
 
-def refuse_ragged_steps(training: str, ranks: int, images_per_gpu: int, images_per_step: int) -> None:
+def check_ragged_steps(training: str, ranks: int, images_per_gpu: int, images_per_step: int) -> None:
     """An optimizer step is made of whole batches.
 
     Raises:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 
@@ -82,10 +82,10 @@ class ImageData(L.LightningDataModule):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        require_whole("data.batch_size", batch_size, at_least=1)
+        check_int("data.batch_size", batch_size, at_least=1)
         for name, images in (("data.train_images", train_images), ("data.val_images", val_images)):
             if images is not None:
-                require_whole(name, images, at_least=1)
+                check_int(name, images, at_least=1)
         self.batch_size = batch_size
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = num_workers if num_workers is not None else min(4, cores - 1) if cores > 2 else 0

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 from recipes.coco import Coco, Scene
 from recipes.images import ImageData
 
@@ -143,7 +143,7 @@ class SceneData(L.LightningDataModule):
         amounts = {"train_images": train_images, "images_per_gpu": images_per_gpu, "val_images": val_images}
         for name, amount in amounts.items():
             if amount is not None:
-                require_whole(f"data.{name}", amount, at_least=1)
+                check_int(f"data.{name}", amount, at_least=1)
         if not 0 < object_sizes[0] <= object_sizes[1] < 1:
             raise ValueError(f"data.object_sizes must be parts of a scene's side, least and most: got {object_sizes}.")
         self.images_per_gpu = images_per_gpu

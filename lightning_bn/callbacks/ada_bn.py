@@ -12,22 +12,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
-from lightning_bn.functional.adapt import Adaptation, refuse_unadaptable
+from lightning_bn.functional.adapt import Adaptation, check_unadaptable
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
-from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.trainer.evaluation import evaluate_isolated
 from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.modes import modes_of_training
-from lightning_bn.trainer.passes import refuse_sharding
-from lightning_bn.trainer.target_pass import TargetForward, measure_target, refuse_own_fetching
+from lightning_bn.trainer.passes import check_sharding
+from lightning_bn.trainer.target_pass import TargetForward, check_own_fetching, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
@@ -99,8 +99,8 @@ class AdaBNCallback(BatchNormCallback):
         count: Count | None = None,
     ) -> None:
         if num_samples is not None:
-            require_whole("num_samples", num_samples, at_least=1)
-        require_whole("prior_samples", prior_samples, at_least=0)
+            check_int("num_samples", num_samples, at_least=1)
+        check_int("prior_samples", prior_samples, at_least=0)
         check_bool("online", online)
         check_bool("compare", compare)
         as_patterns(layers)
@@ -115,7 +115,7 @@ class AdaBNCallback(BatchNormCallback):
         self.layers = layers
         self.results: list[PopulationStatistics | None] = []
         self.unadapted: dict[str, float] = {}
-        self._count = counted_by(count)
+        self._count = as_batch_size_fn(count)
         self._due = False
         self._adapted: dict[str, _BatchNorm] = {}
         self._domain: int | None = None
@@ -125,7 +125,7 @@ class AdaBNCallback(BatchNormCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt after a PreciseBNCallback has recomputed the statistics of the source."""
         if stage != "fit":
-            self._come_after_our_others(trainer)
+            self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
@@ -142,7 +142,7 @@ class AdaBNCallback(BatchNormCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adapt, before the first batch of a dataloader."""
-        self._look_ahead_if_due(trainer, pl_module)
+        self._measure_target_if_pending(trainer, pl_module)
         if self._adapted:
             if dataloader_idx != self._domain:
                 self._adapt_to(dataloader_idx)
@@ -151,7 +151,7 @@ class AdaBNCallback(BatchNormCallback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the original statistics back; a rank that had no batch takes part in the measurement of the others."""
-        self._look_ahead_if_due(trainer, pl_module)
+        self._measure_target_if_pending(trainer, pl_module)
         self._undo()
 
     on_validation_start = on_predict_start = on_test_start
@@ -171,23 +171,23 @@ class AdaBNCallback(BatchNormCallback):
         return {**vars(self), "_due": False, "_adapted": {}, "_domain": None, "_handle": None, "_adapting": None}
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        self._refuse_overlap(trainer, module)
-        refuse_sharding(trainer)
-        self._refuse_late_comparison(trainer)
+        self._check_overlap(trainer, module)
+        check_sharding(trainer)
+        self._check_late_comparison(trainer)
         self.results, self.unadapted = [], {}
         self._adapted = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
-        refuse_unadaptable(self._adapted)
+        check_unadaptable(self._adapted)
         self._warn_of_frozen(trainer, module)
         self._due = bool(self._adapted)
 
-    def _look_ahead_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+    def _measure_target_if_pending(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._due:
             return
         self._due = False
         if self.compare and stage_of(trainer) != "predict":
-            refuse_own_fetching(trainer, module, "compare=False")
+            check_own_fetching(trainer, module, "compare=False")
             with evaluation_batches(trainer, module) as batches:
-                self.unadapted = evaluate_under(nullcontext(), trainer, module, batches, "unadapted")
+                self.unadapted = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
             log_row(trainer, self.unadapted)
         if self.online:
             return
@@ -201,7 +201,7 @@ class AdaBNCallback(BatchNormCallback):
                 trainer, module, self._adapted, domain, self.num_samples, self.forward, self._count
             )
             self.results.append(measured.statistics)
-            log_row(trainer, measured.figures(f"ada_bn/dataloader_idx_{domain}" if several else "ada_bn"))
+            log_row(trainer, measured.to_metrics(f"ada_bn/dataloader_idx_{domain}" if several else "ada_bn"))
 
     def _adapt_to(self, domain: int) -> None:
         self._put_back()
@@ -228,7 +228,7 @@ class AdaBNCallback(BatchNormCallback):
         self._put_back()
         self._due, self._adapted = False, {}
 
-    def _refuse_late_comparison(self, trainer: Trainer) -> None:
+    def _check_late_comparison(self, trainer: Trainer) -> None:
         adapting = [c for c in trainer.callbacks if isinstance(c, AdaBNCallback)]  # type: ignore[attr-defined]
         if self.compare and adapting[0] is not self:
             raise ValueError(

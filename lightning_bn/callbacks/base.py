@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.pairs import pair_of
+from lightning_bn.callbacks.pairs import compatibility
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
-from lightning_bn.trainer.passes import Recomputed
+from lightning_bn.trainer.passes import PassResult
 
 
 class BatchNormCallback(Callback):
@@ -34,18 +34,18 @@ class BatchNormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another callback of this class on the same layers, and others with which it makes no sense there."""
-        self._refuse_overlap(trainer, pl_module)
+        self._check_overlap(trainer, pl_module)
 
     def chosen_layers(self, module: LightningModule) -> dict[str, _BatchNorm]:
         """The layers it acts on, by name."""
         return find_bn(module, self.layers)
 
-    def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own = self.chosen_layers(pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self or not isinstance(other, BatchNormCallback) or not self._may_meet(other):
+            if other is self or not isinstance(other, BatchNormCallback) or not self._stages_overlap(other):
                 continue
-            pair = pair_of(type(self), type(other))
+            pair = compatibility(type(self), type(other))
             alike = type(other) is type(self)
             shared = [name for name in other.chosen_layers(pl_module) if name in own] if alike or pair else []
             if alike and shared:
@@ -59,20 +59,20 @@ class BatchNormCallback(Callback):
                     f"all): {pair.why}. Take one of them, or give them layers= patterns that do not overlap."
                 )
 
-    def _may_meet(self, other: BatchNormCallback) -> bool:
+    def _stages_overlap(self, other: BatchNormCallback) -> bool:
         """Whether both act in one stage; those that name none act in every one that concerns the other."""
         own, others = (getattr(c, "stages", None) for c in (self, other))
         return own is None or others is None or bool(set(own) & set(others))
 
-    def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
+    def on_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
         """A hook of our own: a callback has recomputed population statistics and written them."""
 
-    def _announce(self, trainer: Trainer, recomputed: Recomputed) -> None:
+    def _notify_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BatchNormCallback):
                 callback.on_population_pass(trainer, recomputed)
 
-    def _come_after_our_others(self, trainer: Trainer) -> None:
+    def _move_behind_statistics_callbacks(self, trainer: Trainer) -> None:
         """Hooks run in the order of the list: one that looks at statistics comes after those that change them."""
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         place = 1 + max((i for i, c in enumerate(others) if isinstance(c, BatchNormCallback)), default=-1)

@@ -15,13 +15,13 @@ from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import Count
 from lightning_bn.core.checks import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, said_of
-from lightning_bn.functional.leakage_test import Evidence
+from lightning_bn.functional.leakage_test import EProcess
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.trainer.forward import Forward
-from lightning_bn.trainer.leakage_pass import LeakagePass, three_errors
+from lightning_bn.trainer.leakage_pass import LeakagePass, compare_statistics
 from lightning_bn.trainer.logging import log_row, log_step, safe_keys
 
-_MOST_KEYED = 64
+_MAX_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""
 
 _WAYS_OUT = {
@@ -138,7 +138,7 @@ class BatchLeakageMonitor(ObservingCallback):
         self.layers = layers
         self.result: BatchLeakage | None = None
         self._pass = LeakagePass(num_samples, forward, layers, count, replay_bytes)
-        self._evidence = Evidence()
+        self._evidence = EProcess()
 
     @property
     def p_value(self) -> float:
@@ -154,7 +154,7 @@ class BatchLeakageMonitor(ObservingCallback):
         """Forget an earlier fit; a checkpoint is restored after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.result, self._evidence = None, Evidence()
+            self.result, self._evidence = None, EProcess()
             self._pass.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +181,9 @@ class BatchLeakageMonitor(ObservingCallback):
         """Log the errors of Fig. 8, if asked for."""
         if self.compare and trainer.state.fn == "fit" and not trainer.sanity_checking:
             with self._spared("compares nothing in this validation"):
-                log_row(trainer, three_errors(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage"))
+                log_row(
+                    trainer, compare_statistics(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage")
+                )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test the epoch's batches; log, and sound the alarm."""
@@ -207,7 +209,7 @@ class BatchLeakageMonitor(ObservingCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
-        self._evidence = Evidence(**state_dict)
+        self._evidence = EProcess(**state_dict)
 
     def _report(self, trainer: Trainer, module: LightningModule, found: BatchLeakage) -> None:
         if found.left_out:
@@ -215,7 +217,7 @@ class BatchLeakageMonitor(ObservingCallback):
         keys = safe_keys(storing_layers(module, self.layers))
         worst = found.worst_layer
         row = {"p_value": self.p_value, "epoch_p_value": found.p_value, "icc_worst": found.icc[worst]}
-        if len(found.icc) <= _MOST_KEYED:
+        if len(found.icc) <= _MAX_KEYED:
             row |= {f"icc/{keys[name]}": value for name, value in found.icc.items()}
         with self._spared("could not log"):
             log_row(trainer, {f"batch_leakage/{key}": value for key, value in row.items()})

@@ -10,20 +10,20 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_int
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
 from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
-from lightning_bn.trainer.passes import Recomputed
+from lightning_bn.trainer.passes import PassResult
 
-_MOST_KEYED = 64
+_MAX_KEYED = 64
 """Layers that get keys of their own by default: W&B advises less than 10,000 metrics a project."""
 
-_FIRST_DRAWN = 32
+_FIRST_FIGURE_AT_ROW = 32
 """Pictures are drawn after so many rows, and whenever they have doubled: each shows the run from its start, and a
 million rows make less than the 50 images that a run may have."""
 
@@ -98,8 +98,8 @@ class BNStatsMonitor(ObservingCallback):
         count: Count | None = None,
         layers: Layers = None,
     ) -> None:
-        require_whole("every_n_batches", every_n_batches, at_least=1)
-        require_whole("window", window, at_least=1)
+        check_int("every_n_batches", every_n_batches, at_least=1)
+        check_int("window", window, at_least=1)
         if not isinstance(quantities, (list, tuple)) or any(q not in QUANTITIES for q in quantities):
             raise ValueError(f"quantities must be a list of some of {', '.join(QUANTITIES)} but is {quantities!r}.")
         is_number = isinstance(alert_above, (int, float)) and not isinstance(alert_above, bool)
@@ -116,7 +116,7 @@ class BNStatsMonitor(ObservingCallback):
         self.channels = channels
         self.alert_above = alert_above
         self.layers = layers
-        self._count = counted_by(count)
+        self._count = as_batch_size_fn(count)
         self._record: DriftRecord | None = None
         self._restored: dict[str, Any] = {}
         self._alarm = Alarm(float("inf"))
@@ -128,7 +128,7 @@ class BNStatsMonitor(ObservingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record, self._restored, self._samples = None, {}, None
-            self._come_after_our_others(trainer)
+            self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be done later; begin, or go on."""
@@ -145,7 +145,7 @@ class BNStatsMonitor(ObservingCallback):
             if self.log_layers is None
             else chosen(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
         )
-        if self.log_layers is None and len(layers) > _MOST_KEYED:
+        if self.log_layers is None and len(layers) > _MAX_KEYED:
             keyed = {}
         prefix = self._prefix(trainer)
         self._record = DriftRecord(layers, {name: keys[name] for name in keyed}, self.quantities, self.channels, prefix)
@@ -181,10 +181,10 @@ class BNStatsMonitor(ObservingCallback):
                 with self._spared("could not log"):
                     self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
-                if rows >= _FIRST_DRAWN and rows.bit_count() == 1:
+                if rows >= _FIRST_FIGURE_AT_ROW and rows.bit_count() == 1:
                     self._draw(trainer, self._record)
 
-    def on_population_pass(self, trainer: Trainer, recomputed: Recomputed) -> None:
+    def on_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
         """Note how far PreciseBN, or FreezeBN at its switch, has moved each layer."""
         self._abandon()
         if self._record:

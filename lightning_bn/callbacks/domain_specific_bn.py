@@ -16,7 +16,7 @@ from lightning_bn.functional.domain.bn import DomainHandle, domain_bn, require_c
 from lightning_bn.functional.domain.specific import AFFINE, Choice
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 from lightning_bn.trainer.averaging import averagers
-from lightning_bn.trainer.passes import refuse_sharding
+from lightning_bn.trainer.passes import check_sharding
 
 
 class DomainSpecificBNCallback(BatchNormCallback):
@@ -106,8 +106,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
         """Begin, before anybody copies the model, makes optimizers of its parameters, or wraps it."""
         self._take_back()
         self._validated = set()
-        refuse_sharding(trainer)
-        self._refuse_overlap(trainer, pl_module)
+        check_sharding(trainer)
+        self._check_overlap(trainer, pl_module)
         self._averagers = averagers(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if stage == "fit" and any(callbacks.index(a) < callbacks.index(self) for a in self._averagers):
@@ -132,7 +132,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would lose statistics."""
         super().on_fit_start(trainer, pl_module)
-        self._refuse_replaced(pl_module)
+        self._check_replaced(pl_module)
         if self.population == "domain" and any(
             getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
         ):
@@ -169,7 +169,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an evaluation with statistics that nobody knows."""
-        self._refuse_replaced(pl_module)
+        self._check_replaced(pl_module)
         if trainer.state.fn != "fit" and self.population == "domain" and not self._state:
             raise ValueError(
                 "DomainSpecificBNCallback knows no statistics of domains to evaluate with: fit with this callback "
@@ -240,7 +240,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         if self._handle is None or self.owner is not None:
             yield
         else:
-            with self._handle.showing(self._domain(batch, dataloader_idx)):
+            with self._handle.use_domain(self._domain(batch, dataloader_idx)):
                 yield
 
     def _domain(self, batch: Any, dataloader_idx: int) -> int | Tensor:
@@ -263,7 +263,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         domain = self._domain(batch, dataloader_idx)
         self._handle.show(domain)
         if trainer.state.fn != "fit" and self.population == "domain":
-            self._refuse_untrained(torch.as_tensor(domain))
+            self._check_untrained(torch.as_tensor(domain))
         elif trainer.validating and self.population == "domain":
             self._warn_of_untrained(torch.as_tensor(domain))
 
@@ -271,7 +271,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         if self._handle is not None and self.owner is None:
             self._handle.show(None)
 
-    def _refuse_untrained(self, domain: Tensor) -> None:
+    def _check_untrained(self, domain: Tensor) -> None:
         for name, own in self._state["statistics"].items():
             untrained = [int(d) for d in domain.flatten().unique() if not own["domain_batches"][int(d)]]
             if untrained:
@@ -294,7 +294,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
                     "so by domain_of=."
                 )
 
-    def _refuse_replaced(self, module: LightningModule) -> None:
+    def _check_replaced(self, module: LightningModule) -> None:
         there = set(find_bn(module).values())
         for name, layer in self._handle.layers.items() if self._handle is not None else ():
             if layer not in there:

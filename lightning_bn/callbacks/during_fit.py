@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.callbacks.base import BatchNormCallback
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.trainer.passes import refuse_sharding
+from lightning_bn.trainer.passes import check_sharding
 
 
-class DuringFit(BatchNormCallback, ABC):
+class FitScopedCallback(BatchNormCallback, ABC):
     """Gives layers a behavior when a fit starts, and takes it back when it ends, however it ends.
 
     At ``on_fit_start``, because that is the first hook at which the layers are those that will train: made by
@@ -30,7 +30,7 @@ class DuringFit(BatchNormCallback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be done; give."""
         super().on_fit_start(trainer, pl_module)
-        refuse_sharding(trainer)
+        check_sharding(trainer)
         self._handle = self._give(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

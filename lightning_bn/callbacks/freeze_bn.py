@@ -12,24 +12,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.freeze import affine_of, drop_gradients, freeze_bn, refuse_lbfgs
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_bool, check_int
+from lightning_bn.functional.freeze import affine_of, check_lbfgs, drop_gradients, freeze_bn
 from lightning_bn.functional.warm_up import WarmUp
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, storing_layers
-from lightning_bn.trainer.averaging import refuse_with_swa
-from lightning_bn.trainer.failures import Failures, OnError, require_on_error
+from lightning_bn.trainer.averaging import check_with_swa
+from lightning_bn.trainer.failures import Failures, OnError, check_on_error
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.loaders import Source
 from lightning_bn.trainer.logging import log_row, may_log
 from lightning_bn.trainer.moved_layers import TOLD_BY_STATISTICS, Movement, as_made
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.pass_config import PassConfig
-from lightning_bn.trainer.passes import PopulationPass, Recomputed
+from lightning_bn.trainer.passes import PassResult, PopulationPass
 from lightning_bn.trainer.schedule import SwitchPoint
 
-_HURTS_FROM = 16
+_MAX_HELPFUL_NBS = 16
 """Normalization batch size from which the paper found freezing to cost accuracy (Fig. 5 and 6)."""
 
 
@@ -104,20 +104,20 @@ class FreezeBNCallback(BatchNormCallback):
         on_error: OnError = "warn",
     ) -> None:
         check_bool("affine", affine)
-        require_on_error(on_error)
+        check_on_error(on_error)
         if statistics not in ("precise", "ema"):
             raise ValueError(f"statistics must be 'precise' or 'ema' but is {statistics!r}.")
         if not isinstance(warmup_epochs, (int, float)) or not 0 <= warmup_epochs < float("inf"):
             raise ValueError(f"warmup_epochs must be a number of at least 0 but is {warmup_epochs!r}.")
         if warmup_steps is not None:
-            require_whole("warmup_steps", warmup_steps, at_least=0)
+            check_int("warmup_steps", warmup_steps, at_least=0)
         self.switch_point = SwitchPoint(last_n_epochs, start_epoch, start_step, start_fraction)
         self.statistics = statistics
         self.affine = affine
         self.warmup_epochs = warmup_epochs
         self.warmup_steps = warmup_steps
         self.layers = layers
-        self._count = counted_by(count)
+        self._count = as_batch_size_fn(count)
         self.on_error: OnError = on_error
         self._pass = PopulationPass(PassConfig(num_samples, source, forward, layers, count), type(self).__name__)
         self._start = Movement({})
@@ -139,14 +139,14 @@ class FreezeBNCallback(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
-        refuse_with_swa(trainer, self)
+        check_with_swa(trainer, self)
         self.switch_point.check(trainer, type(self).__name__)
         layers = storing_layers(pl_module, self.layers)
         self._start = Movement(layers)
         self._affine = affine_of(layers.values()) if self.affine else []
         if self.affine:
             for optimizer in trainer.optimizers:
-                refuse_lbfgs(optimizer, self._affine)
+                check_lbfgs(optimizer, self._affine)
         if self.statistics == "precise":
             self._pass.check(trainer, pl_module)
 
@@ -221,15 +221,15 @@ class FreezeBNCallback(BatchNormCallback):
 
     def _switch(self, trainer: Trainer, module: LightningModule) -> None:
         untrained = as_made(storing_layers(module, self.layers))
-        recomputed: Recomputed | None = None
+        recomputed: PassResult | None = None
         if self.statistics == "precise":
             kept = "the running statistics are frozen as they are"
             failures = Failures(type(self).__name__, "freeze_bn/failed", kept, self.on_error, succeeded=True)
             recomputed = failures.attempt(trainer, lambda: self._recompute(trainer, module))
             self._pass.begin()
         if recomputed:
-            log_row(trainer, recomputed.figures("freeze_bn"))
-            self._announce(trainer, recomputed)
+            log_row(trainer, recomputed.to_metrics("freeze_bn"))
+            self._notify_population_pass(trainer, recomputed)
         self._warn_of_untrained(trainer, untrained, recomputed)
         self._state = {
             "step": trainer.global_step,
@@ -238,8 +238,8 @@ class FreezeBNCallback(BatchNormCallback):
         }
         self._freeze(trainer, module)
 
-    def _recompute(self, trainer: Trainer, module: LightningModule) -> Recomputed | None:
-        reason = self._pass.nothing_to_do(trainer, module)
+    def _recompute(self, trainer: Trainer, module: LightningModule) -> PassResult | None:
+        reason = self._pass.skip_reason(trainer, module)
         if reason:
             rank_zero_warn(f"FreezeBNCallback freezes the running statistics as they are: {reason}.")
             return None
@@ -273,7 +273,7 @@ class FreezeBNCallback(BatchNormCallback):
         return max(1, round(self.warmup_epochs * steps_an_epoch))
 
     def _warn_of_untrained(
-        self, trainer: Trainer, untrained: dict[str, _BatchNorm], recomputed: Recomputed | None
+        self, trainer: Trainer, untrained: dict[str, _BatchNorm], recomputed: PassResult | None
     ) -> None:
         called = self._start.of(untrained, TOLD_BY_STATISTICS)
         reached = {*called, *(recomputed.statistics if recomputed else ())}
@@ -288,7 +288,7 @@ class FreezeBNCallback(BatchNormCallback):
 
     def _warn_of_large_batches(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
         sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers)
-        size = max((sizes[n] for n in storing_layers(module, self.layers) if sizes[n] >= _HURTS_FROM), default=0)
+        size = max((sizes[n] for n in storing_layers(module, self.layers) if sizes[n] >= _MAX_HELPFUL_NBS), default=0)
         if size:
             rank_zero_warn(
                 f"FreezeBNCallback freezes layers whose normalization batch holds {size:g} samples. In the paper "

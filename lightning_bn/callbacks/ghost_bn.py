@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.core.batch_sizes import samples_in
+from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.core.batch_sizes import infer_batch_size
 from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
@@ -17,7 +17,7 @@ from lightning_bn.layers.ghost import Grouping
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 
 
-class GhostBNCallback(DuringFit):
+class GhostBNCallback(FitScopedCallback):
     """Normalize groups ("ghosts") of the training batch separately, for the length of a fit (App. A.5).
 
     The normalization batch size (NBS) becomes that of a group, whatever the batch of the device. Evaluation, frozen
@@ -89,7 +89,7 @@ class GhostBNCallback(DuringFit):
         if not self._looked:
             self._looked = True
             with suppress(ValueError):  # a batch that cannot be counted
-                self._warn_of_nothing(trainer, pl_module, samples_in(batch))
+                self._warn_of_nothing(trainer, pl_module, infer_batch_size(batch))
 
     def _give(self, module: LightningModule) -> Handle:
         return ghost_bn(module, size=self.size, splits=self.splits, grouping=self.grouping, layers=self.layers)

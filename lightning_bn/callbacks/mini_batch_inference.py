@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
-from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
 from lightning_bn.core.ranks import sum_over_ranks
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
@@ -81,7 +81,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         self.stages = as_stages("stages", stages)
         self.layers = layers
         self.fallbacks = 0
-        self._count = counted_by(count)
+        self._count = as_batch_size_fn(count)
         self._handle: MiniBatchHandle | None = None
         self._rows: tuple[CountsRows, Handle] | None = None
         self._said: set[str] = set()
@@ -137,7 +137,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         return {**vars(self), "_handle": None, "_rows": None}
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        self._refuse_overlap(trainer, module)
+        self._check_overlap(trainer, module)
         # in evaluation a layer that is frozen by eval() cannot be told from the others, but here its mode is known
         chosen = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
         if not chosen:

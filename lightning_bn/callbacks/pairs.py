@@ -135,7 +135,7 @@ PAIRS: dict[frozenset[str], Pair] = {
 """Every pair of two callbacks."""
 
 
-def pair_of(one: type, other: type) -> Pair | None:
+def compatibility(one: type, other: type) -> Pair | None:
     """What is known of two callbacks of these classes, or of those they are derived from."""
     for a in one.__mro__:
         for b in other.__mro__:

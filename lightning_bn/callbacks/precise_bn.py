@@ -12,17 +12,17 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.core.batch_sizes import Count
-from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.functional.measure import BatchSize
 from lightning_bn.layers.find import Layers
-from lightning_bn.trainer.averaging import averaged_weights, refuse_before_averaging, weights_version
-from lightning_bn.trainer.failures import Failures, OnError, require_on_error
-from lightning_bn.trainer.forecasting import Forecasting
+from lightning_bn.trainer.averaging import averaged_weights, check_before_averaging, weights_version
+from lightning_bn.trainer.failures import Failures, OnError, check_on_error
+from lightning_bn.trainer.forecasting import TrainerForecast
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.logging import log_row
-from lightning_bn.trainer.pass_config import REPLAY_BYTES, PassConfig, refuse_without_a_pass
-from lightning_bn.trainer.passes import PopulationPass, Recomputed
+from lightning_bn.trainer.pass_config import REPLAY_BYTES, PassConfig, check_no_pass_arguments
+from lightning_bn.trainer.passes import PassResult, PopulationPass
 from lightning_bn.trainer.resume import validation_was_skipped
 
 
@@ -124,9 +124,9 @@ class PreciseBNCallback(BatchNormCallback):
         needed_above: float = 0.05,
         on_error: OnError = "warn",
     ) -> None:
-        require_whole("every_n", every_n, at_least=1)
+        check_int("every_n", every_n, at_least=1)
         check_bool("when_needed", when_needed)
-        require_on_error(on_error)
+        check_on_error(on_error)
         if not isinstance(needed_above, (int, float)) or not needed_above >= 0:
             raise ValueError(f"needed_above must be a number of sigma, 0 or more, but is {needed_above!r}.")
         self.layers = layers
@@ -140,8 +140,8 @@ class PreciseBNCallback(BatchNormCallback):
             options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "tolerance": tolerance}
             options |= {"memory_limit": memory_limit, "forward": forward, "before": self.before, "count": count}
             options |= {"shard": shard, "replay_bytes": replay_bytes, "when_needed": when_needed}
-            refuse_without_a_pass(options, inspect.signature(PreciseBNCallback).parameters)
-        self._forecasting = Forecasting(layers) if source == "training" or when_needed else None
+            check_no_pass_arguments(options, inspect.signature(PreciseBNCallback).parameters)
+        self._forecasting = TrainerForecast(layers) if source == "training" or when_needed else None
         self._pass: PopulationPass | None = None
         if source != "training":
             config = PassConfig(
@@ -169,7 +169,7 @@ class PreciseBNCallback(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what could not be done later."""
         super().on_fit_start(trainer, pl_module)
-        refuse_before_averaging(trainer, self)
+        check_before_averaging(trainer, self)
         for each in (self._pass, self._forecasting):
             if each:
                 each.check(trainer, pl_module)
@@ -283,17 +283,17 @@ class PreciseBNCallback(BatchNormCallback):
             rank_zero_info(
                 f"PreciseBN put {self.result.spilled:,} bytes of waiting batches elsewhere to stay within memory_limit."
             )
-        log_row(trainer, recomputed.figures("precise_bn"))
-        self._announce(trainer, recomputed)
+        log_row(trainer, recomputed.to_metrics("precise_bn"))
+        self._notify_population_pass(trainer, recomputed)
 
     def _abandon(self) -> None:
         if self._forecasting:
             self._forecasting.abandon()
 
-    def _recompute(self, trainer: Trainer, module: LightningModule) -> Recomputed | None:
+    def _recompute(self, trainer: Trainer, module: LightningModule) -> PassResult | None:
         recomputes = self._pass or self._forecasting
         assert recomputes is not None  # one of them was made
-        reason = recomputes.nothing_to_do(trainer, module)
+        reason = recomputes.skip_reason(trainer, module)
         if reason:
             if reason != self._said:
                 rank_zero_warn(f"PreciseBNCallback leaves the running statistics as they are: {reason}.")

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.core.checks import require_whole
+from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.core.checks import check_int
 from lightning_bn.functional.roi_shuffle import Shuffle, roi_shuffle
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import as_patterns, find_bn, find_modules
 
 
-class RoIShuffleCallback(DuringFit):
+class RoIShuffleCallback(FitScopedCallback):
     """Exchange the rows that enter chosen modules at random among devices, for the length of a fit (Sec. 6.1).
 
     What a module returns for a row goes back to the row's device, with gradients, so nothing but the batches that its
@@ -67,7 +67,7 @@ class RoIShuffleCallback(DuringFit):
         super().__init__()
         as_patterns(modules, "modules")
         self.modules = modules
-        require_whole("seed", seed, at_least=0)
+        check_int("seed", seed, at_least=0)
         if seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, which torch.Generator takes, but is {seed}.")
         self.seed = seed

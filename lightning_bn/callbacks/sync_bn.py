@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
-from lightning_bn.callbacks.during_fit import DuringFit
-from lightning_bn.core.checks import require_whole
+from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.core.checks import check_int
 from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 
 
-class SyncBNCallback(DuringFit):
+class SyncBNCallback(FitScopedCallback):
     """Normalize over the batches of several ranks as over one, for the length of a fit (App. A.5, A.6).
 
     The normalization batch size (NBS) becomes that of a device times ``ranks``; outputs, gradients and running
@@ -65,7 +65,7 @@ class SyncBNCallback(DuringFit):
     def __init__(self, ranks: int | None = None, layers: Layers = None) -> None:
         super().__init__()
         if ranks is not None:
-            require_whole("ranks", ranks, at_least=1)
+            check_int("ranks", ranks, at_least=1)
         as_patterns(layers)
         self.ranks = ranks
         self.layers = layers

@@ -20,14 +20,14 @@ _CHANNELS = {1, 3, 4}
 """Of images: gray, color, and color with transparency or depth."""
 
 
-def counted_by(count: Count | None) -> Count:
-    """The function that ``count=`` asks for: the user's, whose answers are checked, or `samples_in`.
+def as_batch_size_fn(count: Count | None) -> Count:
+    """The function that ``count=`` asks for: the user's, whose answers are checked, or `infer_batch_size`.
 
     Raises:
         TypeError: If it is no function.
     """
     if count is None:
-        return samples_in
+        return infer_batch_size
     if not callable(count):
         raise TypeError(f"count must be a function from a batch to its number of samples but is {count!r}.")
     return Checked(count)
@@ -62,7 +62,7 @@ class Checked:
         return int(number)
 
 
-def samples_in(batch: Any) -> int:
+def infer_batch_size(batch: Any) -> int:
     """Samples in a batch, as people count them.
 
     =============================================================  ===================================================

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def require_whole(name: str, value: Any, at_least: int) -> None:
+def check_int(name: str, value: Any, at_least: int) -> None:
     """Refuse an argument that is not a whole number of at least so much.
 
     Raises:

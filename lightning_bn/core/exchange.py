@@ -6,7 +6,7 @@ way home, and the way of the gradients, is the same route reversed.
 
 Collectives in backward wait for every rank, so every rank has to come to them. Each exchange therefore has an
 *anchor*, a number that its backward always passes through: on a rank without rows or without history it is what makes
-the exchange part of the graph, and `tied` hangs it on a loss that may have no other use for what came back.
+the exchange part of the graph, and `add_anchors` hangs it on a loss that may have no other use for what came back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from lightning_bn.core.ranks import num_ranks, on_backend
+from lightning_bn.core.ranks import collective_device, get_world_size
 
 T = TypeVar("T")
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
@@ -163,16 +163,16 @@ def exchange_rows(rows: T, generator: torch.Generator, group: dist.ProcessGroup 
                 [4.]])
     """
     require_generator(generator)
-    if num_ranks(group) == 1:
+    if get_world_size(group) == 1:
         return rows, Exchange(None, group)
     structure = _Structure.of(rows, "exchange_rows was given")
     recomputed = torch._C._current_graph_task_id() != -1  # the forward runs inside a backward
     drawn = 0 if recomputed else int(torch.randint(2**62, (), generator=generator))
-    said = _said_by_all(structure, drawn, _bits(structure.tensors), group)
+    said = _all_gather_headers(structure, drawn, _bits(structure.tensors), group)
     if len({words.drawn for words in said}) > 1:
         raise ValueError("The ranks' generators are in different states: seed and advance them alike on all ranks.")
     key = tuple((words.rows, words.bits) for words in said)
-    route = _recorded(generator, key) if recomputed else _drawn(generator, key, group)
+    route = _recorded(generator, key) if recomputed else _new_route(generator, key, group)
     if route is None:
         return rows, Exchange(None, group)
     exchange = Exchange(route, group)
@@ -208,11 +208,11 @@ def restore_rows(outputs: T, exchange: Exchange) -> T:
     if exchange.route is None:
         return outputs
     structure = _Structure.of(outputs, "restore_rows was given", exchange.route.after)
-    said = _said_by_all(structure, 0, 0, exchange.group)
+    said = _all_gather_headers(structure, 0, 0, exchange.group)
     return cast(T, structure.rebuilt(_moved_with_gradients(structure, exchange.route.home(), exchange, said)))
 
 
-def tied(outputs: T, anchors: Sequence[Tensor]) -> T:
+def add_anchors(outputs: T, anchors: Sequence[Tensor]) -> T:
     """``outputs``, of which any that requires a gradient takes backward through all ``anchors``, with gradient 0."""
     if not anchors:
         return outputs
@@ -247,7 +247,7 @@ class _Structure(NamedTuple):
         found = sorted({len(t) for t in tensors} | ({rows} if rows is not None else set()))
         if len(found) > 1:
             raise ValueError(f"{was_given} tensors of different numbers of rows: {', '.join(map(str, found))}.")
-        _refuse_hidden_rows(value, found[0], was_given)
+        _check_hidden_rows(value, found[0], was_given)
         return cls(tensors, places, leaves, spec, found[0])
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
@@ -278,7 +278,7 @@ def _places(value: Any, leaves: int) -> list[str]:
         return [f"[{number}]" for number in range(leaves)]
 
 
-def _refuse_hidden_rows(value: Any, rows: int, was_given: str) -> None:
+def _check_hidden_rows(value: Any, rows: int, was_given: str) -> None:
     """Refuse lists with something for every row that is no tensor of rows: it would stay while rows change ranks.
 
     One thing is not a list, and two numbers in a tuple are a size.
@@ -301,7 +301,7 @@ def _refuse_hidden_rows(value: Any, rows: int, was_given: str) -> None:
             )
 
 
-class _Words(NamedTuple):
+class _Header(NamedTuple):
     """What a rank tells the others before an exchange."""
 
     rows: int
@@ -311,14 +311,14 @@ class _Words(NamedTuple):
     needs_gradient: int
 
 
-def _said_by_all(structure: _Structure, drawn: int, bits: int, group: dist.ProcessGroup | None) -> list[_Words]:
+def _all_gather_headers(structure: _Structure, drawn: int, bits: int, group: dist.ProcessGroup | None) -> list[_Header]:
     """What each rank says, in the order of ranks."""
     needs = torch.is_grad_enabled() and any(t.requires_grad for t in structure.tensors)
-    own = torch.tensor(_Words(structure.rows, drawn, structure.layout, bits, needs), dtype=torch.int64)
-    own = own.to(on_backend(structure.tensors[0].device))
-    gathered = own.new_empty(num_ranks(group), len(own))
+    own = torch.tensor(_Header(structure.rows, drawn, structure.layout, bits, needs), dtype=torch.int64)
+    own = own.to(collective_device(structure.tensors[0].device))
+    gathered = own.new_empty(get_world_size(group), len(own))
     dist.all_gather(list(gathered), own, group=group)
-    said = [_Words(*words) for words in gathered.tolist()]
+    said = [_Header(*words) for words in gathered.tolist()]
     if len({words.layout for words in said}) > 1:
         raise ValueError(
             "Ranks hold rows of different dtype or shape, or at other places of a structure (in another order of keys, "
@@ -343,7 +343,7 @@ _RECORDED: WeakKeyDictionary[torch.Generator, deque[tuple[_Key, Route | None]]] 
 """By generator: what it was last drawn for, and the route."""
 
 
-def _drawn(generator: torch.Generator, key: _Key, group: dist.ProcessGroup | None) -> Route | None:
+def _new_route(generator: torch.Generator, key: _Key, group: dist.ProcessGroup | None) -> Route | None:
     """A new route; None with fewer than two rows a rank."""
     counts = [rows for rows, _ in key]
     route = None
@@ -366,7 +366,7 @@ def _recorded(generator: torch.Generator, key: _Key) -> Route | None:
 
 
 def _moved_with_gradients(
-    structure: _Structure, route: Route, exchange: Exchange, said: Sequence[_Words]
+    structure: _Structure, route: Route, exchange: Exchange, said: Sequence[_Header]
 ) -> Sequence[Tensor]:
     """Move the rows; where any rank needs gradients, all are ready for the exchange of them."""
     tensors = structure.tensors
@@ -418,7 +418,7 @@ def _moved(route: Route, group: dist.ProcessGroup | None, tensors: Sequence[Tens
     """Rows of all tensors along a route, in one all-to-all: those that travel together become one row of bytes."""
     parts = [_as_bytes(t.detach().index_select(0, route.sent)) for t in tensors]
     sent = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    sent = sent.to(on_backend(sent.device))
+    sent = sent.to(collective_device(sent.device))
     taken = sent.new_empty(len(route.taken_at), sent.shape[1])
     dist.all_to_all_single(taken, sent, route.taken_sizes, route.sent_sizes, group=group)
     moved = []

@@ -20,30 +20,30 @@ from torch import Tensor
 from lightning_bn.core.moments import Moments
 
 
-def num_ranks(group: dist.ProcessGroup | None = None) -> int:
+def get_world_size(group: dist.ProcessGroup | None = None) -> int:
     """Ranks that take part: 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def own_rank() -> int:
+def get_rank() -> int:
     """This process's place among the ranks: 0 without torch.distributed."""
-    return dist.get_rank() if num_ranks() > 1 else 0
+    return dist.get_rank() if get_world_size() > 1 else 0
 
 
 def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     """Whole numbers, each summed over all ranks."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.int64, device=on_backend(device))
+    total = torch.tensor(values, dtype=torch.int64, device=collective_device(device))
     dist.all_reduce(total)
     return [int(v) for v in total.tolist()]
 
 
 def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
     """Whole numbers, each the largest of all ranks'."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return list(values)
-    largest = torch.tensor(values, dtype=torch.int64, device=on_backend(device))
+    largest = torch.tensor(values, dtype=torch.int64, device=collective_device(device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [int(v) for v in largest.tolist()]
 
@@ -53,11 +53,11 @@ def merge_over_ranks(moments: Moments, group: dist.ProcessGroup | None = None) -
 
     Two sums: one for the counts and the pooled mean, and, with that mean known, one for the squared deviations from it.
     """
-    if num_ranks(group) == 1:
+    if get_world_size(group) == 1:
         return moments
     home = moments.mean.device
     count, mean, m2 = (
-        v.expand_as(moments.mean).to(on_backend(home)) for v in (moments.count, moments.mean, moments.m2)
+        v.expand_as(moments.mean).to(collective_device(home)) for v in (moments.count, moments.mean, moments.m2)
     )
     first = torch.stack([count, count * mean])
     dist.all_reduce(first, group=group)
@@ -73,7 +73,7 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     For one layer, where it is the number of exchanges that takes time.
     """
     own = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2])
-    gathered = own.new_empty(num_ranks(group), *own.shape)
+    gathered = own.new_empty(get_world_size(group), *own.shape)
     dist.all_gather(list(gathered), own, group=group)
     count, mean, m2 = gathered.unbind(1)
     total = count.sum(0)
@@ -81,16 +81,16 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     return Moments(total, pooled, m2.addcmul_(count, (mean - pooled).square_()).sum(0))
 
 
-def of_first_rank(values: Tensor) -> Tensor:
+def broadcast_from_rank_zero(values: Tensor) -> Tensor:
     """What the first rank holds, on every rank; the others' ``values`` say shape and precision."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return values
-    shared = values.to(on_backend(values.device), copy=True)
+    shared = values.to(collective_device(values.device), copy=True)
     dist.broadcast(shared, src=0)
     return shared.to(values.device)
 
 
-def on_backend(device: torch.device) -> torch.device:
+def collective_device(device: torch.device) -> torch.device:
     """A device whose tensors the ranks' backend takes: ``device`` where it does."""
     backend = dist.get_backend()
     if "nccl" in backend and "gloo" not in backend:
@@ -140,11 +140,11 @@ def gather_rows(own: Tensor) -> Tensor:
 
     A sum of zeros but for the own rows: exact, the same bits everywhere, and no rank has to pad.
     """
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return own
-    sizes = sum_over_ranks([len(own) * (rank == own_rank()) for rank in range(num_ranks())], own.device)
-    rows = torch.zeros(sum(sizes), *own.shape[1:], dtype=own.dtype, device=on_backend(own.device))
-    first = sum(sizes[: own_rank()])
+    sizes = sum_over_ranks([len(own) * (rank == get_rank()) for rank in range(get_world_size())], own.device)
+    rows = torch.zeros(sum(sizes), *own.shape[1:], dtype=own.dtype, device=collective_device(own.device))
+    first = sum(sizes[: get_rank()])
     rows[first : first + len(own)] = own
     dist.all_reduce(rows)
     return rows.to(own.device)
@@ -155,7 +155,7 @@ _GROUPS: dict[tuple[dist.ProcessGroup, int], list[dist.ProcessGroup]] = {}
 once for each of its users."""
 
 
-def borrow_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any]]:
+def acquire_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any]]:
     """This rank's group of ``size`` ranks of neighboring numbers, and what gives it back.
 
     Every rank calls this, and as often as the others: all ranks together make all groups. The last to give one back
@@ -165,12 +165,12 @@ def borrow_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any]
         ValueError: If the ranks cannot be divided into groups of ``size``.
     """
     everyone = dist.group.WORLD
-    if num_ranks() % size:
+    if get_world_size() % size:
         raise ValueError(
-            f"ranks={size}, but there are {num_ranks()} ranks in all: they divide into groups of {size} only if their "
-            f"number is a multiple of {size}."
+            f"ranks={size}, but there are {get_world_size()} ranks in all: they divide into groups of {size} only if "
+            f"their number is a multiple of {size}."
         )
-    if everyone is None or size == num_ranks():
+    if everyone is None or size == get_world_size():
         return everyone, lambda: None
     users = _GROUPS.setdefault((everyone, size), [])
     group = users[0] if users else dist.new_subgroups(size)[0]
@@ -194,7 +194,7 @@ def own_group() -> tuple[dist.ProcessGroup | None, Callable[[], Any]]:
     everyone = dist.group.WORLD
     if everyone is None:
         return None, lambda: None
-    group = cast(dist.ProcessGroup, dist.new_group(list(range(num_ranks()))))
+    group = cast(dist.ProcessGroup, dist.new_group(list(range(get_world_size()))))
 
     def destroy() -> None:
         if dist.group.WORLD is everyone:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
 from lightning_bn.core.moments import Moments
-from lightning_bn.core.ranks import merge_at_once, num_ranks
+from lightning_bn.core.ranks import get_world_size, merge_at_once
 
 
 def synced_batch_norm(
@@ -56,7 +56,7 @@ def synced_batch_norm(
     taken = _laid_out(input if input.numel() else input.to(_wide(input)))
     weight = None if weight is None else weight.contiguous()
     output = _BatchNormOnCuda.apply(
-        taken, weight, bias, running_mean, running_var, eps, momentum, group, num_ranks(group)
+        taken, weight, bias, running_mean, running_var, eps, momentum, group, get_world_size(group)
     )
     return cast(Tensor, output).to(input.dtype)
 
@@ -83,7 +83,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
         if total == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {list(input.shape)} and nothing "
-                f"on the other ranks of {num_ranks(group)}."
+                f"on the other ranks of {get_world_size(group)}."
             )
         for running, value in ((running_mean, pooled.mean), (running_var, pooled.m2 / max(total - 1, 1))):
             if running is not None and total:

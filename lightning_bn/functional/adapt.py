@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import Count
-from lightning_bn.core.checks import check_bool, require_whole
+from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
 from lightning_bn.functional.domain.specific import num_domains
-from lightning_bn.functional.precise import Forward, measure_model, write
+from lightning_bn.functional.precise import Forward, measure_model, write_running_stats
 from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.mini_batch import MiniBatch
 
@@ -30,7 +30,7 @@ class Adaptation(Handle):
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics, prior_samples: int) -> None:
-        refuse_unadaptable(layers)
+        check_unadaptable(layers)
         self.statistics = statistics
         reached = {name: layers[name] for name in statistics}
         with torch.inference_mode(False):  # of which tensors a later fit would be refused
@@ -40,7 +40,9 @@ class Adaptation(Handle):
                 for key in (*_STATISTICS, "num_batches_tracked")
                 if (stored := layer._buffers[key]) is not None  # a layer may count no batches
             ]
-        write(reached, {name: _mixed(layer, statistics, name, prior_samples) for name, layer in reached.items()})
+        write_running_stats(
+            reached, {name: _mixed(layer, statistics, name, prior_samples) for name, layer in reached.items()}
+        )
         super().__init__(reached.values(), Adapted(), [lambda: _put_back(originals)])
 
 
@@ -101,7 +103,7 @@ def adapt_bn(
         >>> model[0].running_mean, model[0].running_var
         (tensor([0.]), tensor([1.]))
     """
-    require_whole("prior_samples", prior_samples, at_least=0)
+    check_int("prior_samples", prior_samples, at_least=0)
     check_bool("progress", progress)
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
@@ -109,21 +111,21 @@ def adapt_bn(
     return Adaptation(chosen, statistics, prior_samples)
 
 
-def refuse_unadaptable(layers: Mapping[str, _BatchNorm]) -> None:
+def check_unadaptable(layers: Mapping[str, _BatchNorm]) -> None:
     """Raise for a layer that would not use adapted statistics, or could not be given its own ones back.
 
     Raises:
         ValueError: Naming the layer and the way out.
     """
     for name, layer in layers.items():
-        if behaves(layer, Adapted, Adapting):
+        if has_behavior(layer, Adapted, Adapting):
             raise ValueError(f"Layer {name!r} is adapted to a domain already: undo that before adapting it to another.")
         if num_domains(layer):
             raise ValueError(
                 f"Layer {name!r} keeps population statistics of each of its domains (domain_bn), so it would not use "
                 "those of another: leave it out by layers=, or undo that first."
             )
-        if behaves(layer, MiniBatch):
+        if has_behavior(layer, MiniBatch):
             raise ValueError(
                 f"Layer {name!r} normalizes with mini-batch statistics (mini_batch_inference), so it would not use "
                 "those of a domain: choose one of the two for it by layers=."

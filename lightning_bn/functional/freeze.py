@@ -66,7 +66,7 @@ def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
     return [p for layer in layers for key in keys if (p := layer._parameters.get(key)) is not None]
 
 
-def refuse_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
+def check_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
     """Raise if the one optimizer that moves a parameter without being given a gradient for it holds ``frozen`` ones."""
     if isinstance(optimizer, torch.optim.LBFGS) and _held(optimizer, frozen):
         raise TypeError(
@@ -77,7 +77,7 @@ def refuse_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> 
 
 def drop_gradients(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
     """Drop the gradients of those ``frozen`` parameters that ``optimizer`` is about to step with."""
-    refuse_lbfgs(optimizer, frozen)
+    check_lbfgs(optimizer, frozen)
     for parameter in _held(optimizer, frozen):
         parameter.grad = None
 

@@ -7,9 +7,9 @@ from typing import get_args
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
 from lightning_bn.layers.synced import Synced
@@ -86,17 +86,17 @@ def ghost_bn(
                 f"Layer {name!r} is a SyncBatchNorm, whose normalization batch crosses ranks: ghosts would cut it up "
                 "again. Leave it out by layers=, or use BatchNorm and no more than the batch of a device."
             )
-        if behaves(layer, Synced):
+        if has_behavior(layer, Synced):
             raise ValueError(
                 f"Layer {name!r} is synced over ranks: ghosts would cut up again the normalization batch that sync_bn "
                 "has put together. Leave it out by layers=, or undo() that handle first."
             )
-        if behaves(layer, DomainSpecific):
+        if has_behavior(layer, DomainSpecific):
             raise ValueError(
                 f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalized together: leave "
                 "it out by layers=, or undo() that handle first."
             )
-        if behaves(layer, Ghost):
+        if has_behavior(layer, Ghost):
             raise ValueError(f"Layer {name!r} has ghosts already: undo() that handle first.")
     return Handle(chosen.values(), Ghost(chosen, size, splits, grouping))
 
@@ -111,6 +111,6 @@ def require_ghosts(size: int | None, splits: int | None, grouping: str) -> None:
         raise ValueError(f"Give either size= or splits=, not size={size!r} and splits={splits!r}.")
     for name, number in (("size", size), ("splits", splits)):
         if number is not None:
-            require_whole(name, number, at_least=1)
+            check_int(name, number, at_least=1)
     if grouping not in get_args(Grouping):
         raise ValueError(f"grouping must be one of {', '.join(map(repr, get_args(Grouping)))} but is {grouping!r}.")

@@ -13,16 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_copy import copied_with
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.ranks import agreed, gather_rows, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.ranks import agreed, gather_rows, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage_rows import RowMeans, Rows, by_sample
 from lightning_bn.functional.leakage_test import comparable, icc, icc_noise, leading_components, permutation_test
 from lightning_bn.functional.precise import Forward, call_model, estimable_layers
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers
-from lightning_bn.layers.modes import kept_in_eval
+from lightning_bn.layers.modes import keep_in_eval
 
-_MOST_ROWS = 4096
+_MAX_ROWS = 4096
 """Of one call of one layer, of all ranks; more are thinned at random."""
 
 
@@ -132,8 +132,10 @@ def batch_leakage(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen, or in eval mode while the model is in "
             "train mode: they normalize with the population, through which nothing leaks."
         )
-    with kept_in_eval(list(model.modules())):
-        return measure_leakage(chosen, batches, lambda batch: (forward or call_model)(model, batch), counted_by(count))
+    with keep_in_eval(list(model.modules())):
+        return measure_leakage(
+            chosen, batches, lambda batch: (forward or call_model)(model, batch), as_batch_size_fn(count)
+        )
 
 
 def measure_leakage(
@@ -168,7 +170,7 @@ def measure_leakage(
             with agreed(device):
                 batch = next(iterator, missing)
             ready, *_ = sum_over_ranks([batch is not missing], device)
-            if ready < num_ranks():
+            if ready < get_world_size():
                 break
             with agreed(device):
                 samples = count(batch)
@@ -222,7 +224,7 @@ def _of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[tupl
                 torch.cat([part.cpu().to(like) for part in of])
                 for of, like in zip(zip(*kept, strict=True), nothing, strict=True)
             ]
-            share = _MOST_ROWS // num_ranks()
+            share = _MAX_ROWS // get_world_size()
             if len(parts[0]) > share:  # the same ones in all layers that were given as many
                 thinned = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:share]
                 parts = [part[thinned] for part in parts]
@@ -237,7 +239,7 @@ def _tested(
     names = [name for name in dict.fromkeys(name for name, _ in calls) if name not in left_out]
     table: list[tuple[float, float]] = []
     with agreed(torch.device("cpu")):
-        if own_rank() == 0:
+        if get_rank() == 0:
             table = _table({key: call for key, call in calls.items() if key[0] in names}, names, eps, seed)
     (p_value, _), *rows = gather_rows(torch.tensor(table, dtype=torch.float64).view(-1, 2)).tolist()
     tested = {name: row for name, row in zip(names, rows, strict=True) if row[0] == row[0]}  # else NaN

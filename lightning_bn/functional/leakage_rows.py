@@ -12,15 +12,15 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import num_ranks, own_rank
+from lightning_bn.core.ranks import get_rank, get_world_size
 from lightning_bn.layers.behavior import Behavior, behaviors_of
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 from lightning_bn.layers.synced import Synced
 
-_MOST_ROWS_OF_A_CALL = 256
+_MAX_ROWS_OF_A_CALL = 256
 """Of a head that is given a thousand regions an image, a random part says as much."""
 
-_MOST_IN_A_BATCH = 2**20
+_MAX_IN_A_BATCH = 2**20
 """Samples of a batch, or groups of an input."""
 
 
@@ -114,7 +114,7 @@ class RowMeans(Behavior):
             self._read(layer, call.input)
             return call.run()
 
-        output = with_batch_norm(instead, self._names[layer], forward, input, required=False)
+        output = replace_batch_norm(instead, self._names[layer], forward, input, required=False)
         if not called:
             self.left_out[self._names[layer]] = "its forward does not call torch.nn.functional.batch_norm"
         return output
@@ -130,7 +130,7 @@ class RowMeans(Behavior):
             self._rolled[name, call] = means
             return
         self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
-        first = (self._batch * num_ranks() + _first_rank(layer)) * _MOST_IN_A_BATCH
+        first = (self._batch * get_world_size() + _first_rank(layer)) * _MAX_IN_A_BATCH
         self._keep(name, call, means, first + _groups(layer, input))
 
     def _keep(self, name: str, call: int, means: Tensor, batches: Tensor) -> None:
@@ -153,7 +153,7 @@ class RowMeans(Behavior):
                 return
             samples = torch.arange(self._samples)
         kept = _chosen(len(means), self._batch)
-        samples = samples + (self._batch * num_ranks() + own_rank()) * _MOST_IN_A_BATCH
+        samples = samples + (self._batch * get_world_size() + get_rank()) * _MAX_IN_A_BATCH
         self.seen.setdefault((name, call), []).append(Rows(means[kept], batches[kept], samples[kept]))
 
 
@@ -202,9 +202,9 @@ def _first_of_each(places: Tensor) -> Tensor:
 
 def _chosen(rows: int, seed: int) -> Tensor:
     """The rows to keep of so many."""
-    if rows <= _MOST_ROWS_OF_A_CALL:
+    if rows <= _MAX_ROWS_OF_A_CALL:
         return torch.arange(rows)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:_MOST_ROWS_OF_A_CALL]
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:_MAX_ROWS_OF_A_CALL]
 
 
 def _groups(layer: _BatchNorm, input: Tensor) -> Tensor:
@@ -218,9 +218,9 @@ def _groups(layer: _BatchNorm, input: Tensor) -> Tensor:
 
 def _first_rank(layer: _BatchNorm) -> int:
     """The first of the ranks that normalize together."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return 0
     shared = [b.group for b in behaviors_of(layer) if isinstance(b, Synced)]
     if isinstance(layer, SyncBatchNorm):
         shared.append(cast("ProcessGroup | None", layer.process_group))
-    return min(dist.get_process_group_ranks(shared[0])) if shared else own_rank()
+    return min(dist.get_process_group_ranks(shared[0])) if shared else get_rank()

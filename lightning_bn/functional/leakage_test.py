@@ -9,7 +9,7 @@ ICC = \frac{MS_B - MS_W}{MS_B + (m - 1) MS_W}$$
 
 is the intra-class correlation of analysis of variance: 0 for groups put together at random, 1 for groups of equal rows,
 $-1 / (m - 1)$ for groups of equal means. `permutation_test` holds several layers against random regrouping at once, and
-`Evidence` puts the p-values of all epochs of a run together.
+`EProcess` puts the p-values of all epochs of a run together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MOST_COMPONENTS = 16
+_MAX_COMPONENTS = 16
 """8 found less (normalization batches of 16 classes x 2, of 80 classes of digits), 32 and 64 no more."""
 
 _ENOUGH = 10
@@ -38,10 +38,10 @@ _NO_SPREAD = 1e-5
 sums of thousands of products have, or of a few that nearly cancel. They depend on a row's place in the batch."""
 
 _EXPONENT = 1 / 8
-"""Of the calibrator in `Evidence`: small, so that one epoch's smallest p-value suffices."""
+"""Of the calibrator in `EProcess`: small, so that one epoch's smallest p-value suffices."""
 
 
-def leading_components(rows: Tensor, most: int = _MOST_COMPONENTS, eps: float = 0.0) -> Tensor:
+def leading_components(rows: Tensor, most: int = _MAX_COMPONENTS, eps: float = 0.0) -> Tensor:
     """Leading principal components of rows ``(n, C)``, after each channel was given variance one.
 
     Channels that differ by no more than rounding are left out.
@@ -175,7 +175,7 @@ def _typical_size(sizes: Tensor) -> float:
 
 
 @dataclass
-class Evidence:
+class EProcess:
     r"""What the p-values of a run's epochs say together, at any time and for any number of epochs to come.
 
     Each p-value is turned into a bet $f(p) = p^{-7/8} / 8$ against chance, of which the mean is 1 at most where
@@ -193,7 +193,7 @@ class Evidence:
         largest: Largest capital so far.
 
     Example:
-        >>> evidence = Evidence()
+        >>> evidence = EProcess()
         >>> for p in (0.02, 0.6, 0.01, 0.004, 0.01):
         ...     evidence.add(p)
         >>> round(evidence.p_value, 4)

@@ -21,23 +21,29 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_int
 from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
-from lightning_bn.core.ranks import AnotherRankFailedError, max_over_ranks, merge_over_ranks, num_ranks, sum_over_ranks
+from lightning_bn.core.ranks import (
+    AnotherRankFailedError,
+    get_world_size,
+    max_over_ranks,
+    merge_over_ranks,
+    sum_over_ranks,
+)
 from lightning_bn.functional.domain.specific import num_domains
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.layers.modes import flags_kept
+from lightning_bn.layers.modes import preserve_flags
 from lightning_bn.lockstep.in_lockstep import InLockstep
-from lightning_bn.lockstep.pooled import NOTHING, MicroBatch, Pooled, Tried
+from lightning_bn.lockstep.pooled import MISSING, MicroBatch, ModelProfile, PooledForward
 
 BatchSize: TypeAlias = int | Literal["population"] | None
 """B of Table 2: samples to normalize together, of all ranks; None takes the batches as they come."""
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
 """Opens a progress display for a total number of samples (None: unknown); what it yields is told of each batch's."""
 
-_SPREAD = 8
+_MIN_GROUPS_FOR_STD_ERROR = 8
 """Fewest normalization batches whose spread says something: with 8 it is known to a quarter."""
 
 
@@ -57,7 +63,7 @@ def measure(
     memory_limit: int | None = None,
     at_most: float | None = None,
     say: Callable[[str, str], Any] = _warn,
-    tried: Tried | None = None,
+    tried: ModelProfile | None = None,
     count: Count | None = None,
     progress: Progress | None = None,
 ) -> PopulationStatistics:
@@ -86,17 +92,17 @@ def measure(
         LockstepError: If batches cannot be normalized together.
         MemoryError: If the memory that is free does not suffice for that.
     """
-    check_amounts(batch_size, num_samples, tolerance, memory_limit)
+    validate_pass_arguments(batch_size, num_samples, tolerance, memory_limit)
     if memory_limit is not None and batch_size is None:
         raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
-    device, dtype = _home(layers)
+    device, dtype = _device_and_dtype(layers)
     parts = _with_domains(layers)
     channels = {name: layer.get_buffer("running_mean").numel() for name, layer in parts.items()}
     seen = Accumulator(channels, device, dtype)
     mode = InLockstep(layers, seen, of_training)
     wanted = inf if batch_size == "population" else batch_size or 0
     told = False
-    look_again = _SPREAD
+    look_again = _MIN_GROUPS_FOR_STD_ERROR
     taken = _Taken()
 
     with contextlib.ExitStack() as stack:
@@ -104,26 +110,26 @@ def measure(
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Handle(layers.values(), mode))
-        flags = stack.enter_context(flags_kept(layers.values(), training=True if of_training else None))
-        pooled = Pooled(channels, mode, seen, flags, run, device, memory_limit, tried or Tried())
+        flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
+        pooled = PooledForward(channels, mode, seen, flags, run, device, memory_limit, tried or ModelProfile())
         advance = stack.enter_context((progress or no_progress)(num_samples))
-        rounds = _Rounds(batches, num_samples, count, layers, wanted, device)
+        rounds = _SynchronizedBatches(batches, num_samples, count, layers, wanted, device)
         for first in rounds:
             most = inf
             if first.small and at_most is not None:
                 most = pooled.most(first, at_most)
                 if first.everywhere * most < wanted and not told:
-                    say("memory", _less(wanted, first, int(most), pooled))
+                    say("memory", _reduced_batch_size_message(wanted, first, int(most), pooled))
                     told = True
             if first.small and most > 1:
-                group = _Group(itertools.chain([first], rounds), wanted, most, advance)
+                group = _BatchGroup(itertools.chain([first], rounds), wanted, most, advance)
                 pooled.run(group, group.progress)
                 taken.add(group.taken, normalizations=1)
             else:
                 mode.counts = first.counts
                 flags.reset()
                 with rounds.failing_together():
-                    if first.batch is not NOTHING:
+                    if first.batch is not MISSING:
                         run(first.batch)
                 taken.add([first], normalizations=first.ranks)
                 advance(first.everywhere)
@@ -131,12 +137,12 @@ def measure(
             if tolerance is not None and taken.normalizations >= look_again:
                 look_again = math.ceil(1.1 * taken.normalizations)  # a look costs, and each could be lucky
                 rounds.agree()
-                if _largest_error(_statistics(seen, device)) < tolerance:
+                if _max_standard_error(_statistics(seen, device)) < tolerance:
                     break
         rounds.agree()
         statistics = _statistics(seen, device)
         left_out = _LeftOut.of(taken, seen, pooled, device)
-        _refuse_unusable(statistics, layers, left_out)
+        _check_unusable(statistics, layers, left_out)
         if left_out.batches:
             say("left out", left_out.message())
         samples = taken.samples - left_out.samples
@@ -189,7 +195,7 @@ class _LeftOut:
     first: tuple[int, str] | None
 
     @classmethod
-    def of(cls, taken: _Taken, seen: Accumulator, pooled: Pooled, device: torch.device) -> _LeftOut:
+    def of(cls, taken: _Taken, seen: Accumulator, pooled: PooledForward, device: torch.device) -> _LeftOut:
         """Those of all ranks."""
         alone = [(*taken.own[place], layer) for place, layer in seen.nonfinite().items()]
         own = [*alone, *((m.number, m.samples, layer) for m, layer in pooled.left_out)]
@@ -218,7 +224,7 @@ _NEVER = 2**62
 """More than there are batches."""
 
 
-class _Group:
+class _BatchGroup:
     """Rounds that are normalized together: until they hold enough samples.
 
     Attributes:
@@ -243,7 +249,7 @@ class _Group:
             if own is None:
                 return
             self.taken.append(own)
-            if own.batch is not NOTHING:
+            if own.batch is not MISSING:
                 yield own
 
     def progress(self, share: float) -> None:
@@ -253,7 +259,7 @@ class _Group:
         self._shown = done
 
 
-class _Rounds:
+class _SynchronizedBatches:
     """This rank's batches, one for each that any rank has; rounds in which all are empty are skipped.
 
     Ranks fail together: one that raises while it fetches or runs a batch tells the others, which raise as well.
@@ -268,7 +274,7 @@ class _Rounds:
         wanted: float,
         device: torch.device,
     ) -> None:
-        self._batches, self._num_samples, self._count = iter(batches), num_samples, counted_by(count)
+        self._batches, self._num_samples, self._count = iter(batches), num_samples, as_batch_size_fn(count)
         self._wanted, self._device = wanted, device
         self._synced = any(isinstance(m, SyncBatchNorm) for m in layers.values())
         self._rounds = self._all()
@@ -293,34 +299,34 @@ class _Rounds:
         try:
             yield
         except BaseException:
-            if num_ranks() > 1:
+            if get_world_size() > 1:
                 self.agree(failed=True)
             raise
 
     def _all(self) -> Iterator[MicroBatch]:
-        samples, batch = 0, NOTHING
+        samples, batch = 0, MISSING
         for number in itertools.count():
             if self._num_samples is not None and samples >= self._num_samples:
                 return
             with self.failing_together():
-                fresh = next(self._batches, NOTHING)
-                counts = fresh is not NOTHING
+                fresh = next(self._batches, MISSING)
+                counts = fresh is not MISSING
                 own = self._count(fresh) if counts else 0
             batch = fresh if counts else batch
             ready, more, small = self.agree(counts, own, counts and own < self._wanted)
             if not ready:
                 return
-            if not samples and ready < num_ranks() and self._synced:
+            if not samples and ready < get_world_size() and self._synced:
                 raise ValueError(
-                    f"Only {ready} of {num_ranks()} ranks have a batch, and the SyncBatchNorm layers of one rank wait "
-                    "for those of all others: give every rank at least one batch."
+                    f"Only {ready} of {get_world_size()} ranks have a batch, and the SyncBatchNorm layers of one rank "
+                    "wait for those of all others: give every rank at least one batch."
                 )
             samples += more
             if more:
                 yield MicroBatch(batch, number, counts, own, more, ready, bool(small))
 
 
-def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
+def _reduced_batch_size_message(wanted: float, first: MicroBatch, most: int, pooled: PooledForward) -> str:
     needs = pooled.needs(first)
     return (
         f"Population statistics are estimated with normalization batches of {most * first.everywhere} samples, not of "
@@ -330,7 +336,7 @@ def _less(wanted: float, first: MicroBatch, most: int, pooled: Pooled) -> str:
     )
 
 
-def _largest_error(statistics: Mapping[str, LayerStatistics]) -> float:
+def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
     if any(s.calls < 2 for s in statistics.values()):
         return inf  # of a layer that was called once nobody knows
@@ -369,7 +375,7 @@ def _with_domains_folded(
     return found
 
 
-def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: _LeftOut) -> None:
+def _check_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: _LeftOut) -> None:
     """Raise, on every rank alike, for statistics that no layer can normalize with.
 
     Raises:
@@ -397,7 +403,7 @@ def _refuse_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable
         )
 
 
-def check_amounts(
+def validate_pass_arguments(
     batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None
 ) -> None:
     """Refuse what is no amount, and amounts that contradict each other.
@@ -408,11 +414,11 @@ def check_amounts(
     """
     for name, value in (("num_samples", num_samples), ("memory_limit", memory_limit)):
         if value is not None:
-            require_whole(name, value, at_least=1)
+            check_int(name, value, at_least=1)
     if isinstance(batch_size, str) and batch_size != "population":
         raise ValueError(f"batch_size must be a number of samples, 'population' or None but is {batch_size!r}.")
     if batch_size is not None and batch_size != "population":
-        require_whole("batch_size", batch_size, at_least=1)
+        check_int("batch_size", batch_size, at_least=1)
     if tolerance is None:
         return
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -426,7 +432,7 @@ def check_amounts(
         )
 
 
-def _home(layers: Mapping[str, _BatchNorm]) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(layers: Mapping[str, _BatchNorm]) -> tuple[torch.device, torch.dtype]:
     """Where statistics are added up, and the precision they come in: those of the first layer, at least float32."""
     first = next(layer.running_mean for layer in layers.values() if isinstance(layer.running_mean, Tensor))
     return first.device, torch.promote_types(first.dtype, torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.mini_batch import MiniBatch
 
@@ -72,7 +72,7 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
     """
     chosen = changeable_layers(model, layers)
     for name, layer in chosen.items():
-        if behaves(layer, DomainSpecific):
+        if has_behavior(layer, DomainSpecific):
             raise ValueError(
                 f"Layer {name!r} has domains (domain_bn), which say by themselves which statistics evaluation uses: "
                 "leave it out by layers=, or undo() that handle first."

@@ -21,7 +21,7 @@ from lightning_bn.functional.domain.specific import STATISTICS
 from lightning_bn.functional.measure import BatchSize, measure, no_progress
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
-from lightning_bn.layers.modes import kept_in_eval
+from lightning_bn.layers.modes import keep_in_eval
 
 T = TypeVar("T", bound=nn.Module)
 Forward: TypeAlias = Callable[[T, Any], Any]
@@ -113,7 +113,7 @@ def precise_bn(
     chosen, statistics = measure_model(
         model, batches, forward, num_samples, layers, count, progress, batch_size, tolerance, memory_limit
     )
-    write(chosen, statistics)
+    write_running_stats(chosen, statistics)
     return statistics
 
 
@@ -143,7 +143,7 @@ def measure_model(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen (by freeze_bn or BaseFinetuning, or "
             "in eval mode while the model is in train mode): there are no statistics to recompute."
         )
-    with kept_in_eval([m for m in model.modules() if m not in set(chosen.values())]):
+    with keep_in_eval([m for m in model.modules() if m not in set(chosen.values())]):
         return chosen, measure(
             chosen,
             batches,
@@ -177,7 +177,7 @@ def estimable_layers(
     return {name: layer for name, layer in found.items() if not is_frozen(layer) and trains(layer)}
 
 
-def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
+def write_running_stats(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
     """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype.
 
     Raises:

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.exchange import require_generator
-from lightning_bn.core.ranks import num_ranks, own_group, own_rank
-from lightning_bn.functional.row_shuffle import Exchanged, Tying
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.core.ranks import get_rank, get_world_size, own_group
+from lightning_bn.functional.row_shuffle import AnchorBackward, RowShuffle
+from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import find_modules
 
 
@@ -27,11 +27,11 @@ class Shuffle(Handle):
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], generator: torch.Generator) -> None:
         group, destroy = own_group()
         layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._exchanged = Exchanged(modules, layers, generator, group)
+        self._exchanged = RowShuffle(modules, layers, generator, group)
         super().__init__(modules.values(), self._exchanged, [destroy])
         # within DDP, which looks through the outputs for parameters that got no part in them
         root = model.module if isinstance(model, DistributedDataParallel) else model
-        self._undo += Handle([root] if modules else [], Tying(self._exchanged))._undo
+        self._undo += Handle([root] if modules else [], AnchorBackward(self._exchanged))._undo
 
     @property
     def unshuffled(self) -> int:
@@ -107,18 +107,18 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
                 f"Module {name!r} is a {type(module).__name__}, which is never called itself: name its members "
                 f"(modules={name + '.*'!r})."
             )
-    under = {m for outer in model.modules() if behaves(outer, Exchanged) for m in outer.modules()}
+    under = {m for outer in model.modules() if has_behavior(outer, RowShuffle) for m in outer.modules()}
     twice = [name for name, module in chosen.items() if not under.isdisjoint(module.modules())]
     if twice:
         raise ValueError(f"Module {twice[0]!r} is shuffled already: undo the handle that roi_shuffle returned first.")
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         warnings.warn(
             "roi_shuffle changes nothing: there is one process, and nobody to exchange rows with. What helps against "
             "alike samples in one batch there is Ghost BN (ghost_bn, GhostBNCallback).",
             stacklevel=2,
         )
         chosen = {}
-    elif own_rank() == 0:
+    elif get_rank() == 0:
         idle = [n for n, module in chosen.items() if not any(isinstance(m, _BatchNorm) for m in module.modules())]
         if idle:
             warnings.warn(

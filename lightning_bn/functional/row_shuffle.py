@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.exchange import exchange_rows, restore_rows, tied
-from lightning_bn.functional.domain.datasets import Apart
+from lightning_bn.core.exchange import add_anchors, exchange_rows, restore_rows
+from lightning_bn.functional.domain.datasets import SplitByDomain
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import ModuleBehavior, behaves
+from lightning_bn.layers.behavior import ModuleBehavior, has_behavior
 from lightning_bn.layers.frozen import Frozen
 
 
-class Exchanged(ModuleBehavior):
+class RowShuffle(ModuleBehavior):
     """In train mode, exchange the rows of the module's arguments among ranks, and bring its outputs home.
 
     Nothing is exchanged while a population is estimated, where ranks do not wait for each other, nor where all
@@ -58,14 +58,14 @@ class Exchanged(ModuleBehavior):
         return self._exchanged(module, call, args, kwargs)
 
     def _matters(self, inside: list[_BatchNorm]) -> bool:
-        if any(behaves(layer, BatchMode) for layer in self._layers):
+        if any(has_behavior(layer, BatchMode) for layer in self._layers):
             return False
-        return not inside or any(layer.training and not behaves(layer, Frozen) for layer in inside)
+        return not inside or any(layer.training and not has_behavior(layer, Frozen) for layer in inside)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exchanged(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self._names[module]
-        if any(behaves(layer, Apart) for layer in self._inside[module]):
+        if any(has_behavior(layer, SplitByDomain) for layer in self._inside[module]):
             raise ValueError(
                 f"Module {name!r}: its BatchNorm layers tell datasets apart (domain_bn), and rows that go to another "
                 "rank do not take their domain along: undo() one of the two."
@@ -81,12 +81,12 @@ class Exchanged(ModuleBehavior):
         return home
 
 
-class Tying(ModuleBehavior):
+class AnchorBackward(ModuleBehavior):
     """Given to the whole model: every output takes backward through the exchanges made while it was computed."""
 
     name = ""
 
-    def __init__(self, exchanged: Exchanged) -> None:
+    def __init__(self, exchanged: RowShuffle) -> None:
         self._exchanged = exchanged
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ class Tying(ModuleBehavior):
             output = call(*args, **kwargs)
         finally:
             self._exchanged.anchors = None
-        return tied(output, anchors)
+        return add_anchors(output, anchors)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import warnings
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_bn.core.checks import require_whole
-from lightning_bn.core.ranks import borrow_group, num_ranks, own_rank
+from lightning_bn.core.checks import check_int
+from lightning_bn.core.ranks import acquire_group, get_rank, get_world_size
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, behaves
+from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
@@ -79,7 +79,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
         ...         return model(torch.randn(3, 4))  # normalized over 6 rows
     """
     if ranks is not None:
-        require_whole("ranks", ranks, at_least=1)
+        check_int("ranks", ranks, at_least=1)
     chosen = changeable_layers(model, layers)
     converted = [name for name, layer in chosen.items() if isinstance(layer, SyncBatchNorm)]
     if converted and ranks is not None:
@@ -88,16 +88,16 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
             "or do not convert it (sync_batchnorm=False) and let sync_bn do it."
         )
     chosen = {name: layer for name, layer in chosen.items() if name not in converted}
-    twice = [name for name, layer in chosen.items() if behaves(layer, Synced)]
+    twice = [name for name, layer in chosen.items() if has_behavior(layer, Synced)]
     if twice:
         raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
-    apart = [name for name, layer in chosen.items() if behaves(layer, DomainSpecific)]
+    apart = [name for name, layer in chosen.items() if has_behavior(layer, DomainSpecific)]
     if apart:
         raise ValueError(
             f"Layer {apart[0]!r} has domains (domain_bn): ranks would wait for each other where they are shown "
             "different ones. Leave it out by layers=, or undo() that handle first."
         )
-    cut_up = [name for name, layer in chosen.items() if behaves(layer, Ghost)]
+    cut_up = [name for name, layer in chosen.items() if has_behavior(layer, Ghost)]
     if cut_up:
         raise ValueError(
             f"Layer {cut_up[0]!r} has ghosts, which cut up the batch of one rank: sync_bn would put it together with "
@@ -105,7 +105,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
         )
     nothing = (
         "there is one process, so nothing to synchronize."
-        if num_ranks() == 1
+        if get_world_size() == 1
         else "ranks=1 is what BatchNorm does by itself. For less than the batch of one rank there is Ghost BN."
         if ranks == 1
         else "the layers are torch's SyncBatchNorm, which synchronize by themselves."
@@ -113,8 +113,8 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
         else None
     )
     if nothing:
-        if own_rank() == 0:
+        if get_rank() == 0:
             warnings.warn(f"sync_bn changes nothing: {nothing}", stacklevel=2)
         chosen, ranks = {}, None
-    group, give_back = borrow_group(ranks or num_ranks())
+    group, give_back = acquire_group(ranks or get_world_size())
     return Handle(chosen.values(), Synced(chosen, group), [give_back])

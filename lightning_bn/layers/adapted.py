@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.core.moments import Moments
 from lightning_bn.core.prior import with_prior
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import Behavior, behaves
+from lightning_bn.layers.behavior import Behavior, has_behavior
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class Adapted(Behavior):
@@ -55,13 +55,13 @@ class Adapting(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Add what the layer's ``batch_norm`` call is given to what was seen, and normalize it with all of that."""
-        if layer.training or layer.running_mean is None or behaves(layer, Frozen, BatchMode):
+        if layer.training or layer.running_mean is None or has_behavior(layer, Frozen, BatchMode):
             return forward(input)
 
         def instead(call: BatchNormCall) -> Tensor:
             return call.run() if call.training else self._adapted(layer, call)
 
-        return with_batch_norm(instead, self._names[layer], forward, input)
+        return replace_batch_norm(instead, self._names[layer], forward, input)
 
     def _adapted(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
         stored_mean, stored_var = call.running_mean, call.running_var

@@ -22,7 +22,7 @@ from lightning_bn.core.moments import Moments, batch_statistics, kernel_was_accu
 from lightning_bn.core.population import Accumulator
 from lightning_bn.core.ranks import merge_over_ranks
 from lightning_bn.layers.behavior import Behavior, behaviors_of, own_class
-from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_unseen, tracks, with_batch_norm
+from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_not_visible, replace_batch_norm, tracks
 
 
 class BatchMode(Behavior):
@@ -61,7 +61,7 @@ class BatchMode(Behavior):
         """Whether the statistics of a call's input count."""
         return not self._of_training or tracks(layer, call)
 
-    def bring(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
+    def record(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
         """Put the statistics of one domain's part of what a call is given into a slot; the layer is not run."""
         count = input.numel() // input.shape[1]
         if counts and self.counts and count:
@@ -81,7 +81,7 @@ class BatchMode(Behavior):
         # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input.
         # What it does to one input says nothing of the next: there may be a mask.
         if not is_plain(layer, input, output):
-            raise_unseen(self._names[layer])
+            raise_not_visible(self._names[layer])
         return self._answer(layer, plain_call(layer, input))
 
     def _watched(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> tuple[Any, bool]:
@@ -104,7 +104,7 @@ class BatchMode(Behavior):
         if synced:  # in train mode its own forward insists on CUDA, before it comes to its call
             own["training"] = False
         try:
-            return with_batch_norm(instead, self._names[layer], forward, input, required=False), called
+            return replace_batch_norm(instead, self._names[layer], forward, input, required=False), called
         finally:
             buffers.update(self._buffers[layer])
             if synced:
@@ -182,7 +182,7 @@ def of_domain(name: str, domain: int | None) -> str:
     return name if domain is None else f"{name}@{domain}"
 
 
-def lent(
+def forward_with_buffers(
     layer: _BatchNorm,
     forward: Callable[[Tensor], Tensor],
     input: Tensor,

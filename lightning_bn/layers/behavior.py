@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _pop_mode_temporarily
 from typing_extensions import Self
 
-from lightning_bn.core.ranks import own_rank
+from lightning_bn.core.ranks import get_rank
 from lightning_bn.layers.override import is_replaced
 
 _LIST = "_behaviors"
@@ -83,7 +83,7 @@ def behaviors_of(layer: nn.Module) -> tuple[Behavior, ...]:
     return tuple(vars(layer).get(_LIST, ()))
 
 
-def behaves(layer: nn.Module, *kinds: type[Behavior]) -> bool:
+def has_behavior(layer: nn.Module, *kinds: type[Behavior]) -> bool:
     """Whether a layer has a behavior of one of these kinds at the moment, wherever in its list."""
     return any(isinstance(behavior, kinds) for behavior in behaviors_of(layer))
 
@@ -93,14 +93,14 @@ def own_class(layer: nn.Module) -> type[nn.Module]:
     return type(layer).__bases__[1] if behaviors_of(layer) else type(layer)
 
 
-def give(layer: nn.Module, behavior: Behavior) -> None:
+def attach(layer: nn.Module, behavior: Behavior) -> None:
     """Give a layer (or another module) a behavior, on top of those it has."""
     if not behaviors_of(layer):
-        layer.__class__ = _derived(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
+        layer.__class__ = _behaving_class(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
     vars(layer)[_LIST] = tuple(sorted((*behaviors_of(layer), behavior), key=lambda b: b.outermost - b.innermost))
 
 
-def take_back(layer: nn.Module, behavior: Behavior) -> None:
+def detach(layer: nn.Module, behavior: Behavior) -> None:
     """Take a behavior back; without any left, the layer's class is its own again."""
     left = tuple(b for b in behaviors_of(layer) if b is not behavior)
     vars(layer)[_LIST] = left
@@ -118,8 +118,8 @@ class Handle:
     def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
         self._undo: list[Callable[[], Any]] = list(also)
         for layer in layers:
-            give(layer, behavior)
-            self._undo.append(functools.partial(take_back, layer, behavior))
+            attach(layer, behavior)
+            self._undo.append(functools.partial(detach, layer, behavior))
 
     def undo(self) -> None:
         """Take the behavior back."""
@@ -135,7 +135,7 @@ class Handle:
         self.undo()
 
 
-class _Derived(nn.Module):
+class _BehavingClass(nn.Module):
     """First base of every derived class."""
 
     def extra_repr(self) -> str:
@@ -152,7 +152,7 @@ class _Derived(nn.Module):
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         """As the plain module, too, which may evaluate otherwise: somebody is about to use it."""
         for said in [b.not_copied for b in behaviors_of(self) if b.not_copied]:
-            if said not in memo and own_rank() == 0:  # once a copy, whatever the number of layers
+            if said not in memo and get_rank() == 0:  # once a copy, whatever the number of layers
                 warnings.warn(said, stacklevel=3)
             memo[said] = said
         of_its_own = getattr(super(), "__deepcopy__", None)  # as torch.fx.GraphModule has
@@ -163,7 +163,7 @@ class _Derived(nn.Module):
         return twin
 
 
-class _BehavingLayer(_Derived):
+class _BehavingLayer(_BehavingClass):
     """Of a BatchNorm layer: behaviors wrap its forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,13 +173,13 @@ class _BehavingLayer(_Derived):
         behaviors = behaviors_of(self)
         if len(args) == 1 == len(behaviors) and not kwargs:  # most calls, and in a pass they are many
             return behaviors[0].forward(cast(_BatchNorm, self), super().forward, args[0])
-        forward, input = _of_first(super().forward, args, kwargs)
+        forward, input = _bind_rest(super().forward, args, kwargs)
         for behavior in behaviors:
             forward = functools.partial(behavior.forward, cast(_BatchNorm, self), forward)
         return forward(input)
 
 
-class _BehavingModule(_Derived):
+class _BehavingModule(_BehavingClass):
     """Of any other module: behaviors wrap its calls."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,11 +195,11 @@ class _BehavingModule(_Derived):
 
 
 def _around_first(behavior: Behavior, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    call, input = _of_first(call, args, kwargs, type(module).forward.__get__(module))
+    call, input = _bind_rest(call, args, kwargs, type(module).forward.__get__(module))
     return behavior.forward(cast(_BatchNorm, module), call, input)
 
 
-def _of_first(
+def _bind_rest(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
@@ -216,7 +216,7 @@ def _of_first(
 
 
 @functools.cache
-def _derived(original: type[nn.Module]) -> type[nn.Module]:
+def _behaving_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(
         original.__name__,
         (_BehavingLayer if issubclass(original, _BatchNorm) else _BehavingModule, original),

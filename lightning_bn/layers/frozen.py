@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.behavior import Behavior, behaves
+from lightning_bn.layers.behavior import Behavior, has_behavior
 
 
 class Frozen(Behavior):
@@ -36,6 +36,6 @@ class Frozen(Behavior):
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether statistics are frozen: by us, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
-    return behaves(layer, Frozen) or (
+    return has_behavior(layer, Frozen) or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

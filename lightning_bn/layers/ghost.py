@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import Behavior, behaves
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, has_behavior
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 Grouping: TypeAlias = Literal["interleaved", "contiguous"]
 
@@ -45,9 +45,9 @@ class Ghost(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward with another ``batch_norm``."""
-        if not layer.training or behaves(layer, BatchMode):
+        if not layer.training or has_behavior(layer, BatchMode):
             return forward(input)
-        return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
+        return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
         groups = self._groups_of(call.input) if call.training else 1

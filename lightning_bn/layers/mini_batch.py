@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import Behavior, behaves
+from lightning_bn.layers.behavior import Behavior, has_behavior
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class MiniBatch(Behavior):
@@ -40,9 +40,9 @@ class MiniBatch(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward; in eval mode, with its input's own statistics, if they exist."""
-        if layer.training or layer.running_mean is None or behaves(layer, Frozen, BatchMode):
+        if layer.training or layer.running_mean is None or has_behavior(layer, Frozen, BatchMode):
             return forward(input)
-        return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
+        return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
         if call.training:

@@ -43,7 +43,7 @@ class LayerFlags:
 
 
 @contextmanager
-def flags_kept(layers: Collection[_BatchNorm], training: bool | None) -> Iterator[LayerFlags]:
+def preserve_flags(layers: Collection[_BatchNorm], training: bool | None) -> Iterator[LayerFlags]:
     """Layers in a given mode (None: that which they have) at the start of every step; on leaving they are as before.
 
     So are all their attributes: a layer may count its calls in one.
@@ -61,7 +61,7 @@ def flags_kept(layers: Collection[_BatchNorm], training: bool | None) -> Iterato
 
 
 @contextmanager
-def kept_in_eval(modules: Collection[nn.Module]) -> Iterator[None]:
+def keep_in_eval(modules: Collection[nn.Module]) -> Iterator[None]:
     """Keep modules in eval mode even if a step calls ``train()`` on them; on leaving they are as before.
 
     ``train`` is replaced in ``nn.Module`` itself, not on the instances: a copy that a step makes of a module is to be

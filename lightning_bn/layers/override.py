@@ -99,7 +99,7 @@ def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
     )
 
 
-def with_batch_norm(
+def replace_batch_norm(
     replacement: Callable[[BatchNormCall], Tensor],
     layer: str,
     forward: Callable[[Any], Any],
@@ -120,7 +120,7 @@ def with_batch_norm(
 
     Example:
         >>> import torch
-        >>> with_batch_norm(lambda call: call.input + 1, "bn", torch.nn.BatchNorm1d(1), torch.zeros(2, 1))
+        >>> replace_batch_norm(lambda call: call.input + 1, "bn", torch.nn.BatchNorm1d(1), torch.zeros(2, 1))
         tensor([[1.],
                 [1.]])
     """
@@ -130,20 +130,20 @@ def with_batch_norm(
         calls.append(True)
         return replacement(call)
 
-    with _Instead(instead):
+    with _BatchNormOverride(instead):
         output = forward(input)
     if required and not calls:
-        raise_unseen(layer)
+        raise_not_visible(layer)
     return output
 
 
 def is_replaced() -> bool:
     """Whether a call of ``batch_norm`` would go to a replacement: inside of the forward of a layer that has one."""
     depth = torch._C._len_torch_function_stack()
-    return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _Instead)
+    return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _BatchNormOverride)
 
 
-def raise_unseen(layer: str) -> NoReturn:
+def raise_not_visible(layer: str) -> NoReturn:
     """Raise for a layer that normalizes without a ``batch_norm`` call."""
     raise TypeError(
         f"The forward of layer {layer!r} does not call torch.nn.functional.batch_norm, so what it normalizes cannot be "
@@ -151,7 +151,7 @@ def raise_unseen(layer: str) -> NoReturn:
     )
 
 
-class _Instead(TorchFunctionMode):
+class _BatchNormOverride(TorchFunctionMode):
     """While active, ``batch_norm`` is another function. It keeps no state, so that torch.compile traces through it."""
 
     def __init__(self, replacement: Callable[[BatchNormCall], Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.behavior import Behavior
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class CountsRows(Behavior):
@@ -26,7 +26,7 @@ class CountsRows(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Count, then do as ever."""
-        return with_batch_norm(self._batch_norm, "", forward, input, required=False)
+        return replace_batch_norm(self._batch_norm, "", forward, input, required=False)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
         rows = len(call.input)

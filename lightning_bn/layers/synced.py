@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import num_ranks
+from lightning_bn.core.ranks import get_world_size
 from lightning_bn.core.sync_kernel import synced_batch_norm
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import Behavior, behaves
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.behavior import Behavior, has_behavior
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class Synced(Behavior):
@@ -31,13 +31,13 @@ class Synced(Behavior):
     def __init__(self, layers: Mapping[str, _BatchNorm], group: ProcessGroup | None) -> None:
         self._names = {layer: name for name, layer in layers.items()}
         self.group = group
-        self.num_ranks = num_ranks(group)
+        self.num_ranks = get_world_size(group)
         """Ranks that share statistics: the normalization batch is the sum of their batches."""
         self.name = f"synced over {self.num_ranks} ranks"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own ``forward``, with the one ``batch_norm`` in it over all ranks."""
-        if not layer.training or behaves(layer, BatchMode):
+        if not layer.training or has_behavior(layer, BatchMode):
             return forward(input)
         return self._over_ranks(layer, forward, input)
 
@@ -47,7 +47,7 @@ class Synced(Behavior):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        return with_batch_norm(self._batch_norm, self._names[layer], forward, input)
+        return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
         if not call.training:  # frozen by a behavior nearer to the layer

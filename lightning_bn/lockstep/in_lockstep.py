@@ -14,7 +14,7 @@ from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.override import BatchNormCall
 
 
-class Brought(NamedTuple):
+class InputMoments(NamedTuple):
     """What an input brings to a layer.
 
     Attributes:
@@ -29,40 +29,40 @@ class Brought(NamedTuple):
     var: Tensor
     counts: bool = True
 
-    def of_nothing(self) -> Brought:
+    def of_nothing(self) -> InputMoments:
         """The same for an input that is not to count."""
-        return Brought(0, torch.zeros_like(self.mean), torch.zeros_like(self.var), self.counts)
+        return InputMoments(0, torch.zeros_like(self.mean), torch.zeros_like(self.var), self.counts)
 
 
-Arrive: TypeAlias = Callable[[str, Brought], tuple[Tensor, Tensor]]
+SyncStatistics: TypeAlias = Callable[[str, InputMoments], tuple[Tensor, Tensor]]
 """Takes a layer's name and what its input brings; returns the mean and biased variance to normalize it with."""
 
 
 class InLockstep(BatchMode):
-    """Normalize each input with the statistics that ``arrive`` returns; in batch mode while there is no ``arrive``."""
+    """Normalize each input with the statistics that ``exchange`` returns; without it, in batch mode."""
 
     name = "in lockstep"
-    arrive: Arrive | None = None
+    exchange: SyncStatistics | None = None
 
-    def bring(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
+    def record(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
         """Bring the statistics of one domain's part of an input, and wait for those of all."""
-        if self.arrive is None:
-            super().bring(layer, domain, input, counts)
+        if self.exchange is None:
+            super().record(layer, domain, input, counts)
         else:
-            self.arrive(self.name_of(layer, domain), _brought(input, input.shape[1], counts))
+            self.exchange(self.name_of(layer, domain), _moments_of(input, input.shape[1], counts))
 
     def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
         """Bring the statistics of an input, wait for those of all, and normalize."""
-        if self.arrive is None:
+        if self.exchange is None:
             return super()._normalize(layer, call, counts)
         name = self.name_of(layer)
         self._check_channels(name, call)
-        brought = _brought(call.input, call.input.shape[1], counts)
-        return call.normalize_with(*(v.to(call.input.device) for v in self.arrive(name, brought)))
+        brought = _moments_of(call.input, call.input.shape[1], counts)
+        return call.normalize_with(*(v.to(call.input.device) for v in self.exchange(name, brought)))
 
 
 @torch.no_grad()
-def _brought(input: Tensor, channels: int, counts: bool) -> Brought:
+def _moments_of(input: Tensor, channels: int, counts: bool) -> InputMoments:
     values = input.numel() // channels
     mean, var = batch_statistics(input) if values else input.new_zeros(2, channels)
-    return Brought(values, mean, var, counts)
+    return InputMoments(values, mean, var, counts)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_bn.lockstep.thread_state import ThreadState
 
 
-class Alive(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Knows the memory that was allocated while it was active, and of it what is still in use.
 
     Args:
@@ -37,7 +37,7 @@ class Alive(TorchDispatchMode):
         4000
     """
 
-    def __init__(self, room: Room | None = None) -> None:
+    def __init__(self, room: OffloadManager | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
         self._found: dict[int, StorageWeakRef] = {}
@@ -73,8 +73,8 @@ class Alive(TorchDispatchMode):
         return sum(storage.nbytes() for storage in self.storages)
 
 
-class Spilled:
-    """Storages whose contents lie elsewhere until `bring_back`: those of a GPU in main memory, or all in a file.
+class OffloadedStorages:
+    """Storages whose contents lie elsewhere until `restore`: those of a GPU in main memory, or all in a file.
 
     Args:
         storages: Of one device. Their memory is given back.
@@ -105,7 +105,7 @@ class Spilled:
             raise
         return Path(name)
 
-    def bring_back(self) -> None:
+    def restore(self) -> None:
         """Give every storage its memory and contents again."""
         if self._file is None:
             for (storage, size), copy in zip(self._held, self._on_host, strict=True):
@@ -124,7 +124,7 @@ class Spilled:
             self._file.unlink()
 
 
-class Room:
+class OffloadManager:
     """Room for what suspended forwards keep alive; the one that has waited longest makes way.
 
     Args:
@@ -135,15 +135,15 @@ class Room:
         self.limit = limit
         self.spilled = 0
         """Bytes put elsewhere so far."""
-        self._all: list[Alive] = []
-        self._waiting: dict[Alive, int] = {}
-        self._elsewhere: dict[Alive, Spilled] = {}
+        self._all: list[AllocationTracker] = []
+        self._waiting: dict[AllocationTracker, int] = {}
+        self._elsewhere: dict[AllocationTracker, OffloadedStorages] = {}
         self._thread = ThreadState()
 
     @contextmanager
-    def keep_track(self) -> Iterator[Alive]:
+    def keep_track(self) -> Iterator[AllocationTracker]:
         """A mode to run a forward under."""
-        alive = Alive(self)
+        alive = AllocationTracker(self)
         self._all.append(alive)
         try:
             with alive:
@@ -158,7 +158,7 @@ class Room:
                 self._bring_back(alive)
 
     @contextmanager
-    def waiting(self, alive: Alive, brought: Iterable[Tensor]) -> Iterator[None]:
+    def waiting(self, alive: AllocationTracker, brought: Iterable[Tensor]) -> Iterator[None]:
         """While a forward waits, with what it keeps alive, all but what it ``brought`` to the others."""
         for tensor in brought:
             alive.share(tensor.untyped_storage()._cdata)
@@ -171,16 +171,16 @@ class Room:
             self._waiting.pop(alive, None)
             self._bring_back(alive)
 
-    def _spill(self, alive: Alive) -> None:
-        with self._thread.entered():  # the forward that runs must not be thought to use, or own, what is copied here
-            self._elsewhere[alive] = Spilled(alive.storages)
+    def _spill(self, alive: AllocationTracker) -> None:
+        with self._thread.activate():  # the forward that runs must not be thought to use, or own, what is copied here
+            self._elsewhere[alive] = OffloadedStorages(alive.storages)
         self.spilled += self._elsewhere[alive].num_bytes
         del self._waiting[alive]
 
-    def _bring_back(self, alive: Alive) -> None:
+    def _bring_back(self, alive: AllocationTracker) -> None:
         if alive in self._elsewhere:
-            with self._thread.entered():
-                self._elsewhere.pop(alive).bring_back()
+            with self._thread.activate():
+                self._elsewhere.pop(alive).restore()
 
 
 def free_memory(device: torch.device) -> int:

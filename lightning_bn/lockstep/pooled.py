@@ -23,21 +23,21 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.core.population import Accumulator
 from lightning_bn.core.ranks import (
     AnotherRankFailedError,
+    get_rank,
+    get_world_size,
     max_over_ranks,
     merge_over_ranks,
-    num_ranks,
-    own_rank,
     sum_over_ranks,
 )
 from lightning_bn.layers.modes import LayerFlags
-from lightning_bn.lockstep.in_lockstep import Arrive, Brought, InLockstep
-from lightning_bn.lockstep.offload import Alive, Room, free_memory
+from lightning_bn.lockstep.in_lockstep import InLockstep, InputMoments, SyncStatistics
+from lightning_bn.lockstep.offload import AllocationTracker, OffloadManager, free_memory
 from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
 from lightning_bn.lockstep.thread_state import random_streams
 
-NOTHING = object()
+MISSING = object()
 """The batch of a rank that never had one."""
-_ALIKE = 1e-2
+_MAX_MEAN_SHIFT = 1e-2
 """Sigma by which what a micro-batch brings may differ between lockstep and alone: what 16-bit types may round."""
 _ABSENT, _FINISHED, _DIVERGED, _FAILED = -1, 1_000_000, 1_000_001, 1_000_002
 """Where a rank may be instead of at the layer of a number."""
@@ -71,7 +71,7 @@ class NotEnoughMemoryError(MemoryError):
     """Micro-batches that wait for each other would need more memory than is free; none was taken yet."""
 
 
-class Needs(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """What a micro-batch was seen to need: the most bytes alive at a layer, for so many samples, and its arrivals."""
 
     num_bytes: int
@@ -80,7 +80,7 @@ class Needs(NamedTuple):
 
 
 @dataclass
-class Tried:
+class ModelProfile:
     """What is known of a model from its first micro-batch; may be kept for another time.
 
     Attributes:
@@ -88,20 +88,20 @@ class Tried:
         independent: Whether it was seen that micro-batches do not influence each other.
     """
 
-    needs: Needs | None = None
+    needs: MemoryEstimate | None = None
     independent: bool = False
 
 
-class _Meeting(NamedTuple):
+class _LayerCall(NamedTuple):
     """One call of a layer: what the first micro-batch brought, and the mean and variance that it was given."""
 
     name: str
-    brought: Brought
+    brought: InputMoments
     mean: Tensor
     var: Tensor
 
 
-class _First:
+class _FirstBatchSnapshot:
     """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
 
     def __init__(self, batch: Any) -> None:
@@ -119,7 +119,7 @@ class _First:
             _set_generators(*before)
 
 
-class Pooled:
+class PooledForward:
     """Runs micro-batches as one normalization batch.
 
     The first micro-batch is run twice more, alone: before, to see how much memory it needs, and behind, with the pooled
@@ -149,13 +149,13 @@ class Pooled:
         run: Callable[[Any], Any],
         device: torch.device,
         memory_limit: int | None,
-        tried: Tried,
+        tried: ModelProfile,
     ) -> None:
         self._layers, self._mode, self._seen, self._flags, self._run = layers, mode, seen, flags, run
         self._device = device
         self._numbers = {name: number for number, name in enumerate(layers)}
-        self._room = None if memory_limit is None else Room(memory_limit)
-        self._first: _First | None = None
+        self._room = None if memory_limit is None else OffloadManager(memory_limit)
+        self._first: _FirstBatchSnapshot | None = None
         self._tried = tried
         self._over = False
         self._finite: list[tuple[str, Tensor]] = []
@@ -166,26 +166,26 @@ class Pooled:
         """Bytes that were put elsewhere so far."""
         return self._room.spilled if self._room else 0
 
-    def needs(self, own: MicroBatch) -> Needs:
+    def needs(self, own: MicroBatch) -> MemoryEstimate:
         """What the first micro-batch needs, found out by running it alone."""
-        if own.batch is NOTHING or not own.samples:
-            return Needs(0, 1, 0)
+        if own.batch is MISSING or not own.samples:
+            return MemoryEstimate(0, 1, 0)
         if self._tried.needs is None:
-            alive, seen = Alive(), [0]
+            alive, seen = AllocationTracker(), [0]
 
-            def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+            def exchange(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
                 seen.append(alive.num_bytes)
                 return brought.mean, brought.var
 
-            first = _First(own.batch)
-            with self._arriving(arrive), alive:
-                self._alone(first)  # with a copy of the batch, which counts
-            self._tried.needs = Needs(max(seen), own.samples, len(seen) - 1)
+            first = _FirstBatchSnapshot(own.batch)
+            with self._exchanging(exchange), alive:
+                self._run_single(first)  # with a copy of the batch, which counts
+            self._tried.needs = MemoryEstimate(max(seen), own.samples, len(seen) - 1)
         return self._tried.needs
 
     def most(self, own: MicroBatch, share: float) -> int:
         """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
-        with self._on_all_ranks():
+        with self._synchronized_errors():
             fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
         (fewest,) = max_over_ranks([-fit], self._device)
         return max(-fewest, 1)
@@ -213,7 +213,7 @@ class Pooled:
                 return
             met = self._run_together(left, going, progress)
         if not self._tried.independent:
-            with self._on_all_ranks():
+            with self._synchronized_errors():
                 if self._first:
                     self._verify(self._first, met)
             self._tried.independent, self._first = True, None
@@ -221,30 +221,30 @@ class Pooled:
 
     def _run_together(
         self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch], progress: Callable[[float], None]
-    ) -> list[_Meeting]:
+    ) -> list[_LayerCall]:
         """Run micro-batches together; what the first one brought and was given."""
-        met: list[_Meeting] = []
+        met: list[_LayerCall] = []
         done = 0
         self._finite, self._first = [], None
 
-        def answer(name: str, brought: list[Brought]) -> Sequence[tuple[Tensor, Tensor]]:
+        def answer(name: str, brought: list[InputMoments]) -> Sequence[tuple[Tensor, Tensor]]:
             nonlocal done
             pooled = self._pool(name, [b if m.counts else b.of_nothing() for b, m in zip(brought, going, strict=True)])
             if not self._tried.independent:
-                met.append(_Meeting(name, brought[0], *pooled))
+                met.append(_LayerCall(name, brought[0], *pooled))
             done += 1
             progress(min(done / max(self.needs(going[0]).arrivals, done), 1.0))
             return [pooled] * len(going)
 
-        lockstep = Lockstep[str, Brought, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
+        lockstep = Lockstep[str, InputMoments, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
         with (
-            self._on_all_ranks(),
-            self._taking_all(micro_batches),
-            self._arriving(self._with_own_flags(self._spilling(lockstep.arrive))),
+            self._synchronized_errors(),
+            self._drain_on_error(micro_batches),
+            self._exchanging(self._with_own_flags(self._with_offload(lockstep.exchange))),
         ):
             lockstep.run(self._functions(micro_batches, going))
             if not going:
-                self._keep_company()
+                self._join_collectives()
         return met
 
     def _culprits(self, going: Sequence[MicroBatch]) -> list[MicroBatch] | None:
@@ -269,7 +269,7 @@ class Pooled:
             needs = self.needs(own)
             free = self.free() if free is None else free
             if not going and not self._tried.independent:
-                self._first = _First(own.batch)
+                self._first = _FirstBatchSnapshot(own.batch)
             going.append(own)
             samples = sum(m.samples for m in going)
             expected = needs.num_bytes * samples / needs.samples
@@ -293,36 +293,36 @@ class Pooled:
 
         return function
 
-    def _spilling(self, arrive: Arrive) -> Arrive:
+    def _with_offload(self, exchange: SyncStatistics) -> SyncStatistics:
         """Wait where there is room."""
         room = self._room
         if room is None:
-            return arrive
+            return exchange
 
-        def waiting(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+        def waiting(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
             alive = _ALIVE.get(None)
             with room.waiting(alive, (brought.mean, brought.var)) if alive else nullcontext():  # none: another thread
-                return arrive(name, brought)
+                return exchange(name, brought)
 
         return waiting
 
-    def _with_own_flags(self, arrive: Arrive) -> Arrive:
+    def _with_own_flags(self, exchange: SyncStatistics) -> SyncStatistics:
         """Wait, and go on with the layers' flags as they were: others set theirs meanwhile."""
 
-        def arriving(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+        def exchanging(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
             flags = self._flags.now()
-            answer = arrive(name, brought)
+            answer = exchange(name, brought)
             self._flags.set(flags)
             return answer
 
-        return arriving
+        return exchanging
 
-    def _pool(self, name: str, brought: Sequence[Brought]) -> tuple[Tensor, Tensor]:
+    def _pool(self, name: str, brought: Sequence[InputMoments]) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of what all micro-batches of all ranks bring to a layer."""
         counts = all(b.counts for b in brought)
         if not counts and any(b.counts for b in brought):
             raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {_WAY_OUT}")
-        self._where_all_are(self._numbers[name] + (0 if counts else len(self._numbers)))
+        self._all_reduce_position(self._numbers[name] + (0 if counts else len(self._numbers)))
         pooled, finite = _together(brought, self._seen.home)
         self._finite.append((name, finite))
         return self._merged(name, pooled, counts)
@@ -330,24 +330,24 @@ class Pooled:
     def _merged(self, name: str, own: Moments, counts: bool) -> tuple[Tensor, Tensor]:
         pooled = merge_over_ranks(own)
         count = int(pooled.count.flatten()[0])
-        if counts and count and own_rank() == 0:  # else all ranks would count what they have in common
+        if counts and count and get_rank() == 0:  # else all ranks would count what they have in common
             mean, var = self._seen.slot(name, count)
             mean.copy_(pooled.mean)
             var.copy_(pooled.var * (count / max(count - 1, 1)))
         return pooled.mean, pooled.var
 
-    def _keep_company(self) -> None:
+    def _join_collectives(self) -> None:
         """What a rank without micro-batches does."""
         names = list(self._layers)
-        while (number := self._where_all_are(_ABSENT)) < 2 * len(names):
+        while (number := self._all_reduce_position(_ABSENT)) < 2 * len(names):
             name = names[number % len(names)]
             self._merged(name, Moments.empty(self._layers[name], self._seen.home), number < len(names))
 
-    def _verify(self, first: _First, met: Sequence[_Meeting]) -> None:
+    def _verify(self, first: _FirstBatchSnapshot, met: Sequence[_LayerCall]) -> None:
         """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
         expected = iter(met)
 
-        def arrive(name: str, brought: Brought) -> tuple[Tensor, Tensor]:
+        def exchange(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
             then = next(expected, None)
             if then is None or then.name != name or then.brought.values != brought.values or _differ(then, brought):
                 raise LockstepError(
@@ -357,42 +357,42 @@ class Pooled:
                 )
             return then.mean, then.var
 
-        with self._arriving(arrive):
-            self._alone(first)
+        with self._exchanging(exchange):
+            self._run_single(first)
 
-    def _alone(self, first: _First) -> None:
+    def _run_single(self, first: _FirstBatchSnapshot) -> None:
         """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
         self._flags.reset()
-        with first.random_numbers(), next(random_streams()).entered():
+        with first.random_numbers(), next(random_streams()).activate():
             self._run(copied(first.batch))
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
         free = free_memory(self._device)
-        return free if self._device.type == "cuda" else free // num_ranks()  # which share the host
+        return free if self._device.type == "cuda" else free // get_world_size()  # which share the host
 
     @contextmanager
-    def _arriving(self, arrive: Arrive) -> Iterator[None]:
-        before, self._mode.arrive = self._mode.arrive, arrive
+    def _exchanging(self, exchange: SyncStatistics) -> Iterator[None]:
+        before, self._mode.exchange = self._mode.exchange, exchange
         try:
             yield
         finally:
-            self._mode.arrive = before
+            self._mode.exchange = before
 
     @staticmethod
     @contextmanager
-    def _taking_all(micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
+    def _drain_on_error(micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
         """Where ranks count together what they take: one that fails takes the rest before it tells the others."""
         try:
             yield
         except Exception:
-            if num_ranks() > 1:
+            if get_world_size() > 1:
                 for _ in micro_batches:
                     pass
             raise
 
     @contextmanager
-    def _on_all_ranks(self) -> Iterator[None]:
+    def _synchronized_errors(self) -> Iterator[None]:
         """All ranks come through, or none."""
         self._over = False
         try:
@@ -400,12 +400,12 @@ class Pooled:
         except BaseException as error:
             if not self._over:
                 with suppress(RuntimeError):
-                    self._where_all_are(_DIVERGED if isinstance(error, LockstepError) else _FAILED)
+                    self._all_reduce_position(_DIVERGED if isinstance(error, LockstepError) else _FAILED)
             raise
         if not self._over:
-            self._where_all_are(_FINISHED)
+            self._all_reduce_position(_FINISHED)
 
-    def _where_all_are(self, own: int) -> int:
+    def _all_reduce_position(self, own: int) -> int:
         """The place where all ranks are that have micro-batches: a layer's number, or one of those above.
 
         Raises:
@@ -428,11 +428,11 @@ class Pooled:
         return last
 
 
-_ALIVE: ContextVar[Alive] = ContextVar("alive")
+_ALIVE: ContextVar[AllocationTracker] = ContextVar("alive")
 """What keeps track of the micro-batch that is running."""
 
 
-def _together(brought: Sequence[Brought], home: torch.device) -> tuple[Moments, Tensor]:
+def _together(brought: Sequence[InputMoments], home: torch.device) -> tuple[Moments, Tensor]:
     """Moments of what several micro-batches bring, in one go, and which of them are finite, ``(k,)``.
 
     The count stays on the CPU, where it is known.
@@ -445,10 +445,10 @@ def _together(brought: Sequence[Brought], home: torch.device) -> tuple[Moments, 
     return moments, (mean.isfinite() & var.isfinite()).all(1)
 
 
-def _differ(then: _Meeting, now: Brought) -> bool:
+def _differ(then: _LayerCall, now: InputMoments) -> bool:
     """Whether the means of a micro-batch are not those that it brought then."""
     off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
-    return bool(off.amax() > _ALIKE)  # NaN, of non-finite values, is for the statistics' own check
+    return bool(off.amax() > _MAX_MEAN_SHIFT)  # NaN, of non-finite values, is for the statistics' own check
 
 
 def _generators() -> tuple[Any, Any, Tensor]:

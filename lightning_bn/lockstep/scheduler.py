@@ -45,7 +45,7 @@ class Lockstep(Generic[P, V, A]):
         >>> def together(point, values):
         ...     return [f"{v} of {sum(values)}" for v in values]
         >>> lockstep = Lockstep(together)
-        >>> lockstep.run([lambda: lockstep.arrive("bn", 1), lambda: lockstep.arrive("bn", 2)])
+        >>> lockstep.run([lambda: lockstep.exchange("bn", 1), lambda: lockstep.exchange("bn", 2)])
         ['1 of 3', '2 of 3']
     """
 
@@ -58,14 +58,14 @@ class Lockstep(Generic[P, V, A]):
         self._answer = answer
         self._own_random_numbers, self._advice = own_random_numbers, advice
 
-    def arrive(self, point: P, value: V) -> A:
+    def exchange(self, point: P, value: V) -> A:
         """Wait, inside a function, until all others have come to ``point``, and get one's own answer."""
         own = self._suspended.running()
         if own is None:
             raise LockstepError(
                 f"{point} was reached outside of the functions in lockstep, or in another thread. {self._advice}"
             )
-        return own.arrive(point, value)
+        return own.exchange(point, value)
 
     def run(self, functions: Iterable[Callable[[], T]]) -> list[T]:
         """Run functions to their end, and return what they return.

@@ -21,7 +21,7 @@ class Suspended(greenlet, Generic[P, V, A, T]):
     """A function that is run as far as its next meeting point.
 
     Args:
-        function: It calls `arrive` at a meeting point.
+        function: It calls `exchange` at a meeting point.
         random: A stream of random numbers of its own.
     """
 
@@ -41,7 +41,7 @@ class Suspended(greenlet, Generic[P, V, A, T]):
         own = getcurrent()
         return own if isinstance(own, Suspended) else None
 
-    def arrive(self, point: P, value: V) -> A:
+    def exchange(self, point: P, value: V) -> A:
         """Wait, inside the function, at a point to which it brings a value; return the answer."""
         assert self.parent is not None  # in which `go_on` was called
         answer: A = self.parent.switch((point, value))
@@ -65,7 +65,7 @@ class Suspended(greenlet, Generic[P, V, A, T]):
 
     @contextmanager
     def _own_state(self) -> Iterator[None]:
-        with self._state.entered(), self._random.entered() if self._random else nullcontext():
+        with self._state.activate(), self._random.activate() if self._random else nullcontext():
             yield
 
     def whereabouts(self) -> str:

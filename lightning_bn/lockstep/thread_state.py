@@ -41,23 +41,23 @@ class ThreadState:
     """
 
     def __init__(self) -> None:
-        self._own = _Held.now()
+        self._own = _Snapshot.now()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Give the thread this state, and on leaving the one that it had."""
-        before = _Held.now()
+        before = _Snapshot.now()
         # Inference mode has no plain setter. Leaving sets what entering found, wherever the thread has gone between.
         with torch.inference_mode(self._own.inference):
             self._own.replace(before)
             try:
                 yield
             finally:
-                self._own = _Held.now()
+                self._own = _Snapshot.now()
                 before.replace(self._own)
 
 
-class _Held(NamedTuple):
+class _Snapshot(NamedTuple):
     """What a thread holds."""
 
     inference: bool
@@ -69,7 +69,7 @@ class _Held(NamedTuple):
     stream: torch.cuda.Stream | None
 
     @classmethod
-    def now(cls) -> _Held:
+    def now(cls) -> _Snapshot:
         return cls(
             torch.is_inference_mode_enabled(),
             torch.is_grad_enabled(),
@@ -80,7 +80,7 @@ class _Held(NamedTuple):
             torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
         )
 
-    def replace(self, other: _Held) -> None:
+    def replace(self, other: _Snapshot) -> None:
         """Give the thread this, where it holds the other."""
         dispatch, function, hooks = (
             (lambda: _C._pop_torch_dispatch_stack(None), _C._push_on_torch_dispatch_stack),
@@ -90,14 +90,14 @@ class _Held(NamedTuple):
                 lambda pair: _autograd._push_saved_tensors_default_hooks(*pair),
             ),
         )
-        _refill(self.dispatch_modes, other.dispatch_modes, *dispatch)
-        _refill(self.saved_tensor_hooks, other.saved_tensor_hooks, *hooks)
-        _refill((), other.function_modes, *function)  # which would see some of these settings
+        _replace_stack(self.dispatch_modes, other.dispatch_modes, *dispatch)
+        _replace_stack(self.saved_tensor_hooks, other.saved_tensor_hooks, *hooks)
+        _replace_stack((), other.function_modes, *function)  # which would see some of these settings
         _C._set_grad_enabled(self.grad)  # whatever the other's is: changing inference mode changes it
         for (_, set_to), wanted, found in zip(_SETTINGS, self.settings, other.settings, strict=True):
             if wanted != found:
                 set_to(wanted)
-        _refill(self.function_modes, (), *function)
+        _replace_stack(self.function_modes, (), *function)
         if self.stream is not None:
             torch.cuda.set_stream(self.stream)  # and its device
 
@@ -114,7 +114,7 @@ class RandomState:
         self._states = [generator.manual_seed(seed).get_state() for generator in (torch.Generator(), *on_cuda)]
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Draw from this stream, and on leaving from the one before."""
         devices = (torch.random, torch.cuda)[: len(self._states)]
         before = [device.get_rng_state() for device in devices]
@@ -151,7 +151,9 @@ def _saved_tensor_hooks() -> tuple[tuple[Any, Any], ...]:
     return tuple(found)
 
 
-def _refill(wanted: tuple[Any, ...], held: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]) -> None:
+def _replace_stack(
+    wanted: tuple[Any, ...], held: tuple[Any, ...], pop: Callable[[], Any], push: Callable[[Any], Any]
+) -> None:
     if wanted != held:
         for _ in held:
             pop()

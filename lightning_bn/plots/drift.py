@@ -22,7 +22,7 @@ from lightning_bn.plots.style import BATCHES, EMA, PRECISE, new_figure, short_na
 
 Array = npt.NDArray[np.float64]
 
-MOST_COLUMNS = 400
+MAX_COLUMNS = 400
 """A heatmap of a longer run shows this many spans of steps, each with its largest gap."""
 
 _PANELS = (
@@ -370,9 +370,9 @@ def _color_limits(gaps: Array) -> tuple[float, float]:
 
 
 def _spans(steps: Array, gaps: Array) -> tuple[Array, Array]:
-    if len(steps) <= MOST_COLUMNS:
+    if len(steps) <= MAX_COLUMNS:
         return steps, gaps
-    spans = np.array_split(np.arange(len(steps)), MOST_COLUMNS)
+    spans = np.array_split(np.arange(len(steps)), MAX_COLUMNS)
     largest = np.stack([np.where(np.isnan(gaps[span]), -np.inf, gaps[span]).max(axis=0) for span in spans])
     return np.array([steps[span].mean() for span in spans]), np.where(np.isneginf(largest), np.nan, largest)
 

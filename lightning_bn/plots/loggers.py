@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_CHART_POINTS = 10_000
+MAX_CHART_POINTS = 10_000
 """W&B's custom charts silently leave out what is beyond."""
 
 ALERT_EVERY_SECONDS = 600
@@ -132,7 +132,7 @@ def log_line_chart(
         step: The step the chart belongs to, on the axis of the other metrics.
         title: Printed above the chart.
     """
-    every = max(1, -(-len(steps) * len(lines) // MOST_CHART_POINTS))
+    every = max(1, -(-len(steps) * len(lines) // MAX_CHART_POINTS))
     for kind, logger in _each(loggers):
         if kind == "WandbLogger":
             import wandb  # takes a second, which only its users should spend

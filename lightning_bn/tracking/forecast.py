@@ -21,10 +21,10 @@ from lightning_bn.tracking.drift import is_dead
 SPANS = (1, 2, 4, 8, 16, 32)
 """Steps over which batch statistics are averaged, each weighing ``1 - 1/span`` of the one after it."""
 
-_KEPT = 0.9
+_DISCOUNT = 0.9
 """What a step's errors weigh one step later: learning rates change, and a filter that was right is so for a while."""
 
-_PULL = 1.0
+_RIDGE = 1.0
 """How strongly weights are drawn to the best candidate alone, as a multiple of its squared error."""
 
 _SMALLEST_VARIANCE = 1e-12
@@ -45,7 +45,7 @@ class Forecast(NamedTuple):
     error: Tensor
 
 
-class Forecaster:
+class RidgeForecaster:
     r"""Forecasts the statistics of layers whose channels lie side by side in one vector.
 
     With $a_k$ the candidates before a step, $x$ what the step's batch had (means in units of its sigma, log
@@ -69,7 +69,7 @@ class Forecaster:
         eps: The layers' eps, for each channel, ``(C,)``; says precision and device, too.
 
     Example:
-        >>> forecaster = Forecaster([1], torch.full((1,), 1e-5, dtype=torch.float64))
+        >>> forecaster = RidgeForecaster([1], torch.full((1,), 1e-5, dtype=torch.float64))
         >>> running = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         >>> for step in range(40):  # the mean rises by 0.1 a step
         ...     batch = torch.tensor([[0.1 * step], [1.0]], dtype=torch.float64)
@@ -124,8 +124,8 @@ class Forecaster:
 
         numbers = torch.stack([part.sum(1) for part in taught.split(sizes, 1)], 1).to(eps)  # of channels, (N, L)
         teaches = (numbers > 0).to(eps)
-        kept = _KEPT ** (teaches.sum(0) - teaches.cumsum(0))  # of each step at the end, (N, L)
-        left = _KEPT ** teaches.sum(0)  # of what was before
+        kept = _DISCOUNT ** (teaches.sum(0) - teaches.cumsum(0))  # of each step at the end, (N, L)
+        left = _DISCOUNT ** teaches.sum(0)  # of what was before
         scale = taught * kept.sqrt().index_select(1, layer_of)
         scale = torch.stack([scale * torch.exp(-0.5 * seen[:, 1]), scale])[:, None]
         parts = zip(errors.split(sizes, -1), scale.split(sizes, -1), strict=True)
@@ -182,7 +182,7 @@ class Forecaster:
         own = products.diagonal(dim1=-2, dim2=-1)
         least = own.amin(-1, keepdim=True).clamp(min=1e-12)
         best = torch.zeros_like(own).scatter_(-1, own.argmin(-1, keepdim=True), 1.0)[..., None]
-        pull = _PULL * least[..., None]
+        pull = _RIDGE * least[..., None]
         system = products + pull * torch.eye(products.shape[-1], dtype=products.dtype)
         free, ones = torch.linalg.solve(system, torch.cat([pull * best, torch.ones_like(best)], -1)).unbind(-1)
         weights = free + ones * ((1 - free.sum(-1)) / ones.sum(-1))[..., None]

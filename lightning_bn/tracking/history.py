@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_ROWS = 512
+MAX_ROWS = 512
 """Twice the columns that a picture shows at least."""
 
 
@@ -55,7 +55,7 @@ class History:
         """Add a row; a NaN in it counts for nothing."""
         self.rows_seen += 1
         begins = not self.steps or self._in_last == self._stride
-        if begins and len(self.steps) == MOST_ROWS:
+        if begins and len(self.steps) == MAX_ROWS:
             self.steps, self._stride, begins = self.steps[1::2], 2 * self._stride, True
             self._sums = {name: sums.unflatten(0, (-1, 2)).sum(1) for name, sums in self._sums.items()}
         self._in_last = 1 if begins else self._in_last + 1
@@ -98,7 +98,7 @@ class Traces:
     def add(self, step: int, point: Tensor) -> None:
         """Add a batch, or pass over it, as all but every n-th are once that is needed."""
         if self._seen % self._stride == 0:
-            if len(self.steps) == 4 * MOST_ROWS:
+            if len(self.steps) == 4 * MAX_ROWS:
                 self.steps, self.points, self._stride = self.steps[::2], self.points[::2], 2 * self._stride
             self.steps.append(step)
             self.points.append(point)

@@ -16,7 +16,7 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.layers.batch_mode import is_plain
 from lightning_bn.layers.behavior import Behavior
 from lightning_bn.layers.frozen import is_frozen
-from lightning_bn.layers.override import BatchNormCall, plain_call, tracks, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, plain_call, replace_batch_norm, tracks
 
 
 class Call(NamedTuple):
@@ -71,7 +71,7 @@ class Observed(Behavior):
             return call.run()
 
         version = _version(input)
-        output = with_batch_norm(instead, self._names[layer], forward, input, required=False)
+        output = replace_batch_norm(instead, self._names[layer], forward, input, required=False)
         if not called and layer not in self.unseen:
             self._at_the_door(layer, input, output, untouched=_version(input) == version)
         return output

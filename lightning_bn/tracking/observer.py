@@ -22,7 +22,7 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.tracking.drift import Drift, Observation, is_dead, share_of_layers, split
 from lightning_bn.tracking.observed import Observed
-from lightning_bn.tracking.recovery import MOST_ERROR
+from lightning_bn.tracking.recovery import MAX_ERROR
 from lightning_bn.tracking.running_stats import Recovery, not_recoverable
 from lightning_bn.tracking.trusted import UNSEEN, is_spread, not_trusted, to_be_checked
 
@@ -172,7 +172,7 @@ class Observer:
     def _judge_accuracy(self) -> None:
         """From where the running statistics are now: which layers to measure directly in the window that begins."""
         worst = [float(part.amax()) for part in self._recovery.inaccuracy().cpu().split(self._sizes)]
-        self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MOST_ERROR < e < torch.inf}
+        self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MAX_ERROR < e < torch.inf}
 
 
 _NOT_AT_ALL = "not measured: a layer synced over ranks whose statistics cannot be recovered"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 from lightning_bn.core.population import LayerStatistics
 from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.history import History, Traces
@@ -164,7 +164,7 @@ def check_channels(channels: Any) -> None:
     if not channels:
         raise ValueError("channels is empty: name at least one, or leave it None.")
     for name, channel in channels.items():
-        require_whole(f"channels: that of layer {name!r}", channel, at_least=0)
+        check_int(f"channels: that of layer {name!r}", channel, at_least=0)
 
 
 def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:

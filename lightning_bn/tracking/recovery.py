@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-MOST_ERROR = 1e-2
+MAX_ERROR = 1e-2
 """Sigma by which a recovered mean may be off; where it may be more, the layer is measured directly."""
 
 
-def share_kept(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
+def ema_decay(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
     """What is left of the running statistics after some calls.
 
     Args:
@@ -23,7 +23,7 @@ def share_kept(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> nan = float("nan")
-        >>> share_kept(torch.tensor([0.1, 0.1, nan]), torch.tensor([1, 2, 1]), torch.tensor([0, 0, 3]))
+        >>> ema_decay(torch.tensor([0.1, 0.1, nan]), torch.tensor([1, 2, 1]), torch.tensor([0, 0, 3]))
         tensor([0.9000, 0.8100, 0.7500])
     """
     averaged = tracked.to(momentum) / (tracked + calls).clamp(min=1)

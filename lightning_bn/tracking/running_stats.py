@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, behaves, own_class
+from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
 from lightning_bn.tracking.drift import is_dead
 from lightning_bn.tracking.observed import Witnessed
-from lightning_bn.tracking.recovery import recovered, recovery_error, share_kept
+from lightning_bn.tracking.recovery import ema_decay, recovered, recovery_error
 
 _ONE_BY_COUNTER, _BY_COUNTER = -1, -2
 """In the place of a number of calls: one if the layer's counter says so; as many as it says."""
 
 
-class Around(NamedTuple):
+class RunningStatsBeforeAfter(NamedTuple):
     """What was read around a batch, of all layers.
 
     Attributes:
@@ -116,11 +116,11 @@ class Recovery:
         self.abandon()
         layers = self.layers.values() if closely else self._witnessed
         self._witness.begin()
-        self._handle = Handle([layer for layer in layers if not behaves(layer, DomainSpecific)], self._witness)
+        self._handle = Handle([layer for layer in layers if not has_behavior(layer, DomainSpecific)], self._witness)
         self._before = self._read()
         self._momenta = self._momenta_now()
 
-    def after_batch(self) -> Around | None:
+    def after_batch(self) -> RunningStatsBeforeAfter | None:
         """Call right after it, or never. What was read, for `recover`; None if its beginning was not seen."""
         if self._before is None:
             return None
@@ -128,12 +128,12 @@ class Recovery:
         # in between. A batch norm's kernel and `tensor.data` leave `tensor._version` as it is.
         (before, tracked), (after, tracked_after) = self._before, self._read()
         self.abandon()
-        number, momenta = self._noted()
+        number, momenta = self._unwrap_batch_sampler()
         counted, known = tracked_after - tracked, self._tensor("calls", number)
         calls = torch.where(known >= 0, known, counted.where((counted == 1) | (known == _BY_COUNTER), 0))
-        return Around(before, after, tracked, calls.to(counted), self._momentum(momenta))
+        return RunningStatsBeforeAfter(before, after, tracked, calls.to(counted), self._momentum(momenta))
 
-    def _noted(self) -> tuple[list[float], list[float | None]]:
+    def _unwrap_batch_sampler(self) -> tuple[list[float], list[float | None]]:
         """Of each layer: how many calls there were, or that its counter says so; and at which momentum."""
         calls: list[float] = []
         momenta: list[float | None] = []
@@ -146,7 +146,7 @@ class Recovery:
             if noted is None:  # within a compiled region, or not called
                 if before != now:  # which says nothing of the one with which the batch was taken in
                     self._witnessed.add(layer)
-                ours = behaves(layer, DomainSpecific)
+                ours = has_behavior(layer, DomainSpecific)
                 calls.append(0 if before != now else _BY_COUNTER if ours else _ONE_BY_COUNTER)
                 momenta.append(before)
                 continue
@@ -162,7 +162,7 @@ class Recovery:
                 momenta.append(noted[0] if len(noted) == 1 else moved)
         return calls, momenta
 
-    def recover(self, batches: Sequence[Around], layers: slice = slice(None)) -> Step:
+    def recover(self, batches: Sequence[RunningStatsBeforeAfter], layers: slice = slice(None)) -> Step:
         """What batches were, ``N`` of them at once.
 
         Args:
@@ -180,7 +180,7 @@ class Recovery:
             torch.stack([read[layers] for read in each])
             for each in ([b.tracked for b in batches], [b.calls for b in batches], [b.momentum for b in batches])
         )
-        kept = share_kept(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
+        kept = ema_decay(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
         # of a call at momentum 0 the layer's counter tells nothing
         moved = (before != after).any(1) | is_dead(after[:, 1], self.eps[channels])
         called = (calls > 0).index_select(1, layer_of) & moved
@@ -198,7 +198,7 @@ class Recovery:
     def inaccuracy(self) -> Tensor:
         """Sigma by which a mean recovered now may be off by rounding, ``(C,)``; 0 for dead channels."""
         running, tracked = self.running(), self._read()[1].to(self.eps)
-        kept = share_kept(self._momentum(self._momenta_now()), torch.ones_like(tracked), tracked)[self.layer_of]
+        kept = ema_decay(self._momentum(self._momenta_now()), torch.ones_like(tracked), tracked)[self.layer_of]
         return torch.where(is_dead(running[1], self.eps), 0.0, recovery_error(running[0], running[1], kept))
 
     def _read(self) -> tuple[Tensor, Tensor]:

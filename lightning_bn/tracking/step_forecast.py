@@ -16,13 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.core.ranks import of_first_rank, own_rank
+from lightning_bn.core.ranks import broadcast_from_rank_zero, get_rank
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.tracking.drift import is_dead
-from lightning_bn.tracking.forecast import Forecaster
+from lightning_bn.tracking.forecast import RidgeForecaster
 from lightning_bn.tracking.observed import Observed
-from lightning_bn.tracking.recovery import MOST_ERROR, recovery_error
-from lightning_bn.tracking.running_stats import Around, Recovery
+from lightning_bn.tracking.recovery import MAX_ERROR, recovery_error
+from lightning_bn.tracking.running_stats import Recovery, RunningStatsBeforeAfter
 from lightning_bn.tracking.trusted import not_trusted, to_be_checked
 
 AT_ONCE = 32
@@ -36,7 +36,7 @@ _INACCURATE = "means of many sigma"
 """From which rounding hides what a batch had."""
 
 
-class StepForecast:
+class StatisticsForecaster:
     """Watches training steps and forecasts the statistics of the weights that the last one has left.
 
     With several ranks the first one watches, since its running statistics are those that every rank's forward starts
@@ -52,7 +52,7 @@ class StepForecast:
         >>> import torch
         >>> from torch import nn
         >>> bn = nn.BatchNorm1d(1)
-        >>> forecast = StepForecast({"bn": bn})
+        >>> forecast = StatisticsForecaster({"bn": bn})
         >>> for _ in range(10):
         ...     forecast.before_batch()
         ...     _ = bn(torch.tensor([[4.0], [6.0]]))
@@ -63,11 +63,11 @@ class StepForecast:
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._recovery = Recovery(layers)
-        self._forecaster = Forecaster(self._recovery.sizes, self._recovery.eps)
+        self._forecaster = RidgeForecaster(self._recovery.sizes, self._recovery.eps)
         wide = [layer.get_buffer("running_mean").element_size() > 2 for layer in layers.values()]
         self._wide = torch.tensor(wide).to(self._recovery.eps.device)[self._recovery.layer_of]
         self._parts = _parts(self._recovery.sizes, _CHANNELS_AT_ONCE)
-        self._pending: list[Around] = []
+        self._pending: list[RunningStatsBeforeAfter] = []
         self._observed = Observed(layers)
         self._checking: tuple[Handle, set[str]] | None = None
         self._not_trusted: dict[str, str] = {}
@@ -76,7 +76,7 @@ class StepForecast:
     def before_batch(self) -> None:
         """Call right before a batch reaches the model."""
         self.abandon()
-        if own_rank() != 0:
+        if get_rank() != 0:
             return
         layers = to_be_checked(self._recovery.layers) if self._closely else {}
         checked = {name: layer for name, layer in layers.items() if name not in self._not_trusted}
@@ -107,7 +107,7 @@ class StepForecast:
 
     def left(self) -> dict[str, str]:
         """Layers that have no forecast, whatever steps were seen, and why: those of the first rank."""
-        known = of_first_rank(self._is_known().to(self._recovery.eps)).split(self._recovery.sizes)
+        known = broadcast_from_rank_zero(self._is_known().to(self._recovery.eps)).split(self._recovery.sizes)
         unknown = [name for name, part in zip(self._recovery.layers, known, strict=True) if not part.all()]
         return {name: self._not_trusted.get(name, _INACCURATE) for name in unknown}
 
@@ -134,7 +134,7 @@ class StepForecast:
     def state_dict(self) -> dict[str, Any]:
         """What was seen, in tensors on the CPU: on the first rank, the others having seen nothing."""
         self._take_in()
-        return self._forecaster.state_dict() if own_rank() == 0 else {}
+        return self._forecaster.state_dict() if get_rank() == 0 else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
@@ -150,7 +150,7 @@ class StepForecast:
         for layers, channels in self._parts if self._pending else ():
             step, eps = self._recovery.recover(self._pending, layers), self._recovery.eps[channels]
             mean, var = step.before.unbind(1)
-            accurate = (recovery_error(mean, var, step.kept) < MOST_ERROR) | is_dead(var, eps)
+            accurate = (recovery_error(mean, var, step.kept) < MAX_ERROR) | is_dead(var, eps)
             counted = step.called & accurate & self._wide[channels]
             self._forecaster.update(step.batch, step.before, counted, layers)
         self._pending = []
@@ -163,7 +163,7 @@ class StepForecast:
         mean, var, error = self._forecaster.forecast(running)
         self._closely = True  # at the next step: what is asked for once in a while may wait for the device
         known = error[0].isfinite()[self._recovery.layer_of] & self._is_known()
-        shared = of_first_rank(torch.stack([mean, var, *running, known.to(mean)]))
+        shared = broadcast_from_rank_zero(torch.stack([mean, var, *running, known.to(mean)]))
         layers = list(zip(self._recovery.layers, shared.split(self._recovery.sizes, 1), strict=True))
         unknown = torch.tensor(torch.nan)
         forecast = {
@@ -175,7 +175,7 @@ class StepForecast:
 
     def _is_known(self) -> Tensor:
         """Of each channel, whether its layer can be recovered, and accurately in all of its channels, ``(C,)``."""
-        too_much = self._recovery.inaccuracy() > MOST_ERROR
+        too_much = self._recovery.inaccuracy() > MAX_ERROR
         inaccurate = torch.stack([part.any() for part in too_much.split(self._recovery.sizes)])
         trusted = torch.tensor([name not in self._not_trusted for name in self._recovery.layers])
         return (~inaccurate & trusted.to(inaccurate.device))[self._recovery.layer_of]

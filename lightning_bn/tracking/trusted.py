@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.ranks import num_ranks
+from lightning_bn.core.ranks import get_world_size
 from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import behaves, own_class
+from lightning_bn.layers.behavior import has_behavior, own_class
 from lightning_bn.layers.override import OF_TORCH
 from lightning_bn.layers.synced import Synced
 from lightning_bn.tracking.drift import is_dead
 from lightning_bn.tracking.observed import Call, Observed
 from lightning_bn.tracking.recovery import recovery_error
-from lightning_bn.tracking.running_stats import Around, Recovery
+from lightning_bn.tracking.running_stats import Recovery, RunningStatsBeforeAfter
 
 UNSEEN = "cannot be seen: no batch_norm call of its channels"
 """Of a layer whose inputs cannot be measured either."""
@@ -36,16 +36,18 @@ def to_be_checked(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
     return {
         name: layer
         for name, layer in layers.items()
-        if own_class(layer) not in OF_TORCH and not behaves(layer, DomainSpecific) and not is_spread(layer)
+        if own_class(layer) not in OF_TORCH and not has_behavior(layer, DomainSpecific) and not is_spread(layer)
     }
 
 
 def is_spread(layer: _BatchNorm) -> bool:
     """Whether a layer's batch is spread over ranks, which do not all measure."""
-    return (isinstance(layer, SyncBatchNorm) or behaves(layer, Synced)) and num_ranks() > 1
+    return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, Synced)) and get_world_size() > 1
 
 
-def not_trusted(recovery: Recovery, around: Around, names: Iterable[str], observed: Observed) -> dict[str, str]:
+def not_trusted(
+    recovery: Recovery, around: RunningStatsBeforeAfter, names: Iterable[str], observed: Observed
+) -> dict[str, str]:
     """Layers whose batch, as recovered, is not the one that was observed, and why: one wait for the device."""
     step = recovery.recover([around])
     before, batch, kept, called = step.before[0], step.batch[0], step.kept[0], step.called[0]

@@ -19,7 +19,7 @@ def averagers(trainer: Trainer) -> list[Any]:
     return [c for c in trainer.callbacks if hasattr(c, "_swap_models") and hasattr(c, "_average_model")]  # type: ignore[attr-defined]
 
 
-def refuse_before_averaging(trainer: Trainer, callback: Callback) -> None:
+def check_before_averaging(trainer: Trainer, callback: Callback) -> None:
     """Raise if ``callback`` stands before a WeightAveraging callback, which would then average over what it writes.
 
     Raises:
@@ -35,7 +35,7 @@ def refuse_before_averaging(trainer: Trainer, callback: Callback) -> None:
             )
 
 
-def refuse_with_swa(trainer: Trainer, callback: Callback) -> None:
+def check_with_swa(trainer: Trainer, callback: Callback) -> None:
     """Raise if StochasticWeightAveraging is there: it ends by resetting all running statistics, frozen ones as well.
 
     Raises:

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 
 from lightning_bn.trainer.evaluation_loop import hook_arguments, num_domains, run_hook, run_step, stage_of
-from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.isolation import isolate
 
 
-def evaluate_under(
+def evaluate_isolated(
     behavior: AbstractContextManager[Any],
     trainer: Trainer,
     module: LightningModule,
@@ -46,7 +46,7 @@ def evaluate_under(
     assert trainer.state.stage is not None
     connector = trainer._logger_connector
     found: dict[str, Any] = {}
-    with behavior, neutral(trainer, module, trainer.state.stage, may_log=True), _own_results(trainer):
+    with behavior, isolate(trainer, module, trainer.state.stage, may_log=True), _own_results(trainer):
         for metric in (m for m in module.modules() if isinstance(m, Metric)):
             metric.reset()  # from the middle of the evaluation around
         try:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning.pytorch import Trainer
 
-from lightning_bn.core.ranks import OUT_OF_MEMORY, AnotherRankFailedError, own_rank
+from lightning_bn.core.ranks import OUT_OF_MEMORY, AnotherRankFailedError, get_rank
 from lightning_bn.lockstep.pooled import NotEnoughMemoryError
 from lightning_bn.trainer.logging import log_row
 
@@ -19,7 +19,7 @@ OnError: TypeAlias = Literal["warn", "raise"]
 """What a failed pass does to a fit that would have gone on without it."""
 
 
-def require_on_error(on_error: Any) -> None:
+def check_on_error(on_error: Any) -> None:
     """Raise for what is none of `OnError`.
 
     Raises:
@@ -96,7 +96,7 @@ class Failures:
 
     def _warn(self, error: Exception) -> None:
         cause = re.sub(r"\d+", "#", f"{type(error).__name__}: {error}")  # the same of another batch is no other cause
-        if cause in self._said or (isinstance(error, AnotherRankFailedError) and own_rank() != 0):
+        if cause in self._said or (isinstance(error, AnotherRankFailedError) and get_rank() != 0):
             return
         self._said.add(cause)
         # by the rank whose error it is, which need not be the first

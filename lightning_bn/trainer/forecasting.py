@@ -11,16 +11,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.population import PopulationStatistics
-from lightning_bn.functional.precise import estimable_layers, write
+from lightning_bn.functional.precise import estimable_layers, write_running_stats
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.tracking.running_stats import not_recoverable
-from lightning_bn.tracking.step_forecast import StepForecast
+from lightning_bn.tracking.step_forecast import StatisticsForecaster
 from lightning_bn.trainer.averaging import averagers
 from lightning_bn.trainer.modes import modes_of_training
-from lightning_bn.trainer.passes import Recomputed, moved_by, refuse_sharding
+from lightning_bn.trainer.passes import PassResult, check_sharding, gaps_from_running_stats
 
 
-class Forecasting:
+class TrainerForecast:
     """Forecasts, within a fit, the population statistics of the weights as they are.
 
     Args:
@@ -30,7 +30,7 @@ class Forecasting:
     def __init__(self, layers: Layers) -> None:
         as_patterns(layers)  # refuses what is none
         self._layers = layers
-        self._forecast: StepForecast | None = None
+        self._forecast: StatisticsForecaster | None = None
         self._state: dict[str, Any] = {}
         self._left: set[str] = set()
 
@@ -42,7 +42,7 @@ class Forecasting:
                 that are trained.
             RuntimeError: For a strategy that shards the model.
         """
-        refuse_sharding(trainer)
+        check_sharding(trainer)
         others = [*averagers(trainer), *(o for o in trainer.optimizers if callable(getattr(o, "eval", None)))]
         if others:
             raise ValueError(
@@ -58,7 +58,7 @@ class Forecasting:
                 f"What batches were cannot be recovered from the running statistics of any layer ({name!r}: {reason}), "
                 f"so there is nothing to forecast from: {_WAY_OUT}."
             )
-        self._forecast = StepForecast(layers)
+        self._forecast = StatisticsForecaster(layers)
         self._say_left(left)
         if self._state:
             try:
@@ -85,7 +85,7 @@ class Forecasting:
         if self._forecast:
             self._forecast.abandon()
 
-    def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
+    def skip_reason(self, trainer: Trainer, module: LightningModule) -> str:
         """Why there is nothing to write now; empty if there is."""
         estimable = self._estimable(trainer, module)
         if not estimable:
@@ -99,15 +99,15 @@ class Forecasting:
             return f"none of its layers can be forecast ({name!r}: {left[name]}). Or {_WAY_OUT}"
         return "a forecast takes two training steps, and they were not yet seen"
 
-    def run(self, trainer: Trainer, module: LightningModule) -> Recomputed:
+    def run(self, trainer: Trainer, module: LightningModule) -> PassResult:
         """Write the forecast; layers without one keep their running statistics."""
         started = time.perf_counter()
         layers, statistics = self._estimable(trainer, module), self._now(trainer, module)
         assert self._forecast is not None  # check saw to it
         self._say_left(self._forecast.left())
-        moved = {name: moved_by(layers[name], forecast) for name, forecast in statistics.items()}
-        write(layers, statistics)
-        return Recomputed(statistics, moved, time.perf_counter() - started)
+        moved = {name: gaps_from_running_stats(layers[name], forecast) for name, forecast in statistics.items()}
+        write_running_stats(layers, statistics)
+        return PassResult(statistics, moved, time.perf_counter() - started)
 
     def ema_gap(self, trainer: Trainer, module: LightningModule) -> float:
         """The largest of the layers' `ema_gaps`; infinite if a layer has no forecast, or has lost its statistics."""

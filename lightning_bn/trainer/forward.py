@@ -14,7 +14,7 @@ Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningMo
 """How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
 
 
-def require_forward(forward: Any) -> None:
+def check_forward_argument(forward: Any) -> None:
     """Raise for something that says not how a batch reaches the model.
 
     Raises:

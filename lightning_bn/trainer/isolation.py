@@ -21,8 +21,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.trainer.parameters import FixedModel, parameters_kept
-from lightning_bn.trainer.stateful_objects import GENERATORS, is_lightning_module, reachable, restorer
+from lightning_bn.trainer.parameters import FixedModel, preserve_parameters
+from lightning_bn.trainer.stateful_objects import GENERATORS, find_stateful_objects, is_lightning_module, snapshot_state
 
 _HELD = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 """Where `nn.Module` keeps what its author gave it."""
@@ -31,7 +31,7 @@ _TORCH_OWN = set(vars(nn.Module())) - _HELD
 
 
 @contextmanager
-def neutral(
+def isolate(
     trainer: Trainer, module: LightningModule, stage: RunningStage = RunningStage.TRAINING, may_log: bool = False
 ) -> Iterator[FixedModel]:
     """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and leave no trace of them.
@@ -51,18 +51,18 @@ def neutral(
         What to enter for each forward that is to begin with the same parameters, whatever the one before has changed.
     """
     with ExitStack() as stack:
-        stack.enter_context(random_numbers_kept())
-        stack.enter_context(_own_random_numbers_kept(module, getattr(trainer, "datamodule", None)))
+        stack.enter_context(preserve_rng_state())
+        stack.enter_context(_preserve_own_rng_state(module, getattr(trainer, "datamodule", None)))
         stack.enter_context(_muted(trainer, stage))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        fixed = stack.enter_context(parameters_kept(module))
-        stack.enter_context(_modules_kept(module, may_log))
+        fixed = stack.enter_context(preserve_parameters(module))
+        stack.enter_context(_preserve_modules(module, may_log))
         yield fixed
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Restore the global random number generators on leaving."""
     python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -76,10 +76,10 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_numbers_kept(module: nn.Module, datamodule: Any) -> Iterator[None]:
+def _preserve_own_rng_state(module: nn.Module, datamodule: Any) -> Iterator[None]:
     """The same for generators that modules and the data module, or augmentations they hold, have of their own."""
     attributes = [value for m in module.modules() for key, value in vars(m).items() if key not in _TORCH_OWN]
-    restore = [restorer(o) for o in reachable([*attributes, datamodule]) if isinstance(o, GENERATORS)]
+    restore = [snapshot_state(o) for o in find_stateful_objects([*attributes, datamodule]) if isinstance(o, GENERATORS)]
     try:
         yield
     finally:
@@ -124,13 +124,13 @@ class _Muted(DummyLogger):
 
 
 @contextmanager
-def _modules_kept(module: LightningModule, may_log: bool) -> Iterator[None]:
+def _preserve_modules(module: LightningModule, may_log: bool) -> Iterator[None]:
     kept = {m: (type(m), vars(m).copy(), _hooks_of(m)) for m in module.modules()}
     try:
         for m, (_, own, _) in kept.items():
-            vars(m).update({key: _scratch(value) for key, value in own.items() if key not in _TORCH_OWN})
+            vars(m).update({key: _shallow_clone(value) for key, value in own.items() if key not in _TORCH_OWN})
             if is_lightning_module(m) and not may_log:
-                vars(m).update(log=_swallow, log_dict=_swallow)
+                vars(m).update(log=_noop, log_dict=_noop)
         yield
     finally:
         for m, (kind, own, hooks) in kept.items():
@@ -150,7 +150,7 @@ def _hooks_of(m: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(value, copy.copy(value)) for _, value in own if isinstance(value, dict)]
 
 
-def _scratch(value: Any) -> Any:
+def _shallow_clone(value: Any) -> Any:
     """A copy that a forward may change in place: of tensors, and of containers and the tensors right in them."""
     if isinstance(value, dict):
         twin = copy.copy(value)
@@ -170,5 +170,5 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _swallow(*args: Any, **kwargs: Any) -> None:
+def _noop(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``self.log`` and ``self.log_dict``."""

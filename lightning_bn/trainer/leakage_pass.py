@@ -10,18 +10,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.core.batch_copy import bytes_of
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import require_whole
-from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_int
+from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.find import Layers, storing_layers
-from lightning_bn.trainer.evaluation import evaluate_under
-from lightning_bn.trainer.forward import Forward, check_forward, require_forward
+from lightning_bn.trainer.evaluation import evaluate_isolated
+from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument
 from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
 from lightning_bn.trainer.modes import modes_of_training
-from lightning_bn.trainer.passes import muted_forward, refuse_sharding
+from lightning_bn.trainer.passes import check_sharding, isolated_forward
 
 _FEWEST_BATCHES = 4
 
@@ -40,13 +40,13 @@ class LeakagePass:
     def __init__(
         self, num_samples: int, forward: Forward, layers: Layers, count: Count | None, replay_bytes: int
     ) -> None:
-        require_whole("num_samples", num_samples, at_least=1)
-        require_whole("replay_bytes", replay_bytes, at_least=1)
-        require_forward(forward)
+        check_int("num_samples", num_samples, at_least=1)
+        check_int("replay_bytes", replay_bytes, at_least=1)
+        check_forward_argument(forward)
         self.num_samples = num_samples
         self.forward = forward
         self.layers = layers
-        self._count = counted_by(count)
+        self._count = as_batch_size_fn(count)
         self.replay_bytes = replay_bytes
         self._kept: Reservoir | None = None
         self._obstacle: Exception | None = None
@@ -59,7 +59,7 @@ class LeakagePass:
             RuntimeError: For a strategy that shards the model.
         """
         storing_layers(module, self.layers)
-        refuse_sharding(trainer)
+        check_sharding(trainer)
         check_forward(self.forward, module, "BatchLeakageMonitor")
 
     def forget(self) -> None:
@@ -115,11 +115,11 @@ class LeakagePass:
             if self._kept is None or self._kept.held < 2:
                 raise ValueError("an epoch of fewer than two batches leaves nothing to compare.")
             batches = enumerate(self._kept.batches())
-        with agreed(module.device), muted_forward(self.forward, trainer, module) as run:
+        with agreed(module.device), isolated_forward(self.forward, trainer, module) as run:
             return measure_leakage(layers, batches, run, lambda item: self._count(item[1]), seed=trainer.current_epoch)
 
 
-def three_errors(
+def compare_statistics(
     trainer: Trainer,
     module: LightningModule,
     layers: Layers,
@@ -142,15 +142,15 @@ def three_errors(
     found: dict[str, float] = {}
     with agreed(module.device):
         with evaluation_batches(trainer, module) as batches:
-            found |= evaluate_under(nullcontext(), trainer, module, batches, f"{prefix}/population")
+            found |= evaluate_isolated(nullcontext(), trainer, module, batches, f"{prefix}/population")
         with evaluation_batches(trainer, module) as batches:
             mini_batch = mini_batch_inference(module, layers=layers)
-            found |= evaluate_under(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
+            found |= evaluate_isolated(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
         if same_pattern is not None:
             loader = same_pattern(trainer)
-            with loader_batches(trainer, module, loader, shard=num_ranks() > 1) as loaded:
+            with loader_batches(trainer, module, loader, shard=get_world_size() > 1) as loaded:
                 mini_batch = mini_batch_inference(module, layers=layers)
-                found |= evaluate_under(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
+                found |= evaluate_isolated(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
     return found
 
 
@@ -159,5 +159,5 @@ def _numbered(loaded: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
     index = -1
     for index, batch in enumerate(loaded):
         yield batch, index, 0
-    if index < 0 and own_rank() == 0:  # whose is the first batch, if there is any
+    if index < 0 and get_rank() == 0:  # whose is the first batch, if there is any
         raise ValueError("same_pattern returned a loader without batches: there is nothing to validate on.")

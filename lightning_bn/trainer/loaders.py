@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_bn.core.batch_copy import HostCopy, bytes_of
-from lightning_bn.core.ranks import num_ranks, own_rank, sum_over_ranks
-from lightning_bn.trainer.stateful_objects import CONTAINERS, reachable, restorer
+from lightning_bn.core.ranks import get_rank, get_world_size, sum_over_ranks
+from lightning_bn.trainer.stateful_objects import CONTAINERS, find_stateful_objects, snapshot_state
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
@@ -43,10 +43,10 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
     # private: the public train_dataloader does not know the mode in which loaders combine
     live = trainer.fit_loop._combined_loader
     assert live is not None
-    fresh = CombinedLoader(tree_map(_Fresh, live.iterables), live._mode)
+    fresh = CombinedLoader(tree_map(_FreshIterator, live.iterables), live._mode)
     limit = trainer.num_training_batches  # a CombinedLoader does not keep to its own
-    refuse_unprotectable(live.flattened)
-    with _loaders_kept(live.flattened):
+    check_loader_reiterable(live.flattened)
+    with _preserve_loader_state(live.flattened):
         try:
             batches = itertools.islice(fresh, None if limit == float("inf") else int(limit))
             yield (_to_device(trainer, module, batch) for batch, *_ in batches)
@@ -69,15 +69,15 @@ def evaluation_batches(
     """
     loop: Any = trainer._active_loop  # private, as are its parts (2.5 to 2.6)
     live: CombinedLoader = loop._combined_loader
-    refuse_unprotectable(
+    check_loader_reiterable(
         live.flattened,
         "evaluated dataloader",
         "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: online=True, compare=False.",
     )
-    loaders: Any = tree_map(_Fresh, live.iterables)
+    loaders: Any = tree_map(_FreshIterator, live.iterables)
     if dataloader_idx is not None and live._mode == "sequential":
         # starts no other's workers
-        loaders = [_Fresh(loader if i == dataloader_idx else []) for i, loader in enumerate(live.flattened)]
+        loaders = [_FreshIterator(loader if i == dataloader_idx else []) for i, loader in enumerate(live.flattened)]
     limits = loop.max_batches
     fresh = CombinedLoader(loaders, live._mode)
     fresh.limits = limits
@@ -88,7 +88,7 @@ def evaluation_batches(
         for batch, n, index in itertools.islice(fresh, None if limit == float("inf") else int(limit)):
             yield _to_device(trainer, module, batch, index), n, index
 
-    with _loaders_kept(live.flattened):
+    with _preserve_loader_state(live.flattened):
         try:
             yield on_device()
         finally:
@@ -107,17 +107,17 @@ def loader_batches(
         loader: Any iterable of batches.
         shard: Whether each rank takes every n-th batch (all start from the same random seed), or all of them.
     """
-    ranks = num_ranks() if shard else 1
+    ranks = get_world_size() if shard else 1
     if ranks > 1:
-        seed, *_ = sum_over_ranks([random.getrandbits(31) if own_rank() == 0 else 0], module.device)
+        seed, *_ = sum_over_ranks([random.getrandbits(31) if get_rank() == 0 else 0], module.device)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(seed)
     if isinstance(loader, Mapping):  # of loaders, as Lightning combines them
-        combined = CombinedLoader(tree_map(_Fresh, loader), "max_size_cycle")
+        combined = CombinedLoader(tree_map(_FreshIterator, loader), "max_size_cycle")
         loader = (batch for batch, *_ in combined)
-    with _loaders_kept([loader]):
-        batches = iter(_Fresh(loader))
-        own = itertools.islice(batches, own_rank() if ranks > 1 else 0, None, ranks)
+    with _preserve_loader_state([loader]):
+        batches = iter(_FreshIterator(loader))
+        own = itertools.islice(batches, get_rank() if ranks > 1 else 0, None, ranks)
         yield (_to_device(trainer, module, batch) for batch in own)
 
 
@@ -226,7 +226,7 @@ class Reservoir:
         return (kept.batch() for kept in self._batches)
 
 
-def refuse_unprotectable(
+def check_loader_reiterable(
     loaders: Sequence[Any],
     kind: str = "train dataloader",
     way_out: str = "Use source='replay', or source= a function from the trainer to a loader of its own.",
@@ -238,7 +238,7 @@ def refuse_unprotectable(
     """
     for loader in loaders:
         name = type(loader).__name__
-        parts = [getattr(loader, "sampler", None), _noted(loader)[0], getattr(loader, "dataset", None)]
+        parts = [getattr(loader, "sampler", None), _unwrap_batch_sampler(loader)[0], getattr(loader, "dataset", None)]
         stateful = [
             type(p).__name__ for p in (loader, *parts) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")
         ]
@@ -247,7 +247,7 @@ def refuse_unprotectable(
         spent = [type(p).__name__ for p in (loader, *parts) if isinstance(p, Iterator)]
         if spent:
             raise ValueError(f"The {kind}'s {spent[0]} is an iterator: a pass would use it up. {way_out}")
-        if isinstance(loader, DataLoader) and not _iterates_plainly(loader):
+        if isinstance(loader, DataLoader) and not _has_default_iter(loader):
             raise ValueError(
                 f"The {kind} {name} has an __iter__ of its own, which may touch its live iterator. {way_out}"
             )
@@ -255,14 +255,14 @@ def refuse_unprotectable(
             raise ValueError(f"The {kind} is a {name}, which we do not know how to iterate neutrally. {way_out}")
 
 
-class _Fresh:
+class _FreshIterator:
     """A loader whose every iteration is a new one: ``iter()`` would reset the live one of persistent workers."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        if not _iterates_plainly(self.loader):
+        if not _has_default_iter(self.loader):
             return iter(self.loader)
         iterator: Iterator[Any] = self.loader._get_iterator()
         return iterator
@@ -271,7 +271,7 @@ class _Fresh:
         return len(self.loader)
 
 
-def _noted(loader: Any) -> tuple[Any, Any]:
+def _unwrap_batch_sampler(loader: Any) -> tuple[Any, Any]:
     """A loader's batch sampler, and what `trainer.predict` has put around it to note indices, or None.
 
     The latter iterates over itself (private, 2.5 to 2.6); all that a second iteration changes is its attributes.
@@ -281,7 +281,7 @@ def _noted(loader: Any) -> tuple[Any, Any]:
     return (sampler._batch_sampler, sampler) if wrapped else (sampler, None)
 
 
-def _iterates_plainly(loader: Any) -> bool:
+def _has_default_iter(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
@@ -293,19 +293,19 @@ def _to_device(trainer: Trainer, module: LightningModule, batch: Any, dataloader
 
 
 @contextmanager
-def _loaders_kept(loaders: Sequence[Any]) -> Iterator[None]:
+def _preserve_loader_state(loaders: Sequence[Any]) -> Iterator[None]:
     """Give samplers, datasets and collate functions their counters, orders and random numbers back on leaving.
 
     Meanwhile they have copies of their lists, which may be orders that they shuffle in place; samplers also of their
     arrays. A dataset's arrays are its data, and too large to copy.
     """
     parts = ("generator", "sampler", "dataset", "collate_fn")
-    noted = [_noted(loader) for loader in loaders]
-    owners = reachable(
+    noted = [_unwrap_batch_sampler(loader) for loader in loaders]
+    owners = find_stateful_objects(
         [*(getattr(loader, part, None) for loader in loaders for part in parts), *(sampler for sampler, _ in noted)]
     )
     data = {id(getattr(loader, "dataset", None)) for loader in loaders}
-    restore = [restorer(o) for o in (*owners, *(wrapper for _, wrapper in noted if wrapper is not None))]
+    restore = [snapshot_state(o) for o in (*owners, *(wrapper for _, wrapper in noted if wrapper is not None))]
     try:
         for o in owners:
             kinds = (*CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else CONTAINERS

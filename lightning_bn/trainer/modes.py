@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.modes import kept_in_eval
+from lightning_bn.layers.modes import keep_in_eval
 from lightning_bn.trainer.stateful_objects import is_lightning_module
 
 
@@ -56,7 +56,7 @@ def set_modes(
             if m.training != mode:
                 m.training = mode
 
-    with kept_in_eval([m for m in modes if m not in estimated and not _decides(m)]):
+    with keep_in_eval([m for m in modes if m not in estimated and not _decides(m)]):
         begin()
         yield begin
 

@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import samples_in
-from lightning_bn.core.ranks import num_ranks
+from lightning_bn.core.batch_sizes import infer_batch_size
+from lightning_bn.core.ranks import get_world_size
 from lightning_bn.layers.behavior import behaviors_of
 from lightning_bn.layers.find import Layers, find_bn
 from lightning_bn.trainer.modes import modes_of_training
@@ -74,7 +74,7 @@ def normalization_batch_size(
 def _of_layer(layer: _BatchNorm, samples: float) -> float:
     size = samples
     if isinstance(layer, SyncBatchNorm):
-        size *= num_ranks(cast("ProcessGroup | None", layer.process_group))
+        size *= get_world_size(cast("ProcessGroup | None", layer.process_group))
     for behavior in behaviors_of(layer):
         size = behavior.normalization_batch(size)
     return size
@@ -84,7 +84,7 @@ def _samples(trainer: Trainer) -> int:
     """Of the batch that is trained on; private, since Lightning (2.5 to 2.6) shows neither it nor its loaders."""
     batch = trainer.fit_loop.epoch_loop._results.batch
     if batch is not None:
-        return samples_in(batch)
+        return infer_batch_size(batch)
     combined: Any = trainer.fit_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
     size = getattr(getattr(loaders[0], "batch_sampler", None), "batch_size", None) if loaders else None

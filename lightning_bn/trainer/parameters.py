@@ -22,7 +22,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def parameters_kept(module: nn.Module) -> Iterator[FixedModel]:
+def preserve_parameters(module: nn.Module) -> Iterator[FixedModel]:
     """Lend parameters copies of their values, and take those back on leaving.
 
     The objects stay what they are, since optimizers and DDP hold them; only what they point to is exchanged. So nothing

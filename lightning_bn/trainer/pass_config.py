@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
 
-from lightning_bn.core.batch_sizes import Count, counted_by
-from lightning_bn.core.checks import check_bool, require_whole
-from lightning_bn.functional.measure import BatchSize, check_amounts
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.checks import check_bool, check_int
+from lightning_bn.functional.measure import BatchSize, validate_pass_arguments
 from lightning_bn.layers.find import Layers, as_patterns
-from lightning_bn.lockstep.pooled import Tried
-from lightning_bn.trainer.forward import Forward, require_forward
+from lightning_bn.lockstep.pooled import ModelProfile
+from lightning_bn.trainer.forward import Forward, check_forward_argument
 from lightning_bn.trainer.loaders import Replay, Source
 from lightning_bn.trainer.moved_layers import Movement
 
@@ -50,17 +50,17 @@ class PassConfig:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        require_whole("num_samples", self.num_samples, at_least=1)
-        check_amounts(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
-        require_whole("replay_bytes", self.replay_bytes, at_least=1)
+        check_int("num_samples", self.num_samples, at_least=1)
+        validate_pass_arguments(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
+        check_int("replay_bytes", self.replay_bytes, at_least=1)
         check_bool("shard", self.shard)
         as_patterns(self.layers)
-        counted_by(self.count)  # refuses what is no function
+        as_batch_size_fn(self.count)  # refuses what is no function
         if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
             )
-        require_forward(self.forward)
+        check_forward_argument(self.forward)
 
 
 @dataclass
@@ -77,14 +77,14 @@ class PassState:
     """
 
     replay: Replay | None = None
-    tried: Tried = field(default_factory=Tried)
+    tried: ModelProfile = field(default_factory=ModelProfile)
     one_by_one: bool = False
     seen_a_batch: bool = False
     start: Movement = field(default_factory=lambda: Movement({}))
     said: set[str] = field(default_factory=set)
 
 
-def refuse_without_a_pass(given: Mapping[str, Any], defaults: Mapping[str, Parameter]) -> None:
+def check_no_pass_arguments(given: Mapping[str, Any], defaults: Mapping[str, Parameter]) -> None:
     """Raise if an option of a pass is given where there is none.
 
     Raises:

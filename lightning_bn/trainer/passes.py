@@ -20,33 +20,33 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import counted_by
+from lightning_bn.core.batch_sizes import as_batch_size_fn
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.core.ranks import OUT_OF_MEMORY, num_ranks
+from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
 from lightning_bn.functional.measure import BatchSize, measure
-from lightning_bn.functional.precise import call_model, estimable_layers, write
+from lightning_bn.functional.precise import call_model, estimable_layers, write_running_stats
 from lightning_bn.layers.find import storing_layers
 from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.trainer.domains import domains_of
 from lightning_bn.trainer.failures import located
 from lightning_bn.trainer.forward import Forward, check_call, check_forward, function_for
-from lightning_bn.trainer.isolation import neutral
-from lightning_bn.trainer.loaders import Replay, loader_batches, refuse_unprotectable, train_batches
+from lightning_bn.trainer.isolation import isolate
+from lightning_bn.trainer.loaders import Replay, check_loader_reiterable, loader_batches, train_batches
 from lightning_bn.trainer.modes import modes_of_training, set_modes
 from lightning_bn.trainer.moved_layers import Movement
 from lightning_bn.trainer.numbered_batches import Shown
 from lightning_bn.trainer.pass_config import PassConfig, PassState
 from lightning_bn.trainer.progress import progress_of
 
-ENOUGH = 100
+DEFAULT_BATCH_SIZE = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
 TOLERANCE = 0.02
 """Standard error at which validation errors could not be told from those after 10,000 samples (docs/recipes.md)."""
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class PassResult:
     """What a pass has measured and written.
 
     Attributes:
@@ -59,7 +59,7 @@ class Recomputed:
     moved: dict[str, tuple[float, float]]
     seconds: float
 
-    def figures(self, prefix: str) -> dict[str, float]:
+    def to_metrics(self, prefix: str) -> dict[str, float]:
         """For loggers: duration, samples, how many together, and how far the median layer and the worst one moved."""
         found = {
             "seconds": self.seconds,
@@ -96,7 +96,7 @@ class PopulationPass:
             RuntimeError: For a strategy that shards the model.
         """
         self.state.start = Movement(storing_layers(module, self.config.layers))
-        refuse_sharding(trainer)
+        check_sharding(trainer)
         check_forward(self.config.forward, module, self.owner)
 
     def check_loader(self, trainer: Trainer) -> None:
@@ -106,7 +106,7 @@ class PopulationPass:
             ValueError: Naming the loader and the way out.
         """
         if self.config.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
-            refuse_unprotectable(trainer.fit_loop._combined_loader.flattened)
+            check_loader_reiterable(trainer.fit_loop._combined_loader.flattened)
 
     def look_at(self, module: LightningModule, batch: Any) -> None:
         """Refuse the first training batch of a fit if a pass could not show it; keep batches that are to be replayed.
@@ -123,7 +123,7 @@ class PopulationPass:
             if self.config.source == "replay":
                 self._keep(batch)
             elif first:
-                counted_by(self.config.count)(batch)
+                as_batch_size_fn(self.config.count)(batch)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
@@ -133,7 +133,7 @@ class PopulationPass:
                 "replay", f"{self.owner} could not keep a batch for the replay, and goes on without: {error}"
             )
 
-    def run(self, trainer: Trainer, module: LightningModule) -> Recomputed:
+    def run(self, trainer: Trainer, module: LightningModule) -> PassResult:
         """Recompute the statistics of the model as it is, and write them into its layers.
 
         Raises:
@@ -146,12 +146,12 @@ class PopulationPass:
             statistics = self._measured(trainer, module, layers)
         except StopIteration as error:  # would end Lightning's epoch without a word
             raise located(error, "The pass over training batches")  # noqa: B904 - has it for a cause
-        moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
-        write(layers, statistics)
+        moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
+        write_running_stats(layers, statistics)
         self._say_which_were_not_reached(module, layers, statistics)
-        return Recomputed(statistics, moved, time.perf_counter() - started)
+        return PassResult(statistics, moved, time.perf_counter() - started)
 
-    def nothing_to_do(self, trainer: Trainer, module: LightningModule) -> str:
+    def skip_reason(self, trainer: Trainer, module: LightningModule) -> str:
         """Why a pass would be pointless now; empty if it would not. Says so as well where a replay is not yet full."""
         if not self._estimable(trainer, module):
             return "all of its layers are frozen"
@@ -159,10 +159,10 @@ class PopulationPass:
             held = self.state.replay.held if self.state.replay else 0
             if not held:
                 return "there are no batches to replay before the first training batch, nor right after a resume"
-            if held * num_ranks() < self.config.num_samples:
+            if held * get_world_size() < self.config.num_samples:
                 rank_zero_info(
-                    f"PreciseBN: the replay holds {held * num_ranks()} of {self.config.num_samples} samples so far, "
-                    "and uses those."
+                    f"PreciseBN: the replay holds {held * get_world_size()} of {self.config.num_samples} samples so "
+                    "far, and uses those."
                 )
         return ""
 
@@ -175,8 +175,8 @@ class PopulationPass:
             return self._measured_at(None, trainer, module, layers)
         except LockstepError as error:
             rank_zero_warn(
-                f"{self.owner} takes the batches as they come, instead of {ENOUGH} samples together: {error} Small "
-                "normalization batches accumulate error in depth (paper, Table 2)."
+                f"{self.owner} takes the batches as they come, instead of {DEFAULT_BATCH_SIZE} samples together: {error} "
+                "Small normalization batches accumulate error in depth (paper, Table 2)."
             )
             self.state.one_by_one = True
             return self._measured_at(1, trainer, module, layers)
@@ -186,14 +186,14 @@ class PopulationPass:
     ) -> PopulationStatistics:
         config = self.config
         default = None if batch_size == "population" else TOLERANCE
-        forward = muted_forward(config.forward, trainer, module, layers.values())
+        forward = isolated_forward(config.forward, trainer, module, layers.values())
         with forward as run, self._batches(trainer, module) as batches:
-            shown = Shown(batches, counted_by(config.count), run, config.forward)
+            shown = Shown(batches, as_batch_size_fn(config.count), run, config.forward)
             return measure(
                 layers,
                 shown,
                 run=shown.run,
-                batch_size=ENOUGH if batch_size is None else batch_size,
+                batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
                 num_samples=config.num_samples,
                 tolerance=default if config.tolerance is None else config.tolerance,
                 memory_limit=config.memory_limit,
@@ -217,8 +217,8 @@ class PopulationPass:
 
     def _keep(self, batch: Any) -> None:
         if self.state.replay is None:
-            self.state.replay = Replay(-(-self.config.num_samples // num_ranks()), self.config.replay_bytes)
-        self.state.replay.keep(batch, counted_by(self.config.count)(batch))
+            self.state.replay = Replay(-(-self.config.num_samples // get_world_size()), self.config.replay_bytes)
+        self.state.replay.keep(batch, as_batch_size_fn(self.config.count)(batch))
 
     def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
         return estimable_layers(module, self.config.layers, modes_of_training(trainer, module).__getitem__)
@@ -243,7 +243,7 @@ class PopulationPass:
 
 
 @contextmanager
-def muted_forward(
+def isolated_forward(
     forward: Forward, trainer: Trainer, module: LightningModule, estimated: Collection[nn.Module] = ()
 ) -> Iterator[Callable[[tuple[int, Any]], None]]:
     """What shows a batch, which comes with its number, to the fixed model, in the modes of a pass and a `neutral` zone.
@@ -279,11 +279,11 @@ def muted_forward(
                 (forward if callable(forward) else call_model)(module, batch)
 
     like_training = forward == "training_step"
-    with neutral(trainer, module) as fixed, set_modes(modes, like_training, set(estimated)) as begin:
+    with isolate(trainer, module) as fixed, set_modes(modes, like_training, set(estimated)) as begin:
         yield run
 
 
-def refuse_sharding(trainer: Trainer) -> None:
+def check_sharding(trainer: Trainer) -> None:
     """Raise for a strategy that shards the model.
 
     Raises:
@@ -297,7 +297,7 @@ def refuse_sharding(trainer: Trainer) -> None:
         )
 
 
-def moved_by(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
+def gaps_from_running_stats(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
     """How far measured statistics lie from those stored: mean gap in sigma of the stored ones, and variance gap."""
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None  # storing_layers saw to it

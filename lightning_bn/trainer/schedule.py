@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SwitchPoint:
             )
         (name, value), *_ = given.items()
         if name != "start_fraction":
-            require_whole(name, value, at_least=1 if name == "last_n_epochs" else 0)
+            check_int(name, value, at_least=1 if name == "last_n_epochs" else 0)
         elif not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"start_fraction must be a number from 0 up to, but not, 1 but is {value!r}.")
 

@@ -19,7 +19,7 @@ def is_lightning_module(o: Any) -> bool:
     return callable(getattr(o, "training_step", None)) and callable(getattr(o, "log_dict", None))
 
 
-def reachable(roots: Sequence[Any], depth: int = 6) -> list[Any]:
+def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
     """Objects with state of their own, from ``roots`` down a few attributes and through short containers."""
     found: list[Any] = []
     seen: set[int] = set()
@@ -53,7 +53,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 _NOT_OURS = (Tensor, np.ndarray, ModuleType, Iterator, type)
 
 
-def restorer(o: Any) -> Callable[[], Any]:
+def snapshot_state(o: Any) -> Callable[[], Any]:
     """A function that puts an object back into the state it has now."""
     if isinstance(o, torch.Generator):
         return partial(o.set_state, o.get_state())

@@ -13,15 +13,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import Count, counted_by
+from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import call_model
 from lightning_bn.trainer.domains import domains_of
 from lightning_bn.trainer.evaluation_loop import run_step, stage_of
-from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.isolation import isolate
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.modes import set_modes
-from lightning_bn.trainer.passes import Recomputed, moved_by
+from lightning_bn.trainer.passes import PassResult, gaps_from_running_stats
 from lightning_bn.trainer.progress import progress_of
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
@@ -36,7 +36,7 @@ def measure_target(
     num_samples: int | None,
     forward: TargetForward,
     count: Count | None,
-) -> Recomputed:
+) -> PassResult:
     """Measure the population statistics of one of the dataloaders that are evaluated now.
 
     Args:
@@ -53,7 +53,7 @@ def measure_target(
         RuntimeError: If the forward raises StopIteration.
     """
     if forward == "evaluation_step":
-        refuse_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
+        check_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
 
     def run(item: tuple[Any, int, int]) -> None:
         begin()
@@ -71,7 +71,7 @@ def measure_target(
     started = time.perf_counter()
     try:
         with (
-            neutral(trainer, module, trainer.state.stage) as fixed,
+            isolate(trainer, module, trainer.state.stage) as fixed,
             set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
             evaluation_batches(trainer, module, dataloader_idx) as batches,
         ):
@@ -81,16 +81,16 @@ def measure_target(
                 run,
                 of_training=False,
                 num_samples=num_samples,
-                count=lambda item: counted_by(count)(item[0]),
+                count=lambda item: as_batch_size_fn(count)(item[0]),
                 progress=progress_of(trainer, "AdaBN"),
             )
     except StopIteration as error:  # would end Lightning's evaluation without a word
         raise RuntimeError("The forward over target batches raised StopIteration.") from error
-    moved = {name: moved_by(layers[name], measured) for name, measured in statistics.items()}
-    return Recomputed(statistics, moved, time.perf_counter() - started)
+    moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
+    return PassResult(statistics, moved, time.perf_counter() - started)
 
 
-def refuse_own_fetching(trainer: Trainer, module: LightningModule, way_out: str) -> None:
+def check_own_fetching(trainer: Trainer, module: LightningModule, way_out: str) -> None:
     """Raise for an evaluation step that cannot be given a batch.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from lightning_bn.core.checks import require_whole
+from lightning_bn.core.checks import check_int
 from recipes.images import Batches, ImageData, LabelledImages, ShiftedImages
 
 ORIENTATIONS = 8
@@ -120,8 +120,8 @@ class LeakyData(L.LightningDataModule):
         each: int = 2,
     ) -> None:
         super().__init__()
-        require_whole("data.classes", classes, at_least=1)
-        require_whole("data.each", each, at_least=1)
+        check_int("data.classes", classes, at_least=1)
+        check_int("data.each", each, at_least=1)
         images = ImageData(root, train_images=train_images, val_images=val_images, shift=shift)
         self.source = f"{images.source} in {ORIENTATIONS} orientations"
         self.train_set, self.val_set = OrientedImages(images.train_set), OrientedImages(images.val_set)

@@ -102,7 +102,7 @@ def precise_batch_size(
     """
     if not seeds:
         raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
-    _refuse_impossible(make().data, max(nbs), images)
+    _check_impossible(make().data, max(nbs), images)
     rows: list[Row] = []
     stops: list[Stops] = []
     for seed in seeds:
@@ -117,7 +117,7 @@ def precise_batch_size(
     return Results(data.source, *counts, layers, rows, stops)
 
 
-def _refuse_impossible(data: ImageData, nbs: int, images: int) -> None:
+def _check_impossible(data: ImageData, nbs: int, images: int) -> None:
     batch, there = data.batch_size, data.num_training_images
     if nbs > batch:
         raise ValueError(f"A batch of {batch} images cannot be normalized {nbs} together: raise --data.batch_size.")

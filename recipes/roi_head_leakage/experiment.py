@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_bn as lbn
 from recipes.average_precision import AP
-from recipes.detection import Parts, evaluate, number_of_images, refuse_ragged_steps, train
+from recipes.detection import Parts, check_ragged_steps, evaluate, number_of_images, train
 from recipes.roi_head_leakage.detector import HEADS, Detector, Norm
 
 Say = Callable[[str], None]
@@ -101,7 +101,7 @@ def roi_head_leakage(
         parts: Equal parts of the validation images, each with an AP of its own, for the spread.
         say: Takes a line of progress.
     """
-    _refuse_impossible(seeds, trainings, ranks, images_per_step)
+    _check_impossible(seeds, trainings, ranks, images_per_step)
     rows: list[Row] = []
     for seed in seeds:
         for key in trainings:
@@ -128,11 +128,11 @@ def evaluation(inference: Inference) -> list[Callback]:
     return [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", count=number_of_images)]
 
 
-def _refuse_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: int, images_per_step: int) -> None:
+def _check_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: int, images_per_step: int) -> None:
     if not seeds:
         raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
     unknown = [key for key in trainings if key not in TRAININGS]
     if unknown or not trainings:
         raise ValueError(f"trainings must be some of {', '.join(TRAININGS)}; got {unknown or 'none'}.")
     for key in trainings:
-        refuse_ragged_steps(f"training {key}", ranks, TRAININGS[key].images_per_gpu, images_per_step)
+        check_ragged_steps(f"training {key}", ranks, TRAININGS[key].images_per_gpu, images_per_step)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_bn as lbn
 from recipes.average_precision import AP
-from recipes.detection import Parts, evaluate, number_of_images, refuse_ragged_steps, train
+from recipes.detection import Parts, check_ragged_steps, evaluate, number_of_images, train
 from recipes.shared_head.detector import HEADS, Detector
 
 Say = Callable[[str], None]
@@ -109,7 +109,7 @@ def shared_head(
                 continue
             L.seed_everything(seed, verbose=False)  # first weights, order of images
             made = make()
-            refuse_ragged_steps("a training", ranks, made.data.images_per_gpu, images_per_step)
+            check_ragged_steps("a training", ranks, made.data.images_per_gpu, images_per_step)
             with tempfile.TemporaryDirectory() as folder:
                 saving = ModelCheckpoint(folder, filename="trained")
                 precise = lbn.PreciseBNCallback(precise_images, layers=f"{HEADS}.*", count=number_of_images)

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 
 import lightning_bn as lbn
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.callbacks.pairs import PAIRS, as_markdown, pair_of
+from lightning_bn.callbacks.pairs import PAIRS, as_markdown, compatibility
 from lightning_bn.layers.behavior import behaviors_of
 from tests.callbacks.zoo import TinyNet, digest, fit, train_loader, val_loader
 from tests.ranks import run_on_ranks
@@ -101,7 +101,7 @@ def test_a_callback_of_the_users_counts_as_the_one_it_is_derived_from() -> None:
     class Own(lbn.GhostBNCallback):
         pass
 
-    pair = pair_of(Own, lbn.SyncBNCallback)
+    pair = compatibility(Own, lbn.SyncBNCallback)
     assert pair is not None and pair.verdict == "refused"
     with pytest.raises(ValueError, match="Own and SyncBNCallback"):
         fit(TinyNet(), [Own(size=4), lbn.SyncBNCallback()])

@@ -96,9 +96,9 @@ def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_w
 def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needs: list[pooled.Needs] = []
-    look = pooled.Pooled.needs
-    monkeypatch.setattr(pooled.Pooled, "needs", lambda self, own: needs.append(look(self, own)) or needs[-1])
+    needs: list[pooled.MemoryEstimate] = []
+    look = pooled.PooledForward.needs
+    monkeypatch.setattr(pooled.PooledForward, "needs", lambda self, own: needs.append(look(self, own)) or needs[-1])
     fitted(PreciseBNCallback(SAMPLES))
     monkeypatch.setattr(pooled, "free_memory", lambda device: 2 * 4 * needs[0].num_bytes + 10)  # 4 batches in half
     precise = PreciseBNCallback(SAMPLES)

@@ -13,8 +13,8 @@ from torchmetrics import MetricCollection
 
 from lightning_bn import DeadChannels, MeanGap, Moments, NonFiniteChannels, VarGap
 from lightning_bn.tracking.drift import split
-from lightning_bn.tracking.history import MOST_ROWS, History, Traces
-from lightning_bn.tracking.recovery import recovered, share_kept
+from lightning_bn.tracking.history import MAX_ROWS, History, Traces
+from lightning_bn.tracking.recovery import ema_decay, recovered
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -45,7 +45,7 @@ def test_what_is_recovered_is_what_went_in(momentum: float | None, calls: int, t
         share = momentum if momentum is not None else 1 / (tracked + number + 1)
         after = (1 - share) * after + share * batch
     m = torch.tensor(momentum if momentum is not None else torch.nan, dtype=torch.float64)
-    kept = share_kept(m, torch.tensor(calls), torch.tensor(tracked))
+    kept = ema_decay(m, torch.tensor(calls), torch.tensor(tracked))
     assert torch.allclose(recovered(before, after, kept), batch, rtol=0, atol=1e-11)
 
 
@@ -94,15 +94,15 @@ def test_dead_and_nonfinite_channels_are_fractions() -> None:
 
 def test_history_stays_bounded_and_keeps_the_size_of_what_was_seen() -> None:
     history = History(["gap"], layers=1)
-    for step in range(5 * MOST_ROWS):
+    for step in range(5 * MAX_ROWS):
         history.add(step, {"gap": torch.tensor([3.0])})
-    assert MOST_ROWS // 2 <= len(history.steps) == len(history["gap"]) <= MOST_ROWS
-    assert history.steps == sorted(history.steps) and history.steps[-1] == 5 * MOST_ROWS - 1
-    assert history.rows_seen == 5 * MOST_ROWS
+    assert MAX_ROWS // 2 <= len(history.steps) == len(history["gap"]) <= MAX_ROWS
+    assert history.steps == sorted(history.steps) and history.steps[-1] == 5 * MAX_ROWS - 1
+    assert history.rows_seen == 5 * MAX_ROWS
     assert torch.allclose(history["gap"], torch.tensor(3.0))
 
 
-@pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1, 3000, 10_000])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1, 3000, 10_000])
 def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: int) -> None:
     history, resumed = History(["gap"], layers=2), History(["gap"], layers=2)
     first = torch.tensor([2.0, torch.nan])
@@ -123,14 +123,14 @@ def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: i
 
 def test_merging_rows_takes_the_one_that_was_measured() -> None:
     history = History(["gap"], layers=1)
-    for step in range(MOST_ROWS + 1):
+    for step in range(MAX_ROWS + 1):
         history.add(step, {"gap": torch.tensor([torch.nan if step % 2 else 2.0])})
-    assert torch.equal(history["gap"], torch.full((MOST_ROWS // 2 + 1, 1), 2.0))
+    assert torch.equal(history["gap"], torch.full((MAX_ROWS // 2 + 1, 1), 2.0))
 
 
 def test_traces_stay_bounded() -> None:
     traces = Traces()
-    for step in range(10 * MOST_ROWS):
+    for step in range(10 * MAX_ROWS):
         traces.add(step, torch.zeros(2, 1))
-    assert len(traces.steps) == len(traces.points) <= 4 * MOST_ROWS
+    assert len(traces.steps) == len(traces.points) <= 4 * MAX_ROWS
     assert set(torch.tensor(traces.steps).diff().tolist()) == {4}, "all of the run at one resolution"

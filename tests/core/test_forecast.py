@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_bn.tracking.forecast import SPANS, Forecaster
+from lightning_bn.tracking.forecast import SPANS, RidgeForecaster
 
 CHANNELS = 32
 EPS = 1e-5
@@ -27,7 +27,7 @@ class Trace:
     def __init__(self, path: Callable[[int], float], noise: float, steps: int, seed: int = 0, momentum: float = 0.1):
         generator = torch.Generator().manual_seed(seed)
         self.scale = torch.randn(CHANNELS, generator=generator, dtype=torch.float64)
-        self.forecaster = Forecaster([CHANNELS], torch.full((CHANNELS,), EPS, dtype=torch.float64))
+        self.forecaster = RidgeForecaster([CHANNELS], torch.full((CHANNELS,), EPS, dtype=torch.float64))
         self.running = torch.stack([torch.zeros(CHANNELS), torch.ones(CHANNELS)]).double()
         self.errors: list[tuple[float, float, float]] = []
         for step in range(steps):
@@ -85,7 +85,7 @@ def test_it_is_nowhere_worse_than_the_ema(drift: float, noise: float, momentum: 
 def test_the_variance_is_that_of_the_population_with_that_of_the_batches_means() -> None:
     """Batches of 16 rows that share half of their variance, as the pixels of an image do: Eq. 2."""
     generator = torch.Generator().manual_seed(0)
-    forecaster = Forecaster([CHANNELS], torch.full((CHANNELS,), EPS, dtype=torch.float64))
+    forecaster = RidgeForecaster([CHANNELS], torch.full((CHANNELS,), EPS, dtype=torch.float64))
     running = torch.stack([torch.zeros(CHANNELS), torch.ones(CHANNELS)]).double()
     forecasts = []
     for _ in range(300):
@@ -102,7 +102,7 @@ def test_the_variance_is_that_of_the_population_with_that_of_the_batches_means()
 
 
 def test_without_a_past_it_is_the_running_statistics() -> None:
-    forecaster = Forecaster([2], torch.full((2,), EPS, dtype=torch.float64))
+    forecaster = RidgeForecaster([2], torch.full((2,), EPS, dtype=torch.float64))
     running = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     for _ in range(2):
         mean, var, error = forecaster.forecast(running)
@@ -119,9 +119,9 @@ def noisy(steps: int, channels: int, seed: int = 0) -> Tensor:
     return torch.stack([walk[:, 0], walk[:, 1].exp()], 1)
 
 
-def forecast_of(batches: Tensor, sizes: list[int], counted: Tensor | None = None) -> tuple[Forecaster, Tensor]:
+def forecast_of(batches: Tensor, sizes: list[int], counted: Tensor | None = None) -> tuple[RidgeForecaster, Tensor]:
     channels = batches.shape[2]
-    forecaster = Forecaster(sizes, torch.full((channels,), EPS, dtype=torch.float64))
+    forecaster = RidgeForecaster(sizes, torch.full((channels,), EPS, dtype=torch.float64))
     running = torch.stack([torch.zeros(channels), torch.ones(channels)]).double()
     for step, batch in enumerate(batches):
         on = torch.ones(channels, dtype=torch.bool) if counted is None else counted[step]
@@ -130,7 +130,7 @@ def forecast_of(batches: Tensor, sizes: list[int], counted: Tensor | None = None
     return forecaster, running
 
 
-def both(pair: tuple[Forecaster, Tensor]) -> Tensor:
+def both(pair: tuple[RidgeForecaster, Tensor]) -> Tensor:
     mean, var, _ = pair[0].forecast(pair[1])
     return torch.stack([mean, var])
 
@@ -172,7 +172,7 @@ def test_a_nan_batch_is_left_out_and_poisoned_running_statistics_as_well() -> No
 def test_its_state_is_all_there_is_to_it() -> None:
     batches = noisy(30, 5)
     whole, running = forecast_of(batches, [2, 3])
-    resumed = Forecaster([2, 3], torch.full((5,), EPS, dtype=torch.float64))
+    resumed = RidgeForecaster([2, 3], torch.full((5,), EPS, dtype=torch.float64))
     resumed.load_state_dict(forecast_of(batches[:15], [2, 3])[0].state_dict())
     again = forecast_of(batches[:15], [2, 3])[1]
     for batch in batches[15:]:
@@ -263,7 +263,7 @@ def test_many_steps_at_once_are_what_they_are_one_by_one(
     truth = Stepwise(sizes)
     for step in range(steps):
         truth.update(batches[step], running[step], counted[step])
-    forecaster = Forecaster(sizes, torch.full((channels,), EPS, dtype=torch.float64))
+    forecaster = RidgeForecaster(sizes, torch.full((channels,), EPS, dtype=torch.float64))
     for block in zip(*(each.split(blocks) for each in (batches, running, counted)), strict=True):
         forecaster.update(*block)
     assert_equal_to_rounding(forecaster.state_dict(), truth)
@@ -274,7 +274,7 @@ def test_layers_may_be_taken_in_some_at_a_time() -> None:
     counted, truth = torch.ones(50, 9, dtype=torch.bool), Stepwise([2, 3, 4])
     for step in range(50):
         truth.update(batches[step], running[step], counted[step])
-    forecaster = Forecaster([2, 3, 4], torch.full((9,), EPS, dtype=torch.float64))
+    forecaster = RidgeForecaster([2, 3, 4], torch.full((9,), EPS, dtype=torch.float64))
     for layers, channels in ((slice(2, 3), slice(5, 9)), (slice(0, 2), slice(0, 5))):
         forecaster.update(batches[..., channels], running[..., channels], counted[:, channels], layers)
     assert_equal_to_rounding(forecaster.state_dict(), truth)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from lightning_bn.functional.leakage_test import Evidence, icc, icc_noise, leading_components, permutation_test
+from lightning_bn.functional.leakage_test import EProcess, icc, icc_noise, leading_components, permutation_test
 
 
 def numbers(sizes: list[int]) -> Tensor:
@@ -153,7 +153,7 @@ def test_groups_of_equal_rows_and_of_equal_means_are_no_numbers_that_break_it() 
 
 
 def capital(p_values: list[float]) -> float:
-    """The formula of `Evidence`, term by term."""
+    """The formula of `EProcess`, term by term."""
     found = 1 / (len(p_values) + 1)
     for first in range(1, len(p_values) + 1):
         stake = 1 / (first * (first + 1))
@@ -165,7 +165,7 @@ def capital(p_values: list[float]) -> float:
 
 @given(st.lists(st.floats(5e-5, 1), min_size=1, max_size=12))
 def test_evidence_is_the_formula(p_values: list[float]) -> None:
-    evidence, largest = Evidence(), 1.0
+    evidence, largest = EProcess(), 1.0
     for n, p in enumerate(p_values, 1):
         evidence.add(p)
         largest = max(largest, capital(p_values[:n]))
@@ -176,7 +176,7 @@ def test_without_leakage_runs_of_any_length_keep_the_level() -> None:
     uniform = torch.rand(20_000, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     alarms = 0
     for p_values in uniform.tolist():
-        evidence = Evidence()
+        evidence = EProcess()
         for p in p_values:
             evidence.add(p)
         alarms += evidence.p_value <= 0.01
@@ -184,7 +184,7 @@ def test_without_leakage_runs_of_any_length_keep_the_level() -> None:
 
 
 def test_a_weak_leak_that_lasts_and_one_that_begins_late_are_found() -> None:
-    weak, late = Evidence(), Evidence()
+    weak, late = EProcess(), EProcess()
     for _ in range(5):
         weak.add(0.02)
     for p in [0.5] * 30 + [0.0005] * 3:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.leakage_test import Evidence, leading_components, permutation_test
+from lightning_bn.functional.leakage_test import EProcess, leading_components, permutation_test
 from tests.digits import features, oriented_digits, several_of_some_classes
 
 SIZE = 32
@@ -34,7 +34,7 @@ def null_runs(runs: int, batches: int, permutations: int = 19_999) -> tuple[list
     generator = torch.Generator().manual_seed(2)
     of_runs, of_epochs = [], []
     for run in range(runs):
-        evidence = Evidence()
+        evidence = EProcess()
         for epoch in range(EPOCHS):
             of_epochs.append(p_value(random_batches(batches, generator), epoch, run * EPOCHS + epoch, permutations))
             evidence.add(of_epochs[-1])
@@ -64,7 +64,7 @@ def test_without_leakage_at_most_two_of_a_hundred_runs_alarm() -> None:
 
 def first_epoch(seed: int) -> float:
     """A run's p-value after one epoch; by a quarter of the monitor's regroupings, with which it alarms less easily."""
-    evidence = Evidence()
+    evidence = EProcess()
     batches = several_of_some_classes(125, torch.Generator().manual_seed(seed))
     evidence.add(p_value(batches, 0, seed, permutations=4999))
     return evidence.p_value

@@ -8,18 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_bn import Moments
-from lightning_bn.core.ranks import merge_at_once, merge_over_ranks, num_ranks, own_rank, sum_over_ranks
+from lightning_bn.core.ranks import get_rank, get_world_size, merge_at_once, merge_over_ranks, sum_over_ranks
 from tests.ranks import run_on_ranks
 
 
 def moments_of(x: Tensor, cuts: list[int]) -> tuple[list[Moments], list[int], tuple[int, int]]:
     """Merged moments of the rows of ``x``, each rank holding its part of them, merged in both ways."""
-    part = x.tensor_split(cuts)[own_rank()]
+    part = x.tensor_split(cuts)[get_rank()]
     own = Moments.of(part) if len(part) else Moments.empty(x.shape[1])
     return (
         [merge_over_ranks(own), merge_at_once(own)],
         sum_over_ranks([len(part), 1], torch.device("cpu")),
-        (own_rank(), num_ranks()),
+        (get_rank(), get_world_size()),
     )
 
 
@@ -43,9 +43,9 @@ def test_ranks_hold_one_population(cuts: list[int], mean: float) -> None:
 def moments_in_a_group() -> list[float]:
     """Ranks 0 and 2 form a group of their own; rank 1 stays out."""
     group = dist.new_group([0, 2])
-    if own_rank() == 1:
+    if get_rank() == 1:
         return []
-    x = torch.full((own_rank() + 1, 1), float(own_rank()))
+    x = torch.full((get_rank() + 1, 1), float(get_rank()))
     return [v.item() for v in vars(merge_over_ranks(Moments.of(x), group)).values()]
 
 
@@ -56,7 +56,7 @@ def test_a_group_of_ranks_merges_among_itself() -> None:
 
 
 def test_without_ranks_there_is_nothing_to_merge() -> None:
-    assert not dist.is_initialized() and num_ranks() == 1 and own_rank() == 0
+    assert not dist.is_initialized() and get_world_size() == 1 and get_rank() == 0
     moments = Moments.of(torch.randn(4, 2))
     assert merge_over_ranks(moments) is moments
     assert sum_over_ranks([3, 4], torch.device("cpu")) == [3, 4]

@@ -426,7 +426,7 @@ def with_datasets() -> None:
     with (
         roi_shuffle(model, modules="heads.*"),
         domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared") as handle,
-        handle.showing(torch.tensor([0, 0, 1, 1])),
+        handle.use_domain(torch.tensor([0, 0, 1, 1])),
         pytest.raises(ValueError, match=r"'heads\.0': its BatchNorm layers tell datasets apart"),
     ):
         model(torch.randn(4, 3))

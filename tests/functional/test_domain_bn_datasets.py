@@ -107,7 +107,7 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
         if per == "batch":
             domain = torch.full_like(domain, int(domain[0]))
         x = x.clone().requires_grad_()
-        with handle.showing(domain if per == "sample" else int(domain[0])):
+        with handle.use_domain(domain if per == "sample" else int(domain[0])):
             ours = with_gradients(model(x), model, x)
         assert_close(ours, with_gradients(by_hand(x, domain), model, x))
     for name, layer in find_bn(model).items():
@@ -130,7 +130,7 @@ def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
     handle = given(model, row)
 
     def forward(model: nn.Module, batch: Any) -> None:
-        with handle.showing(batch[1]):
+        with handle.use_domain(batch[1]):
             model(batch[0])
 
     statistics = precise_bn(model, BATCHES, forward=forward, batch_size="population")
@@ -172,7 +172,7 @@ def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
 def test_one_value_has_no_variance_and_moves_no_statistics_of_its_domain() -> None:
     layer = nn.BatchNorm1d(2)
     handle = given(layer, 2)
-    with handle.showing(torch.tensor([0, 0, 1, 0])):
+    with handle.use_domain(torch.tensor([0, 0, 1, 0])):
         layer(torch.randn(4, 2))
     own = handle.state()[""]
     assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
@@ -184,7 +184,7 @@ def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalized(row: 
     handle = given(model, row)
     before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
     x = torch.randn(4, 2)
-    with handle.showing(torch.tensor([0, 0, 1, 0])):
+    with handle.use_domain(torch.tensor([0, 0, 1, 0])):
         with pytest.raises(ValueError, match="Layer '0' is given one value per channel of domain 1"):
             model(x)
         assert all(v.equal(before[k]) for k, v in model.named_buffers())
@@ -199,9 +199,12 @@ def test_what_is_no_domain_is_refused() -> None:
         model(x)
     for wrong, error in ((3, ValueError), (-1, ValueError), (torch.tensor([0, 5]), ValueError), ("a", TypeError),
                          (domain.double(), TypeError), (True, TypeError)):  # fmt: skip
-        with pytest.raises(error, match=r"[Dd]omain"), handle.showing(wrong):
+        with pytest.raises(error, match=r"[Dd]omain"), handle.use_domain(wrong):
             pass
-    with handle.showing(domain[:2]), pytest.raises(ValueError, match=r"Layer '1' is given 5 rows, and .* of 2 samples"):
+    with (
+        handle.use_domain(domain[:2]),
+        pytest.raises(ValueError, match=r"Layer '1' is given 5 rows, and .* of 2 samples"),
+    ):
         model(x)
     levels = domain_bn(nn.Sequential(net()), domains=2, owner="0", **choices(4))
     with pytest.raises(ValueError, match="feature levels"):
@@ -212,7 +215,7 @@ def test_the_state_goes_back_into_another_model() -> None:
     first, second = net(), net()
     trained, anew = given(first, 4), given(second, 4)
     x, ids = batch(0, [0, 1, 1, 0, 1, 0])
-    with trained.showing(ids):
+    with trained.use_domain(ids):
         first(x)
     anew.load(trained.state())
     for name, own in trained.state().items():

@@ -70,7 +70,7 @@ def test_a_domains_statistics_are_those_of_what_its_calls_were_given(name: str, 
             mean, var = mean.lerp(rows.mean(0), 0.1), var.lerp(rows.var(0), 0.1)
         truth[domain] = mean, var
     handle = given(net, sgd)
-    train(net, data, handle.showing)
+    train(net, data, handle.use_domain)
     own = handle.state()["bn"]
     for domain, (mean, var) in truth.items():
         torch.testing.assert_close(own["domain_mean"][domain].double(), mean, rtol=1e-4, atol=1e-5)
@@ -87,7 +87,7 @@ def test_a_pass_measures_each_domain_at_the_call(name: str, sgd: str, batch_size
     handle = given(net, sgd)
 
     def forward(model: nn.Module, batch: tuple[Tensor, int]) -> None:
-        train(model, [batch], handle.showing)
+        train(model, [batch], handle.use_domain)
 
     precise_bn(net, data, forward=forward, batch_size=batch_size, count=lambda batch: len(batch[0]))
     own = handle.state()["bn"]
@@ -106,7 +106,7 @@ def test_samples_of_several_domains_are_told_apart_at_the_call(name: str, sgd: s
     net = Single(ZOO[name]).train()
     domain, (x,) = torch.tensor([0, 1, 1, 0, 0, 1]), batches([6])
     handle = given(net, sgd)
-    with handle.showing(domain):
+    with handle.use_domain(domain):
         net(x)
     own = handle.state()["bn"]
     for d in (0, 1):
@@ -120,9 +120,9 @@ def test_what_is_mixed_up_before_the_call_is_refused_by_name(sgd: str, name: str
     net = Single(ZOO[name]).train()
     handle = given(net, sgd)
     (x,) = batches([4])
-    with handle.showing(torch.tensor([0, 1, 1, 0])), pytest.raises((TypeError, ValueError), match=r"'bn'.*layers="):
+    with handle.use_domain(torch.tensor([0, 1, 1, 0])), pytest.raises((TypeError, ValueError), match=r"'bn'.*layers="):
         net(x)
-    with handle.showing(1):
+    with handle.use_domain(1):
         net(x)
 
 
@@ -132,11 +132,11 @@ def test_a_hand_written_layer_is_refused_by_name_and_the_way_out_works(name: str
     net = Net(ZOO[name]).train()
     handle = given(net, sgd)
     (x,) = batches([4])
-    with handle.showing(0), pytest.raises(TypeError, match=r"'bn' does not call .*layers="):
+    with handle.use_domain(0), pytest.raises(TypeError, match=r"'bn' does not call .*layers="):
         net(x)
     handle.undo()
     handle = given(net, sgd, layers="last")
-    with handle.showing(0):
+    with handle.use_domain(0):
         net(x)
     assert handle.state()["last"]["domain_batches"].tolist() == [1, 0]
 
@@ -149,13 +149,13 @@ def test_a_call_in_eval_mode_within_a_pass_uses_the_domains_statistics_and_count
     net = nn.Sequential(nn.BatchNorm1d(3)).train()
     handle = given(net, sgd)
     data = [(torch.randn(16, 3) + 5 * d, d) for d in (0, 1)]
-    train(net, data, handle.showing)
+    train(net, data, handle.use_domain)
     before = copy.deepcopy(handle.state()["0"])
     outputs = {}
 
     def forward(model: Any, batch: tuple[Tensor, int]) -> None:
         x, domain = batch
-        with handle.showing(domain):
+        with handle.use_domain(domain):
             model(x)
             layer = model[0]
             if kind == "momentum 0":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.functional import forecast
-from lightning_bn.tracking.step_forecast import AT_ONCE, StepForecast
+from lightning_bn.tracking.step_forecast import AT_ONCE, StatisticsForecaster
 from tests.core.test_forecast import Stepwise, assert_equal_to_rounding
 
 SIZES = [3, 2, 4]
@@ -34,7 +34,7 @@ def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
     monkeypatch.setattr(forecast, "_CHANNELS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     layers = layers_of()
-    watched, truth = StepForecast(layers), Stepwise(SIZES)
+    watched, truth = StatisticsForecaster(layers), Stepwise(SIZES)
     for step in range(STEPS):
         if step == 20:
             layers["0"].momentum = 0.3
@@ -58,7 +58,7 @@ def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
 
 def test_a_step_that_never_ended_is_left_out() -> None:
     layers = layers_of()
-    watched = StepForecast(layers)
+    watched = StatisticsForecaster(layers)
     for ends in (True, False, True):
         watched.before_batch()
         for bn in layers.values():
@@ -70,7 +70,7 @@ def test_a_step_that_never_ended_is_left_out() -> None:
 
 def test_no_more_steps_are_kept_than_is_said() -> None:
     layers = layers_of()
-    watched = StepForecast(layers)
+    watched = StatisticsForecaster(layers)
     kept = []
     for _ in range(STEPS):
         watched.before_batch()

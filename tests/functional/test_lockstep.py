@@ -37,7 +37,7 @@ def test_each_gets_the_answer_to_what_all_brought(values: list[int], points: int
     lockstep = summing()
 
     def function(own: int) -> list[int]:
-        return [lockstep.arrive(f"point {i}", own + i) for i in range(points)]
+        return [lockstep.exchange(f"point {i}", own + i) for i in range(points)]
 
     results = lockstep.run([lambda v=v: function(v) for v in values])  # type: ignore[misc]
     assert results == [[sum(values) + len(values) * i for i in range(points)]] * len(values)
@@ -45,7 +45,7 @@ def test_each_gets_the_answer_to_what_all_brought(values: list[int], points: int
 
 def test_answers_that_are_none_or_false_are_answers() -> None:
     lockstep = Lockstep[str, int, Any](lambda point, values: [None, 0, False, ""])
-    assert lockstep.run([lambda: lockstep.arrive("a", 1)] * 4) == [None, 0, False, ""]
+    assert lockstep.run([lambda: lockstep.exchange("a", 1)] * 4) == [None, 0, False, ""]
 
 
 def test_each_function_has_context_variables_of_its_own() -> None:
@@ -56,7 +56,7 @@ def test_each_function_has_context_variables_of_its_own() -> None:
     def function(own: int) -> tuple[int, int]:
         before = variable.get()
         variable.set(own)
-        lockstep.arrive("a", 0)
+        lockstep.exchange("a", 0)
         return before, variable.get()
 
     assert lockstep.run([lambda: function(1), lambda: function(2)]) == [(7, 1), (7, 2)]
@@ -70,7 +70,7 @@ def test_an_exception_that_is_being_handled_stays_with_its_function() -> None:
         try:
             raise KeyError(own)
         except KeyError:
-            lockstep.arrive("a", 0)
+            lockstep.exchange("a", 0)
             try:
                 raise
             except KeyError as error:
@@ -86,7 +86,7 @@ def test_functions_are_taken_one_by_one() -> None:
     def functions() -> Iterator[Callable[[], Any]]:
         for i in range(2):
             log.append(f"made {i}")
-            yield lambda i=i: (log.append(f"began {i}"), lockstep.arrive("a", 0))
+            yield lambda i=i: (log.append(f"began {i}"), lockstep.exchange("a", 0))
 
     lockstep.run(functions())
     assert log == ["made 0", "began 0", "made 1", "began 1"]
@@ -98,18 +98,18 @@ def test_functions_are_taken_one_by_one() -> None:
 def test_another_point_is_an_error_that_names_both() -> None:
     lockstep = Lockstep[str, int, int](lambda point, values: values, advice="Do something.")
     with pytest.raises(LockstepError, match=r"number 1 was at a when number 3 was at b\. Do something\."):
-        lockstep.run([lambda p=p: lockstep.arrive(p, 0) for p in "aab"])  # type: ignore[misc]
+        lockstep.run([lambda p=p: lockstep.exchange(p, 0) for p in "aab"])  # type: ignore[misc]
 
 
 def test_an_end_where_others_wait_is_an_error_that_names_both() -> None:
     lockstep = summing()
     with pytest.raises(LockstepError, match="number 1 was at a when number 2 had come to its end"):
-        lockstep.run([lambda: lockstep.arrive("a", 0), lambda: 0])
+        lockstep.run([lambda: lockstep.exchange("a", 0), lambda: 0])
 
 
 def test_a_point_outside_of_run_is_an_error() -> None:
     with pytest.raises(LockstepError, match="a was reached outside"):
-        summing().arrive("a", 0)
+        summing().exchange("a", 0)
 
 
 class Trouble(Exception):
@@ -133,10 +133,10 @@ class Log:
     def function(self, number: int) -> None:
         try:
             with self.inside(number), torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
-                self.lockstep.arrive("a", 0)
+                self.lockstep.exchange("a", 0)
                 if self.error and number == self.bad:
                     raise self.error
-                self.lockstep.arrive("b", 0)
+                self.lockstep.exchange("b", 0)
         finally:
             self.left.append((number, "finally"))
 
@@ -188,12 +188,12 @@ def test_a_function_that_catches_its_end_and_goes_on_is_ended_again() -> None:
     def stubborn() -> None:
         for point in "abc":
             try:
-                lockstep.arrive(point, 0)
+                lockstep.exchange(point, 0)
             except:  # noqa: E722
                 log.append(point)
 
     def failing() -> None:
-        lockstep.arrive("a", 0)
+        lockstep.exchange("a", 0)
         raise Trouble
 
     with pytest.raises(Trouble):
@@ -206,14 +206,14 @@ def test_a_function_that_makes_another_error_of_its_end_hides_nothing_and_stops_
 
     def translating(number: int) -> None:
         try:
-            lockstep.arrive("a", 0)
-            lockstep.arrive("b", 0)
+            lockstep.exchange("a", 0)
+            lockstep.exchange("b", 0)
         except BaseException as error:
             ended.append(number)
             raise RuntimeError("of its own") from error
 
     def failing() -> None:
-        lockstep.arrive("a", 0)
+        lockstep.exchange("a", 0)
         raise Trouble
 
     with pytest.raises(Trouble):
@@ -228,7 +228,7 @@ def test_filters_of_warnings_are_what_they_were() -> None:
         for point in "abc"[own:]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                lockstep.arrive(point, own)
+                lockstep.exchange(point, own)
 
     before, show = list(warnings.filters), warnings.showwarning
     lockstep.run([lambda: function(0)] * 3)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from lightning_bn import PopulationStatistics, precise_bn
-from lightning_bn.lockstep.offload import Alive, Room, Spilled, free_memory
+from lightning_bn.lockstep.offload import AllocationTracker, OffloadedStorages, OffloadManager, free_memory
 from tests.memory import growth
 from tests.ranks import run_on_ranks
 from tests.zoo import CASES, case, cnn, images
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_alive_is_what_was_made_and_is_still_held() -> None:
     outside = torch.zeros(500)
-    with (alive := Alive()):
+    with (alive := AllocationTracker()):
         kept = torch.zeros(1000) + 1
         view, in_place = kept[:10], kept.add_(1)
         outside.add_(1)
@@ -46,7 +46,7 @@ def test_what_is_alive_is_what_was_made_and_is_still_held() -> None:
 
 
 def test_sparse_tensors_are_passed_over() -> None:
-    with (alive := Alive()):
+    with (alive := AllocationTracker()):
         sparse = torch.eye(3).to_sparse()
         kept = sparse @ torch.ones(3, 4)
     assert kept.nbytes <= alive.num_bytes < 200
@@ -63,12 +63,12 @@ def test_contents_come_back_as_they_were(folder: Path) -> None:
     tensors = [torch.randn(300), torch.randn(4, 5).bfloat16(), torch.arange(7), torch.zeros(0), torch.tensor([True])]
     views = [t[1:] for t in tensors]
     before = [t.clone() for t in tensors]
-    spilled = Spilled(storages(*tensors))
+    spilled = OffloadedStorages(storages(*tensors))
     assert spilled.num_bytes == sum(t.nbytes for t in before)
     assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
     (file,) = folder.iterdir()
     assert file.stat().st_size == spilled.num_bytes and not file.stat().st_mode & 0o077, "nobody else's to read"
-    spilled.bring_back()
+    spilled.restore()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert all(torch.equal(a, b[1:]) for a, b in zip(views, before, strict=True))
     assert not list(folder.iterdir())
@@ -78,11 +78,11 @@ def test_more_may_lie_elsewhere_than_a_process_may_have_open_files() -> None:
     descriptors = Path("/proc/self/fd")
     tensors = [torch.randn(3) for _ in range(50)]
     before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
-    spilled = [Spilled(storages(t)) for t in tensors]
+    spilled = [OffloadedStorages(storages(t)) for t in tensors]
     if descriptors.exists():
         assert len(list(descriptors.iterdir())) == before
     for s in spilled:
-        s.bring_back()
+        s.restore()
 
 
 def test_a_disk_that_is_full_is_an_error_and_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,13 +96,13 @@ def test_a_disk_that_is_full_is_an_error_and_loses_nothing(folder: Path, monkeyp
 
     monkeypatch.setattr("lightning_bn.lockstep.offload._as_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        Spilled(storages(*tensors))
+        OffloadedStorages(storages(*tensors))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert not list(folder.iterdir())
 
 
 def test_room_is_made_by_the_one_that_has_waited_longest() -> None:
-    room = Room(1000)
+    room = OffloadManager(1000)
     with room.keep_track() as one:
         a = torch.zeros(200)
     with room.keep_track() as two:
@@ -118,7 +118,7 @@ def test_room_is_made_by_the_one_that_has_waited_longest() -> None:
 
 
 def test_what_another_uses_comes_back_and_stays() -> None:
-    room = Room(100)
+    room = OffloadManager(100)
     with room.keep_track() as one:
         a, own = torch.arange(200.0), torch.arange(300.0)
         with room.waiting(one, []):
@@ -254,7 +254,7 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
     from lightning_bn.functional import pooled
 
     predicted, spilled = [0.0], list[int]()
-    needs: Callable[..., Any] = pooled.Pooled.needs
+    needs: Callable[..., Any] = pooled.PooledForward.needs
 
     def spy(self: Any, own: Any) -> Any:
         found = needs(self, own)
@@ -266,7 +266,7 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
     kwargs = {"batch_size": batch_size, "memory_limit": memory_limit}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
-        patch.setattr(pooled.Pooled, "needs", spy)
+        patch.setattr(pooled.PooledForward, "needs", spy)
         precise_bn(model, [torch.randn(2, 3, 16, 16)] * 2, **kwargs)  # loads what is loaded once
         grown = growth(lambda: spilled.append(precise_bn(model, batches, **kwargs).spilled), of_its_own=2**18)
     return grown, spilled[0], predicted[0]

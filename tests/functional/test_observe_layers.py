@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn import find_bn
 from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.observer import Observer
-from lightning_bn.tracking.step_forecast import StepForecast
+from lightning_bn.tracking.step_forecast import StatisticsForecaster
 from lightning_bn.tracking.trusted import UNSEEN
 from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, truth
 
@@ -155,9 +155,9 @@ def test_within_a_window_a_step_is_right_or_left_out(
     assert_gaps(observer.take(), 0, [o for o in all_of_them if not (unknown and o is offsets[2])], rel=1e-3)
 
 
-def forecast_of(net: Net, steps: int = 40) -> StepForecast:
+def forecast_of(net: Net, steps: int = 40) -> StatisticsForecaster:
     """After steps that all see the same batch: the population is this batch."""
-    forecast = StepForecast(find_bn(net))
+    forecast = StatisticsForecaster(find_bn(net))
     (x,) = batches([8])
     for _ in range(steps):
         forecast.before_batch()
@@ -193,7 +193,7 @@ def test_a_forecast_takes_in_what_moved_the_layer_and_not_what_it_saw_besides(
     make: Callable[[int], _BatchNorm],
 ) -> None:
     layer = make(3)
-    forecast = StepForecast({"bn": layer})
+    forecast = StatisticsForecaster({"bn": layer})
     x, other = torch.randn(64, 3) + 2, torch.randn(64, 3) * 4 - 3
     for _ in range(40):
         forecast.before_batch()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
-from lightning_bn.core.batch_sizes import counted_by, samples_in
+from lightning_bn.core.batch_sizes import as_batch_size_fn, infer_batch_size
 
 Pair = namedtuple("Pair", "x y")
 
@@ -159,25 +159,25 @@ def kinds(*tables: dict[str, Any]) -> Any:
 @kinds(COLLATED, LISTED)
 @pytest.mark.parametrize("n", [5, 2, 1, 3])
 def test_samples_are_counted_whatever_holds_them(kind: Callable[[int], Any], n: int) -> None:
-    assert samples_in(kind(n)) == n
+    assert infer_batch_size(kind(n)) == n
 
 
 @kinds(COLLATED, LISTED)
 def test_an_empty_batch_holds_no_samples(kind: Callable[[int], Any]) -> None:
-    assert samples_in(kind(0)) == 0
+    assert infer_batch_size(kind(0)) == 0
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("beside", [lambda n: (packed(n), labels(n)), packed, lambda n: {"x": packed(n)}])
 def test_packed_sequences_are_counted(beside: Callable[[int], Any], n: int) -> None:
-    assert samples_in(beside(n)) == n
+    assert infer_batch_size(beside(n)) == n
 
 
 @kinds(REFUSED)
 def test_what_cannot_be_counted_is_refused_by_type_and_structure(kind: tuple[Any, str]) -> None:
     batch, said = kind
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
-        samples_in(batch)
+        infer_batch_size(batch)
     assert refusal.match(r"Pass count=.* such as count=lambda batch: len\(batch\[0\]\)")
 
 
@@ -204,27 +204,27 @@ def test_what_torch_collates_is_counted_as_lightning_does(sample: Any, n: int) -
     assume(not alike or not set.intersection(*map(set, sample)))
     batch = default_collate([made(sample)] * n)
     try:
-        assert samples_in(batch) == extract_batch_size(batch) == n
+        assert infer_batch_size(batch) == extract_batch_size(batch) == n
     except ValueError as refusal:
         assert "may hold a sample or a batch" in str(refusal)
 
 
 @pytest.mark.parametrize(("n", "counted"), [(16, 16), (5, 5), (2, 2), (0, 0), (1, 2), (3, 2), (4, 2)])
 def test_sequences_alone_are_images_where_they_look_like_images(n: int, counted: int) -> None:
-    assert samples_in([stacked(n, 7, 2), stacked(n, 5, 2)]) == counted
+    assert infer_batch_size([stacked(n, 7, 2), stacked(n, 5, 2)]) == counted
 
 
 @given(st.lists(st.sampled_from([1, 3, 4]), min_size=1, max_size=6), st.booleans())
 def test_a_list_of_images_is_as_long_as_it_is(channels: list[int], targets: bool) -> None:
     batch = [torch.zeros(c, 6, 7) for c in channels]
-    assert samples_in((batch, boxes(len(batch))) if targets else batch) == len(batch)
+    assert infer_batch_size((batch, boxes(len(batch))) if targets else batch) == len(batch)
 
 
 # ---------------------------------------------------------------------------------------------------- a user's count
 @pytest.mark.parametrize("said", [4, 4.0, np.int64(4), torch.tensor(4)])
 def test_whole_numbers_of_any_type_are_counts(said: Any) -> None:
-    assert counted_by(lambda _: said)(None) == 4
-    assert counted_by(None) is samples_in
+    assert as_batch_size_fn(lambda _: said)(None) == 4
+    assert as_batch_size_fn(None) is infer_batch_size
 
 
 @pytest.mark.parametrize("said", [-1, float("nan"), float("inf"), 2.5, torch.tensor(-1)])
@@ -232,17 +232,17 @@ def test_what_is_no_number_of_samples_is_refused(said: Any) -> None:
     with pytest.raises(
         ValueError, match=r"count must return .* but returned (-1|nan|inf|2\.5|tensor).* for a NoneType"
     ):
-        counted_by(lambda _: said)(None)
+        as_batch_size_fn(lambda _: said)(None)
 
 
 @pytest.mark.parametrize("said", [None, "4", True, torch.zeros(2)])
 def test_what_is_no_number_is_refused(said: Any) -> None:
     with pytest.raises(TypeError, match=r"count must return .* for a list of 2 x a Tensor \(3,\)"):
-        counted_by(lambda _: said)([torch.zeros(3)] * 2)
+        as_batch_size_fn(lambda _: said)([torch.zeros(3)] * 2)
 
 
 def test_what_is_no_function_and_a_stop_iteration_are_refused() -> None:
     with pytest.raises(TypeError, match=r"count must be a function .* but is 5"):
-        counted_by(5)  # type: ignore[arg-type]
+        as_batch_size_fn(5)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="count raised StopIteration"):
-        counted_by(lambda _: next(iter([])))(None)
+        as_batch_size_fn(lambda _: next(iter([])))(None)

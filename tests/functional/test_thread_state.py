@@ -102,19 +102,19 @@ def test_a_state_is_entered_left_and_goes_on_where_it_was(name: str) -> None:
     if name not in ("no autocast", "enable_grad"):  # which are so
         assert inside != outside
     for _ in range(2):
-        with state.entered():
+        with state.activate():
             assert seen() == inside
         assert seen() == outside
     ending = ThreadState()
     context = CONTEXTS[name]()
-    with ending.entered():
+    with ending.activate():
         context.__enter__()
     assert seen() == outside
-    with ending.entered():
+    with ending.activate():
         assert seen() == inside
         context.__exit__(None, None, None)
         assert seen() == outside
-    with CONTEXTS["function mode"](), state.entered():
+    with CONTEXTS["function mode"](), state.activate():
         assert seen() == inside
 
 
@@ -124,7 +124,7 @@ def test_states_inside_of_each_other_are_all_kept() -> None:
         for second in CONTEXTS.values():
             with first(), second():
                 inside, state = seen(), ThreadState()
-            with state.entered():
+            with state.activate():
                 assert seen() == inside
             assert seen() == outside
 
@@ -212,7 +212,7 @@ def test_a_stream_of_random_numbers_goes_on_where_it_was_left() -> None:
     before = torch.get_rng_state()
     stream, drawn = RandomState(3), []
     for _ in range(2):
-        with stream.entered():
+        with stream.activate():
             drawn.append(torch.randn(3))
         torch.randn(1)
     torch.set_rng_state(before)
@@ -224,7 +224,7 @@ def test_streams_depend_on_the_global_one_and_do_not_move_it() -> None:
     def first_numbers() -> list[float]:
         streams, drawn = random_streams(), []
         for _ in range(3):
-            with next(streams).entered():
+            with next(streams).activate():
                 drawn.append(float(torch.randn(())))
         return drawn
 

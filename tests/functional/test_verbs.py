@@ -232,7 +232,7 @@ def test_a_deep_copy_evaluates_as_the_model_does_or_says_that_it_does_not(name: 
     model, (x, *_) = net(), BATCHES
     with given(name, model) as handle:
         if "domain_bn" in name:
-            with handle.showing(0):
+            with handle.use_domain(0):
                 model(x + 5)
         for batch in BATCHES:
             model(batch)
@@ -284,7 +284,7 @@ def test_a_copy_of_domains_takes_other_domains_and_other_verbs_as_a_plain_model(
             assert torch.equal(own["domain_weight"], twin.get_submodule(layer).weight.expand(3, -1))
     with pytest.warns(UserWarning, match="deep copy"):
         twin = copy.deepcopy(model)
-    with domain_bn(twin, domains=2, **choices(4)) as handle, handle.showing(0):
+    with domain_bn(twin, domains=2, **choices(4)) as handle, handle.use_domain(0):
         twin(BATCHES[0]).sum().backward()
         assert twin.layers[0].weight.grad is not None and "layers.0.domain_weight" not in twin.state_dict()
 

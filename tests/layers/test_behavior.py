@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.adapted import Adapting
-from lightning_bn.layers.behavior import Behavior, Handle, ModuleBehavior, behaviors_of, give, take_back
+from lightning_bn.layers.behavior import Behavior, Handle, ModuleBehavior, attach, behaviors_of, detach
 
 
 class Adds(Behavior):
@@ -40,8 +40,8 @@ X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 def test_behaviors_wrap_the_layers_forward_the_last_given_outermost() -> None:
     bn = layer()
     plain = bn(X)
-    give(bn, Adds(1))
-    give(bn, Adds(2))
+    attach(bn, Adds(1))
+    attach(bn, Adds(2))
     torch.testing.assert_close(bn(X), ((plain + 1) * 10 + 2) * 10)
 
 
@@ -52,7 +52,7 @@ def test_a_layer_may_be_called_by_keyword() -> None:
 
     for bn, name in ((layer(), "input"), (Renamed(2).eval(), "x")):
         plain = bn(X)
-        give(bn, Adds(1))
+        attach(bn, Adds(1))
         torch.testing.assert_close(bn(**{name: X}), (plain + 1) * 10)
     torch.testing.assert_close(bn(X, 2.0), (plain * 2 + 1) * 10)
     torch.testing.assert_close(bn(scale=2.0, x=X), (plain * 2 + 1) * 10)
@@ -103,11 +103,11 @@ def test_what_else_was_to_be_undone_is_undone_once() -> None:
 
 def test_the_layer_is_an_instance_of_its_class_and_shows_what_it_does() -> None:
     bn = layer()
-    give(bn, Adds(1))
+    attach(bn, Adds(1))
     assert isinstance(bn, nn.BatchNorm1d) and type(bn).__name__ == "BatchNorm1d"
     assert inspect.getdoc(type(bn)) == inspect.getdoc(nn.BatchNorm1d)
     assert repr(bn).startswith("BatchNorm1d(2, eps=1e-05") and repr(bn).endswith(", adds 1)")
-    take_back(bn, bn._behaviors[0])
+    detach(bn, bn._behaviors[0])
     assert "adds" not in repr(bn)
 
 
@@ -122,17 +122,17 @@ def test_copies_and_pickles_are_plain_and_the_original_stays_as_it_is(
     original = type(bn)
     attributes = set(vars(bn))
     behavior = Adds(1)
-    give(bn, behavior)
+    attach(bn, behavior)
     plain = copied(bn)
     assert type(plain) is original and set(vars(plain)) == attributes and not behaviors_of(plain)
     assert behaviors_of(bn) == (behavior,)
-    take_back(bn, behavior)
+    detach(bn, behavior)
     assert type(bn) is original
 
 
 def test_a_whole_model_is_copied_plain() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    give(model[1], Adds(1))
+    attach(model[1], Adds(1))
     plain = copy.deepcopy(model)
     assert type(plain[1]) is nn.BatchNorm1d
     assert plain[1].weight is not model[1].weight and torch.equal(plain[1].weight, model[1].weight)
@@ -170,8 +170,8 @@ def test_a_call_that_was_taken_hold_of_meanwhile_is_the_plain_one_afterwards() -
 def test_layers_of_one_class_share_one_derived_class() -> None:
     """Thousands of layers, a handful of classes: torch.compile guards on classes."""
     a, b = layer(), layer()
-    give(a, Adds(1))
-    give(b, Adds(2))
+    attach(a, Adds(1))
+    attach(b, Adds(2))
     assert type(a) is type(b)
 
 

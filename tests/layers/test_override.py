@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bn.layers.override import BatchNormCall, plain_call, tracks, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, plain_call, replace_batch_norm, tracks
 
 
 @pytest.mark.parametrize("bn", [nn.BatchNorm2d(2), timm.layers.BatchNormAct2d(2)])
@@ -22,7 +22,7 @@ def test_the_replacement_is_given_what_batch_norm_would_have_been(bn: Any) -> No
         return call.input
 
     x = torch.randn(2, 2, 3, 3)
-    y = with_batch_norm(replacement, "bn", bn, x)
+    y = replace_batch_norm(replacement, "bn", bn, x)
     (call,) = given
     assert call.input is x and call.training is True and (call.momentum, call.eps) == (0.1, 1e-5)
     assert all(getattr(call, name) is getattr(bn, name) for name in ("running_mean", "running_var", "weight", "bias"))
@@ -32,7 +32,7 @@ def test_the_replacement_is_given_what_batch_norm_would_have_been(bn: Any) -> No
 
 def test_the_replacement_may_call_batch_norm_itself() -> None:
     bn, x = nn.BatchNorm1d(2), torch.randn(4, 2)
-    y = with_batch_norm(BatchNormCall.run, "bn", bn, x)
+    y = replace_batch_norm(BatchNormCall.run, "bn", bn, x)
     torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
 
 
@@ -44,7 +44,7 @@ def test_the_known_call_of_torchs_own_layers_is_the_one_they_make(bn: Any, train
     bn.train(training).track_running_stats = tracking
     known = plain_call(bn, x)
     made: list[BatchNormCall] = []
-    with_batch_norm(lambda call: (made.append(call), call.input)[1], "bn", bn, x)
+    replace_batch_norm(lambda call: (made.append(call), call.input)[1], "bn", bn, x)
     (call,) = made
     assert all(a is b for a, b in zip(known[:5], call[:5], strict=True)) and known.eps == call.eps
     assert known.training == call.training and tracks(bn, known) == tracks(bn, call)
@@ -57,10 +57,10 @@ def test_outside_and_after_an_error_nothing_is_replaced() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        with_batch_norm(broken, "bn", bn, x)
+        replace_batch_norm(broken, "bn", bn, x)
     assert bn(x).shape == (4, 2)
 
 
 def test_a_forward_without_such_a_call_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"forward of layer 'head\.0' does not call torch\.nn\.functional\.batch_norm"):
-        with_batch_norm(BatchNormCall.run, "head.0", nn.ReLU(), torch.zeros(1))
+        replace_batch_norm(BatchNormCall.run, "head.0", nn.ReLU(), torch.zeros(1))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lightning_bn import plots
-from lightning_bn.plots.drift import MOST_COLUMNS
+from lightning_bn.plots.drift import MAX_COLUMNS
 from lightning_bn.plots.style import EMA, PRECISE, short_names
 
 LONG = [f"model.backbone.encoder.stages.{i // 12}.blocks.{i % 12}.residual_branch.norm_{i % 2}" for i in range(60)]
@@ -59,7 +59,7 @@ def test_a_long_run_is_shown_by_the_largest_gap_of_every_span() -> None:
     gaps[3333, 1] = 7.0
     gaps[:, 0] = np.nan
     shown = cells(plots.gap_heatmap(range(5000), ["a", "b"], gaps))
-    assert shown.shape == (2, MOST_COLUMNS) and shown[1].max() == 7.0 and shown.mask[0].all()
+    assert shown.shape == (2, MAX_COLUMNS) and shown[1].max() == 7.0 and shown.mask[0].all()
 
 
 @pytest.mark.parametrize("layers", [1, 5, 60, 200])

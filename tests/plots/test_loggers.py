@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_bn import plots
-from lightning_bn.plots.loggers import MOST_CHART_POINTS
+from lightning_bn.plots.loggers import MAX_CHART_POINTS
 
 NAMES = {0: {"layer": "stem.bn", "key": "stem_bn"}, 1: {"layer": "head.bn", "key": "head_bn"}}
 COLUMNS = ["layer", "mean gap"]
@@ -201,7 +201,7 @@ def test_wandb_gets_one_chart_of_all_lines_without_nan_and_within_what_it_shows(
     assert "_wandb.visualize.bn/all_layers" in config(records)
     (path,) = folder.glob("media/table/**/all_layers_table*.json")
     table = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert 0.9 * MOST_CHART_POINTS < len(table["data"]) <= MOST_CHART_POINTS
+    assert 0.9 * MAX_CHART_POINTS < len(table["data"]) <= MAX_CHART_POINTS
     assert {line for _, line, _ in table["data"]} == set(lines)
 
 

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bn import mini_batch_inference
 from lightning_bn.functional.adapt import adapt_bn
-from lightning_bn.trainer.evaluation import evaluate_under
+from lightning_bn.trainer.evaluation import evaluate_isolated
 from lightning_bn.trainer.loaders import evaluation_batches
 from tests.callbacks.zoo import (
     Images,
@@ -88,7 +88,7 @@ class Within(Callback):
             return
         before = self.state(trainer, pl_module)
         with evaluation_batches(trainer, pl_module) as batches:
-            self.found.append(evaluate_under(self.behavior(pl_module), trainer, pl_module, batches, "other"))
+            self.found.append(evaluate_isolated(self.behavior(pl_module), trainer, pl_module, batches, "other"))
         assert self.state(trainer, pl_module) == before
 
     on_validation_batch_start = on_test_batch_start = look
@@ -163,7 +163,7 @@ def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_o
                 pytest.raises(comes_out),
                 evaluation_batches(trainer, pl_module) as batches,
             ):
-                evaluate_under(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
+                evaluate_isolated(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
             caught.append(self.state(trainer, pl_module) == before)
 
         on_test_batch_start = look
@@ -175,11 +175,11 @@ def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_o
 def test_outside_of_an_evaluation_it_is_refused() -> None:
     trainer = fit(TinyNet())
     with pytest.raises(RuntimeError, match="evaluates nothing at the moment"):
-        evaluate_under(nullcontext(), trainer, trainer.lightning_module, [], "other")
+        evaluate_isolated(nullcontext(), trainer, trainer.lightning_module, [], "other")
 
     class Predicting(Callback):
         def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            evaluate_under(nullcontext(), trainer, pl_module, [], "other")
+            evaluate_isolated(nullcontext(), trainer, pl_module, [], "other")
 
     with pytest.raises(RuntimeError, match="predict logs nothing"):
         trainer_with(Predicting()).predict(TinyNet(), loaders(1))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torchmetrics.classification import MulticlassAUROC
 
-from lightning_bn.trainer.isolation import neutral
+from lightning_bn.trainer.isolation import isolate
 from tests.callbacks.zoo import TinyNet, digest, random_states, state_but_statistics, trainer_with
 
 
@@ -94,7 +94,7 @@ def test_state_of_modules_is_as_before(trainer: Trainer, change: Callable[[Any],
     module.curve.update(torch.eye(3), torch.arange(3))
     before, buffers, names = module.kept(), digest(module.state_dict()), set(vars(module))
     try:
-        with neutral(trainer, module):
+        with isolate(trainer, module):
             change(module)
             assert (module.kept(), digest(module.state_dict())) != (before, buffers), "the change does nothing"
             if error:
@@ -109,14 +109,14 @@ def test_state_of_modules_is_as_before(trainer: Trainer, change: Callable[[Any],
 def test_tensors_keep_their_identity(trainer: Trainer) -> None:
     module = TinyNet()
     before = {name: id(b) for name, b in module.named_buffers()}
-    with neutral(trainer, module):
+    with isolate(trainer, module):
         module.queue.add_(1)
     assert {name: id(b) for name, b in module.named_buffers()} == before
 
 
 def test_random_numbers_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
     before = digest(list(random_states()))
-    with neutral(trainer, TinyNet()):
+    with isolate(trainer, TinyNet()):
         assert torch.rand(1) is not None and np.random.rand() and random.random()
         assert digest(list(random_states())) != before
     assert digest(list(random_states())) == before
@@ -137,7 +137,7 @@ def test_random_numbers_of_the_modules_own_go_on_as_if_none_had_been_drawn(train
     def draw() -> list[float]:
         return [torch.rand(1, generator=module.generator).item(), first.random(), second.random()]
 
-    with neutral(trainer, module):
+    with isolate(trainer, module):
         drawn = draw()
         assert draw() != drawn
     assert draw() == drawn
@@ -147,7 +147,7 @@ def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_
     module, loggers = TinyNet(), list(trainer.loggers)
     trainer.strategy.connect(module)
     module.trainer = trainer
-    with neutral(trainer, module):
+    with isolate(trainer, module):
         assert trainer.training
         module.log("train_loss", 1.0)
         module.log_dict({"train_accuracy": 1.0})
@@ -163,7 +163,7 @@ def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_
 def test_forwards_run_without_gradients_also_within_inference_mode(trainer: Trainer) -> None:
     module = TinyNet()
     with torch.inference_mode():
-        with neutral(trainer, module):
+        with isolate(trainer, module):
             assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             module.queue.add_(1)
         assert torch.is_inference_mode_enabled()
@@ -173,7 +173,7 @@ def test_gradients_of_an_unfinished_accumulation_are_kept(trainer: Trainer) -> N
     module, x = TinyNet(), torch.randn(2, 3, 6, 6)
     module(x).sum().backward()
     before = digest([p.grad for p in module.parameters()])
-    with neutral(trainer, module), torch.enable_grad():
+    with isolate(trainer, module), torch.enable_grad():
         module(x).square().sum().backward()
         module.zero_grad()
         module(x).square().sum().backward()
@@ -195,7 +195,7 @@ class Changing(TinyNet):
         self.later_norm = nn.LazyBatchNorm1d()
         self.count = nn.Parameter(torch.arange(3), requires_grad=False)
         self.waves = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-        self.tied = self.head.weight
+        self.add_anchors = self.head.weight
 
     def kept(self) -> Any:
         """Everything about parameters that optimizers, DDP and autograd graphs could hold."""
@@ -310,10 +310,10 @@ def test_parameters_are_as_before_bit_for_bit(trainer: Trainer, change: Callable
     module = Changing()
     before = module.kept()
     try:
-        with neutral(trainer, module) as fixed, fixed():
-            lent = module.kept()
+        with isolate(trainer, module) as fixed, fixed():
+            forward_with_buffers = module.kept()
             change(module)
-            assert module.kept() != lent, "the change does nothing"
+            assert module.kept() != forward_with_buffers, "the change does nothing"
             if error:
                 raise error
     except KeyboardInterrupt:
@@ -323,7 +323,7 @@ def test_parameters_are_as_before_bit_for_bit(trainer: Trainer, change: Callable
 
 def test_a_parameter_cut_from_a_large_tensor_is_lent_no_more_than_itself(trainer: Trainer) -> None:
     module = Changing()
-    with neutral(trainer, module):
+    with isolate(trainer, module):
         assert module.row.untyped_storage().nbytes() == 12
 
 
@@ -332,7 +332,7 @@ def test_every_forward_begins_with_the_same_parameters(trainer: Trainer, change:
     """A momentum encoder would else move on with every batch of a pass."""
     module = Changing()
     before = digest([p.data for p in module.parameters() if not is_lazy(p)])
-    with neutral(trainer, module) as fixed:
+    with isolate(trainer, module) as fixed:
         for _ in range(3):
             with fixed():
                 assert digest([p.data for p in module.parameters() if not is_lazy(p)]) == before
@@ -345,7 +345,7 @@ def test_every_forward_begins_with_the_same_also_where_the_first_changed_nothing
 ) -> None:
     module = Changing()
     before = digest(module.conv2.weight)
-    with neutral(trainer, module) as fixed:
+    with isolate(trainer, module) as fixed:
         for number in range(4):
             with fixed():
                 assert digest(module.conv2.weight) == before
@@ -357,7 +357,7 @@ def test_a_graph_that_is_kept_over_a_pass_can_still_be_gone_back_through(trainer
     """As in truncated backpropagation through time."""
     module, x = Changing(), torch.randn(4, 3)
     loss = module.normed(x).square().sum() + (module.lstm(x[None])[0] * module.row).sum()
-    with neutral(trainer, module) as fixed:
+    with isolate(trainer, module) as fixed:
         for _ in range(2):
             with fixed():
                 module.normed(x), module.lstm(x[None]), in_place_through_data(module)
@@ -372,7 +372,7 @@ def test_parameters_made_in_inference_mode_are_no_obstacle(trainer: Trainer) -> 
     with torch.inference_mode():
         module = TinyNet()
     before = digest(module.state_dict())
-    with neutral(trainer, module) as fixed:
+    with isolate(trainer, module) as fixed:
         for _ in range(2):
             with fixed():
                 module(torch.randn(2, 3, 6, 6)), by_other_data(module)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
-from lightning_bn.layers.modes import flags_kept
+from lightning_bn.layers.modes import preserve_flags
 from lightning_bn.trainer.modes import set_modes
 from tests.callbacks.zoo import TinyNet, fit, train_loader
 
@@ -111,7 +111,7 @@ def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: 
 def test_what_a_step_sets_of_an_estimated_layer_holds_for_its_own_forward() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     teacher, other = net
-    with flags_kept([teacher, other], training=True) as flags:
+    with preserve_flags([teacher, other], training=True) as flags:
         for _ in range(2):
             flags.reset()
             assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)

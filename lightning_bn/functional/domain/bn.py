@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.checks import require_whole
-from lightning_bn.core.ranks import own_rank
-from lightning_bn.functional.domain.datasets import Apart, Datasets, Domain
+from lightning_bn.core.checks import check_int
+from lightning_bn.core.ranks import get_rank
+from lightning_bn.functional.domain.datasets import Datasets, Domain, SplitByDomain
 from lightning_bn.functional.domain.levels import Levels
 from lightning_bn.functional.domain.specific import (
     AFFINE,
@@ -25,13 +25,13 @@ from lightning_bn.functional.domain.specific import (
     give_domains,
 )
 from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Behavior, Handle, behaves, behaviors_of, give, take_back
+from lightning_bn.layers.behavior import Behavior, Handle, attach, behaviors_of, detach, has_behavior
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.mini_batch import MiniBatch
 from lightning_bn.layers.synced import Synced
 
-_ELSEWHERE: tuple[type[Behavior], ...] = (Ghost, Synced, MiniBatch, Adapted, Adapting)
+CONFLICTS: tuple[type[Behavior], ...] = (Ghost, Synced, MiniBatch, Adapted, Adapting)
 """What also says which samples are normalized together, or with which statistics a layer evaluates."""
 
 
@@ -49,7 +49,7 @@ class DomainHandle(Handle):
         self.layers = layers
         self._datasets = datasets
 
-    def showing(self, domain: Domain) -> AbstractContextManager[None]:
+    def use_domain(self, domain: Domain) -> AbstractContextManager[None]:
         """Say, for a while, which domain the model is shown.
 
         Args:
@@ -59,14 +59,14 @@ class DomainHandle(Handle):
             ValueError: If there is no such domain, or if the domains are feature levels, which need nobody to say so.
             TypeError: If it is no whole number, nor a tensor of some.
         """
-        return self._told().showing(domain)
+        return self._require_datasets().use_domain(domain)
 
     def show(self, domain: Domain | None) -> None:
         """Say it until further notice, where nobody is `showing` another."""
-        datasets = self._told()
+        datasets = self._require_datasets()
         datasets.current = None if domain is None else datasets.checked(domain)
 
-    def _told(self) -> Datasets:
+    def _require_datasets(self) -> Datasets:
         if self._datasets is None:
             raise ValueError("These domains are feature levels: the number of a call says which one it is.")
         return self._datasets
@@ -169,8 +169,8 @@ def domain_bn(
     ``"head.*_head"``, unmodified. A layer's level is the number of its call in a forward of its owner.
     ``sgd="shared"`` normalizes all levels together as one flattened and concatenated tensor: given its first level,
     the tower is run on all of them in lockstep, and the owner's later calls are answered from that. *Datasets*: without
-    an ``owner``, say which one the model is shown by ``handle.showing(domain)``; ``sgd="shared"`` then normalizes each
-    batch as it is.
+    an ``owner``, say which one the model is shown by ``handle.use_domain(domain)``; ``sgd="shared"`` then normalizes
+    each batch as it is.
 
     Statistics of domains are buffers that no state dict holds (``handle.state()`` does). The layer's own running
     statistics stay those of all domains together. The affine of domains are new parameters, ``domain_weight`` and
@@ -211,7 +211,7 @@ def domain_bn(
         >>> model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
         >>> handle = domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared")
         >>> for domain, x in enumerate(([[0.0], [2.0]], [[10.0], [14.0]])):
-        ...     with handle.showing(domain):
+        ...     with handle.use_domain(domain):
         ...         model(torch.tensor(x)).flatten()
         tensor([-1.0000,  1.0000], grad_fn=<...>)
         tensor([-1.0000,  1.0000], grad_fn=<...>)
@@ -236,9 +236,9 @@ def domain_bn(
         _refuse(name, layer)
         if affine == "domain" and not layer.affine:
             raise ValueError(f"Layer {name!r} has no weight and bias (affine=False), so domains cannot have their own.")
-    if own_rank() == 0 and sgd != population:
+    if get_rank() == 0 and sgd != population:
         warnings.warn(inconsistent(sgd, population, affine), stacklevel=2)
-    if own_rank() == 0 and not owners and sgd == population == affine == "shared":
+    if get_rank() == 0 and not owners and sgd == population == affine == "shared":
         warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=2)
     undo: list[Callable[[], None]] = []
     names = {layer: name for name, layer in found.items()}
@@ -260,7 +260,7 @@ def domain_bn(
                 where.start(undo)
             elif isinstance(where, Datasets):
                 for layer in within:
-                    undo.append(_given(layer, Apart(names, where, specific, sgd)))
+                    undo.append(_given(layer, SplitByDomain(names, where, specific, sgd)))
     except BaseException:  # nobody has the handle
         handle.undo()
         raise
@@ -268,8 +268,8 @@ def domain_bn(
 
 
 def _given(layer: _BatchNorm, behavior: Behavior) -> Callable[[], None]:
-    give(layer, behavior)
-    return lambda: take_back(layer, behavior)
+    attach(layer, behavior)
+    return lambda: detach(layer, behavior)
 
 
 def inconsistent(sgd: Choice, population: Choice, affine: Choice) -> str:
@@ -291,7 +291,7 @@ def require_choices(
         ValueError: Naming the argument.
         TypeError: Likewise.
     """
-    require_whole("domains", domains, at_least=2)
+    check_int("domains", domains, at_least=2)
     for name, choice in (("sgd", sgd), ("population", population), ("affine", affine)):
         if choice not in get_args(Choice):
             raise ValueError(f"{name} must be 'shared' or 'domain' but is {choice!r}.")
@@ -325,10 +325,10 @@ def _refuse(name: str, layer: _BatchNorm) -> None:
             f"Layer {name!r} is a SyncBatchNorm, which exchanges statistics over ranks by itself: leave it out by "
             "layers=, or do not convert it (sync_batchnorm=False)."
         )
-    if behaves(layer, DomainSpecific):
+    if has_behavior(layer, DomainSpecific):
         raise ValueError(f"Layer {name!r} has domains already: undo() that handle first.")
-    if behaves(layer, *_ELSEWHERE):
-        other = next(b.name for b in behaviors_of(layer) if isinstance(b, _ELSEWHERE))
+    if has_behavior(layer, *CONFLICTS):
+        other = next(b.name for b in behaviors_of(layer) if isinstance(b, CONFLICTS))
         raise ValueError(
             f"Layer {name!r} has another behavior ({other}) that says with what it normalizes: leave it out by "
             "layers=, or undo() that handle first."

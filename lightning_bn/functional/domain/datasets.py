@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, by_batch
+from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, uses_batch_stats
 from lightning_bn.layers.batch_mode import BatchMode
-from lightning_bn.layers.behavior import Behavior, behaves
+from lightning_bn.layers.behavior import Behavior, has_behavior
 
 Domain: TypeAlias = "int | Tensor"
 """The domain of a batch; or of each of its samples, ``(N,)``."""
@@ -41,7 +41,7 @@ class Datasets:
         self.current: Domain | None = None
 
     @contextmanager
-    def showing(self, domain: Domain) -> Iterator[None]:
+    def use_domain(self, domain: Domain) -> Iterator[None]:
         """Say which one it is, for a while."""
         before = _SHOWN.get(())
         token = _SHOWN.set((*before, (self, self.checked(domain))))
@@ -84,7 +84,7 @@ class Datasets:
         domain = self.said()
         if domain is None:
             raise RuntimeError(
-                "Nobody has said which domain the model is shown: run it within handle.showing(domain), or give the "
+                "Nobody has said which domain the model is shown: run it within handle.use_domain(domain), or give the "
                 "layers names of modules by owner=, if the domains are feature levels."
             )
         return domain
@@ -98,7 +98,7 @@ class Datasets:
 _PART: ContextVar[Shown | None] = ContextVar("part")
 
 
-class Apart(Behavior):
+class SplitByDomain(Behavior):
     """Samples of several domains in one batch: run the layer for each of them by itself, or note whose they are.
 
     Args:
@@ -128,10 +128,10 @@ class Apart(Behavior):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _in_parts(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        if not by_batch(layer) and self._specific.population == self._specific.affine == "shared":
+        if not uses_batch_stats(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.now()
-        in_a_pass = behaves(layer, BatchMode) and by_batch(layer)
+        in_a_pass = has_behavior(layer, BatchMode) and uses_batch_stats(layer)
         if isinstance(domain, int):
             return self._of_one(layer, forward, input, domain, in_a_pass)
         if not isinstance(input, Tensor):
@@ -146,11 +146,11 @@ class Apart(Behavior):
             )
         domain = domain.cpu()
         rows = {d: (domain == d).nonzero().flatten().to(input.device) for d in range(self._datasets.number)}
-        if self._sgd == "shared" and by_batch(layer):
+        if self._sgd == "shared" and uses_batch_stats(layer):
             return self._shown(layer, forward, input, Shown(domain))
         if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
             rows = {d: r for d, r in rows.items() if len(r)}
-            self._refuse_one_value(layer, input, rows)
+            self._check_one_value(layer, input, rows)
         shown = Shown(0, parts=len(rows))
         outputs = []
         for d, r in rows.items():
@@ -164,7 +164,7 @@ class Apart(Behavior):
     def _of_one(
         self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, domain: int, in_a_pass: bool
     ) -> Any:
-        if not by_batch(layer):
+        if not uses_batch_stats(layer):
             return forward(input)
         if self._sgd == "shared":
             return self._shown(layer, forward, input, Shown(torch.tensor([domain])))
@@ -176,10 +176,10 @@ class Apart(Behavior):
                 self._specific.bring_nothing(layer, d)
         return output
 
-    def _refuse_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
+    def _check_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
         """Before any domain is normalized, and its statistics moved."""
         alone = [d for d, r in rows.items() if len(r) * input[0].numel() == layer.num_features]
-        if alone and by_batch(layer):
+        if alone and uses_batch_stats(layer):
             raise ValueError(
                 f"Layer {self._names[layer]!r} is given one value per channel of domain {alone[0]}, which cannot be "
                 "normalized by itself: have batches hold two samples or more of each of their domains, or pass "

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_bn.functional.domain.specific import Choice, Shown, by_batch, recomputing
-from lightning_bn.layers.behavior import Behavior, ModuleBehavior, give, take_back
+from lightning_bn.functional.domain.specific import Choice, Shown, recomputing, uses_batch_stats
+from lightning_bn.layers.behavior import Behavior, ModuleBehavior, attach, detach
 from lightning_bn.lockstep.scheduler import Lockstep
 
 
@@ -57,7 +57,7 @@ class _Forward:
     towers: dict[nn.Module, list[tuple[Tensor, Any]]] = field(default_factory=dict)
     level: int | None = None
     lockstep: Lockstep[str, _Arrival, Tensor] | None = None
-    side_by_side: Shown | None = None
+    concat_levels: Shown | None = None
 
 
 _NOW: ContextVar[_Forward | None] = ContextVar("forward of an owner", default=None)
@@ -79,7 +79,7 @@ class Levels:
         self.name, self.number, self.layers = name, number, layers
         self._owner, self._sgd = owner, sgd
         self._names = {m: f"{name}.{within}" if name else within for within, m in owner.named_modules() if within}
-        self._came_by = WeakTensorKeyDictionary()
+        self._level_of = WeakTensorKeyDictionary()
         self._again: int | None = None
 
     def start(self, undo: list[Callable[[], None]]) -> None:
@@ -92,8 +92,8 @@ class Levels:
         counted = [module for module in self._names if not isinstance(module, torch.jit.ScriptModule)]
         given += [(module, _Counted(self)) for module in counted]
         for module, behavior in given:
-            give(module, behavior)
-            undo.append(lambda module=module, behavior=behavior: take_back(module, behavior))  # type: ignore[misc]
+            attach(module, behavior)
+            undo.append(lambda module=module, behavior=behavior: detach(module, behavior))  # type: ignore[misc]
 
     def shown(self, layer: _BatchNorm) -> Shown:
         """What a layer is shown at the moment.
@@ -103,11 +103,11 @@ class Levels:
         """
         now = self.now()
         if now is None:
-            if not recomputing() or self._again is None or (self._sgd == "shared" and by_batch(layer)):
+            if not recomputing() or self._again is None or (self._sgd == "shared" and uses_batch_stats(layer)):
                 raise self._outside(layer)
             return Shown(self._again)
-        if now.side_by_side is not None:
-            return now.side_by_side
+        if now.concat_levels is not None:
+            return now.concat_levels
         if now.level is not None:
             return Shown(now.level)
         level = now.calls[layer] - 1
@@ -152,9 +152,9 @@ class Levels:
             level = now.calls.get(module, 0) if now.level is None else now.level
             now.calls[module] = now.calls.get(module, 0) + 1
             if self._owner.training and isinstance(input, Tensor):
-                self._came_by[input] = level
+                self._level_of[input] = level
             return forward(input)
-        known = self._came_by.get(input) if recomputing() and isinstance(input, Tensor) else None
+        known = self._level_of.get(input) if recomputing() and isinstance(input, Tensor) else None
         if known is None:
             return forward(input)
         before, self._again = self._again, known
@@ -163,7 +163,7 @@ class Levels:
         finally:
             self._again = before
         if isinstance(output, Tensor):
-            self._came_by[output] = known
+            self._level_of[output] = known
         return output
 
     def tower_forward(self, tower: nn.Module, forward: Callable[[Tensor], Any], *inputs: Any) -> Any:
@@ -184,14 +184,14 @@ class Levels:
                     f"{self.name!r} was given {len(now.inputs)} tensors, and domains={self.number}: the number of "
                     "levels must always be the same."
                 )
-            self._refuse_no_level(now.inputs, input, name)
+            self._check_no_level(now.inputs, input, name)
             now.towers[tower] = self._in_lockstep(now, forward)
         left = now.towers[tower]
-        self._refuse_no_level([x for x, _ in left], input, name)
+        self._check_no_level([x for x, _ in left], input, name)
         place = next(i for i, (x, _) in enumerate(left) if x is input)
         return left.pop(place)[1]
 
-    def _refuse_no_level(self, levels: Sequence[Tensor], input: Any, name: str) -> None:
+    def _check_no_level(self, levels: Sequence[Tensor], input: Any, name: str) -> None:
         if not any(x is input for x in levels):
             raise TypeError(
                 f"{name!r} was given what is no tensor of its owner's input (or one for the second time), so the "
@@ -216,13 +216,13 @@ class Levels:
         """Run a layer once, on all levels side by side."""
         forward = arrivals[0].forward
         inputs = [a.input for a in arrivals]
-        whole, dim, sizes = side_by_side(inputs)
+        whole, dim, sizes = concat_levels(inputs)
         levels = torch.arange(len(inputs)).repeat_interleave(torch.tensor(sizes))
-        now.side_by_side = Shown(levels, dim)
+        now.concat_levels = Shown(levels, dim)
         try:
-            return apart(forward(whole), inputs, dim, sizes)
+            return split_levels(forward(whole), inputs, dim, sizes)
         finally:
-            now.side_by_side = None
+            now.concat_levels = None
 
     def by_itself(self, layer: _BatchNorm) -> TypeError:
         """What to say of a layer that is run on one level, where all are to be normalized together."""
@@ -275,7 +275,7 @@ class _Tower(ModuleBehavior):
         self._layers = [m for m in tower.modules() if m in levels.layers]
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not any(by_batch(within) for within in self._layers):
+        if not any(uses_batch_stats(within) for within in self._layers):
             return call(*args, **kwargs)
         return self._levels.tower_forward(module, call, *args, *kwargs.values())
 
@@ -291,14 +291,14 @@ class _AllLevels(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         now = self._levels.now()
-        if now is None or not by_batch(layer):
+        if now is None or not uses_batch_stats(layer):
             return forward(input)
         if now.lockstep is None:
             raise self._levels.by_itself(layer)
-        return now.lockstep.arrive(self._levels.layers[layer], _Arrival(forward, input))
+        return now.lockstep.exchange(self._levels.layers[layer], _Arrival(forward, input))
 
 
-def side_by_side(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:
+def concat_levels(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:
     """Several ``(N, C, ...)`` as one that a layer takes in their place: flattened and concatenated.
 
     Returns:
@@ -314,8 +314,8 @@ def side_by_side(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:
     return whole.reshape(*whole.shape, *(1,) * (first.ndim - 3)), 2, [x.shape[2] for x in flat]
 
 
-def apart(whole: Tensor, levels: Sequence[Tensor], dim: int, sizes: list[int]) -> list[Tensor]:
-    """What `side_by_side` has put together, in the shapes of ``levels``."""
+def split_levels(whole: Tensor, levels: Sequence[Tensor], dim: int, sizes: list[int]) -> list[Tensor]:
+    """What `concat_levels` has put together, in the shapes of ``levels``."""
     found = []
     for x, part in zip(levels, whole.split(sizes, dim), strict=True):
         if dim == 2 and len(part) != len(x):

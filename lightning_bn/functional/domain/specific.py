@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.moments import batch_statistics
-from lightning_bn.layers.batch_mode import BatchMode, lent
-from lightning_bn.layers.behavior import Behavior, behaves, behaviors_of
+from lightning_bn.layers.batch_mode import BatchMode, forward_with_buffers
+from lightning_bn.layers.behavior import Behavior, behaviors_of, has_behavior
 from lightning_bn.layers.frozen import Frozen
-from lightning_bn.layers.override import BatchNormCall, with_batch_norm
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 Choice: TypeAlias = Literal["shared", "domain"]
 """Whether all domains have something in common, or each has its own."""
@@ -97,15 +97,15 @@ class DomainSpecific(Behavior):
             forward = self._with_affine(layer, forward, shown)
         if layer.training and not layer.track_running_stats:
             return forward(input)
-        if by_batch(layer):
+        if uses_batch_stats(layer):
             if isinstance(shown.domain, Tensor) and self.population == "domain":
                 forward = self._seeing(layer, forward, shown)
-            return forward(input) if behaves(layer, BatchMode) else self._training(layer, forward, input, shown)
+            return forward(input) if has_behavior(layer, BatchMode) else self._training(layer, forward, input, shown)
         if self.population == "shared":
             return forward(input)
         mean, var = (layer._buffers[key] for key in STATISTICS[:2])
         assert mean is not None and var is not None and isinstance(shown.domain, int)  # several are told apart before
-        return lent(layer, forward, input, False, mean[shown.domain], var[shown.domain])
+        return forward_with_buffers(layer, forward, input, False, mean[shown.domain], var[shown.domain])
 
     def _seeing(self, layer: _BatchNorm, forward: Callable[[Any], Any], shown: Shown) -> Callable[[Any], Any]:
         """The layer's own forward, with a look at each domain's part of what is normalized as a whole."""
@@ -116,14 +116,14 @@ class DomainSpecific(Behavior):
                     self._see(layer, call, domain, part)
                 return call.run()
 
-            return with_batch_norm(batch_norm, self._names[layer], forward, given)
+            return replace_batch_norm(batch_norm, self._names[layer], forward, given)
 
         return at
 
     def _parts(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> Iterator[tuple[int, Tensor]]:
         """Each domain with its part of what a call is given."""
-        self._refuse_other_channels(layer, call)
-        self._refuse_mixed_up(layer, call, given, shown)
+        self._check_other_channels(layer, call)
+        self._check_mixed_up(layer, call, given, shown)
         ids, input = cast(Tensor, shown.domain), call.input.detach()
         number = len(cast(Tensor, layer._buffers[STATISTICS[0]]))
         if len(ids) == 1:
@@ -135,7 +135,7 @@ class DomainSpecific(Behavior):
             parts = [input.index_select(shown.dim, r) for r in rows]
         yield from enumerate(parts)
 
-    def _refuse_mixed_up(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> None:
+    def _check_mixed_up(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> None:
         """Where the layer has made something else of an input of several domains, before it comes to its call."""
         ids, input = cast(Tensor, shown.domain), call.input
         alike = input.ndim > max(shown.dim, 1) and input.shape[shown.dim] == len(ids)
@@ -153,14 +153,14 @@ class DomainSpecific(Behavior):
         modes = [b for b in behaviors_of(layer) if isinstance(b, BatchMode)]
         nothing = cast(Tensor, layer._buffers["running_mean"]).new_empty(0, layer.num_features)
         for mode in modes[:1]:
-            mode.bring(layer, domain if self.population == "domain" else None, nothing, True)
+            mode.record(layer, domain if self.population == "domain" else None, nothing, True)
 
     def _see(self, layer: _BatchNorm, call: BatchNormCall, domain: int, part: Tensor) -> None:
         """Take the statistics of one domain's part."""
         modes = [b for b in behaviors_of(layer) if isinstance(b, BatchMode)]
         values = part.numel() // part.shape[1]
         if modes:
-            modes[0].bring(layer, domain, part, modes[0].takes(layer, call))
+            modes[0].record(layer, domain, part, modes[0].takes(layer, call))
         elif call.training and values > 1 and not recomputing():
             self._move(layer, domain, _statistics(part, values))
 
@@ -172,13 +172,13 @@ class DomainSpecific(Behavior):
         def batch_norm(call: BatchNormCall) -> Tensor:
             if not call.training:
                 return call.run()
-            self._refuse_other_channels(layer, call)
+            self._check_other_channels(layer, call)
             output, own = _normalized(call, cast(Tensor, layer._buffers["running_mean"]))
             seen.append(own)
             return output
 
         def watched(input: Any) -> Any:
-            return with_batch_norm(batch_norm, self._names[layer], forward, input)
+            return replace_batch_norm(batch_norm, self._names[layer], forward, input)
 
         output = _on_copies(layer, watched, input)
         if seen and not recomputing():
@@ -201,7 +201,7 @@ class DomainSpecific(Behavior):
                 _move(stored, new, layer.momentum, counted)
             shown.seen.clear()
 
-    def _refuse_other_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
+    def _check_other_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
         stored, given = len(cast(Tensor, layer._buffers["running_mean"])), call.input.shape[1]
         if stored != given:
             raise TypeError(
@@ -224,30 +224,30 @@ class DomainSpecific(Behavior):
         weights, biases = (layer._parameters.get(key) for key in AFFINE)
         if isinstance(shown.domain, int):
             own = [p if p is None else p[shown.domain] for p in (weights, biases)]
-            return lambda input: _lent_affine(layer, forward, input, *own)
+            return lambda input: forward_with_affine(layer, forward, input, *own)
 
         ids, dim = shown.domain, shown.dim
 
         def with_affine(given: Any) -> Any:
             def batch_norm(call: BatchNormCall) -> Tensor:
-                self._refuse_mixed_up(layer, call, given, shown)
+                self._check_mixed_up(layer, call, given, shown)
                 output = call._replace(weight=None, bias=None).run()
                 of_each = ids.to(output.device)
                 if weights is not None:
                     output = output * _along(weights[of_each], dim, output).to(output.dtype)
                 return output if biases is None else output + _along(biases[of_each], dim, output).to(output.dtype)
 
-            return with_batch_norm(batch_norm, self._names[layer], forward, given)
+            return replace_batch_norm(batch_norm, self._names[layer], forward, given)
 
         return with_affine
 
 
-def by_batch(layer: _BatchNorm) -> bool:
+def uses_batch_stats(layer: _BatchNorm) -> bool:
     """Whether a layer normalizes with batch statistics at the moment."""
     for behavior in behaviors_of(layer):
         if isinstance(behavior, BatchMode):
             return behavior.is_by_batch(layer)
-    return layer.training and not behaves(layer, Frozen)
+    return layer.training and not has_behavior(layer, Frozen)
 
 
 def recomputing() -> bool:
@@ -298,7 +298,7 @@ def _without_domains(layer: _BatchNorm) -> dict[str, Tensor]:
 
 def num_domains(layer: nn.Module) -> int:
     """Domains for which a layer keeps population statistics; 0 for one that keeps none, or is a plain copy."""
-    mean = layer._buffers.get(STATISTICS[0]) if behaves(layer, DomainSpecific) else None
+    mean = layer._buffers.get(STATISTICS[0]) if has_behavior(layer, DomainSpecific) else None
     return 0 if mean is None else len(mean)
 
 
@@ -351,7 +351,7 @@ def _along(parameter: Tensor, dim: int, input: Tensor) -> Tensor:
     return (parameter if dim == 0 else parameter.T).reshape(shape)
 
 
-def _lent_affine(
+def forward_with_affine(
     layer: _BatchNorm,
     forward: Callable[[Tensor], Tensor],
     input: Tensor,
