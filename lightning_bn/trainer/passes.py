@@ -175,7 +175,7 @@ class PopulationPass:
             return self._measured_at(None, trainer, module, layers)
         except LockstepError as error:
             rank_zero_warn(
-                f"{self.owner} takes the batches as they come, instead of {DEFAULT_BATCH_SIZE} samples together: {error} "
+                f"{self.owner} takes the batches as they come, not {DEFAULT_BATCH_SIZE} samples together: {error} "
                 "Small normalization batches accumulate error in depth (paper, Table 2)."
             )
             self.state.one_by_one = True
