@@ -218,7 +218,7 @@ def resumed(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ddp
-def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(ranks: Any, tmp_path: Path) -> None:
+def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(tmp_path: Path) -> None:
     first, second = run_on_ranks(resumed, 2, tmp_path)
     whole, again, other_seed, plain, second_fit = first
     assert again == whole, "resumed differently"
