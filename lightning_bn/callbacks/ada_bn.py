@@ -128,7 +128,7 @@ class AdaBNCallback(BatchNormCallback):
             self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be done later."""
+        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         storing_layers(pl_module, self.layers)
 
@@ -159,7 +159,7 @@ class AdaBNCallback(BatchNormCallback):
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same."""
+        """Restore the original statistics."""
         self._undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -151,14 +151,14 @@ class BatchLeakageMonitor(ObservingCallback):
         return self.p_value <= self.level if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; a checkpoint is restored after this."""
+        """Reset the state; a checkpoint is restored after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.result, self._evidence = None, EProcess()
-            self._pass.forget()
+            self._pass.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be done later."""
+        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         self._pass.check(pl_module, trainer)
         others = [c for c in trainer.callbacks if isinstance(c, MiniBatchInferenceCallback)]  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ class BatchLeakageMonitor(ObservingCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the batches of one epoch alone: a sample may come again in the next, but never twice in a batch."""
-        self._pass.forget()
+        self._pass.reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perhaps keep the batch."""
@@ -192,7 +192,7 @@ class BatchLeakageMonitor(ObservingCallback):
                 self.result = found = self._pass.run(trainer, pl_module)
                 self._evidence.add(found.p_value)
                 self._report(trainer, pl_module, found)
-        self._pass.forget()
+        self._pass.reset()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last epoch tested."""
@@ -201,14 +201,14 @@ class BatchLeakageMonitor(ObservingCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the batches of an epoch that was broken off."""
-        self._pass.forget()
+        self._pass.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence so far."""
         return asdict(self._evidence)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the callback state."""
         self._evidence = EProcess(**state_dict)
 
     def _report(self, trainer: Trainer, module: LightningModule, found: BatchLeakage) -> None:

@@ -124,7 +124,7 @@ class BNStatsMonitor(ObservingCallback):
         self._samples: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit."""
+        """Reset the state."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record, self._restored, self._samples = None, {}, None
@@ -222,7 +222,7 @@ class BNStatsMonitor(ObservingCallback):
         return {"record": self._record.state_dict(), "batches": self._batches, "armed": self._alarm.armed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back; on_fit_start goes on from there."""
+        """Restore the callback state; on_fit_start goes on from there."""
         self._restored = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:

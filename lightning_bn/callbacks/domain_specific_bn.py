@@ -142,7 +142,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse training data of which nobody can say the domain."""
+        """Refuse training data whose domain cannot be known."""
         if self.owner is not None or self.domain_of is not None:
             return
         loaders = trainer.fit_loop._combined_loader
@@ -163,12 +163,12 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Nobody knows any more."""
+        """Clear the current domain."""
         self._begun = True
         self._show_nothing()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an evaluation with statistics that nobody knows."""
+        """Refuse an evaluation with statistics of an unknown domain."""
         self._check_replaced(pl_module)
         if trainer.state.fn != "fit" and self.population == "domain" and not self._state:
             raise ValueError(
@@ -191,7 +191,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Nobody knows any more."""
+        """Clear the current domain."""
         self._show_nothing()
 
     on_validation_start = on_predict_start = on_test_start

@@ -34,11 +34,11 @@ class FitScopedCallback(BatchNormCallback, ABC):
         self._handle = self._give(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take it back."""
+        """Detach the behavior."""
         self._take_back()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take it back."""
+        """Detach the behavior."""
         self._take_back()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -131,13 +131,13 @@ class FreezeBNCallback(BatchNormCallback):
         return self.switch_point.reached(trainer, batch_idx)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; a checkpoint is restored after this."""
+        """Reset the state; a checkpoint is restored after this."""
         if stage == "fit":
             self._state = None
             self._pass.begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be done later."""
+        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         check_with_swa(trainer, self)
         self.switch_point.check(trainer, type(self).__name__)
@@ -212,7 +212,7 @@ class FreezeBNCallback(BatchNormCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back; on_train_start freezes."""
+        """Restore the callback state; on_train_start freezes."""
         self._state = dict(state_dict) or None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -87,11 +87,11 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say everything anew."""
+        """Reset the one-time warnings."""
         self._said = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be done later."""
+        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         storing_layers(pl_module, self.layers)
 

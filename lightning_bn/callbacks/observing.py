@@ -19,7 +19,7 @@ class ObservingCallback(BatchNormCallback):
     _said: frozenset[str] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say everything anew."""
+        """Reset the one-time warnings."""
         self._said = frozenset()
 
     @contextmanager

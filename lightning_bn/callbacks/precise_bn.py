@@ -157,7 +157,7 @@ class PreciseBNCallback(BatchNormCallback):
         return self._occasions % self.every_n == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit, and what was learned of another model; a checkpoint is restored after this."""
+        """Reset the state, and what was learned of another model; a checkpoint is restored after this."""
         self._begin()
         if self._pass:
             self._pass.begin(fit=stage == "fit")
@@ -167,7 +167,7 @@ class PreciseBNCallback(BatchNormCallback):
                 self._forecasting.begin()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what could not be done later."""
+        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         check_before_averaging(trainer, self)
         for each in (self._pass, self._forecasting):
@@ -247,7 +247,7 @@ class PreciseBNCallback(BatchNormCallback):
         return {"occasions": self._occasions, "evaluated": self._evaluated, "passes": passes, **forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the callback state."""
         self._occasions, self._evaluated = state_dict["occasions"], state_dict["evaluated"]
         if "passes" in state_dict:
             self._failures.load_state_dict(state_dict["passes"])

@@ -41,7 +41,7 @@ from lightning_bn.lockstep.pooled import MISSING, MicroBatch, ModelProfile, Pool
 BatchSize: TypeAlias = int | Literal["population"] | None
 """B of Table 2: samples to normalize together, of all ranks; None takes the batches as they come."""
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
-"""Opens a progress display for a total number of samples (None: unknown); what it yields is told of each batch's."""
+"""Context manager for a progress bar; yields an ``update(num_samples)`` function. Takes the total, or None."""
 
 _MIN_GROUPS_FOR_STD_ERROR = 8
 """Fewest normalization batches whose spread says something: with 8 it is known to a quarter."""
@@ -339,7 +339,7 @@ def _reduced_batch_size_message(wanted: float, first: MicroBatch, most: int, poo
 def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
     """The larger of the two standard errors of the worst layer, each the rms over its channels."""
     if any(s.calls < 2 for s in statistics.values()):
-        return inf  # of a layer that was called once nobody knows
+        return inf  # a single call gives no error estimate
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either, and 0/0 says so
     return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)

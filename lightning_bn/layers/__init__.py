@@ -1,1 +1,1 @@
-"""What one BatchNorm layer can do: find layers, give an existing layer a behavior, take it back."""
+"""What one BatchNorm layer can do: find layers, attach a behavior to a layer, detach it."""

@@ -1,4 +1,4 @@
-"""Behaviors: a layer that is told to do something else for a while, and stays the layer it is.
+"""Behaviors: a layer does something else for a while, and stays the object it is.
 
 No module, parameter or buffer is replaced. A layer's class becomes one derived from its own, whose forward asks the
 layer's behaviors, innermost first; each may lend the layer other values *while its own forward runs* and no longer. So

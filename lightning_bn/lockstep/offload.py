@@ -27,7 +27,7 @@ class AllocationTracker(TorchDispatchMode):
     """Knows the memory that was allocated while it was active, and of it what is still in use.
 
     Args:
-        room: Told of every storage used that was not allocated here.
+        room: Notified of every storage used that was not allocated here.
 
     Example:
         >>> import torch

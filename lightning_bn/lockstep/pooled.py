@@ -196,7 +196,7 @@ class PooledForward:
         Args:
             micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
                 second time goes on where the first time ended.
-            progress: Told the share of the work that is done.
+            progress: Called with the share of the work that is done.
 
         Raises:
             LockstepError: If they come to different layers, or influence each other.

@@ -67,7 +67,7 @@ class TrainerForecast:
                 rank_zero_warn(f"PreciseBNCallback begins a new forecast: {error}")
 
     def begin(self) -> None:
-        """Forget an earlier fit."""
+        """Reset the state."""
         self._forecast, self._state, self._left = None, {}, set()
 
     def before_batch(self) -> None:

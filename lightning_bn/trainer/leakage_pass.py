@@ -62,7 +62,7 @@ class LeakagePass:
         check_sharding(trainer)
         check_forward(self.forward, module, "BatchLeakageMonitor")
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Let go of the batches kept."""
         self._kept = self._obstacle = None
 
