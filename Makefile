@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recipes test bench docs lock
+.PHONY: help setup demo recipes test coverage bench docs lock
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -37,11 +37,14 @@ recipes: setup ## every recipe in full
 # cannot stop, because it no longer returns to Python, dies of faulthandler's.
 NO_HANG := --max-worker-restart 0 -o faulthandler_timeout=360 -o faulthandler_exit_on_timeout=true
 
-test: setup ## what CI runs: lint, types, docs, tests with coverage
+test: setup ## what CI runs: lint, types, docs, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/pytest -n auto --dist worksteal $(NO_HANG)
+
+coverage: setup ## the tests once more, with the lines they run: half as long again
 	$(BIN)/pytest --cov -n auto --dist worksteal $(NO_HANG)
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
