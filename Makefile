@@ -44,7 +44,7 @@ test: setup ## what CI runs: lint, types, docs, tests
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest -n auto --dist worksteal $(NO_HANG)
 
-coverage: setup ## the tests once more, with the lines they run: half as long again
+coverage: setup ## the tests and the lines that they run; takes about 1.5 times as long
 	$(BIN)/pytest --cov -n auto --dist worksteal $(NO_HANG)
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
