@@ -31,7 +31,7 @@ class AllocationTracker(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> with (alive := Alive()):
+        >>> with (alive := AllocationTracker()):
         ...     kept = torch.zeros(1000) + torch.ones(1000)
         >>> alive.num_bytes
         4000

@@ -23,7 +23,7 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 class ThreadState:
-    """That of the thread when this was made, and from then on what was made of it where this was `entered`.
+    """That of the thread when this was made, and from then on what was made of it where this was activated.
 
     Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and what torch keeps for the
     whole process though there are context managers for it: the default device and dtype, cuDNN's flags. The *cache* of
@@ -33,7 +33,7 @@ class ThreadState:
         >>> import torch
         >>> with torch.no_grad():
         ...     inside = ThreadState()
-        >>> with inside.entered():
+        >>> with inside.activate():
         ...     torch.is_grad_enabled()
         False
         >>> torch.is_grad_enabled()
