@@ -25,7 +25,7 @@ def evaluate_isolated(
     The module's step and its own hooks of the stage run (epoch start and end, batch start and end), callbacks' do not.
     Its torchmetrics start empty. What `self.log` is given is averaged, reduced and named as Lightning does; loggers,
     progress bars and the metrics of the evaluation around see nothing of it. The module, its metrics and random
-    numbers are as before, see `neutral`.
+    numbers are as before, see `isolate`.
 
     Args:
         behavior: Entered for the time, a handle for instance; ``contextlib.nullcontext()`` for the model as it is.

@@ -246,7 +246,7 @@ class PopulationPass:
 def isolated_forward(
     forward: Forward, trainer: Trainer, module: LightningModule, estimated: Collection[nn.Module] = ()
 ) -> Iterator[Callable[[tuple[int, Any]], None]]:
-    """What shows a batch, which comes with its number, to the fixed model, in the modes of a pass and a `neutral` zone.
+    """Yields a function that shows a numbered batch to the fixed model, in the modes of a pass, isolated.
 
     Of its layers those to be ``estimated`` are in train mode when a forward begins, see `set_modes`.
 

@@ -62,7 +62,7 @@ class DomainHandle(Handle):
         return self._require_datasets().use_domain(domain)
 
     def show(self, domain: Domain | None) -> None:
-        """Say it until further notice, where nobody is `showing` another."""
+        """Set the current domain; `use_domain` overrides it inside its block."""
         datasets = self._require_datasets()
         datasets.current = None if domain is None else datasets.checked(domain)
 

@@ -33,7 +33,7 @@ class Datasets:
         number: How many there are.
 
     Attributes:
-        current: The domain of what is shown, where `showing` says nothing else.
+        current: The domain of what is shown, unless `use_domain` sets another.
     """
 
     def __init__(self, number: int) -> None:
