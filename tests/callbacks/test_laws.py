@@ -775,7 +775,7 @@ def train_until_killed(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     """From the last checkpoint of whichever moment, as if it had been killed right after it."""
-    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(name, tmp_path))
+    process = multiprocessing.get_context("forkserver").Process(target=train_until_killed, args=(name, tmp_path))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 from lightning_bn import precise_bn
 from tests.distributed.test_precise_bn_ranks import Batches, Result, assert_same_bits, measured
 from tests.hand_written import ZOO, Net, batches, truth
-from tests.ranks import ranks_at_hand
+from tests.ranks import run_on_ranks
 from tests.truth import assert_close_to, in_double
 from tests.zoo import cnn, images
 
@@ -42,19 +41,11 @@ def several(cases: list[tuple[nn.Module, list[Batches], dict[str, Any]]]) -> lis
     return [measured(model, shards, False, kwargs) for model, shards, kwargs in cases]
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    with ranks_at_hand(2) as call:
-        yield call
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(
-    value: float, ranks: Callable[..., list[Any]]
-) -> None:
+def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(value: float) -> None:
     model = cnn().double()
     cases = [(model, shards_with(BAD[name], value), {"batch_size": size}) for name, size in CASES]
-    results = ranks(several, cases)
+    results = run_on_ranks(several, 2, cases)
     for number, (name, size) in enumerate(CASES):
         of_ranks = [result[number] for result in results]
         assert_same_bits(of_ranks)
@@ -81,13 +72,13 @@ def all_hand_written(cases: list[tuple[str, list[Batches], Any]]) -> list[Result
     return [of_hand_written(Net(ZOO[name]), shards, size) for name, shards, size in cases]
 
 
-def test_hand_written_layers_leave_the_same_out(ranks: Callable[..., list[Any]]) -> None:
+def test_hand_written_layers_leave_the_same_out() -> None:
     shards = [batches([2, 2, 2]), batches([2, 2, 2])]
     shards[1][1][0, 0, 0] = math.nan
     cases = [(name, shards, size) for name in HAND_WRITTEN for size in (None, "population")]
     torch.manual_seed(0)
     nets = [Net(ZOO[name]) for name, _, _ in cases]
-    results = ranks(all_hand_written, cases)
+    results = run_on_ranks(all_hand_written, 2, cases)
     good = [*shards[0], shards[1][0], shards[1][2]]
     for number, (net, (_, _, size)) in enumerate(zip(nets, cases, strict=True)):
         of_ranks = [result[number] for result in results]

@@ -168,7 +168,7 @@ def test_ranks_that_take_different_ways_are_named() -> None:
 
 
 def short_of_memory(model: nn.Module, shards: list[Batches]) -> tuple[str, str]:
-    from lightning_bn.functional import pooled
+    from lightning_bn.lockstep import pooled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooled, "free_memory", lambda device: 10**9 if dist.get_rank() else 20_000)

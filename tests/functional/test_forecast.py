@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.functional import forecast
+from lightning_bn.tracking import step_forecast
 from lightning_bn.tracking.step_forecast import AT_ONCE, StatisticsForecaster
 from tests.core.test_forecast import Stepwise, assert_equal_to_rounding
 
@@ -31,7 +31,7 @@ def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
     asked: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where others write in between, a layer rests, and a momentum changes."""
-    monkeypatch.setattr(forecast, "_CHANNELS_AT_ONCE", at_once)
+    monkeypatch.setattr(step_forecast, "_CHANNELS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     layers = layers_of()
     watched, truth = StatisticsForecaster(layers), Stepwise(SIZES)
