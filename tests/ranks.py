@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -173,3 +174,12 @@ def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) 
             return None, outcome
     except BaseException:
         return traceback.format_exc(), b""
+
+
+def in_a_fresh_process(fn: Callable[[], Any], timeout: float = 120) -> Any:
+    """What ``fn`` returns in a process that no test has run in: one that forks must not come from a used one.
+
+    torch refuses a backward in a fork of a process whose autograd has threads, as some tests leave it with.
+    """
+    with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+        return pool.submit(fn).result(timeout)

@@ -30,7 +30,7 @@ from tests.callbacks.zoo import (
     trainer_with,
     val_loader,
 )
-from tests.ranks import run_on_ranks
+from tests.ranks import in_a_fresh_process, run_on_ranks
 
 KINDS = 128
 
@@ -323,12 +323,17 @@ def test_before_a_test_it_knows_nothing() -> None:
     assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
-def test_after_a_fit_in_another_process_the_parents_callback_knows_nothing() -> None:
+def fitted_in_a_fork() -> tuple[bool, BatchLeakageMonitor]:
     monitor = BatchLeakageMonitor()
     trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
     trainer.fit(TinyNet(), train_loader())
-    assert trainer.callback_metrics
-    assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
+    return bool(trainer.callback_metrics), monitor
+
+
+@pytest.mark.ddp
+def test_after_a_fit_in_another_process_the_parents_callback_knows_nothing() -> None:
+    fitted, monitor = in_a_fresh_process(fitted_in_a_fork)
+    assert fitted and monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
 def test_an_epoch_of_one_batch_is_said_once() -> None:

@@ -20,6 +20,7 @@ from recipes.roi_head_leakage.claims import ORDERINGS, PAPER, claims
 from recipes.roi_head_leakage.detector import HEADS, Detector
 from recipes.roi_head_leakage.experiment import TRAININGS, Results, Row, roi_head_leakage
 from recipes.scenes import SceneData, as_lists
+from tests.ranks import in_a_fresh_process
 
 SCHEDULE = Path(__file__).parents[2] / "recipes" / "roi_head_leakage" / "coco.yaml"
 
@@ -48,8 +49,8 @@ def test_one_training_is_evaluated_with_both_statistics_and_another_with_one(smo
     assert len(report["claims"]) == 2
 
 
-@pytest.mark.ddp
-def test_what_the_ranks_trained_comes_back_with_its_statistics_and_frozen_layers_stay() -> None:
+def trained() -> tuple[int, set[str], set[int], list[str]]:
+    """Steps, what has moved, batches tracked, and all names of a detector that two ranks have trained."""
     model = Detector(pretrained=False, regions=8, warmup_steps=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     quiet = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -57,8 +58,14 @@ def test_what_the_ranks_trained_comes_back_with_its_statistics_and_frozen_layers
     steps = train(parts, TRAININGS["bn-1"].callbacks(), 2, 4)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     tracked = {int(value) for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    return steps, moved, tracked, list(before)
+
+
+@pytest.mark.ddp
+def test_what_the_ranks_trained_comes_back_with_its_statistics_and_frozen_layers_stay() -> None:
+    steps, moved, tracked, names = in_a_fresh_process(trained)
     assert steps == 2 and tracked == {4}
-    assert {name for name in before if "box_head" in name} <= moved
+    assert {name for name in names if "box_head" in name} <= moved
     assert not any("backbone.body.0" in name for name in moved)
 
 
