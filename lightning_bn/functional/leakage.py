@@ -100,7 +100,7 @@ def batch_leakage(
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
-        count: Number of samples in a batch; None takes the length of the first tensor in it.
+        count: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
 
     Returns:
         The p-value, and the correlation of each layer; the same on all ranks.

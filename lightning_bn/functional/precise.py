@@ -78,16 +78,16 @@ def precise_bn(
             are put to the host's memory, or to disk (the folder of temporary files), until it is their turn. By default
             nothing is, and needing more than is free is an error.
         layers: Glob patterns over qualified layer names; None estimates every BatchNorm layer that is not frozen.
-        count: ``count(batch)``, the number of samples in a batch; by default the length of the first tensor found in
-            it.
+        count: ``count(batch)``, the number of samples in a batch; by default the first size of its tensors, and the
+            length of lists of images or dicts.
         progress: Show a progress bar over samples.
 
     Returns:
         What was measured, for every layer that was reached.
 
     Raises:
-        ValueError: If there is nothing to estimate or no batch, or if a layer received non-finite values; the layers
-            then keep the statistics they had.
+        ValueError: If there is nothing to estimate or no batch, or if every batch gave a layer non-finite values; the
+            layers then keep the statistics they had.
         TypeError: If it cannot be seen what a layer normalizes: its forward makes no ``batch_norm`` call, nor does it
             normalize its input as torch's own layers do.
         LockstepError: With ``batch_size``, if batches come to layers in different order, or influence each other

@@ -33,7 +33,7 @@ class LeakagePass:
         num_samples: Samples to keep of an epoch, of all ranks together, in four batches or more.
         forward: How a batch reaches the model.
         layers: Glob patterns over the layers to test.
-        count: Samples in a batch; None takes the length of its first tensor.
+        count: Samples in a batch; None takes what `infer_batch_size` says.
         replay_bytes: What the kept batches may take on each rank.
     """
 

@@ -29,7 +29,7 @@ class PassConfig:
         source: Where batches come from.
         forward: How a batch reaches the model.
         layers: Glob patterns over the layers to estimate.
-        count: Samples in a batch; None takes the length of its first tensor.
+        count: Samples in a batch; None takes what `infer_batch_size` says.
         shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
         replay_bytes: What the replayed batches may take on each rank.
         batch_size: Samples of all ranks to normalize together; by default the 100 that suffice (Table 2), or as many as

@@ -137,7 +137,7 @@ class PopulationPass:
         """Recompute the statistics of the model as it is, and write them into its layers.
 
         Raises:
-            ValueError: If no batch came, or a layer received non-finite values.
+            ValueError: If no batch came, or all of them gave a layer non-finite values.
             RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()

@@ -49,7 +49,7 @@ def measure_target(
         count: Samples in a batch.
 
     Raises:
-        ValueError: If no batch came, a layer received non-finite values, or the loader cannot be read twice.
+        ValueError: If no batch came, all gave non-finite values, or the loader cannot be read twice.
         RuntimeError: If the forward raises StopIteration.
     """
     if forward == "evaluation_step":
