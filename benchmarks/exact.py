@@ -29,7 +29,7 @@ TITLE = "Exact population statistics cost little more than one pass"
 MOST = {"cpu": 2.0, "cuda": 1.5}
 LEAST = 10.0
 CLAIM = (
-    '`precise_bn(batch_size="population")`, which is exact, takes at micro-batches of 2 to 32 at most '
+    '`precise_bn(normalization_batch_size="population")`, which is exact, takes at micro-batches of 2 to 32 at most '
     f"{MOST['cpu']:.0f} times as long as one pass on a CPU and {MOST['cuda']} times on a GPU, and is at least "
     f"{LEAST:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
 )

@@ -86,7 +86,7 @@ def report(device: str, quick: bool) -> str:
 def _fit(module: LightningModule, tested: int, epoch: int, device: str) -> Timed:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(epoch, 3, PIXELS, PIXELS), torch.randint(10, (epoch,)))
-    timed = Timed(BatchLeakageMonitor(tested, level=1e-9))
+    timed = Timed(BatchLeakageMonitor(tested, alpha=1e-9))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(

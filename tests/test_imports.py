@@ -34,7 +34,7 @@ for change in (lbn.freeze_bn, lbn.mini_batch_inference, lambda net: lbn.ghost_bn
 lbn.batch_leakage(net, batches)
 lbn.adapt_bn, lbn.domain_bn, lbn.roi_shuffle, lbn.exchange_rows, lbn.restore_rows, lbn.find_bn, lbn.Moments
 """,
-    "population": "lbn.precise_bn(net, batches, batch_size='population', memory_limit=10**9)",
+    "population": "lbn.precise_bn(net, batches, normalization_batch_size='population', memory_limit=10**9)",
     "progress": "lbn.precise_bn(net, batches, progress=True)",
     "metrics": "lbn.MeanGap",
 }

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
@@ -42,7 +42,7 @@ class AdaBNCallback(BatchNormCallback):
     shift, 64.4 -> 52.5 with Gaussian noise, 40.4 -> 36.7 with JPEG, from 1000 images (Table 4). When it does not:
     without a shift (23.4 -> 23.8), with other class frequencies in the target, with few samples (see
     ``prior_samples``), and for a model trained with frozen statistics, which it destroys (accuracy 77.9 -> 48.5 % in a
-    trial of ours); it warns of those that it can see. So compare: ``compare=True`` logs both.
+    trial of ours); it warns of those that it can see. So compare: ``log_unadapted=True`` logs both.
 
     Cost: one forward over ``num_samples`` samples per dataloader; comparing, another evaluation. ``online`` costs
     one more read of each input.
@@ -56,12 +56,12 @@ class AdaBNCallback(BatchNormCallback):
         online: Instead of reading ahead, normalize each batch with the statistics of all batches so far, itself
             included, of this rank. Nothing is written. Predictions then depend on the order of batches.
         stages: Before which of ``"validate"``, ``"test"`` and ``"predict"``, outside of a fit.
-        compare: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``, which
+        log_unadapted: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``, which
             logs nothing.
         forward: ``"evaluation_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping); or a function of module and batch.
         layers: Glob patterns over qualified layer names; None for every layer that is not frozen.
-        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
 
     Attributes:
         results: What was measured of each dataloader in the last evaluation; None for one without batches.
@@ -75,7 +75,7 @@ class AdaBNCallback(BatchNormCallback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import AdaBNCallback
-        >>> trainer = Trainer(callbacks=[AdaBNCallback(compare=True)], logger=False, enable_checkpointing=False)
+        >>> trainer = Trainer(callbacks=[AdaBNCallback(log_unadapted=True)], logger=False, enable_checkpointing=False)
 
         As YAML for LightningCLI:
 
@@ -93,16 +93,16 @@ class AdaBNCallback(BatchNormCallback):
         prior_samples: int = 0,
         online: bool = False,
         stages: Sequence[Literal["validate", "test", "predict"]] = ("validate", "test", "predict"),
-        compare: bool = False,
+        log_unadapted: bool = False,
         forward: TargetForward = "evaluation_step",
         layers: Layers = None,
-        count: Count | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
     ) -> None:
         if num_samples is not None:
             check_int("num_samples", num_samples, at_least=1)
         check_int("prior_samples", prior_samples, at_least=0)
         check_bool("online", online)
-        check_bool("compare", compare)
+        check_bool("log_unadapted", log_unadapted)
         as_patterns(layers)
         if not callable(forward) and forward not in ("evaluation_step", "forward"):
             raise ValueError(f"forward must be 'evaluation_step', 'forward' or a function but is {forward!r}.")
@@ -110,12 +110,12 @@ class AdaBNCallback(BatchNormCallback):
         self.prior_samples = prior_samples
         self.online = online
         self.stages = as_stages("stages", stages)
-        self.compare = compare
+        self.log_unadapted = log_unadapted
         self.forward = forward
         self.layers = layers
         self.results: list[PopulationStatistics | None] = []
         self.unadapted: dict[str, float] = {}
-        self._count = as_batch_size_fn(count)
+        self._count = as_batch_size_fn(batch_size_fn)
         self._due = False
         self._adapted: dict[str, _BatchNorm] = {}
         self._domain: int | None = None
@@ -184,8 +184,8 @@ class AdaBNCallback(BatchNormCallback):
         if not self._due:
             return
         self._due = False
-        if self.compare and stage_of(trainer) != "predict":
-            check_own_fetching(trainer, module, "compare=False")
+        if self.log_unadapted and stage_of(trainer) != "predict":
+            check_own_fetching(trainer, module, "log_unadapted=False")
             with evaluation_batches(trainer, module) as batches:
                 self.unadapted = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
             log_row(trainer, self.unadapted)
@@ -230,9 +230,9 @@ class AdaBNCallback(BatchNormCallback):
 
     def _check_late_comparison(self, trainer: Trainer) -> None:
         adapting = [c for c in trainer.callbacks if isinstance(c, AdaBNCallback)]  # type: ignore[attr-defined]
-        if self.compare and adapting[0] is not self:
+        if self.log_unadapted and adapting[0] is not self:
             raise ValueError(
-                "compare=True is for the first AdaBNCallback in the list alone: when another's turn has come, the "
+                "log_unadapted=True is for the first AdaBNCallback in the list alone: when another's turn has come, the "
                 "first has adapted its layers already."
             )
 
@@ -252,5 +252,5 @@ class AdaBNCallback(BatchNormCallback):
                     rank_zero_warn(
                         f"AdaBNCallback re-estimates the statistics of layers that FreezeBNCallback has the model "
                         f"trained with ({theirs[0]!r} first). The weights fit the frozen ones: in a trial of ours "
-                        "accuracy fell from 77.9 to 48.5 %. Leave them out by layers=, or see by compare=True."
+                        "accuracy fell from 77.9 to 48.5 %. Leave them out by layers=, or see by log_unadapted=True."
                     )

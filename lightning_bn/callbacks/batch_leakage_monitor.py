@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_bn import plots
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, said_of
 from lightning_bn.functional.leakage_test import EProcess
@@ -55,7 +55,7 @@ class BatchLeakageMonitor(ObservingCallback):
     - `FreezeBNCallback`: what normalizes with the population cannot leak.
 
     Negative correlations say that batches are balanced, by class for instance. That is not i.i.d. either; compare
-    the errors (``compare=True``) before changing anything.
+    the errors (``log_errors=True``) before changing anything.
 
     Its unit is the sample: where a sample is several rows of a layer (tokens, views), they are averaged, and a layer of
     which it cannot be told whose rows are whose (nodes of graphs, regions of several images) is left out and named.
@@ -75,17 +75,17 @@ class BatchLeakageMonitor(ObservingCallback):
     Args:
         num_samples: Samples of an epoch to test, of all ranks together, in four batches or more. 4096 find 16 classes
             x 2 of 80 classes at the first epoch's end; 2048 did not always.
-        level: Share of runs without leakage that may alarm.
+        alpha: Share of runs without leakage that may alarm.
         forward: As `PreciseBNCallback`'s: ``"training_step"``, muted; ``"forward"``; or a function of module and batch.
-        compare: Log in each validation of the fit what it logs with population statistics, with mini-batch statistics,
+        log_errors: Log in each validation of the fit what it logs with population statistics, with mini-batch statistics,
             and, where ``same_pattern`` is given, with those of batches in training's pattern: the curves of Fig. 8.
             Leakage makes the first rise while the last falls. The second needs a validation loader that is shuffled.
         same_pattern: From the Trainer to a loader of validation samples, put together as in training. Ranks share it.
         layers: Glob patterns over qualified layer names, such as ``"*roi_heads.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
             What is several rows of a layer goes by it.
-        replay_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
+        max_bytes: What the kept batches may take in main memory on each rank. 4096 images of 224 px in float32 are
             2.5e9, of all ranks together.
 
     Attributes:
@@ -116,28 +116,28 @@ class BatchLeakageMonitor(ObservingCallback):
     def __init__(
         self,
         num_samples: int = 4096,
-        level: float = 0.01,
+        alpha: float = 0.01,
         forward: Forward = "training_step",
-        compare: bool = False,
+        log_errors: bool = False,
         same_pattern: Callable[[Trainer], Iterable[Any]] | None = None,
         layers: Layers = None,
-        count: Count | None = None,
-        replay_bytes: int = 2**32,
+        batch_size_fn: BatchSizeFn | None = None,
+        max_bytes: int = 2**32,
     ) -> None:
-        if not (isinstance(level, float) and 0 < level < 1):
-            raise ValueError(f"level must be a share of runs between 0 and 1 but is {level!r}.")
-        check_bool("compare", compare)
+        if not (isinstance(alpha, float) and 0 < alpha < 1):
+            raise ValueError(f"alpha must be a share of runs between 0 and 1 but is {alpha!r}.")
+        check_bool("log_errors", log_errors)
         as_patterns(layers)
         if same_pattern is not None and not callable(same_pattern):
             raise TypeError(f"same_pattern must be a function from the Trainer to a loader but is {same_pattern!r}.")
-        if same_pattern is not None and not compare:
-            raise ValueError("same_pattern is for compare=True, whose third error it gives.")
-        self.level = level
-        self.compare = compare
+        if same_pattern is not None and not log_errors:
+            raise ValueError("same_pattern is for log_errors=True, whose third error it gives.")
+        self.alpha = alpha
+        self.log_errors = log_errors
         self.same_pattern = same_pattern
         self.layers = layers
         self.result: BatchLeakage | None = None
-        self._pass = LeakagePass(num_samples, forward, layers, count, replay_bytes)
+        self._pass = LeakagePass(num_samples, forward, layers, batch_size_fn, max_bytes)
         self._evidence = EProcess()
 
     @property
@@ -148,7 +148,7 @@ class BatchLeakageMonitor(ObservingCallback):
     @property
     def alarmed(self) -> bool | None:
         """Whether the run's p-value is at most ``level``; None before the first test."""
-        return self.p_value <= self.level if self._evidence.epochs else None
+        return self.p_value <= self.alpha if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state; a checkpoint is restored after this."""
@@ -162,9 +162,9 @@ class BatchLeakageMonitor(ObservingCallback):
         super().on_fit_start(trainer, pl_module)
         self._pass.check(pl_module, trainer)
         others = [c for c in trainer.callbacks if isinstance(c, MiniBatchInferenceCallback)]  # type: ignore[attr-defined]
-        if self.compare and any("validate" in c.stages for c in others):
+        if self.log_errors and any("validate" in c.stages for c in others):
             raise ValueError(
-                "BatchLeakageMonitor(compare=True) evaluates with population and with mini-batch statistics, and "
+                "BatchLeakageMonitor(log_errors=True) evaluates with population and with mini-batch statistics, and "
                 "MiniBatchInferenceCallback leaves no population: give that one other stages than 'validate'."
             )
 
@@ -179,7 +179,7 @@ class BatchLeakageMonitor(ObservingCallback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the errors of Fig. 8, if asked for."""
-        if self.compare and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self.log_errors and trainer.state.fn == "fit" and not trainer.sanity_checking:
             with self._spared("compares nothing in this validation"):
                 log_row(
                     trainer, compare_statistics(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage")
@@ -237,7 +237,7 @@ class BatchLeakageMonitor(ObservingCallback):
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
                 + (f"{', or '.join(['Shuffle', *ways_out])}. " if alike else "")
-                + ("" if self.compare else "compare=True shows what it costs."),
+                + ("" if self.log_errors else "log_errors=True shows what it costs."),
             )
 
     def _draw(self, trainer: Trainer, found: BatchLeakage) -> None:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.tracking.alarm import Alarm
@@ -60,12 +60,12 @@ class BNStatsMonitor(ObservingCallback):
         quantities: What is logged of each layer, of "mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise",
             "dead" (fraction of channels without variance) and "nonfinite" (fraction of channels).
         log_layers: Patterns of layers that get keys of their own; None for all, if they are 64 or fewer, else none.
-        channels: Layer name -> channel, whose EMA and batch means are drawn; None for the first channels of the first,
+        trace_channels: Layer name -> channel, whose EMA and batch means are drawn; None for the first channels of the first,
             the middle and the last layer.
-        alert_above: Warn, and alert in W&B, when the worst lag rises above so many sigma, and again only after it fell
+        alert_threshold: Warn, and alert in W&B, when the worst lag rises above so many sigma, and again only after it fell
             below half of it; None for never. At half a sigma the validation errors of our demo are wrong by tens of
             points.
-        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
 
     Raises:
@@ -93,19 +93,21 @@ class BNStatsMonitor(ObservingCallback):
         window: int = 10,
         quantities: Sequence[str] = ("mean_gap", "var_gap"),
         log_layers: Layers = None,
-        channels: dict[str, int] | None = None,
-        alert_above: float | None = 0.5,
-        count: Count | None = None,
+        trace_channels: dict[str, int] | None = None,
+        alert_threshold: float | None = 0.5,
+        batch_size_fn: BatchSizeFn | None = None,
         layers: Layers = None,
     ) -> None:
         check_int("every_n_batches", every_n_batches, at_least=1)
         check_int("window", window, at_least=1)
         if not isinstance(quantities, (list, tuple)) or any(q not in QUANTITIES for q in quantities):
             raise ValueError(f"quantities must be a list of some of {', '.join(QUANTITIES)} but is {quantities!r}.")
-        is_number = isinstance(alert_above, (int, float)) and not isinstance(alert_above, bool)
-        if alert_above is not None and not (is_number and alert_above > 0):
-            raise ValueError(f"alert_above must be a positive number of sigma, or None, but is {alert_above!r}.")
-        check_channels(channels)
+        is_number = isinstance(alert_threshold, (int, float)) and not isinstance(alert_threshold, bool)
+        if alert_threshold is not None and not (is_number and alert_threshold > 0):
+            raise ValueError(
+                f"alert_threshold must be a positive number of sigma, or None, but is {alert_threshold!r}."
+            )
+        check_channels(trace_channels)
         if log_layers is not None:
             as_patterns(log_layers, "log_layers")
         as_patterns(layers)
@@ -113,10 +115,10 @@ class BNStatsMonitor(ObservingCallback):
         self.window = window
         self.quantities = tuple(quantities)
         self.log_layers = log_layers
-        self.channels = channels
-        self.alert_above = alert_above
+        self.trace_channels = trace_channels
+        self.alert_threshold = alert_threshold
         self.layers = layers
-        self._count = as_batch_size_fn(count)
+        self._count = as_batch_size_fn(batch_size_fn)
         self._record: DriftRecord | None = None
         self._restored: dict[str, Any] = {}
         self._alarm = Alarm(float("inf"))
@@ -148,8 +150,10 @@ class BNStatsMonitor(ObservingCallback):
         if self.log_layers is None and len(layers) > _MAX_KEYED:
             keyed = {}
         prefix = self._prefix(trainer)
-        self._record = DriftRecord(layers, {name: keys[name] for name in keyed}, self.quantities, self.channels, prefix)
-        self._alarm = Alarm(self.alert_above or float("inf"))
+        self._record = DriftRecord(
+            layers, {name: keys[name] for name in keyed}, self.quantities, self.trace_channels, prefix
+        )
+        self._alarm = Alarm(self.alert_threshold or float("inf"))
         self._batches = 0
         if self._restored:
             self._batches, self._alarm.armed = self._restored["batches"], self._restored["armed"]

@@ -22,45 +22,45 @@ from lightning_bn.trainer.passes import check_sharding
 class DomainSpecificBNCallback(BatchNormCallback):
     """Say what layers that see several domains share among them, and what each domain has for itself (Sec. 5.2).
 
-    A domain is a level of a feature pyramid that a head is run on (``owner``), or a dataset (``domain_of``, or the
+    A domain is a level of a feature pyramid that a head is run on (``owner``), or a dataset (``domain_fn``, or the
     index of the dataloader). Layers have their domains in fits and in evaluations, for as long as they last; between
     them the model is a plain one, and the callback keeps what belongs to domains. See `domain_bn`, which this is.
 
     When it helps: a head that all levels share (RetinaNet on COCO: box AP 34.1 for the straightforward code, 39.1 as
     soon as training and evaluation agree; Table 5), a model trained on datasets whose inputs differ. When it does
-    not: with one domain. Inconsistent choices (``sgd`` and ``population`` differ) cost up to 37 points, and warn.
+    not: with one domain. Inconsistent choices (``train_statistics`` and ``population_statistics`` differ) cost up to 37 points, and warn.
 
     Checkpoints: the module's keys are the plain model's (but for ``affine="domain"``, which adds ``domain_weight`` and
     ``domain_bias``), and its running statistics those of all domains together, in one EMA. The statistics of domains
     are in the callback's own state: evaluate with this callback and ``ckpt_path=``.
 
     Cost: on a CPU, forward and backward of a RetinaNet head of 64 channels took 1.02 times as long with
-    ``sgd="domain"``, and 1.14 times with ``sgd="shared"``, which copies each layer's input there and back. Samples of
+    ``train_statistics="domain"``, and 1.14 times with ``train_statistics="shared"``, which copies each layer's input there and back. Samples of
     several domains in a batch are copied as well.
 
     Args:
-        domains: How many there are.
-        owner: Glob patterns over qualified names of the modules whose forward runs a tower once for each level, such as
+        num_domains: How many there are.
+        level_modules: Glob patterns over qualified names of the modules whose forward runs a tower once for each level, such as
             ``"*.head.*_head"`` for torchvision's RetinaNet and FCOS; None if domains are datasets.
-        domain_of: ``domain_of(batch)`` says which dataset a batch is from, or, as a tensor ``(N,)``, each of its
+        domain_fn: ``domain_fn(batch)`` says which dataset a batch is from, or, as a tensor ``(N,)``, each of its
             samples. None takes the index of the dataloader, which in training is always 0.
-        sgd: ``"shared"``: training normalizes domains together; ``"domain"``: each by itself.
+        train_statistics: ``"shared"``: training normalizes domains together; ``"domain"``: each by itself.
         population: ``"shared"`` or ``"domain"``: the same for evaluation.
         affine: ``"domain"`` gives each domain a weight and a bias: new parameters, there before optimizers are made.
         layers: Glob patterns over qualified layer names; None for those within owners, or every BatchNorm layer.
 
     Raises:
         ValueError: At the start: for what `domain_bn` refuses; a ModelCheckpoint that saves weights only, which would
-            lose the statistics of domains; several train dataloaders without ``domain_of``; weight averaging listed
+            lose the statistics of domains; several train dataloaders without ``domain_fn``; weight averaging listed
             before this callback; an evaluation of domains of which no statistics are known (in a fit, a warning).
-        TypeError: For SyncBatchNorm layers; for a ``domain_of`` that returns None.
+        TypeError: For SyncBatchNorm layers; for a ``domain_fn`` that returns None.
         RuntimeError: In a forward, if the number of levels is not ``domains``; for a strategy that shards the model;
-            for a ``domain_of`` that raises StopIteration.
+            for a ``domain_fn`` that raises StopIteration.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import DomainSpecificBNCallback
-        >>> callback = DomainSpecificBNCallback(domains=5, owner="*.head.*_head")
+        >>> callback = DomainSpecificBNCallback(num_domains=5, level_modules="*.head.*_head")
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 
         As YAML for LightningCLI:
@@ -75,25 +75,25 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     def __init__(
         self,
-        domains: int,
-        owner: str | Sequence[str] | None = None,
-        domain_of: Callable[[Any], Any] | None = None,  # of int | Tensor, jsonargparse refuses unannotated ones
-        sgd: Choice = "domain",
-        population: Choice = "domain",
+        num_domains: int,
+        level_modules: str | Sequence[str] | None = None,
+        domain_fn: Callable[[Any], Any] | None = None,  # of int | Tensor, jsonargparse refuses unannotated ones
+        train_statistics: Choice = "domain",
+        population_statistics: Choice = "domain",
         affine: Choice = "shared",
         layers: Layers = None,
     ) -> None:
-        require_choices(domains, sgd, population, affine, owner)
+        require_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
         as_patterns(layers)
-        if domain_of is not None and not callable(domain_of):
-            raise TypeError(f"domain_of must be a function from a batch to its domain but is {domain_of!r}.")
-        if owner is not None and domain_of is not None:
-            raise ValueError("Domains are feature levels (owner=) or datasets (domain_of=): pass one of them.")
-        self.domains = domains
-        self.owner = owner
-        self.domain_of = domain_of
-        self.sgd: Choice = sgd
-        self.population: Choice = population
+        if domain_fn is not None and not callable(domain_fn):
+            raise TypeError(f"domain_fn must be a function from a batch to its domain but is {domain_fn!r}.")
+        if level_modules is not None and domain_fn is not None:
+            raise ValueError("Domains are feature levels (level_modules=) or datasets (domain_fn=): pass one of them.")
+        self.num_domains = num_domains
+        self.level_modules = level_modules
+        self.domain_fn = domain_fn
+        self.train_statistics: Choice = train_statistics
+        self.population_statistics: Choice = population_statistics
         self.affine: Choice = affine
         self.layers = layers
         self._handle: DomainHandle | None = None
@@ -117,11 +117,11 @@ class DomainSpecificBNCallback(BatchNormCallback):
             )
         self._handle = domain_bn(
             pl_module,
-            domains=self.domains,
-            sgd=self.sgd,
-            population=self.population,
+            num_domains=self.num_domains,
+            train_statistics=self.train_statistics,
+            population_statistics=self.population_statistics,
             affine=self.affine,
-            owner=self.owner,
+            level_modules=self.level_modules,
             layers=self.layers,
         )
         if self._averagers:
@@ -133,7 +133,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         """Refuse what would lose statistics."""
         super().on_fit_start(trainer, pl_module)
         self._check_replaced(pl_module)
-        if self.population == "domain" and any(
+        if self.population_statistics == "domain" and any(
             getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
         ):
             raise ValueError(
@@ -143,17 +143,17 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse training data whose domain cannot be known."""
-        if self.owner is not None or self.domain_of is not None:
+        if self.level_modules is not None or self.domain_fn is not None:
             return
         loaders = trainer.fit_loop._combined_loader
         if loaders is not None and len(loaders.flattened) > 1:
             raise ValueError(
                 f"There are {len(loaders.flattened)} train dataloaders, and Lightning does not say which of them a "
-                "batch is from: have the datasets say it in each sample, and pass domain_of=."
+                "batch is from: have the datasets say it in each sample, and pass domain_fn=."
             )
         rank_zero_warn(
             "DomainSpecificBNCallback takes all training batches to be of domain 0, the index of the one train "
-            "dataloader: pass domain_of= to tell samples apart, or owner= for feature levels."
+            "dataloader: pass domain_fn= to tell samples apart, or level_modules= for feature levels."
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -170,7 +170,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an evaluation with statistics of an unknown domain."""
         self._check_replaced(pl_module)
-        if trainer.state.fn != "fit" and self.population == "domain" and not self._state:
+        if trainer.state.fn != "fit" and self.population_statistics == "domain" and not self._state:
             raise ValueError(
                 "DomainSpecificBNCallback knows no statistics of domains to evaluate with: fit with this callback "
                 "before, or pass ckpt_path=, a checkpoint of such a fit."
@@ -237,38 +237,38 @@ class DomainSpecificBNCallback(BatchNormCallback):
     @contextmanager
     def showing_batch(self, batch: Any, dataloader_idx: int = 0) -> Iterator[None]:
         """Say, for a while, which domain the model is shown: the batch's."""
-        if self._handle is None or self.owner is not None:
+        if self._handle is None or self.level_modules is not None:
             yield
         else:
             with self._handle.use_domain(self._domain(batch, dataloader_idx)):
                 yield
 
     def _domain(self, batch: Any, dataloader_idx: int) -> int | Tensor:
-        if self.domain_of is None:
+        if self.domain_fn is None:
             return dataloader_idx
         try:
-            domain: int | Tensor | None = self.domain_of(batch)
+            domain: int | Tensor | None = self.domain_fn(batch)
         except StopIteration as error:  # would end Lightning's epoch without a word
-            raise RuntimeError("domain_of raised StopIteration.") from error
+            raise RuntimeError("domain_fn raised StopIteration.") from error
         if domain is None:
             raise TypeError(
-                "domain_of(batch) is None: it must return the batch's domain, a whole number, or a tensor (N,) of one "
+                "domain_fn(batch) is None: it must return the batch's domain, a whole number, or a tensor (N,) of one "
                 "for each sample."
             )
         return domain
 
     def _show(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        if self._handle is None or self.owner is not None:
+        if self._handle is None or self.level_modules is not None:
             return
         domain = self._domain(batch, dataloader_idx)
         self._handle.show(domain)
-        if trainer.state.fn != "fit" and self.population == "domain":
+        if trainer.state.fn != "fit" and self.population_statistics == "domain":
             self._check_untrained(torch.as_tensor(domain))
-        elif trainer.validating and self.population == "domain":
+        elif trainer.validating and self.population_statistics == "domain":
             self._warn_of_untrained(torch.as_tensor(domain))
 
     def _show_nothing(self) -> None:
-        if self._handle is not None and self.owner is None:
+        if self._handle is not None and self.level_modules is None:
             self._handle.show(None)
 
     def _check_untrained(self, domain: Tensor) -> None:
@@ -291,7 +291,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 rank_zero_warn(
                     f"Domain {d} is validated, and layer {untrained[0]!r} was never trained on it: it is normalized "
                     "with the statistics that it started with. If its samples are of a domain that is trained on, say "
-                    "so by domain_of=."
+                    "so by domain_fn=."
                 )
 
     def _check_replaced(self, module: LightningModule) -> None:
@@ -304,7 +304,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 )
 
     def _exported(self, affine: bool = False) -> dict[str, Any]:
-        if self._handle is None or (self.population == self.affine == "shared"):
+        if self._handle is None or (self.population_statistics == self.affine == "shared"):
             return {}
         averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
         return {

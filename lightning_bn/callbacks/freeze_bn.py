@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.functional.freeze import affine_of, check_lbfgs, drop_gradients, freeze_bn
 from lightning_bn.functional.warm_up import WarmUp
@@ -60,7 +60,7 @@ class FreezeBNCallback(BatchNormCallback):
         num_samples: Samples of the pass; see `PreciseBNCallback`, as for the next three.
         source: Where the pass gets batches from.
         forward: How the pass shows them to the module.
-        count: Number of samples in a batch.
+        batch_size_fn: Number of samples in a batch.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
         on_error: What happens if the pass at the switch fails: ``"warn"`` says why and freezes the running statistics
             as they are, since training got so far without a pass; ``"raise"`` ends the fit.
@@ -99,7 +99,7 @@ class FreezeBNCallback(BatchNormCallback):
         num_samples: int = 1000,
         source: Source = "train_dataloader",
         forward: Forward = "training_step",
-        count: Count | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
         layers: Layers = None,
         on_error: OnError = "warn",
     ) -> None:
@@ -117,9 +117,11 @@ class FreezeBNCallback(BatchNormCallback):
         self.warmup_epochs = warmup_epochs
         self.warmup_steps = warmup_steps
         self.layers = layers
-        self._count = as_batch_size_fn(count)
+        self._count = as_batch_size_fn(batch_size_fn)
         self.on_error: OnError = on_error
-        self._pass = PopulationPass(PassConfig(num_samples, source, forward, layers, count), type(self).__name__)
+        self._pass = PopulationPass(
+            PassConfig(num_samples, source, forward, layers, batch_size_fn), type(self).__name__
+        )
         self._start = Movement({})
         self._state: dict[str, Any] | None = None
         self._handle: Handle | None = None

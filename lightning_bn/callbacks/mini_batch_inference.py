@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.ranks import sum_over_ranks
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
 from lightning_bn.functional.precise import estimable_layers
@@ -47,7 +47,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         stages: When, of ``"validate"`` (in a fit, too), ``"test"`` and ``"predict"``.
         layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
 
     Attributes:
         fallbacks: Calls of layers in the last evaluation, on all ranks, that had one value per channel.
@@ -75,13 +75,13 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         self,
         stages: Sequence[Literal["validate", "test", "predict"]] = ("validate", "test", "predict"),
         layers: Layers = None,
-        count: Count | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
     ) -> None:
         as_patterns(layers)
         self.stages = as_stages("stages", stages)
         self.layers = layers
         self.fallbacks = 0
-        self._count = as_batch_size_fn(count)
+        self._count = as_batch_size_fn(batch_size_fn)
         self._handle: MiniBatchHandle | None = None
         self._rows: tuple[CountsRows, Handle] | None = None
         self._said: set[str] = set()

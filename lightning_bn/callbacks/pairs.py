@@ -109,7 +109,7 @@ PAIRS: dict[frozenset[str], Pair] = {
             "works", _TESTED + ", until the switch; through frozen statistics nothing leaks"
         ),
         ("BatchLeakageMonitor", "MiniBatchInferenceCallback"): Pair(
-            "works", _TESTED + "; `compare=True` is refused where validation has no population"
+            "works", _TESTED + "; `log_errors=True` is refused where validation has no population"
         ),
         ("BatchLeakageMonitor", "AdaBNCallback"): Pair(
             "works", _TESTED + ", and evaluates in fits alone, AdaBN outside"

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.functional.measure import BatchSize
@@ -41,7 +41,7 @@ class PreciseBNCallback(BatchNormCallback):
 
     Statistics of much fewer than 100 samples at a time are wrong in depth, whatever their number (28.8 % at 2 against
     23.5 at 100; Table 2). So smaller batches wait for each other at every layer, which normalizes 100 samples or more
-    together (`precise_bn` says how); ``batch_size`` changes that.
+    together (`precise_bn` says how); ``normalization_batch_size`` changes that.
 
     Cost: one forward without gradients over ``num_samples`` samples; its own share of that is in benchmarks/RESULTS.md.
     Batches that wait take memory: what one keeps alive at the widest layer, times their number.
@@ -51,7 +51,7 @@ class PreciseBNCallback(BatchNormCallback):
     Args:
         num_samples: Samples of all ranks together, in whole batches; fewer if the train dataloader has fewer. 1000 lies
             within 0.05 points of 10000 even far from convergence (Table 1), for a tenth of the cost.
-        batch_size: Samples of all ranks to normalize together, B of Table 2: whole batches, as few as hold so many. 1
+        normalization_batch_size: Samples of all ranks to normalize together, B of Table 2: whole batches, as few as hold so many. 1
             takes the batches as they come; ``"population"`` is exact. By default 100, or, with a warning, what fits
             into half of the memory that is free; and, with a warning, 1 if the model's batches cannot wait for each
             other.
@@ -60,19 +60,19 @@ class PreciseBNCallback(BatchNormCallback):
             10,000 samples: that took 9 to 14 % of these (docs/recipes.md). Smaller ones come to ``num_samples``.
         memory_limit: Bytes that waiting batches may take on each rank; what is beyond goes to the host's memory or to
             disk.
-        every_n: Run at every n-th occasion only.
+        every_n_validations: Run at every n-th occasion only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``: the last training batches, kept in main
             memory; for loaders that cannot be read twice. Or a function from the Trainer to a loader.
             ``"training"``: no pass at all, but statistics forecast from the training steps (see the docs page); the
-            options of a pass (all but ``every_n`` and ``layers``) are then refused.
+            options of a pass (all but ``every_n_validations`` and ``layers``) are then refused.
         forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping), everything but BatchNorm in eval mode; or
             a function of module and batch. Manual optimization needs one of the latter two.
-        before: Run before ``trainer.validate``, ``"test"`` or ``"predict"`` as well, outside of a fit. Training data
+        stages: Run before ``trainer.validate``, ``"test"`` or ``"predict"`` as well, outside of a fit. Training data
             then come from the (data) module's ``train_dataloader`` or from the ``source`` function.
         layers: Glob patterns over qualified layer names, such as ``"backbone.*"``; None for every layer that is not
             frozen.
-        count: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
         shard: Whether ranks share the batches of a ``source`` function out, or each shows all of them.
         replay_bytes: What replayed batches may take in main memory on each rank.
         when_needed: Skip a pass of a fit where a forecast from the training steps says that the EMA is good enough; it
@@ -108,44 +108,62 @@ class PreciseBNCallback(BatchNormCallback):
     def __init__(
         self,
         num_samples: int = 1000,
-        batch_size: BatchSize = None,
+        normalization_batch_size: BatchSize = None,
         tolerance: float | None = None,
         memory_limit: int | None = None,
-        every_n: int = 1,
+        every_n_validations: int = 1,
         source: Literal["train_dataloader", "replay", "training"]
         | Callable[[Trainer], Iterable[Any]] = "train_dataloader",
         forward: Forward = "training_step",
-        before: Sequence[Literal["validate", "test", "predict"]] = (),
+        stages: Sequence[Literal["validate", "test", "predict"]] = (),
         layers: Layers = None,
-        count: Count | None = None,
+        batch_size_fn: BatchSizeFn | None = None,
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
         when_needed: bool = False,
         needed_above: float = 0.05,
         on_error: OnError = "warn",
     ) -> None:
-        check_int("every_n", every_n, at_least=1)
+        check_int("every_n_validations", every_n_validations, at_least=1)
         check_bool("when_needed", when_needed)
         check_on_error(on_error)
         if not isinstance(needed_above, (int, float)) or not needed_above >= 0:
             raise ValueError(f"needed_above must be a number of sigma, 0 or more, but is {needed_above!r}.")
         self.layers = layers
-        self.every_n = every_n
-        self.before = as_stages("before", before)
+        self.every_n_validations = every_n_validations
+        self.stages = as_stages("stages", stages)
         self.result: PopulationStatistics | None = None
         self.when_needed = when_needed
         self.needed_above = needed_above
         self.on_error: OnError = on_error
         if source == "training":
-            options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "tolerance": tolerance}
-            options |= {"memory_limit": memory_limit, "forward": forward, "before": self.before, "count": count}
+            options: dict[str, Any] = {
+                "num_samples": num_samples,
+                "normalization_batch_size": normalization_batch_size,
+                "tolerance": tolerance,
+            }
+            options |= {
+                "memory_limit": memory_limit,
+                "forward": forward,
+                "stages": self.stages,
+                "batch_size_fn": batch_size_fn,
+            }
             options |= {"shard": shard, "replay_bytes": replay_bytes, "when_needed": when_needed}
             check_no_pass_arguments(options, inspect.signature(PreciseBNCallback).parameters)
         self._forecasting = TrainerForecast(layers) if source == "training" or when_needed else None
         self._pass: PopulationPass | None = None
         if source != "training":
             config = PassConfig(
-                num_samples, source, forward, layers, count, shard, replay_bytes, batch_size, tolerance, memory_limit
+                num_samples,
+                source,
+                forward,
+                layers,
+                batch_size_fn,
+                shard,
+                replay_bytes,
+                normalization_batch_size,
+                tolerance,
+                memory_limit,
             )
             self._pass = PopulationPass(config, type(self).__name__)
         self._occasions = 0
@@ -154,7 +172,7 @@ class PreciseBNCallback(BatchNormCallback):
 
     def should_run(self, trainer: Trainer) -> bool:
         """Whether to run at this occasion; override to decide otherwise."""
-        return self._occasions % self.every_n == 0
+        return self._occasions % self.every_n_validations == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state, and what was learned of another model; a checkpoint is restored after this."""
@@ -203,15 +221,15 @@ class PreciseBNCallback(BatchNormCallback):
         if trainer.state.fn == "fit":
             self._due = self._occasion(trainer)
         else:
-            self._due = "validate" in self.before
+            self._due = "validate" in self.stages
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note whether ``trainer.test`` asks for a pass."""
-        self._due = "test" in self.before
+        self._due = "test" in self.stages
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note whether ``trainer.predict`` asks for a pass."""
-        self._due = "predict" in self.before
+        self._due = "predict" in self.stages
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Run, before the first batch is evaluated."""

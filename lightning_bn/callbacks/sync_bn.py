@@ -33,7 +33,7 @@ class SyncBNCallback(FitScopedCallback):
     step skips batches.
 
     Args:
-        ranks: So many ranks share statistics: the first ``ranks``, the next, and so on; their number must be a multiple
+        group_size: So many ranks share statistics: the first ``group_size``, the next, and so on; their number must be a multiple
             of it. None for all.
         layers: Glob patterns over qualified layer names; None for every BatchNorm layer but torch's own SyncBatchNorm,
             which need nobody.
@@ -62,13 +62,13 @@ class SyncBNCallback(FitScopedCallback):
         ```
     """
 
-    def __init__(self, ranks: int | None = None, layers: Layers = None) -> None:
+    def __init__(self, group_size: int | None = None, layers: Layers = None) -> None:
         super().__init__()
-        if ranks is not None:
-            check_int("ranks", ranks, at_least=1)
+        if group_size is not None:
+            check_int("ranks", group_size, at_least=1)
         as_patterns(layers)
-        self.ranks = ranks
+        self.group_size = group_size
         self.layers = layers
 
     def _give(self, module: LightningModule) -> Handle:
-        return sync_bn(module, ranks=self.ranks, layers=self.layers)
+        return sync_bn(module, group_size=self.group_size, layers=self.layers)

@@ -13,24 +13,26 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Count: TypeAlias = Callable[[Any], int]
+BatchSizeFn: TypeAlias = Callable[[Any], int]
 """Samples in a batch."""
 _ARRAYS = (Tensor, np.ndarray)
 _CHANNELS = {1, 3, 4}
 """Of images: gray, color, and color with transparency or depth."""
 
 
-def as_batch_size_fn(count: Count | None) -> Count:
-    """The function that ``count=`` asks for: the user's, whose answers are checked, or `infer_batch_size`.
+def as_batch_size_fn(batch_size_fn: BatchSizeFn | None) -> BatchSizeFn:
+    """The function that ``batch_size_fn=`` asks for: the user's, whose answers are checked, or `infer_batch_size`.
 
     Raises:
         TypeError: If it is no function.
     """
-    if count is None:
+    if batch_size_fn is None:
         return infer_batch_size
-    if not callable(count):
-        raise TypeError(f"count must be a function from a batch to its number of samples but is {count!r}.")
-    return Checked(count)
+    if not callable(batch_size_fn):
+        raise TypeError(
+            f"batch_size_fn must be a function from a batch to its number of samples but is {batch_size_fn!r}."
+        )
+    return Checked(batch_size_fn)
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,21 @@ class Checked:
         RuntimeError: If it raises StopIteration, which would end a loop over batches without a word.
     """
 
-    count: Count
+    batch_size_fn: BatchSizeFn
 
     def __call__(self, batch: Any) -> int:
         try:
-            said = self.count(batch)
+            said = self.batch_size_fn(batch)
         except StopIteration as error:
-            raise RuntimeError("count raised StopIteration.") from error
+            raise RuntimeError("batch_size_fn raised StopIteration.") from error
         number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(
-                f"count must return a batch's number of samples but returned {said!r} for {described(batch)}."
+                f"batch_size_fn must return a batch's number of samples but returned {said!r} for {described(batch)}."
             )
         if not math.isfinite(number) or number < 0 or number != int(number):
             raise ValueError(
-                f"count must return a batch's number of samples but returned {said!r} for {described(batch)}."
+                f"batch_size_fn must return a batch's number of samples but returned {said!r} for {described(batch)}."
             )
         return int(number)
 
@@ -104,8 +106,8 @@ def infer_batch_size(batch: Any) -> int:
         return next(filter(None, lengths), 0)
     reason = "a list of tensors in it may hold a sample or a batch in each" if parts else "no part of it tells"
     raise ValueError(
-        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass count=, a function "
-        "from a batch to its number of samples, such as count=lambda batch: len(batch[0])."
+        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass batch_size_fn=, a function "
+        "from a batch to its number of samples, such as batch_size_fn=lambda batch: len(batch[0])."
     )
 
 

@@ -82,7 +82,7 @@ class PopulationStatistics(Mapping[str, LayerStatistics]):
     def gaps_to(self, other: PopulationStatistics) -> dict[str, tuple[float, float]]:
         """How far these lie from other statistics of the same layers: mean gap and variance gap of each.
 
-        So whether B matters for the model at hand: ``precise_bn(..., batch_size="population").gaps_to(one_pass)``.
+        So whether B matters for the model at hand: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
         """
         return {
             name: (

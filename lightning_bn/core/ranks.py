@@ -167,7 +167,7 @@ def acquire_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any
     everyone = dist.group.WORLD
     if get_world_size() % size:
         raise ValueError(
-            f"ranks={size}, but there are {get_world_size()} ranks in all: they divide into groups of {size} only if "
+            f"group_size={size}, but there are {get_world_size()} ranks in all: they divide into groups of {size} only if "
             f"their number is a multiple of {size}."
         )
     if everyone is None or size == get_world_size():

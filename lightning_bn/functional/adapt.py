@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
@@ -54,7 +54,7 @@ def adapt_bn(
     forward: Forward[Any] | None = None,
     num_samples: int | None = None,
     layers: Layers = None,
-    count: Count | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
     progress: bool = False,
 ) -> Adaptation:
     r"""Replace population statistics, for a while, by those of another domain, measured on unlabelled batches of it.
@@ -80,7 +80,7 @@ def adapt_bn(
         forward: ``forward(model, batch)`` runs the model on a batch; as for `precise_bn`, like the next three.
         num_samples: Take whole batches until so many samples were seen; the paper took 1000. None takes all.
         layers: Glob patterns over qualified layer names; None adapts every BatchNorm layer that is not frozen.
-        count: ``count(batch)``, the number of samples in a batch.
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples in a batch.
         progress: Show a progress bar over samples.
 
     Returns:
@@ -107,7 +107,9 @@ def adapt_bn(
     check_bool("progress", progress)
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
-    chosen, statistics = measure_model(model, batches, forward, num_samples, layers, count, progress, of_training=False)
+    chosen, statistics = measure_model(
+        model, batches, forward, num_samples, layers, batch_size_fn, progress, of_training=False
+    )
     return Adaptation(chosen, statistics, prior_samples)
 
 

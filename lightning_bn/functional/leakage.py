@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_copy import copied_with
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.ranks import agreed, gather_rows, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage_rows import RowMeans, Rows, by_sample
 from lightning_bn.functional.leakage_test import comparable, icc, icc_noise, leading_components, permutation_test
@@ -56,7 +56,7 @@ def batch_leakage(
     *,
     forward: Forward[Any] | None = None,
     layers: Layers = None,
-    count: Count | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
 ) -> BatchLeakage:
     r"""Test whether samples that are normalized together are alike, or balanced, more than chance has it.
 
@@ -100,7 +100,7 @@ def batch_leakage(
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
-        count: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
+        batch_size_fn: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
 
     Returns:
         The p-value, and the correlation of each layer; the same on all ranks.
@@ -134,7 +134,7 @@ def batch_leakage(
         )
     with keep_in_eval(list(model.modules())):
         return measure_leakage(
-            chosen, batches, lambda batch: (forward or call_model)(model, batch), as_batch_size_fn(count)
+            chosen, batches, lambda batch: (forward or call_model)(model, batch), as_batch_size_fn(batch_size_fn)
         )
 
 
@@ -142,7 +142,7 @@ def measure_leakage(
     layers: Mapping[str, _BatchNorm],
     batches: Iterable[Any],
     run: Callable[[Any], Any],
-    count: Count,
+    batch_size_fn: BatchSizeFn,
     seed: int = 0,
 ) -> BatchLeakage:
     """Run batches through the fixed model and test what ``layers`` were given.
@@ -151,7 +151,7 @@ def measure_leakage(
         layers: Qualified name -> layer, in eval mode.
         batches: This rank's batches; as many are run as the rank with fewest has.
         run: Runs the model on one batch.
-        count: Samples in a batch.
+        batch_size_fn: Samples in a batch.
         seed: Of the regroupings.
 
     Raises:
@@ -173,7 +173,7 @@ def measure_leakage(
             if ready < get_world_size():
                 break
             with agreed(device):
-                samples = count(batch)
+                samples = batch_size_fn(batch)
                 rows.next_batch(samples)
                 run(batch)
             unplaced, *_ = sum_over_ranks([rows.unplaced], device)
@@ -258,7 +258,7 @@ def said_of(left_out: Mapping[str, str]) -> str:
     name, reason = next(iter(left_out.items()))
     others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
     return (
-        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass count=, a function from batch "
+        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass batch_size_fn=, a function from batch "
         "to number of samples."
     )
 

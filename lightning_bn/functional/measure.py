@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
 from lightning_bn.core.ranks import (
@@ -57,14 +57,14 @@ def measure(
     run: Callable[[Any], Any],
     *,
     of_training: bool = True,
-    batch_size: BatchSize = None,
+    normalization_batch_size: BatchSize = None,
     num_samples: int | None = None,
     tolerance: float | None = None,
     memory_limit: int | None = None,
     at_most: float | None = None,
     say: Callable[[str, str], Any] = _warn,
     tried: ModelProfile | None = None,
-    count: Count | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
     progress: Progress | None = None,
 ) -> PopulationStatistics:
     """Run batches, eagerly and without gradients, and return what ``layers`` were shown. Writes nothing.
@@ -76,14 +76,14 @@ def measure(
         of_training: Measure what would have moved the running statistics in training: layers begin each batch in train
             mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure what
             the layers are given in evaluation, in the modes they have.
-        batch_size: Samples of all ranks to normalize together.
+        normalization_batch_size: Samples of all ranks to normalize together.
         num_samples: Stop after so many samples of all ranks; None takes all batches.
         tolerance: Stop as soon as the standard errors of every layer are below it.
         memory_limit: Bytes that waiting micro-batches may take on each rank.
-        at_most: Rather than more than this share of the memory that is free, take a smaller ``batch_size``.
+        at_most: Rather than more than this share of the memory that is free, take a smaller ``normalization_batch_size``.
         say: Given a subject and a message: that it was so ("memory"), or of batches that were left out ("left out").
         tried: What an earlier measurement of the model has shown of its micro-batches.
-        count: Samples in a batch.
+        batch_size_fn: Samples in a batch.
         progress: Display to show the progress on.
 
     Raises:
@@ -92,15 +92,17 @@ def measure(
         LockstepError: If batches cannot be normalized together.
         MemoryError: If the memory that is free does not suffice for that.
     """
-    validate_pass_arguments(batch_size, num_samples, tolerance, memory_limit)
-    if memory_limit is not None and batch_size is None:
-        raise ValueError("memory_limit= is for batches that wait for each other, and without batch_size= none does.")
+    validate_pass_arguments(normalization_batch_size, num_samples, tolerance, memory_limit)
+    if memory_limit is not None and normalization_batch_size is None:
+        raise ValueError(
+            "memory_limit= is for batches that wait for each other, and without normalization_batch_size= none does."
+        )
     device, dtype = _device_and_dtype(layers)
     parts = _with_domains(layers)
     channels = {name: layer.get_buffer("running_mean").numel() for name, layer in parts.items()}
     seen = Accumulator(channels, device, dtype)
     mode = InLockstep(layers, seen, of_training)
-    wanted = inf if batch_size == "population" else batch_size or 0
+    wanted = inf if normalization_batch_size == "population" else normalization_batch_size or 0
     told = False
     look_again = _MIN_GROUPS_FOR_STD_ERROR
     taken = _Taken()
@@ -113,7 +115,7 @@ def measure(
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
         pooled = PooledForward(channels, mode, seen, flags, run, device, memory_limit, tried or ModelProfile())
         advance = stack.enter_context((progress or no_progress)(num_samples))
-        rounds = _SynchronizedBatches(batches, num_samples, count, layers, wanted, device)
+        rounds = _SynchronizedBatches(batches, num_samples, batch_size_fn, layers, wanted, device)
         for first in rounds:
             most = inf
             if first.small and at_most is not None:
@@ -269,12 +271,12 @@ class _SynchronizedBatches:
         self,
         batches: Iterable[Any],
         num_samples: int | None,
-        count: Count | None,
+        batch_size_fn: BatchSizeFn | None,
         layers: Mapping[str, _BatchNorm],
         wanted: float,
         device: torch.device,
     ) -> None:
-        self._batches, self._num_samples, self._count = iter(batches), num_samples, as_batch_size_fn(count)
+        self._batches, self._num_samples, self._count = iter(batches), num_samples, as_batch_size_fn(batch_size_fn)
         self._wanted, self._device = wanted, device
         self._synced = any(isinstance(m, SyncBatchNorm) for m in layers.values())
         self._rounds = self._all()
@@ -332,7 +334,7 @@ def _reduced_batch_size_message(wanted: float, first: MicroBatch, most: int, poo
         f"Population statistics are estimated with normalization batches of {most * first.everywhere} samples, not of "
         f"{wanted:.0f}: those would keep about {wanted / first.everywhere * needs.num_bytes / 1e9:.1f} GB alive on "
         f"each rank, more than half of the {pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in "
-        "depth (paper, Table 2): pass memory_limit= to put the rest to disk, or batch_size=1 to agree."
+        "depth (paper, Table 2): pass memory_limit= to put the rest to disk, or normalization_batch_size=1 to agree."
     )
 
 
@@ -404,7 +406,7 @@ def _check_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[
 
 
 def validate_pass_arguments(
-    batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None
+    normalization_batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None
 ) -> None:
     """Refuse what is no amount, and amounts that contradict each other.
 
@@ -415,20 +417,22 @@ def validate_pass_arguments(
     for name, value in (("num_samples", num_samples), ("memory_limit", memory_limit)):
         if value is not None:
             check_int(name, value, at_least=1)
-    if isinstance(batch_size, str) and batch_size != "population":
-        raise ValueError(f"batch_size must be a number of samples, 'population' or None but is {batch_size!r}.")
-    if batch_size is not None and batch_size != "population":
-        check_int("batch_size", batch_size, at_least=1)
+    if isinstance(normalization_batch_size, str) and normalization_batch_size != "population":
+        raise ValueError(
+            f"normalization_batch_size must be a number of samples, 'population' or None but is {normalization_batch_size!r}."
+        )
+    if normalization_batch_size is not None and normalization_batch_size != "population":
+        check_int("normalization_batch_size", normalization_batch_size, at_least=1)
     if tolerance is None:
         return
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance must be a number but is {tolerance!r}.")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0 but is {tolerance}.")
-    if batch_size == "population":
+    if normalization_batch_size == "population":
         raise ValueError(
             "tolerance= stops once the spread of normalization batches says that there were enough, and "
-            "batch_size='population' is a single one: leave one of them out."
+            "normalization_batch_size='population' is a single one: leave one of them out."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.functional.domain.specific import STATISTICS
 from lightning_bn.functional.measure import BatchSize, measure, no_progress
@@ -33,11 +33,11 @@ def precise_bn(
     *,
     forward: Forward[Any] | None = None,
     num_samples: int | None = None,
-    batch_size: BatchSize = None,
+    normalization_batch_size: BatchSize = None,
     tolerance: float | None = None,
     memory_limit: int | None = None,
     layers: Layers = None,
-    count: Count | None = None,
+    batch_size_fn: BatchSizeFn | None = None,
     progress: bool = False,
 ) -> PopulationStatistics:
     r"""Recompute the population statistics of a fixed model from batches, and store them in its layers.
@@ -53,7 +53,7 @@ def precise_bn(
 
     When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
     (Sec. 3.3). Batches smaller than about 100 samples accumulate error in depth: 28.8 % validation error at batches
-    of 2 against 23.5 % (Table 2), whatever the number of samples. ``batch_size`` mends that, for batches of any size
+    of 2 against 23.5 % (Table 2), whatever the number of samples. ``normalization_batch_size`` mends that, for batches of any size
     and structure: their forwards wait for each other at every layer, which normalizes them all with their pooled
     statistics (lockstep). Each still runs once, where the paper's layer-by-layer algorithm (App. A.3) runs each as
     often as there are layers.
@@ -66,7 +66,7 @@ def precise_bn(
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Take whole batches until so many samples were seen, on all ranks together. 1e3 to 1e4 suffice
             (Table 1). None takes all batches.
-        batch_size: B of Table 2, the samples of all ranks that a layer normalizes together: whole batches, as few as
+        normalization_batch_size: B of Table 2, the samples of all ranks that a layer normalizes together: whole batches, as few as
             hold so many; 100 suffice. ``"population"``: all of them, which is exact. None takes the batches as they
             come, each rank its own. A layer that is called several times in a forward (two views, several crops)
             normalizes each call by itself, as in training, with ``"population"`` each over the population; its
@@ -78,7 +78,7 @@ def precise_bn(
             are put to the host's memory, or to disk (the folder of temporary files), until it is their turn. By default
             nothing is, and needing more than is free is an error.
         layers: Glob patterns over qualified layer names; None estimates every BatchNorm layer that is not frozen.
-        count: ``count(batch)``, the number of samples in a batch; by default the first size of its tensors, and the
+        batch_size_fn: ``batch_size_fn(batch)``, the number of samples in a batch; by default the first size of its tensors, and the
             length of lists of images or dicts.
         progress: Show a progress bar over samples.
 
@@ -90,9 +90,9 @@ def precise_bn(
             layers then keep the statistics they had.
         TypeError: If it cannot be seen what a layer normalizes: its forward makes no ``batch_norm`` call, nor does it
             normalize its input as torch's own layers do.
-        LockstepError: With ``batch_size``, if batches come to layers in different order, or influence each other
+        LockstepError: With ``normalization_batch_size``, if batches come to layers in different order, or influence each other
             through something that the model keeps between layers.
-        MemoryError: With ``batch_size``, if the memory that is free does not suffice.
+        MemoryError: With ``normalization_batch_size``, if the memory that is free does not suffice.
 
     Example:
         >>> import torch
@@ -107,11 +107,20 @@ def precise_bn(
 
         All of them as one batch, and whether that matters:
 
-        >>> exact = precise_bn(model, torch.randn(20, 50, 4), batch_size="population")
+        >>> exact = precise_bn(model, torch.randn(20, 50, 4), normalization_batch_size="population")
         >>> mean_gap, var_gap = exact.gaps_to(statistics)["1"]
     """
     chosen, statistics = measure_model(
-        model, batches, forward, num_samples, layers, count, progress, batch_size, tolerance, memory_limit
+        model,
+        batches,
+        forward,
+        num_samples,
+        layers,
+        batch_size_fn,
+        progress,
+        normalization_batch_size,
+        tolerance,
+        memory_limit,
     )
     write_running_stats(chosen, statistics)
     return statistics
@@ -123,9 +132,9 @@ def measure_model(
     forward: Forward[Any] | None,
     num_samples: int | None,
     layers: Layers,
-    count: Count | None,
+    batch_size_fn: BatchSizeFn | None,
     progress: bool,
-    batch_size: BatchSize = None,
+    normalization_batch_size: BatchSize = None,
     tolerance: float | None = None,
     memory_limit: int | None = None,
     of_training: bool = True,
@@ -149,11 +158,11 @@ def measure_model(
             batches,
             run=lambda batch: (forward or call_model)(model, batch),
             of_training=of_training,
-            batch_size=batch_size,
+            normalization_batch_size=normalization_batch_size,
             num_samples=num_samples,
             tolerance=tolerance,
             memory_limit=memory_limit,
-            count=count,
+            batch_size_fn=batch_size_fn,
             progress=_tqdm if progress else no_progress,
         )
 

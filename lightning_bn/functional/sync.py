@@ -16,7 +16,7 @@ from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
 
 
-def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None) -> Handle:
+def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers = None) -> Handle:
     r"""Make BatchNorm layers normalize, in training, over the batches of several ranks as over one.
 
     With $n_r, \mu_r, \sigma_r^2$ count, mean and variance of a layer's input on rank $r$ of $k$, and $n = \sum_r n_r$,
@@ -54,7 +54,7 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
 
     Args:
         model: The model, wrapped by DDP or not.
-        ranks: So many ranks share statistics: the first ``ranks``, the next, and so on. None takes all. 1 changes
+        group_size: So many ranks share statistics: the first ``group_size``, the next, and so on. None takes all. 1 changes
             nothing, as does running in one process, and warns.
         layers: Glob patterns over qualified layer names; None takes every BatchNorm layer. torch's own SyncBatchNorm
             layers are left alone by default: they do it already, over their own group.
@@ -78,11 +78,11 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
         ...     with sync_bn(model):
         ...         return model(torch.randn(3, 4))  # normalized over 6 rows
     """
-    if ranks is not None:
-        check_int("ranks", ranks, at_least=1)
+    if group_size is not None:
+        check_int("ranks", group_size, at_least=1)
     chosen = changeable_layers(model, layers)
     converted = [name for name, layer in chosen.items() if isinstance(layer, SyncBatchNorm)]
-    if converted and ranks is not None:
+    if converted and group_size is not None:
         raise TypeError(
             f"Layer {converted[0]!r} is torch's SyncBatchNorm, which has a group of its own: leave it out by layers=, "
             "or do not convert it (sync_batchnorm=False) and let sync_bn do it."
@@ -106,8 +106,8 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     nothing = (
         "there is one process, so nothing to synchronize."
         if get_world_size() == 1
-        else "ranks=1 is what BatchNorm does by itself. For less than the batch of one rank there is Ghost BN."
-        if ranks == 1
+        else "group_size=1 is what BatchNorm does by itself. For less than the batch of one rank there is Ghost BN."
+        if group_size == 1
         else "the layers are torch's SyncBatchNorm, which synchronize by themselves."
         if not chosen
         else None
@@ -115,6 +115,6 @@ def sync_bn(model: nn.Module, *, ranks: int | None = None, layers: Layers = None
     if nothing:
         if get_rank() == 0:
             warnings.warn(f"sync_bn changes nothing: {nothing}", stacklevel=2)
-        chosen, ranks = {}, None
-    group, give_back = acquire_group(ranks or get_world_size())
+        chosen, group_size = {}, None
+    group, give_back = acquire_group(group_size or get_world_size())
     return Handle(chosen.values(), Synced(chosen, group), [give_back])

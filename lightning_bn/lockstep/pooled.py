@@ -41,7 +41,7 @@ _MAX_MEAN_SHIFT = 1e-2
 """Sigma by which what a micro-batch brings may differ between lockstep and alone: what 16-bit types may round."""
 _ABSENT, _FINISHED, _DIVERGED, _FAILED = -1, 1_000_000, 1_000_001, 1_000_002
 """Where a rank may be instead of at the layer of a number."""
-_WAY_OUT = "Leave the layers in question out by layers=, or take the batches as they come (batch_size=1)."
+_WAY_OUT = "Leave the layers in question out by layers=, or take the batches as they come (normalization_batch_size=1)."
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class PooledForward:
             if self._room is None and expected > free:
                 raise NotEnoughMemoryError(
                     f"{len(going)} micro-batches of {samples} samples (on this rank) will keep about {expected:,.0f} "
-                    f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller batch_size, or "
+                    f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller normalization_batch_size, or "
                     "memory_limit=, the bytes above which those that wait are put to disk."
                 )
             yield self._function(own.batch)

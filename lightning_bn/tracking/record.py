@@ -160,11 +160,11 @@ def check_channels(channels: Any) -> None:
     if channels is None:
         return
     if not isinstance(channels, Mapping):
-        raise TypeError(f"channels must map layer names to channels, or be None, but is {channels!r}.")
+        raise TypeError(f"trace_channels must map layer names to channels, or be None, but is {channels!r}.")
     if not channels:
-        raise ValueError("channels is empty: name at least one, or leave it None.")
+        raise ValueError("trace_channels is empty: name at least one, or leave it None.")
     for name, channel in channels.items():
-        check_int(f"channels: that of layer {name!r}", channel, at_least=0)
+        check_int(f"trace_channels: that of layer {name!r}", channel, at_least=0)
 
 
 def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:
@@ -173,10 +173,10 @@ def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | Non
         return [(name, 0) for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
     for name, channel in channels.items():
         if name not in layers:
-            raise ValueError(f"channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
+            raise ValueError(f"trace_channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
         if channel >= layers[name].num_features:
             raise ValueError(
-                f"channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
+                f"trace_channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
             )
     return list(channels.items())
 

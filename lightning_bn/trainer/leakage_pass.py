@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn.core.batch_copy import bytes_of
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
@@ -33,21 +33,21 @@ class LeakagePass:
         num_samples: Samples to keep of an epoch, of all ranks together, in four batches or more.
         forward: How a batch reaches the model.
         layers: Glob patterns over the layers to test.
-        count: Samples in a batch; None takes what `infer_batch_size` says.
-        replay_bytes: What the kept batches may take on each rank.
+        batch_size_fn: Samples in a batch; None takes what `infer_batch_size` says.
+        max_bytes: What the kept batches may take on each rank.
     """
 
     def __init__(
-        self, num_samples: int, forward: Forward, layers: Layers, count: Count | None, replay_bytes: int
+        self, num_samples: int, forward: Forward, layers: Layers, batch_size_fn: BatchSizeFn | None, max_bytes: int
     ) -> None:
         check_int("num_samples", num_samples, at_least=1)
-        check_int("replay_bytes", replay_bytes, at_least=1)
+        check_int("max_bytes", max_bytes, at_least=1)
         check_forward_argument(forward)
         self.num_samples = num_samples
         self.forward = forward
         self.layers = layers
-        self._count = as_batch_size_fn(count)
-        self.replay_bytes = replay_bytes
+        self._count = as_batch_size_fn(batch_size_fn)
+        self.max_bytes = max_bytes
         self._kept: Reservoir | None = None
         self._obstacle: Exception | None = None
 
@@ -92,10 +92,10 @@ class LeakagePass:
 
     def _keep(self, kept: Reservoir, batch: Any) -> None:
         needed = bytes_of(batch) * kept.num_batches
-        if needed > self.replay_bytes:
+        if needed > self.max_bytes:
             raise ValueError(
                 f"it keeps {kept.num_batches} batches of an epoch on each rank, and of {bytes_of(batch):,} bytes they "
-                f"take {needed:,}, more than replay_bytes={self.replay_bytes:,}. Raise replay_bytes, or lower "
+                f"take {needed:,}, more than max_bytes={self.max_bytes:,}. Raise max_bytes, or lower "
                 "num_samples."
             )
         kept.keep(batch)

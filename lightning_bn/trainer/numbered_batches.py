@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from lightning_bn.core.batch_sizes import Count
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.ranks import OUT_OF_MEMORY
 from lightning_bn.lockstep.scheduler import LockstepError
 from lightning_bn.trainer.failures import located
@@ -26,15 +26,19 @@ class Shown:
 
     Args:
         batches: This rank's.
-        count: Samples in a batch.
+        batch_size_fn: Samples in a batch.
         run: Runs the model on a batch, which comes with its number.
         forward: How it does that, for messages.
     """
 
     def __init__(
-        self, batches: Iterator[Any], count: Count, run: Callable[[tuple[int, Any]], None], forward: Forward
+        self,
+        batches: Iterator[Any],
+        batch_size_fn: BatchSizeFn,
+        run: Callable[[tuple[int, Any]], None],
+        forward: Forward,
     ) -> None:
-        self._batches, self._count, self._run = batches, count, run
+        self._batches, self._count, self._run = batches, batch_size_fn, run
         self._how = forward if isinstance(forward, str) else "the forward function"
 
     def __iter__(self) -> Iterator[Numbered]:

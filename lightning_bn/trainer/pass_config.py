@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import Any
 
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.functional.measure import BatchSize, validate_pass_arguments
 from lightning_bn.layers.find import Layers, as_patterns
@@ -29,10 +29,10 @@ class PassConfig:
         source: Where batches come from.
         forward: How a batch reaches the model.
         layers: Glob patterns over the layers to estimate.
-        count: Samples in a batch; None takes what `infer_batch_size` says.
+        batch_size_fn: Samples in a batch; None takes what `infer_batch_size` says.
         shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
         replay_bytes: What the replayed batches may take on each rank.
-        batch_size: Samples of all ranks to normalize together; by default the 100 that suffice (Table 2), or as many as
+        normalization_batch_size: Samples of all ranks to normalize together; by default the 100 that suffice (Table 2), or as many as
             fit into half of the memory that is free.
         tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
         memory_limit: Bytes that batches waiting for each other may take on each rank.
@@ -42,20 +42,20 @@ class PassConfig:
     source: Source
     forward: Forward
     layers: Layers
-    count: Count | None
+    batch_size_fn: BatchSizeFn | None
     shard: bool = True
     replay_bytes: int = REPLAY_BYTES
-    batch_size: BatchSize = None
+    normalization_batch_size: BatchSize = None
     tolerance: float | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         check_int("num_samples", self.num_samples, at_least=1)
-        validate_pass_arguments(self.batch_size, self.num_samples, self.tolerance, self.memory_limit)
+        validate_pass_arguments(self.normalization_batch_size, self.num_samples, self.tolerance, self.memory_limit)
         check_int("replay_bytes", self.replay_bytes, at_least=1)
         check_bool("shard", self.shard)
         as_patterns(self.layers)
-        as_batch_size_fn(self.count)  # refuses what is no function
+        as_batch_size_fn(self.batch_size_fn)  # refuses what is no function
         if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
             raise ValueError(
                 f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."

@@ -123,7 +123,7 @@ class PopulationPass:
             if self.config.source == "replay":
                 self._keep(batch)
             elif first:
-                as_batch_size_fn(self.config.count)(batch)
+                as_batch_size_fn(self.config.batch_size_fn)(batch)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
@@ -169,8 +169,8 @@ class PopulationPass:
     def _measured(
         self, trainer: Trainer, module: LightningModule, layers: dict[str, _BatchNorm]
     ) -> PopulationStatistics:
-        if self.config.batch_size is not None or self.state.one_by_one:
-            return self._measured_at(self.config.batch_size or 1, trainer, module, layers)
+        if self.config.normalization_batch_size is not None or self.state.one_by_one:
+            return self._measured_at(self.config.normalization_batch_size or 1, trainer, module, layers)
         try:
             return self._measured_at(None, trainer, module, layers)
         except LockstepError as error:
@@ -182,25 +182,31 @@ class PopulationPass:
             return self._measured_at(1, trainer, module, layers)
 
     def _measured_at(
-        self, batch_size: BatchSize, trainer: Trainer, module: LightningModule, layers: dict[str, _BatchNorm]
+        self,
+        normalization_batch_size: BatchSize,
+        trainer: Trainer,
+        module: LightningModule,
+        layers: dict[str, _BatchNorm],
     ) -> PopulationStatistics:
         config = self.config
-        default = None if batch_size == "population" else TOLERANCE
+        default = None if normalization_batch_size == "population" else TOLERANCE
         forward = isolated_forward(config.forward, trainer, module, layers.values())
         with forward as run, self._batches(trainer, module) as batches:
-            shown = Shown(batches, as_batch_size_fn(config.count), run, config.forward)
+            shown = Shown(batches, as_batch_size_fn(config.batch_size_fn), run, config.forward)
             return measure(
                 layers,
                 shown,
                 run=shown.run,
-                batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
+                normalization_batch_size=DEFAULT_BATCH_SIZE
+                if normalization_batch_size is None
+                else normalization_batch_size,
                 num_samples=config.num_samples,
                 tolerance=default if config.tolerance is None else config.tolerance,
                 memory_limit=config.memory_limit,
-                at_most=0.5 if batch_size is None and config.memory_limit is None else None,
+                at_most=0.5 if normalization_batch_size is None and config.memory_limit is None else None,
                 say=self._say_once,
                 tried=self.state.tried,
-                count=attrgetter("samples"),
+                batch_size_fn=attrgetter("samples"),
                 progress=progress_of(trainer),
             )
 
@@ -218,7 +224,7 @@ class PopulationPass:
     def _keep(self, batch: Any) -> None:
         if self.state.replay is None:
             self.state.replay = Replay(-(-self.config.num_samples // get_world_size()), self.config.replay_bytes)
-        self.state.replay.keep(batch, as_batch_size_fn(self.config.count)(batch))
+        self.state.replay.keep(batch, as_batch_size_fn(self.config.batch_size_fn)(batch))
 
     def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
         return estimable_layers(module, self.config.layers, modes_of_training(trainer, module).__getitem__)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.batch_sizes import Count, as_batch_size_fn
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import call_model
 from lightning_bn.trainer.domains import domains_of
@@ -35,7 +35,7 @@ def measure_target(
     dataloader_idx: int,
     num_samples: int | None,
     forward: TargetForward,
-    count: Count | None,
+    batch_size_fn: BatchSizeFn | None,
 ) -> PassResult:
     """Measure the population statistics of one of the dataloaders that are evaluated now.
 
@@ -46,7 +46,7 @@ def measure_target(
         dataloader_idx: Which one; all of them together where they are read side by side.
         num_samples: Samples to show, of all ranks together, in whole batches; None for the whole loader.
         forward: How a batch reaches the model.
-        count: Samples in a batch.
+        batch_size_fn: Samples in a batch.
 
     Raises:
         ValueError: If no batch came, all gave non-finite values, or the loader cannot be read twice.
@@ -81,7 +81,7 @@ def measure_target(
                 run,
                 of_training=False,
                 num_samples=num_samples,
-                count=lambda item: as_batch_size_fn(count)(item[0]),
+                batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0]),
                 progress=progress_of(trainer, "AdaBN"),
             )
     except StopIteration as error:  # would end Lightning's evaluation without a word

@@ -147,7 +147,7 @@ def train(
     L.seed_everything(seed, workers=True, verbose=False)
     parts = make()
     parts.data.pattern = arm != "random"
-    monitor = lbn.BatchLeakageMonitor(level=level, compare=True, same_pattern=parts.data.same_pattern)
+    monitor = lbn.BatchLeakageMonitor(alpha=level, log_errors=True, same_pattern=parts.data.same_pattern)
     rows = Rows(folder / f"{arm}, seed {seed}")
     progress = _Progress(monitor, rows, say)
     # As many images as classes: each is of another class, since interleaved groups separate neighbors.

@@ -171,7 +171,7 @@ def table_row(parts: Parts, nbs: int, seed: int, batch_sizes: Sequence[int], ima
             micro_batches = [(part,) for part in pixels.split(micro_batch(b, data.batch_size))]
             started = time.perf_counter()
             estimates[b] = lbn.precise_bn(
-                model, micro_batches, forward=on_its_device, batch_size="population" if b == images else b
+                model, micro_batches, forward=on_its_device, normalization_batch_size="population" if b == images else b
             )
             seconds[b].append(time.perf_counter() - started)
             wrong[b].append(wrong_images(model, validation))

@@ -125,7 +125,7 @@ def evaluation(inference: Inference) -> list[Callback]:
     """Callbacks of an evaluation, image by image."""
     if inference == "population":
         return []
-    return [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", count=number_of_images)]
+    return [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", batch_size_fn=number_of_images)]
 
 
 def _check_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: int, images_per_step: int) -> None:

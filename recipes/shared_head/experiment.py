@@ -31,7 +31,7 @@ class Choices(NamedTuple):
     affine: Choice
 
     def callback(self, levels: int) -> Callback:
-        return lbn.DomainSpecificBNCallback(levels, owner=HEADS, **self._asdict())
+        return lbn.DomainSpecificBNCallback(levels, level_modules=HEADS, **self._asdict())
 
 
 ROWS = {
@@ -112,7 +112,7 @@ def shared_head(
             check_ragged_steps("a training", ranks, made.data.images_per_gpu, images_per_step)
             with tempfile.TemporaryDirectory() as folder:
                 saving = ModelCheckpoint(folder, filename="trained")
-                precise = lbn.PreciseBNCallback(precise_images, layers=f"{HEADS}.*", count=number_of_images)
+                precise = lbn.PreciseBNCallback(precise_images, layers=f"{HEADS}.*", batch_size_fn=number_of_images)
                 started = time.perf_counter()
                 steps = train(made, [choices.callback(made.model.levels), precise, saving], ranks, images_per_step)
                 seconds = time.perf_counter() - started

@@ -187,7 +187,7 @@ def test_a_batch_may_reach_the_model_by_another_way(forward: Any) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
-@pytest.mark.parametrize("make", [AdaBNCallback, lambda: AdaBNCallback(online=True, compare=True)])
+@pytest.mark.parametrize("make", [AdaBNCallback, lambda: AdaBNCallback(online=True, log_unadapted=True)])
 def test_the_live_loader_and_random_numbers_are_not_disturbed(
     stage: str, workers: dict[str, Any], make: Callable[[], Any]
 ) -> None:
@@ -238,7 +238,7 @@ def test_a_fit_after_a_test_trains_as_ever() -> None:
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_comparing_logs_the_metrics_without_adaptation_beside_those_with(stage: str, online: bool) -> None:
-    callback = AdaBNCallback(compare=True, online=online)
+    callback = AdaBNCallback(log_unadapted=True, online=online)
     trainer = trainer_with(callback)
     adapted = getattr(trainer, stage)(Evaluating(), domains(), verbose=False)
     adapted = {key: value for result in adapted for key, value in result.items()}
@@ -250,7 +250,7 @@ def test_comparing_logs_the_metrics_without_adaptation_beside_those_with(stage: 
 
 
 def test_comparing_a_prediction_compares_nothing() -> None:
-    callback = AdaBNCallback(compare=True)
+    callback = AdaBNCallback(log_unadapted=True)
     ours, others = evaluate(callback, "predict"), evaluate(AdaBNCallback(), "predict")
     assert digest(ours) == digest(others) and callback.unadapted == {}
 
@@ -332,7 +332,7 @@ def test_frozen_layers_keep_their_statistics_and_it_says_so() -> None:
 
 def test_it_adapts_after_precise_bn_and_gives_that_back() -> None:
     module, plain, seen = Evaluating(), Evaluating(), Statistics()
-    precise = PreciseBNCallback(20, before=["test"], source=source_domain)
+    precise = PreciseBNCallback(20, stages=["test"], source=source_domain)
     evaluate([AdaBNCallback(prior_samples=5), precise, seen], loaders=domains(1), module=module)
     together = [torch.cat(parts) for parts in zip(*list(train_loader())[:3], strict=True)]
     source, target = exact(plain, [together]), exact(plain, domains(1)[0])
@@ -374,12 +374,12 @@ def test_what_cannot_work_is_refused_with_the_way_out() -> None:
     for bad in ({"num_samples": 0}, {"prior_samples": -1}, {"forward": "training_step"}, {"stages": ["fit"]}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             AdaBNCallback(**bad)
-    for bad in ({"online": "no"}, {"compare": "no"}, {"online": None}, {"layers": 3}, {"count": 3}):
+    for bad in ({"online": "no"}, {"log_unadapted": "no"}, {"online": None}, {"layers": 3}, {"batch_size_fn": 3}):
         with pytest.raises(TypeError, match=f"{next(iter(bad))} must be"):
             AdaBNCallback(**bad)
 
 
-@pytest.mark.parametrize("compare", [False, True])
+@pytest.mark.parametrize("log_unadapted", [False, True])
 @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
 def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
     error: type[BaseException], compare: bool
@@ -406,7 +406,7 @@ def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
 
     seen = Seen()
     with pytest.raises(error):
-        evaluate([seen, AdaBNCallback(compare=compare)], module=Ahead())
+        evaluate([seen, AdaBNCallback(log_unadapted=compare)], module=Ahead())
     assert seen.before and seen.after == seen.before
 
 
@@ -426,7 +426,7 @@ SHARDS = [[[8, 5], [4]], [[3], [6, 6, 2]], [[], [2]]]
 
 def evaluate_on_rank(shards: Any, online: bool) -> Any:
     rank = torch.distributed.get_rank()
-    module, seen, callback = Evaluating(), Statistics(), AdaBNCallback(compare=True, online=online)
+    module, seen, callback = Evaluating(), Statistics(), AdaBNCallback(log_unadapted=True, online=online)
     state = digest(module.state_dict())
     trainer = trainer_with([callback, seen], devices=len(shards), strategy="ddp")
     loaders = [DataLoader(Stream(sizes), batch_size=None) for sizes in shards[rank]]
@@ -481,11 +481,11 @@ def test_online_a_nan_batch_spoils_its_own_predictions_alone_and_it_says_so() ->
 
 
 def test_only_the_first_of_several_can_compare() -> None:
-    first, second = AdaBNCallback(layers="bn1", compare=True), AdaBNCallback(layers="bn2")
+    first, second = AdaBNCallback(layers="bn1", log_unadapted=True), AdaBNCallback(layers="bn2")
     evaluate([first, second])
     assert first.unadapted
-    with pytest.raises(ValueError, match="compare=True is for the first AdaBNCallback in the list alone"):
-        evaluate([AdaBNCallback(layers="bn1"), AdaBNCallback(layers="bn2", compare=True)])
+    with pytest.raises(ValueError, match="log_unadapted=True is for the first AdaBNCallback in the list alone"):
+        evaluate([AdaBNCallback(layers="bn1"), AdaBNCallback(layers="bn2", log_unadapted=True)])
 
 
 def test_callbacks_that_never_meet_are_not_refused() -> None:

@@ -103,7 +103,7 @@ def test_balanced_batches_alarm_and_are_called_so() -> None:
 
 def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
     """Two ghosts of 16: one image of each kind, or eight kinds twice."""
-    monitors = {grouping: BatchLeakageMonitor(level=1e-9) for grouping in ("interleaved", "contiguous")}
+    monitors = {grouping: BatchLeakageMonitor(alpha=1e-9) for grouping in ("interleaved", "contiguous")}
     for grouping, monitor in monitors.items():
         ghosts = GhostBNCallback(size=16, grouping=grouping)
         fit(TinyNet(), [monitor, ghosts], loader("16 x 2"), val=None, max_epochs=1)
@@ -118,7 +118,7 @@ def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
             return image * (0.2 + index), target
 
     singles = DataLoader(Single(), batch_size=1, collate_fn=lambda items: tuple(zip(*items, strict=True)))
-    monitor = BatchLeakageMonitor(layers="*roi_heads*", count=count_images)
+    monitor = BatchLeakageMonitor(layers="*roi_heads*", batch_size_fn=count_images)
     _, said = warned(Detector(), monitor, singles, val=None, max_epochs=1)
     assert monitor.alarmed and list(monitor.result.icc) == ["net.roi_heads.box_head.2"] and len(said) == 1
 
@@ -130,7 +130,7 @@ def in_pattern(trainer: Trainer) -> Any:
 
 @pytest.mark.parametrize("layers", [None, "bn1"])
 def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> None:
-    evaluated, monitor = Evaluated(), BatchLeakageMonitor(compare=True, same_pattern=in_pattern, layers=layers)
+    evaluated, monitor = Evaluated(), BatchLeakageMonitor(log_errors=True, same_pattern=in_pattern, layers=layers)
     module = TinyNet()
     trainer = fit(module, [monitor, evaluated], max_epochs=1, num_sanity_val_steps=2)
     assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in the sanity check, too"
@@ -154,18 +154,18 @@ def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> N
 
 def test_comparing_beside_mini_batch_inference_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no population"):
-        fit(TinyNet(), [BatchLeakageMonitor(compare=True), MiniBatchInferenceCallback()])
-    fit(TinyNet(), [BatchLeakageMonitor(compare=True), MiniBatchInferenceCallback(stages=["test"])])
+        fit(TinyNet(), [BatchLeakageMonitor(log_errors=True), MiniBatchInferenceCallback()])
+    fit(TinyNet(), [BatchLeakageMonitor(log_errors=True), MiniBatchInferenceCallback(stages=["test"])])
 
 
 # ------------------------------------------------------------------------------------------------------- says so
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"level": 0}, "level must be"),
-        ({"level": 2.0}, "level must be"),
+        ({"alpha": 0}, "alpha must be"),
+        ({"alpha": 2.0}, "alpha must be"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"same_pattern": in_pattern}, "same_pattern is for compare=True"),
+        ({"same_pattern": in_pattern}, "same_pattern is for log_errors=True"),
         ({"forward": "backward"}, "forward must be"),
     ],
 )
@@ -177,10 +177,10 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"count": 5}, "count must be a function from a batch .* but is 5"),
-        ({"compare": "x"}, "compare must be True or False but is 'x'"),
+        ({"batch_size_fn": 5}, "batch_size_fn must be a function from a batch .* but is 5"),
+        ({"log_errors": "x"}, "log_errors must be True or False but is 'x'"),
         ({"layers": 3}, "layers must be a glob pattern .* but is 3"),
-        ({"compare": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
+        ({"log_errors": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
     ],
 )
 def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -228,11 +228,23 @@ class NotFinite(TinyNet):
 
 
 TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "count raises": (TinyNet, {"count": raising(KeyError("size"))}, "tests nothing in this epoch: KeyError: 'size'"),
-    "count leaks a StopIteration": (TinyNet, {"count": raising(StopIteration)}, "count raised StopIteration"),
-    "count gives no number": (TinyNet, {"count": str}, "count must return a batch's number of samples"),
-    "too large": (TinyNet, {"num_samples": 8, "replay_bytes": 4000}, r"keeps 4 batches.*Raise replay_bytes, or lower"),
-    "too large, as counted": (TinyNet, {"num_samples": 20, "count": len, "replay_bytes": 4000}, "keeps 10 batches"),
+    "count raises": (
+        TinyNet,
+        {"batch_size_fn": raising(KeyError("size"))},
+        "tests nothing in this epoch: KeyError: 'size'",
+    ),
+    "count leaks a StopIteration": (
+        TinyNet,
+        {"batch_size_fn": raising(StopIteration)},
+        "batch_size_fn raised StopIteration",
+    ),
+    "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
+    "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise replay_bytes, or lower"),
+    "too large, as counted": (
+        TinyNet,
+        {"num_samples": 20, "batch_size_fn": len, "max_bytes": 4000},
+        "keeps 10 batches",
+    ),
     "no copy": (Uncopyable, {}, "TypeError: no copies of this one"),
     "the step raises": (FailsInEval, {}, "ZeroDivisionError: in the step"),
     "forward raises": (TinyNet, {"forward": raising(RuntimeError("in forward"))}, "this epoch: in forward"),
@@ -240,10 +252,14 @@ TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "not finite": (NotFinite, {}, "There is nothing to compare"),
     "no loader": (
         TinyNet,
-        {"compare": True, "same_pattern": raising(StopIteration)},
+        {"log_errors": True, "same_pattern": raising(StopIteration)},
         "compares nothing.*StopIteration",
     ),
-    "an empty loader": (TinyNet, {"compare": True, "same_pattern": lambda _: []}, "returned a loader without batches"),
+    "an empty loader": (
+        TinyNet,
+        {"log_errors": True, "same_pattern": lambda _: []},
+        "returned a loader without batches",
+    ),
 }
 
 
@@ -261,10 +277,10 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(make: Any, argu
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), torch.OutOfMemoryError("full")])
-@pytest.mark.parametrize("where", ["count", "forward", "same_pattern"])
+@pytest.mark.parametrize("where", ["batch_size_fn", "forward", "same_pattern"])
 def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException, where: str) -> None:
     module = TinyNet()
-    monitor = BatchLeakageMonitor(**{"compare": where == "same_pattern", where: raising(error)})
+    monitor = BatchLeakageMonitor(**{"log_errors": where == "same_pattern", where: raising(error)})
     with pytest.raises(BaseException) as caught:
         fit(module, monitor)
     assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
@@ -391,7 +407,7 @@ def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
 # ------------------------------------------------------------------------------------------------------------ ranks
 def fit_on_rank(world_size: int) -> Any:
     """The sampler hands rank 0 the even samples and rank 1 the odd ones."""
-    module, monitor = TinyNet(), BatchLeakageMonitor(80, compare=True)
+    module, monitor = TinyNet(), BatchLeakageMonitor(80, log_errors=True)
     trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
     logged = trainer.loggers[0].rows if torch.distributed.get_rank() == 0 else None
     return monitor.state_dict(), monitor.result, digest(dict(module.named_parameters())), logged
@@ -411,7 +427,7 @@ def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
     fails = {"left": torch.distributed.get_rank() == 1}
 
     def count(batch: Any) -> int:
-        if where == "count" and fails.pop("left", False):
+        if where == "batch_size_fn" and fails.pop("left", False):
             raise OSError("on rank 1")
         return len(batch[0])
 
@@ -420,7 +436,7 @@ def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
             raise OSError("on rank 1")
         module(batch[0])
 
-    module, monitor = TinyNet(), BatchLeakageMonitor(80, forward=forward, count=count)
+    module, monitor = TinyNet(), BatchLeakageMonitor(80, forward=forward, batch_size_fn=count)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
@@ -428,7 +444,7 @@ def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("where", ["count", "forward"])
+@pytest.mark.parametrize("where", ["batch_size_fn", "forward"])
 def test_an_error_on_one_rank_costs_all_ranks_that_epochs_test_alone(where: str) -> None:
     first, second = run_on_ranks(fit_with_an_error_on_rank_1, 2, where, 2, timeout=60)
     assert first == second and first[0] == 1 and first[3] == 20

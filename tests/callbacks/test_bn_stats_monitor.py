@@ -172,7 +172,7 @@ def test_no_logger_is_an_error_that_says_what_to_do() -> None:
 )
 def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        fit(TinyNet(), BNStatsMonitor(channels=channels))
+        fit(TinyNet(), BNStatsMonitor(trace_channels=channels))
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,15 @@ def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: 
         ({"quantities": ["drift"]}, ValueError),
         ({"quantities": "lag"}, ValueError),
         ({"quantities": 3}, ValueError),
-        ({"alert_above": -1.0}, ValueError),
-        ({"alert_above": True}, ValueError),
+        ({"alert_threshold": -1.0}, ValueError),
+        ({"alert_threshold": True}, ValueError),
         ({"log_layers": 3}, TypeError),
         ({"layers": 3}, TypeError),
-        ({"channels": 3}, TypeError),
-        ({"channels": {}}, ValueError),
-        ({"channels": {"bn1": "3"}}, TypeError),
-        ({"channels": {"bn1": -1}}, ValueError),
-        ({"count": 3}, TypeError),
+        ({"trace_channels": 3}, TypeError),
+        ({"trace_channels": {}}, ValueError),
+        ({"trace_channels": {"bn1": "3"}}, TypeError),
+        ({"trace_channels": {"bn1": -1}}, ValueError),
+        ({"batch_size_fn": 3}, TypeError),
     ],
     ids=str,
 )
@@ -247,20 +247,20 @@ def test_nan_statistics_are_counted_and_named_and_break_nothing(tmp_path: Path) 
 
 
 def test_drift_is_said_once_until_it_has_gone() -> None:
-    monitor = BNStatsMonitor(1, 1, alert_above=0.05)
+    monitor = BNStatsMonitor(1, 1, alert_threshold=0.05)
     with pytest.warns(
         UserWarning, match=r"BatchNorm statistics drift: At step 0 the EMA of layer 'bn\d' is .* sigma off"
     ):
         fit(TinyNet(), monitor, max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(TinyNet(lr=0.0), BNStatsMonitor(1, 1, alert_above=1e-6), max_epochs=4)
+        fit(TinyNet(lr=0.0), BNStatsMonitor(1, 1, alert_threshold=1e-6), max_epochs=4)
     assert len([w for w in caught if "statistics drift" in str(w.message)]) == 1
 
 
-def advice(*others: Any, alert_above: float = 0.05, module: Any = None) -> str:
+def advice(*others: Any, alert_threshold: float = 0.05, module: Any = None) -> str:
     """What the alert says to do."""
-    monitor = BNStatsMonitor(1, 1, alert_above=alert_above)
+    monitor = BNStatsMonitor(1, 1, alert_threshold=alert_threshold)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module or TinyNet(), [*others, monitor], max_epochs=1)
@@ -300,11 +300,15 @@ class Refuses(InMemory):
 
 MEETS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "count raises": (
-        {"count": raising(KeyError("size"))},
+        {"batch_size_fn": raising(KeyError("size"))},
         InMemory,
         "cannot tell the normalization batch size: KeyErr",
     ),
-    "count gives no number": ({"count": str}, InMemory, "count must return a batch's number of samples"),
+    "count gives no number": (
+        {"batch_size_fn": str},
+        InMemory,
+        "batch_size_fn must return a batch's number of samples",
+    ),
     "a logger that raises": ({}, Refuses, "could not log: OSError: disk full"),
 }
 
@@ -314,7 +318,7 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, l
     module, plain = TinyNet(), TinyNet()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(module, BNStatsMonitor(1, 1, alert_above=None, **options), logger=logger())
+        trainer = fit(module, BNStatsMonitor(1, 1, alert_threshold=None, **options), logger=logger())
     said = [str(w.message) for w in caught if "BNStatsMonitor" in str(w.message)]
     assert trainer.global_step == 8 and len(said) == 1 and message in said[0]
     fit(plain)
@@ -325,7 +329,7 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, l
 def test_whatever_a_logger_or_a_picture_raises_costs_a_warning(where: str, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(f"lightning_bn.plots.{where}", raising(OSError("disk full")))
     with pytest.warns(UserWarning, match="BNStatsMonitor could not .*: OSError: disk full"):
-        trainer = fit(TinyNet(), BNStatsMonitor(1, 1, alert_above=1e-6), logger=CSVLogger(tmp_path))
+        trainer = fit(TinyNet(), BNStatsMonitor(1, 1, alert_threshold=1e-6), logger=CSVLogger(tmp_path))
     assert trainer.global_step == 8
 
 
@@ -351,7 +355,7 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
     module = TinyNet()
     module.bn1.momentum = 0.0  # observed directly
     with pytest.raises(BaseException) as caught:
-        fit(module, BNStatsMonitor(1, 1, count=raising(error)))
+        fit(module, BNStatsMonitor(1, 1, batch_size_fn=raising(error)))
     assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
     assert type(module.bn1) is nn.BatchNorm2d
 
@@ -424,7 +428,7 @@ def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
 def resumed_with(tmp_path: Path, first: TinyNet, second: TinyNet, options: dict[str, Any]) -> BNStatsMonitor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = fit(first, BNStatsMonitor(1, 2, channels={"bn1": 0}), max_epochs=1)
+        trainer = fit(first, BNStatsMonitor(1, 2, trace_channels={"bn1": 0}), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     monitor = BNStatsMonitor(1, 2, **options)
     second.strict_loading = False
@@ -451,7 +455,7 @@ def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: An
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, 2, alert_above=0.01), lambda: BatchLeakageMonitor(24)])
+@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, 2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)])
 def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
     """The record, the alarm, and what has been said."""
 
@@ -467,7 +471,7 @@ def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_other_channels_after_a_resume_begin_a_trace_of_their_own(tmp_path: Path) -> None:
-    monitor = resumed_with(tmp_path, TinyNet(), TinyNet(), {"channels": {"bn2": 3}})
+    monitor = resumed_with(tmp_path, TinyNet(), TinyNet(), {"trace_channels": {"bn2": 3}})
     assert monitor._record is not None
     assert monitor._record.history.steps[0] == 1 and monitor._record.traces.steps[0] == 4
 
@@ -553,7 +557,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_scalars_pictures_chart_table_alert_map_and_summary(tmp_path: Path) -> None:
     logger = WandbLogger(save_dir=tmp_path, settings=wandb.Settings(console="off", x_disable_stats=True))
-    callbacks = [BNStatsMonitor(1, 2, alert_above=0.05), PreciseBNCallback(20)]
+    callbacks = [BNStatsMonitor(1, 2, alert_threshold=0.05), PreciseBNCallback(20)]
     fit(TinyNet(), callbacks, logger=logger, max_epochs=17)
     folder = Path(logger.experiment.dir).parent
     wandb.finish()

@@ -52,8 +52,8 @@ def loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
-    "count": [bare, whole],
-    "domain_of": [bare, whole, either, tensor],
+    "batch_size_fn": [bare, whole],
+    "domain_fn": [bare, whole, either, tensor],
     "forward": [bare_of_two],
     "same_pattern": [bare, loader],
     "source": [bare, loader],

@@ -62,7 +62,7 @@ class Pyramid(TinyNet):
 
 
 def of_levels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
-    return DomainSpecificBNCallback(3, owner="head", **choices(row), **options)
+    return DomainSpecificBNCallback(3, level_modules="head", **choices(row), **options)
 
 
 def labels(batch: Any) -> Tensor:
@@ -71,7 +71,7 @@ def labels(batch: Any) -> Tensor:
 
 def of_labels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
     """Each class a dataset of its own."""
-    return DomainSpecificBNCallback(3, domain_of=labels, **choices(row), **options)
+    return DomainSpecificBNCallback(3, domain_fn=labels, **choices(row), **options)
 
 
 def quietly(do: Callable[[], Any]) -> Any:
@@ -156,7 +156,7 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="knows no statistics of domains"):
         trainer_with(of_levels()).test(module, val_loader(), verbose=False)
     fit(module, [of_levels(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
-    two = DomainSpecificBNCallback(2, owner="head")
+    two = DomainSpecificBNCallback(2, level_modules="head")
     with pytest.raises(ValueError, match="saved for 3 domains, and there are 2 domains now"):
         trainer_with(two).test(module, val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
 
@@ -166,7 +166,7 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
 
     fewer, callback = Fewer(), of_levels()
     trainer = fit(fewer, callback, val=None)
-    with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', and domains=3"):
+    with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', and num_domains=3"):
         trainer.test(fewer, val_loader(), verbose=False)
 
 
@@ -182,7 +182,7 @@ def test_a_dataset_that_was_never_trained_on_is_refused() -> None:
     with pytest.raises(ValueError, match="Domain 1 is evaluated, and layer 'bn1' was never trained on it"):
         trainer.test(module, [val_loader(), val_loader()], verbose=False)
     trainer = trainer_with(DomainSpecificBNCallback(2))
-    with pytest.raises(ValueError, match=r"There are 2 train dataloaders.*domain_of="):
+    with pytest.raises(ValueError, match=r"There are 2 train dataloaders.*domain_fn="):
         trainer.fit(TinyNet(), {"a": train_loader(), "b": train_loader()})
 
 
@@ -253,7 +253,7 @@ def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
     seen = DomainMeans()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(TinyNet(), [of_labels(row), PreciseBNCallback(32, batch_size=batch_size), seen], max_epochs=1)
+        fit(TinyNet(), [of_labels(row), PreciseBNCallback(32, normalization_batch_size=batch_size), seen], max_epochs=1)
     assert not [w for w in caught if "batches as they come" in str(w.message)], "they went in lockstep"
     net = TinyNet()
     net.load_state_dict(seen.weights)
@@ -329,12 +329,12 @@ def test_a_model_whose_layers_come_later_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"domains": 1}, ValueError, "domains must be at least 2"),
+        ({"num_domains": 1}, ValueError, "num_domains must be at least 2"),
         ({"domains": 2, "sgd": "each"}, ValueError, "sgd must be 'shared' or 'domain'"),
         ({"domains": 2, "owner": 3}, TypeError, "owner must be a glob pattern"),
         ({"domains": 2, "owner": ""}, TypeError, "owner must be a glob pattern"),
-        ({"domains": 2, "owner": "head", "domain_of": labels}, ValueError, "pass one of them"),
-        ({"domains": 2, "domain_of": "label"}, TypeError, "domain_of must be a function"),
+        ({"domains": 2, "owner": "head", "domain_fn": labels}, ValueError, "pass one of them"),
+        ({"domains": 2, "domain_fn": "label"}, TypeError, "domain_fn must be a function"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
@@ -393,7 +393,7 @@ def test_a_domain_that_is_validated_in_a_fit_before_it_was_trained_on_warns_once
         two = [val_loader(), val_loader()]
         fit(Validated(), DomainSpecificBNCallback(2), val=two, num_sanity_val_steps=1)
     said = [str(w.message) for w in caught if "never trained on" in str(w.message)]
-    assert len(said) == 1 and "Domain 1 is" in said[0] and "domain_of=" in said[0]
+    assert len(said) == 1 and "Domain 1 is" in said[0] and "domain_fn=" in said[0]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(TinyNet(), of_labels(), num_sanity_val_steps=1)
@@ -407,12 +407,12 @@ def test_what_domain_of_returns_and_raises_is_named() -> None:
     def at_an_end(batch: Any) -> Any:
         return next(iter([]))
 
-    with pytest.raises(TypeError, match=r"domain_of\(batch\) is None: .* whole number"):
-        fit(TinyNet(), DomainSpecificBNCallback(2, domain_of=nothing))
-    with pytest.raises(RuntimeError, match="domain_of raised StopIteration"):
-        fit(TinyNet(), DomainSpecificBNCallback(2, domain_of=at_an_end))
-    as_numpy = DomainSpecificBNCallback(2, domain_of=lambda batch: np.int64(1))
-    as_int = DomainSpecificBNCallback(2, domain_of=lambda batch: 1)
+    with pytest.raises(TypeError, match=r"domain_fn\(batch\) is None: .* whole number"):
+        fit(TinyNet(), DomainSpecificBNCallback(2, domain_fn=nothing))
+    with pytest.raises(RuntimeError, match="domain_fn raised StopIteration"):
+        fit(TinyNet(), DomainSpecificBNCallback(2, domain_fn=at_an_end))
+    as_numpy = DomainSpecificBNCallback(2, domain_fn=lambda batch: np.int64(1))
+    as_int = DomainSpecificBNCallback(2, domain_fn=lambda batch: 1)
     fit(TinyNet(), as_numpy), fit(TinyNet(), as_int)
     assert digest(as_numpy.state_dict()) == digest(as_int.state_dict())
 

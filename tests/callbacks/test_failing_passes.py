@@ -115,10 +115,10 @@ FAILING: dict[str, Kind] = {
     "no layer": (TinyNet, {"forward": goes_round}, "No batch reached a BatchNorm layer"),
     "count": (
         TinyNet,
-        {"source": uncountable, "count": cannot_tell},
+        {"source": uncountable, "batch_size_fn": cannot_tell},
         "batch 2 of the pass could not be read: no such sample",
     ),
-    "lockstep": (Wanders, {"batch_size": 32}, "bn1"),
+    "lockstep": (Wanders, {"normalization_batch_size": 32}, "bn1"),
 }
 
 
@@ -264,7 +264,7 @@ def fit_on_rank(case: str, on_error: Any, batch_size: Any) -> dict[str, Any]:
     """Train on this rank, whose neighbor's later passes fail."""
     module: TinyNet = TinyNet() if case == "loader" else BlowsOnRank1(ValueError("no good"))
     options = {"source": dies_on_rank_1, "shard": False} if case == "loader" else {}
-    precise = PreciseBNCallback(40, on_error=on_error, batch_size=batch_size, **options)
+    precise = PreciseBNCallback(40, on_error=on_error, normalization_batch_size=batch_size, **options)
     error = ""
     try:
         _, said = told(lambda: fit(module, precise, train_loader(64, 4), devices=2, strategy="ddp"))

@@ -168,7 +168,7 @@ def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[st
         torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
     independent = copy.deepcopy(at_switch)
     independent.bn1.reset_running_stats()
-    lbn.precise_bn(independent, batches, batch_size=100)
+    lbn.precise_bn(independent, batches, normalization_batch_size=100)
     assert digest(statistics_of(independent)) == digest(statistics_of(at_switch))
 
 
@@ -248,7 +248,7 @@ def train_by_hand(
     for number, (x, y) in enumerate(batches):
         frozen = number >= switch
         if number == switch:
-            lbn.precise_bn(module, batches[:EPOCH], num_samples=20, batch_size=100)
+            lbn.precise_bn(module, batches[:EPOCH], num_samples=20, normalization_batch_size=100)
         for layer in layers:
             layer.train(not frozen)
         optimizer.zero_grad()

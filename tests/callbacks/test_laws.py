@@ -75,7 +75,7 @@ WITH_A_PASS: dict[str, Callable[..., Any]] = {
 }
 EVALUATING: dict[str, Callable[..., Any]] = {
     "MiniBatchInference": functools.partial(MiniBatchInferenceCallback, stages=["validate", "test"]),
-    "AdaBN": functools.partial(AdaBNCallback, num_samples=8, compare=True),
+    "AdaBN": functools.partial(AdaBNCallback, num_samples=8, log_unadapted=True),
     "AdaBN, online": functools.partial(AdaBNCallback, online=True, prior_samples=4),
 }
 """Those that act while the model is evaluated."""
@@ -85,10 +85,10 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     **EVALUATING,
     "PreciseBN, forecast": functools.partial(PreciseBNCallback, source="training"),
     "BNStatsMonitor": functools.partial(BNStatsMonitor, every_n_batches=1, window=2),
-    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24, compare=True),
+    "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24, log_errors=True),
     "GhostBN": functools.partial(GhostBNCallback, size=3),
     "SyncBN": functools.partial(SyncBNCallback),
-    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=2),
+    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, num_domains=2),
     "RoIShuffle": functools.partial(RoIShuffleCallback, modules="bn*"),
 }
 """Every callback, in a version that does what it does within two epochs of four batches of eight."""
@@ -489,9 +489,9 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     here = __name__
     option = patterns_of(make)
     options = {**make.keywords, option: ["bn*"]}
-    counts = "count" in inspect.signature(make.func).parameters and options.get("source") != "training"
+    counts = "batch_size_fn" in inspect.signature(make.func).parameters and options.get("source") != "training"
     if counts:
-        options |= {"count": f"{here}.samples"}
+        options |= {"batch_size_fn": f"{here}.samples"}
     if make in WITH_A_PASS.values():
         options |= {"source": f"{here}.batches_for_a_pass", "forward": f"{here}.run_on"}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
@@ -515,7 +515,7 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     if counts:
         holder = callback if hasattr(callback, "_count") else getattr(callback._pass, "config", callback._pass)
         said = holder._count if hasattr(holder, "_count") else holder.count
-        assert getattr(said, "count", said) is samples
+        assert getattr(said, "batch_size_fn", said) is samples
     pickled(callback)
     if with_a_pass:
         assert (callback._pass.config.source, callback._pass.config.forward) == (batches_for_a_pass, run_on)
@@ -726,7 +726,7 @@ class StateAtStart(Callback):
 
 
 RESUMED: dict[str, Callable[[], Any]] = {
-    "PreciseBN": functools.partial(PreciseBNCallback, 20, every_n=2),
+    "PreciseBN": functools.partial(PreciseBNCallback, 20, every_n_validations=2),
     "PreciseBN, forecast": CALLBACKS["PreciseBN, forecast"],
     "PreciseBN, when needed": functools.partial(PreciseBNCallback, 20, when_needed=True, needed_above=0.3),
     "FreezeBN before the switch": functools.partial(FreezeBNCallback, start_step=8, num_samples=20, warmup_epochs=1.5),
@@ -735,7 +735,7 @@ RESUMED: dict[str, Callable[[], Any]] = {
     "BatchLeakageMonitor": functools.partial(BatchLeakageMonitor, 24),
     "GhostBN": CALLBACKS["GhostBN"],
     "SyncBN": CALLBACKS["SyncBN"],
-    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, domains=3, domain_of=operator.itemgetter(1)),
+    "DomainSpecificBN": functools.partial(DomainSpecificBNCallback, num_domains=3, domain_fn=operator.itemgetter(1)),
     "RoIShuffle": CALLBACKS["RoIShuffle"],
     "FreezeBN, affine, on EMA": functools.partial(FreezeBNCallback, start_step=3, statistics="ema", affine=True),
 }
@@ -795,8 +795,8 @@ def test_a_killed_training_resumes_as_if_it_had_not_been(name: str, tmp_path: Pa
 RESUMED_AT_A_BATCHS_END: dict[str, Callable[[], list[Any]]] = {
     # a leakage monitor's epoch is lost with the batches that it had kept
     **{name: lambda make=make: [make()] for name, make in RESUMED.items() if name != "BatchLeakageMonitor"},
-    "PreciseBN, every third": lambda: [PreciseBNCallback(20, every_n=3)],
-    "PreciseBN, every second forecast": lambda: [PreciseBNCallback(source="training", every_n=2)],
+    "PreciseBN, every third": lambda: [PreciseBNCallback(20, every_n_validations=3)],
+    "PreciseBN, every second forecast": lambda: [PreciseBNCallback(source="training", every_n_validations=2)],
     "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), FreezeBNCallback(start_step=4, statistics="ema")],
     "FreezeBN before PreciseBN": lambda: [FreezeBNCallback(start_step=4, statistics="ema"), PreciseBNCallback(20)],
 }

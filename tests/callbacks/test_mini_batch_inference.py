@@ -110,7 +110,7 @@ def test_precise_bn_estimates_the_same_population_with_it() -> None:
         states.append(digest(statistics_of(module)))
     assert states[0] == states[1]
     module = TinyNet()
-    trainer_with([MiniBatchInferenceCallback(), PreciseBNCallback(24, before=["test"], source=source)]).test(
+    trainer_with([MiniBatchInferenceCallback(), PreciseBNCallback(24, stages=["test"], source=source)]).test(
         module, val_loader(), verbose=False
     )
     for key, value in expected(TinyNet(), list(train_loader())[:3]).items():
@@ -216,7 +216,7 @@ def test_arguments_are_checked() -> None:
     for bad in (["fit"], "test", None):
         with pytest.raises(ValueError, match="stages must be a list of"):
             MiniBatchInferenceCallback(stages=bad)  # type: ignore[arg-type]
-    for bad in ({"layers": 3}, {"layers": []}, {"count": 3}):
+    for bad in ({"layers": 3}, {"layers": []}, {"batch_size_fn": 3}):
         with pytest.raises(TypeError, match=f"{next(iter(bad))} must be"):
             MiniBatchInferenceCallback(**bad)
     with pytest.raises(ValueError, match="matches no BatchNorm layer"):

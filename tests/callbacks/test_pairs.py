@@ -28,7 +28,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "AdaBNCallback": lbn.AdaBNCallback,
     "GhostBNCallback": functools.partial(lbn.GhostBNCallback, size=4),
     "SyncBNCallback": lbn.SyncBNCallback,
-    "DomainSpecificBNCallback": functools.partial(lbn.DomainSpecificBNCallback, 3, domain_of=operator.itemgetter(1)),
+    "DomainSpecificBNCallback": functools.partial(lbn.DomainSpecificBNCallback, 3, domain_fn=operator.itemgetter(1)),
     "RoIShuffleCallback": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
     "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
     "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 32),

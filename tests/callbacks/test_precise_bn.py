@@ -69,13 +69,13 @@ AT_EPOCH_ENDS = [("epoch end", 4), ("epoch end", 8)]
     [
         (TWO_EPOCHS, {}, {}),
         (TWO_EPOCHS, {}, {"num_sanity_val_steps": 2}),
-        (TWO_EPOCHS[1:], {"every_n": 2}, {}),
+        (TWO_EPOCHS[1:], {"every_n_validations": 2}, {}),
         ([("validation", s) for s in (2, 4, 6, 8)], {}, {"val_check_interval": 2}),
-        ([("validation", s) for s in (4, 8)], {"every_n": 2}, {"val_check_interval": 2}),
+        ([("validation", s) for s in (4, 8)], {"every_n_validations": 2}, {"val_check_interval": 2}),
         ([("validation", 3), ("epoch end", 4), ("validation", 7), ("epoch end", 8)], {}, {"val_check_interval": 3}),
         ([("epoch end", 4), ("validation", 8)], {}, {"check_val_every_n_epoch": 2}),
         (AT_EPOCH_ENDS, {}, {"limit_val_batches": 0}),
-        (AT_EPOCH_ENDS[1:], {"every_n": 2}, {"limit_val_batches": 0}),
+        (AT_EPOCH_ENDS[1:], {"every_n_validations": 2}, {"limit_val_batches": 0}),
         ([("epoch end", 4), ("epoch end", 6)], {}, {"limit_val_batches": 0, "max_steps": 6}),
         ([("validation", 4), ("epoch end", 6)], {}, {"max_steps": 6}),
         ([("validation", 2), ("validation", 4)], {}, {"accumulate_grad_batches": 2}),
@@ -135,7 +135,7 @@ def test_should_run_can_be_overridden() -> None:
 def test_outside_of_a_fit_it_runs_on_request_only(verb: str) -> None:
     moment = {"validate": "validation"}.get(verb, verb)
     for before, seen in (((), []), ([verb], [(moment, 0)])):
-        precise, module = PreciseBNCallback(20, before=before), TinyNet()
+        precise, module = PreciseBNCallback(20, stages=before), TinyNet()
         passes = Passes(precise)
         getattr(trainer_with([precise, passes]), verb)(module, datamodule=Sequential())
         assert passes.seen == seen
@@ -153,7 +153,7 @@ class Sequential(TinyData):
 @pytest.mark.parametrize("whole", [False, True], ids=["one layer in eval", "the whole model in eval"])
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_outside_of_a_fit_a_layer_in_eval_counts_as_frozen_unless_the_whole_model_is(verb: str, whole: bool) -> None:
-    precise, module = PreciseBNCallback(20, before=[verb]), TinyNet()
+    precise, module = PreciseBNCallback(20, stages=[verb]), TinyNet()
     (module if whole else module.bn1).eval()
     getattr(trainer_with(precise), verb)(module, datamodule=Sequential())
     assert list(precise.result) == (["bn1", "bn2"] if whole else ["bn2"])
@@ -162,14 +162,14 @@ def test_outside_of_a_fit_a_layer_in_eval_counts_as_frozen_unless_the_whole_mode
 def test_after_a_pass_before_validate_training_goes_on() -> None:
     """Buffers written under inference mode could not be updated by a later fit."""
     module = TinyNet()
-    trainer_with(PreciseBNCallback(20, before=["validate"])).validate(module, datamodule=Sequential(), verbose=False)
+    trainer_with(PreciseBNCallback(20, stages=["validate"])).validate(module, datamodule=Sequential(), verbose=False)
     fit(module, PreciseBNCallback(20))
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_without_training_data_a_pass_before_a_verb_is_refused_with_the_way_out(verb: str) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.{verb} has no training data.*train_dataloader.*source="):
-        getattr(trainer_with(PreciseBNCallback(before=[verb])), verb)(TinyNet(), val_loader())
+        getattr(trainer_with(PreciseBNCallback(stages=[verb])), verb)(TinyNet(), val_loader())
 
 
 class SetUpForFit(TinyData):
@@ -182,21 +182,21 @@ class SetUpForFit(TinyData):
 
 
 def test_a_data_module_that_makes_its_training_data_for_a_fit_alone_is_refused_with_the_way_out() -> None:
-    precise = PreciseBNCallback(20, before=["validate"])
+    precise = PreciseBNCallback(20, stages=["validate"])
     refused = r"SetUpForFit\.train_dataloader fails under trainer\.validate.*setup for every stage, or pass source="
     with pytest.raises(ValueError, match=refused):
         trainer_with(precise).validate(TinyNet(), datamodule=SetUpForFit(), verbose=False)
 
 
 def test_before_validate_the_source_function_supplies_the_batches() -> None:
-    module, precise = TinyNet(), PreciseBNCallback(10**6, before=["validate"], source=lambda _: first_batches(2))
+    module, precise = TinyNet(), PreciseBNCallback(10**6, stages=["validate"], source=lambda _: first_batches(2))
     trainer_with(precise).validate(module, val_loader(), verbose=False)
     assert_close(statistics_of(module), expected(module, first_batches(2)), rtol=1e-5, atol=1e-5)
 
 
 def test_before_validate_manual_optimization_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"Manual optimizes manually.*forward='forward'"):
-        trainer_with(PreciseBNCallback(before=["validate"])).validate(Manual(), datamodule=TinyData(), verbose=False)
+        trainer_with(PreciseBNCallback(stages=["validate"])).validate(Manual(), datamodule=TinyData(), verbose=False)
 
 
 # ------------------------------------------------------------------------------- which weights, and what is written
@@ -280,7 +280,7 @@ def test_a_training_step_sees_training_mode_and_a_forward_eval_mode() -> None:
     module.modes = Modes()
     fit(module, PreciseBNCallback(20), val=None)
     assert not module.modes  # neither training nor the pass called forward
-    fit(module, PreciseBNCallback(20, forward="forward", batch_size=1), val=None)
+    fit(module, PreciseBNCallback(20, forward="forward", normalization_batch_size=1), val=None)
     assert module.modes == [False] * 6
 
 
@@ -469,7 +469,7 @@ def test_a_replay_says_how_full_it_is_until_it_is(monkeypatch: pytest.MonkeyPatc
 
 def test_a_replay_says_that_it_is_empty_when_validation_comes_right_after_a_resume(tmp_path: Path) -> None:
     """As Lightning validates first when it resumes a checkpoint written in the middle of a validation."""
-    module, precise = TinyNet(), PreciseBNCallback(16, source="replay", before=["validate"])
+    module, precise = TinyNet(), PreciseBNCallback(16, source="replay", stages=["validate"])
     before = digest(statistics_of(module))
     with pytest.warns(
         UserWarning, match="no batches to replay before the first training batch, nor right after a resume"
@@ -657,11 +657,11 @@ def test_a_loader_that_cannot_be_read_twice_is_refused_and_both_ways_out_work(
     ("arguments", "refused"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1 but is 0"),
-        ({"every_n": 0}, "every_n must be at least 1 but is 0"),
+        ({"every_n_validations": 0}, "every_n_validations must be at least 1 but is 0"),
         ({"source": "val_dataloader"}, "source must be .* but is 'val_dataloader'"),
         ({"forward": "validation_step"}, "forward must be .* but is 'validation_step'"),
-        ({"before": "validate"}, "before must be a list .* but is 'validate'"),
-        ({"before": ["fit"]}, r"before must be a list .* but is \['fit'\]"),
+        ({"stages": "validate"}, "stages must be a list .* but is 'validate'"),
+        ({"stages": ["fit"]}, r"stages must be a list .* but is \['fit'\]"),
     ],
     ids=str,
 )
@@ -730,7 +730,7 @@ def test_a_batch_may_have_any_structure(kind: Callable[[Any], Any], source: Any)
         return kind(torch.utils.data.default_collate(items))
 
     count = (lambda batch: len(batch.x)) if isinstance(kind([torch.zeros(1)] * 2), Moved) else None
-    module, precise = OfAnyKind(), PreciseBNCallback(32, source=source, count=count)
+    module, precise = OfAnyKind(), PreciseBNCallback(32, source=source, batch_size_fn=count)
     fit(module, precise, train_loader(collate_fn=collate))
     assert precise.result.num_samples == 32
     assert_close(statistics_of(module), expected(module, first_batches(4)), rtol=1e-5, atol=1e-5)
@@ -740,7 +740,7 @@ def test_a_batch_whose_samples_cannot_be_counted_asks_for_count() -> None:
     def collate(items: list[Any]) -> Any:
         return Moved(*torch.utils.data.default_collate(items))
 
-    with pytest.raises(ValueError, match=r"a batch holds that is a Moved.*count="):
+    with pytest.raises(ValueError, match=r"a batch holds that is a Moved.*batch_size_fn="):
         fit(OfAnyKind(), PreciseBNCallback(20), train_loader(collate_fn=collate))
 
 
@@ -876,7 +876,7 @@ def test_duration_and_distances_are_logged_at_the_steps_of_the_modules_own_metri
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_before_a_verb_they_are_logged_beside_its_metrics(verb: str, tmp_path: Path) -> None:
-    trainer = fit(TinyNet(), PreciseBNCallback(20, before=[verb]), Sequential(), logger=CSVLogger(tmp_path))
+    trainer = fit(TinyNet(), PreciseBNCallback(20, stages=[verb]), Sequential(), logger=CSVLogger(tmp_path))
     getattr(trainer, verb)(trainer.model, datamodule=Sequential(), verbose=False)
     beside = rows(tmp_path, {"validate": "val_loss", "test": "test_loss"}[verb])
     assert max(rows(tmp_path, "precise_bn/seconds")) == max(beside) == trainer.global_step
@@ -984,7 +984,7 @@ def test_a_detector_is_shown_images_and_targets_and_its_frozen_layer_is_left_alo
     for module, recorder in zip(modules, recorders, strict=True):
         callbacks = [recorder] if precise is None else [precise, recorder]
         fit(module, callbacks, scenes(), scenes())
-        precise = PreciseBNCallback(6, source=source, count=count_images)
+        precise = PreciseBNCallback(6, source=source, batch_size_fn=count_images)
     assert recorders[0].trace == recorders[1].trace
     precise = callbacks[0]
     assert (precise.result.num_samples, precise.result.num_batches) == (6, 3)

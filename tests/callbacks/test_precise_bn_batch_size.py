@@ -53,7 +53,7 @@ def warned(run: Callable[[], Any]) -> list[str]:
     ("batch_size", "group"), [(None, 13), (100, 13), (1, 1), (8, 1), (9, 2), ("population", 29), (10**9, 29)]
 )
 def test_whole_batches_are_normalized_together_until_they_hold_enough(batch_size: Any, group: int) -> None:
-    precise = PreciseBNCallback(SAMPLES, batch_size=batch_size)
+    precise = PreciseBNCallback(SAMPLES, normalization_batch_size=batch_size)
     module = fitted(precise)
     batches = list(train_loader(SAMPLES))
     groups = [together(batches[i : i + group]) for i in range(0, len(batches), group)]
@@ -76,7 +76,7 @@ def test_by_default_a_model_whose_batches_diverge_gets_one_pass_statistics_and_o
     said = warned(lambda: fit(module, precise, train_loader(SAMPLES), max_epochs=2, val_check_interval=10))
     assert len(said) == 1 and "takes the batches as they come" in said[0]
     assert ("bn2" in said[0] and "their end" in said[0]) or "had come to its end" in said[0]
-    alone, plain = PreciseBNCallback(SAMPLES, batch_size=1), Diverging()
+    alone, plain = PreciseBNCallback(SAMPLES, normalization_batch_size=1), Diverging()
     fit(plain, alone, train_loader(SAMPLES), max_epochs=2, val_check_interval=10)
     assert digest(statistics_of(module)) == digest(statistics_of(plain))
 
@@ -88,7 +88,12 @@ def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_w
 
     module, before = Diverging(), Before()
     with pytest.raises(RuntimeError, match=r"diverge.*bn2.*layers="):
-        fit(module, [PreciseBNCallback(SAMPLES, batch_size=64), before], train_loader(SAMPLES), max_epochs=1)
+        fit(
+            module,
+            [PreciseBNCallback(SAMPLES, normalization_batch_size=64), before],
+            train_loader(SAMPLES),
+            max_epochs=1,
+        )
     assert digest(module.state_dict()) == before.state
     assert type(module.bn1) is torch.nn.BatchNorm2d
 
@@ -112,7 +117,7 @@ def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_
 def test_what_does_not_fit_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"micro-batches of 8 samples.*1,000 are free.*memory_limit="):
-        fitted(PreciseBNCallback(SAMPLES, batch_size="population"))
+        fitted(PreciseBNCallback(SAMPLES, normalization_batch_size="population"))
 
 
 def test_a_memory_limit_changes_no_number_and_is_reported() -> None:
@@ -124,7 +129,7 @@ def test_a_memory_limit_changes_no_number_and_is_reported() -> None:
 
 def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None:
     exact, rough, hopeless = (
-        PreciseBNCallback(SAMPLES, batch_size=1, tolerance=tolerance) for tolerance in (None, 0.2, 1e-6)
+        PreciseBNCallback(SAMPLES, normalization_batch_size=1, tolerance=tolerance) for tolerance in (None, 0.2, 1e-6)
     )
     for precise in (exact, rough, hopeless):
         fitted(precise)
@@ -138,9 +143,13 @@ def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"batch_size": 2.5}, TypeError, "batch_size must be a whole number"),
-        ({"batch_size": "all"}, ValueError, "batch_size must be a number of samples, 'population' or None"),
+        ({"normalization_batch_size": 0}, ValueError, "normalization_batch_size must be at least 1"),
+        ({"batch_size": 2.5}, TypeError, "normalization_batch_size must be a whole number"),
+        (
+            {"normalization_batch_size": "all"},
+            ValueError,
+            "normalization_batch_size must be a number of samples, 'population' or None",
+        ),
         ({"tolerance": 0}, ValueError, "tolerance must be above 0"),
         ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
         ({"tolerance": 0.1, "batch_size": "population"}, ValueError, "leave one of them out"),

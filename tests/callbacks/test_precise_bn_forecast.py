@@ -201,8 +201,8 @@ def test_schedule_free_optimizers_are_refused_with_the_reason() -> None:
     [
         {"num_samples": 10},
         {"forward": "forward"},
-        {"before": ["test"]},
-        {"count": len},
+        {"stages": ["test"]},
+        {"batch_size_fn": len},
         {"shard": False},
         {"replay_bytes": 1},
         {"when_needed": True},
@@ -250,7 +250,7 @@ def test_before_a_test_the_pass_is_run_whatever_a_forecast_says() -> None:
         return train_loader()
 
     module = Learning(0.1)
-    callback = PreciseBNCallback(8, source=given, when_needed=True, needed_above=1e9, before=["test"])
+    callback = PreciseBNCallback(8, source=given, when_needed=True, needed_above=1e9, stages=["test"])
     trainer = fit(module, callback)
     assert callback.result is None
     trainer.test(module, train_loader(), verbose=False)

@@ -213,7 +213,7 @@ def test_more_last_epochs_than_there_are_is_refused_with_both_numbers(last: int,
         ({"num_samples": None}, TypeError),
         ({"num_samples": 2.5}, TypeError),
         ({"layers": 3}, TypeError),
-        ({"count": 3}, TypeError),
+        ({"batch_size_fn": 3}, TypeError),
         ({"on_error": "ignore"}, ValueError),
         ({"source": 3}, ValueError),
         ({"forward": None}, ValueError),
@@ -258,13 +258,13 @@ def test_a_later_batch_that_cannot_be_kept_for_a_replay_is_left_out_with_one_war
 
     whole = list(train_loader())
     batches = DataLoader([whole[0], {"of": whole[1]}, {"of": whole[2]}, whole[3]], batch_size=None)
-    precise = PreciseBNCallback(32, source="replay", count=count)
+    precise = PreciseBNCallback(32, source="replay", batch_size_fn=count)
     (said,) = told(lambda: fit(Grows(), precise, batches))
     assert "could not keep a batch for the replay" in said and "what is this" in said
     assert precise.result.num_samples == 32
     with pytest.raises(ValueError, match=r"^PreciseBNCallback: what is this"):
         fit(
             Grows(),
-            PreciseBNCallback(32, source="replay", count=count),
+            PreciseBNCallback(32, source="replay", batch_size_fn=count),
             DataLoader([{"of": whole[0]}], batch_size=None),
         )

@@ -75,7 +75,7 @@ def test_a_training_is_that_of_one_process_on_the_concatenated_batches(world_siz
 
 @pytest.mark.ddp
 def test_layers_and_groups_of_ranks_are_those_chosen() -> None:
-    first, *_, last = run_on_ranks(on_rank, 4, 4, [SyncBNCallback(ranks=2, layers="bn2")])
+    first, *_, last = run_on_ranks(on_rank, 4, 4, [SyncBNCallback(group_size=2, layers="bn2")])
     assert all("synced over 2 ranks" in r["glimpse"].shown.split("(bn2)")[1] for r in (first, last))
     assert "synced" not in first["glimpse"].shown.split("(bn2)")[0]
 
@@ -158,7 +158,7 @@ def test_one_process_is_as_it_was_and_warns_once() -> None:
 def test_torchs_own_layers_are_left_to_torch_unless_groups_are_asked_for() -> None:
     module = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
     with pytest.raises(TypeError, match=r"'bn1' is torch's SyncBatchNorm.*sync_batchnorm=False"):
-        fit(module, SyncBNCallback(ranks=2))
+        fit(module, SyncBNCallback(group_size=2))
 
 
 @pytest.mark.parametrize(("options", "error"), [({"ranks": 0}, ValueError), ({"layers": 3}, TypeError)])

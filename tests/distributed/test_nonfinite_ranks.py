@@ -62,7 +62,7 @@ HAND_WRITTEN = ("by hand, by assignment", "own statistics, in place", "timm Spli
 
 def of_hand_written(net: Net, shards: list[Batches], batch_size: Any) -> Result:
     before = {k: v.clone() for k, v in net.state_dict().items() if "running_" not in k}
-    statistics = precise_bn(net, shards[dist.get_rank()], batch_size=batch_size)
+    statistics = precise_bn(net, shards[dist.get_rank()], normalization_batch_size=batch_size)
     assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
     return statistics, net.state_dict()
 

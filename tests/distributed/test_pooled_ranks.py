@@ -88,7 +88,7 @@ def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple
         estimable_layers(model),
         shards[dist.get_rank()],
         model,
-        batch_size=100,
+        normalization_batch_size=100,
         at_most=share,
         say=lambda about, text: said.append(text),
     )
@@ -173,7 +173,7 @@ def short_of_memory(model: nn.Module, shards: list[Batches]) -> tuple[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooled, "free_memory", lambda device: 10**9 if dist.get_rank() else 20_000)
         try:
-            precise_bn(model, shards[dist.get_rank()], batch_size="population")
+            precise_bn(model, shards[dist.get_rank()], normalization_batch_size="population")
         except (MemoryError, RuntimeError) as error:
             return type(error).__name__, str(error)
     return "", ""

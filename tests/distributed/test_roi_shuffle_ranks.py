@@ -425,7 +425,9 @@ def with_datasets() -> None:
     model = Heads()
     with (
         roi_shuffle(model, modules="heads.*"),
-        domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared") as handle,
+        domain_bn(
+            model, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared"
+        ) as handle,
         handle.use_domain(torch.tensor([0, 0, 1, 1])),
         pytest.raises(ValueError, match=r"'heads\.0': its BatchNorm layers tell datasets apart"),
     ):

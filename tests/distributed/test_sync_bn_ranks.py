@@ -169,18 +169,18 @@ def groups(model: nn.Module, shards: list[list[Tensor]]) -> tuple[Outcome, dict[
     there_were, seen = len(made), {}
     second = copy.deepcopy(model)
     with pytest.raises(ValueError, match="ranks=3, but there are 4 ranks"):
-        sync_bn(model, ranks=3)
-    with sync_bn(model, ranks=2, layers="1"):
+        sync_bn(model, group_size=3)
+    with sync_bn(model, group_size=2, layers="1"):
         with_one = len(made)
-        with sync_bn(model, ranks=2, layers="4"), sync_bn(second, ranks=4):
+        with sync_bn(model, group_size=2, layers="4"), sync_bn(second, group_size=4):
             seen["reused"] = len(made) == with_one == there_were + 1
             outcome = steps(model, shards[dist.get_rank()])
         steps(model, shards[dist.get_rank()])  # layer 1 is synced still
     seen["destroyed"] = len(made) == there_were
     with pytest.warns(UserWarning, match="Ghost BN") if dist.get_rank() == 0 else contextlib.nullcontext():
-        sync_bn(model, ranks=1)
+        sync_bn(model, group_size=1)
     with sync_bn(model), pytest.raises(ValueError, match="'1' is synced already"):
-        sync_bn(model, ranks=2)
+        sync_bn(model, group_size=2)
     return outcome, seen
 
 

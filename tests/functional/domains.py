@@ -29,7 +29,7 @@ CONSISTENT = (1, 4, 6)
 
 
 def choices(row: int) -> dict[str, Any]:
-    return dict(zip(("sgd", "population", "affine"), EVERY[row], strict=True))
+    return dict(zip(("train_statistics", "population_statistics", "affine"), EVERY[row], strict=True))
 
 
 def retinanet_head() -> RetinaNetHead:

@@ -289,7 +289,7 @@ def test_a_layer_whose_rows_cannot_be_told_apart_by_sample_is_left_out_and_named
     batches = rows_of_samples(128).split(16)
     found = batch_leakage(TwoLayers(), batches, forward=forward)
     assert set(found.icc) == {"samples"} and set(found.left_out) == {"rows"}
-    with pytest.raises(ValueError, match=r"Layer 'rows' is left out: .* pass count="):
+    with pytest.raises(ValueError, match=r"Layer 'rows' is left out: .* pass batch_size_fn="):
         batch_leakage(TwoLayers(), batches, forward=forward, layers="rows")
 
 
@@ -322,7 +322,7 @@ def test_count_says_what_a_sample_is() -> None:
     net, x = nn.BatchNorm1d(4), rows_of_samples(48, rows=16).flatten(0, 1)
     assert batch_leakage(net, x.split(32)).p_value < 0.001, "each row counts as a sample"
     with pytest.raises(ValueError, match="32 rows are of which of 2 samples cannot be told"):
-        batch_leakage(net, x.split(32), count=lambda batch: len(batch) // 16)
+        batch_leakage(net, x.split(32), batch_size_fn=lambda batch: len(batch) // 16)
 
 
 def test_only_one_batch_is_run_once_more_and_none_if_rows_are_samples() -> None:
@@ -368,7 +368,9 @@ def test_regions_of_one_image_alarm_in_a_faster_rcnn_head(detector: FasterRCNN) 
         layer.momentum = 1.0
     with torch.no_grad():
         net.backbone(torch.cat([torch.stack(batch) for batch in scenes(16, 1)]))
-    found = batch_leakage(net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*", count=len)
+    found = batch_leakage(
+        net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*", batch_size_fn=len
+    )
     assert set(found.icc) == {"roi_heads.box_head.0.1", "roi_heads.box_head.1.1"}
     assert found.p_value == pytest.approx(1 / 20_000) and min(found.icc.values()) > 0.1
 
@@ -436,7 +438,7 @@ def raising_on_rank(where: str) -> str:
         net(batch[1])
 
     try:
-        batch_leakage(model(), batches(), forward=forward, count=count)
+        batch_leakage(model(), batches(), forward=forward, batch_size_fn=count)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -33,7 +33,7 @@ from tests.functional.domains import (
 def given(head: nn.Module, row: int, domains: int = 3, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return domain_bn(head, domains=domains, owner=OWNERS, **choices(row), **options)
+        return domain_bn(head, num_domains=domains, level_modules=OWNERS, **choices(row), **options)
 
 
 @pytest.mark.parametrize("row", EVERY)
@@ -101,7 +101,7 @@ class Model(nn.Module):
 def by_owner(model: nn.Module, row: int, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return domain_bn(model, **{"domains": 3, "owner": "head", **choices(row), **options})
+        return domain_bn(model, **{"num_domains": 3, "level_modules": "head", **choices(row), **options})
 
 
 def checkpointed(tower: nn.Module, x: Tensor) -> Any:
@@ -158,7 +158,9 @@ def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name() 
         run(hidden)
     together = Model(checkpointed)
     by_owner(together, 1)
-    with pytest.raises(RuntimeError, match=r"normalized together \(sgd='shared'\).*sgd='domain'"):
+    with pytest.raises(
+        RuntimeError, match=r"normalized together \(train_statistics='shared'\).*train_statistics='domain'"
+    ):
         run(together)
 
 
@@ -228,15 +230,15 @@ def run_of_plain(row: int) -> list[Tensor]:
         ("head", lambda tower, x: tower(x + 1), TypeError, r"'head\.tower' was given what is no tensor of its owner's"),
         ("head", lambda tower, x: tower(tower(x)), TypeError, r"'head\.tower' was given what is no tensor"),
         ("head", lambda tower, x: [tower(x), tower(x)][0], TypeError, r"or one for the second time"),
-        ("head", lambda tower, x: tower(x, 2), TypeError, r"'head\.tower' was given 2 arguments.*sgd='domain'"),
+        ("head", lambda tower, x: tower(x, 2), TypeError, r"'head\.tower' was given 2 arguments.*train_statistics='domain'"),
         ("head", lambda tower, x: tower(x, scale=2), TypeError, r"'head\.tower' was given 2 arguments"),
         ("head", lambda tower, x: tower.norm1(x), TypeError, r"'head\.tower\.norm1' was given one level by itself"),
-        ("head.tower", lambda tower, x: tower(x), RuntimeError, "was given 1 tensors, and domains=3"),
+        ("head.tower", lambda tower, x: tower(x), RuntimeError, "was given 1 tensors, and num_domains=3"),
     ],
 )  # fmt: skip
 def test_a_tower_whose_input_is_no_level_is_refused_by_name(owner: str, call: Any, error: Any, words: str) -> None:
     model = Model(call)
-    by_owner(model, 1, owner=owner)
+    by_owner(model, 1, level_modules=owner)
     with pytest.raises(error, match=words):
         model(levels())
 
@@ -279,7 +281,7 @@ def test_another_number_of_levels_is_refused(row: int) -> None:
     model = Model()
     by_owner(model, row)
     for number in (2, 4):
-        with pytest.raises(RuntimeError, match="domains=3"):
+        with pytest.raises(RuntimeError, match="num_domains=3"):
             model(levels(number=number))
     with pytest.raises(RuntimeError, match=r"'head\.tower(\.norm1)?' was run outside of a forward of 'head'"):
         model.head.tower(levels()[0])
@@ -287,13 +289,13 @@ def test_another_number_of_levels_is_refused(row: int) -> None:
 
 def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     head = retinanet_head()
-    with pytest.raises(ValueError, match="owner='neck' matches no module of RetinaNetHead"):
-        domain_bn(head, domains=3, owner="neck", **choices(4))
+    with pytest.raises(ValueError, match="level_modules='neck' matches no module of RetinaNetHead"):
+        domain_bn(head, num_domains=3, level_modules="neck", **choices(4))
     with pytest.raises(ValueError, match="matches 'classification_head' and, within it"):
-        domain_bn(head, domains=3, owner="classification_head*", **choices(4))
+        domain_bn(head, num_domains=3, level_modules="classification_head*", **choices(4))
     with pytest.raises(ValueError, match=r"Layer 'regression_head\.conv\.0\.1' is in none of the owners"):
-        domain_bn(head, domains=3, owner="classification_head", layers="*", **choices(4))
-    handle = domain_bn(head, domains=3, owner="*_head", layers="*.0.1", **choices(4))
+        domain_bn(head, num_domains=3, level_modules="classification_head", layers="*", **choices(4))
+    handle = domain_bn(head, num_domains=3, level_modules="*_head", layers="*.0.1", **choices(4))
     assert list(handle.layers) == ["classification_head.conv.0.1", "regression_head.conv.0.1"]
     for verb in (ghost, lbn.sync_bn, lbn.mini_batch_inference, again):
         with pytest.raises(ValueError, match=r"'classification_head\.conv\.0\.1' has domains"):
@@ -304,10 +306,10 @@ def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     with lbn.ghost_bn(head, size=2), pytest.raises(ValueError, match="ghosts of 2"):
         again(head)
     with pytest.raises(ValueError, match=r"Layer '0' has no weight and bias"):
-        domain_bn(nn.Sequential(nn.BatchNorm2d(2, affine=False)), domains=3, **choices(6))
+        domain_bn(nn.Sequential(nn.BatchNorm2d(2, affine=False)), num_domains=3, **choices(6))
     model = nn.Sequential(nn.SyncBatchNorm(2))
     with pytest.raises(TypeError, match="'0' is a SyncBatchNorm"):
-        domain_bn(model, domains=3, **choices(4))
+        domain_bn(model, num_domains=3, **choices(4))
     assert not any(behaviors_of(m) for m in head.modules())
 
 
@@ -351,7 +353,7 @@ def ghost(head: nn.Module) -> Any:
 
 
 def again(head: nn.Module) -> Any:
-    return domain_bn(head, domains=3, owner="*_head", **choices(4))
+    return domain_bn(head, num_domains=3, level_modules="*_head", **choices(4))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -415,7 +417,7 @@ def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int) -> Non
         owner = Owner()
         owner.tower = nn.Sequential(nn.BatchNorm1d(4, momentum=None, affine=False).double())
         root = nn.Sequential(owner)
-        handle = domain_bn(root, domains=3, owner="0", **choices(row))
+        handle = domain_bn(root, num_domains=3, level_modules="0", **choices(row))
         batches = [[torch.randn(n, 4, *shape, dtype=torch.float64) + d for d, n in enumerate((3, 2, 6))] for _ in "ab"]
         rows = [[x.movedim(1, -1).flatten(0, -2) for x in batch] for batch in batches]
         outputs = [root(batch) for batch in batches]

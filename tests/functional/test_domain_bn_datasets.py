@@ -25,7 +25,7 @@ def net() -> nn.Sequential:
 def given(model: nn.Module, row: int, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return domain_bn(model, domains=3, **choices(row), **options)
+        return domain_bn(model, num_domains=3, **choices(row), **options)
 
 
 def batch(seed: int, ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
         with handle.use_domain(batch[1]):
             model(batch[0])
 
-    statistics = precise_bn(model, BATCHES, forward=forward, batch_size="population")
+    statistics = precise_bn(model, BATCHES, forward=forward, normalization_batch_size="population")
     x, domain = torch.cat([x for x, _ in BATCHES]), torch.cat([d for _, d in BATCHES])
     truth = ByHand(net(), row)
     truth.model.train()
@@ -206,7 +206,7 @@ def test_what_is_no_domain_is_refused() -> None:
         pytest.raises(ValueError, match=r"Layer '1' is given 5 rows, and .* of 2 samples"),
     ):
         model(x)
-    levels = domain_bn(nn.Sequential(net()), domains=2, owner="0", **choices(4))
+    levels = domain_bn(nn.Sequential(net()), num_domains=2, level_modules="0", **choices(4))
     with pytest.raises(ValueError, match="feature levels"):
         levels.show(1)
 

@@ -39,7 +39,7 @@ def detector(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
 def test_a_detector_trains_is_measured_and_evaluates(kind: str, row: int) -> None:
     model = detector(kind).train()
-    handle = domain_bn(model, domains=5, owner="head.*_head", **choices(row))
+    handle = domain_bn(model, num_domains=5, level_modules="head.*_head", **choices(row))
     images = [torch.rand(3, 128, 128), torch.rand(3, 100, 160)]
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 60.0, 70.0]]), "labels": torch.tensor([1])}] * 2
     losses = model(images, targets)

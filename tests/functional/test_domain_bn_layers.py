@@ -22,8 +22,8 @@ RESHAPED = [
 MIXED = ["plain", "transposed", "padded", "BatchNorm2d", "timm BatchNormAct2d", "torch.batch_norm"]
 """Those that a batch of several domains goes into, sample by sample."""
 CANNOT = {
-    "sgd='shared'": ("shared", ["rows", "masked", "container"]),
-    "sgd='domain'": ("domain", ["container"]),
+    "train_statistics='shared'": ("shared", ["rows", "masked", "container"]),
+    "train_statistics='domain'": ("domain", ["container"]),
 }
 
 
@@ -41,7 +41,9 @@ class Single(nn.Module):
 def given(model: nn.Module, sgd: str, population: str = "domain", **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return domain_bn(model, domains=2, sgd=sgd, population=population, affine="shared", **options)  # type: ignore[arg-type]
+        return domain_bn(
+            model, num_domains=2, train_statistics=sgd, population_statistics=population, affine="shared", **options
+        )  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, data: list[tuple[Tensor, int]], showing: Callable[[int], Any]) -> None:
@@ -89,7 +91,9 @@ def test_a_pass_measures_each_domain_at_the_call(name: str, sgd: str, batch_size
     def forward(model: nn.Module, batch: tuple[Tensor, int]) -> None:
         train(model, [batch], handle.use_domain)
 
-    precise_bn(net, data, forward=forward, batch_size=batch_size, count=lambda batch: len(batch[0]))
+    precise_bn(
+        net, data, forward=forward, normalization_batch_size=batch_size, batch_size_fn=lambda batch: len(batch[0])
+    )
     own = handle.state()["bn"]
     for domain in (0, 1):
         parts = [rows_given(net, [x]) for x, d in data if d == domain]

@@ -56,7 +56,7 @@ def test_precise_bn_measures_what_batch_norm_normalizes(name: str, batch_size: A
     net, data, size = trained(name), batches(), BATCH_SIZES[batch_size]
     expected = truth(net, [data[i : i + size] for i in range(0, len(data), size)])
     before = state(net)
-    statistics = precise_bn(net, data, batch_size=batch_size)
+    statistics = precise_bn(net, data, normalization_batch_size=batch_size)
     assert_close_to(statistics, expected, SIGMA, VAR)
     assert_stored(net, statistics)
     assert state(net) == before
@@ -68,10 +68,10 @@ def test_what_cannot_be_seen_is_refused_by_name(name: str, batch_size: Any) -> N
     net, data = trained(name), batches([2, 2, 4, 4])
     before, stored = state(net), statistics_of(net)
     with pytest.raises(TypeError, match=WAY_OUT):
-        precise_bn(net, data, batch_size=batch_size)
+        precise_bn(net, data, normalization_batch_size=batch_size)
     assert state(net) == before
     assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
-    assert list(precise_bn(net, data, batch_size=batch_size, layers="last")) == ["last"], "the way out"
+    assert list(precise_bn(net, data, normalization_batch_size=batch_size, layers="last")) == ["last"], "the way out"
 
 
 def test_a_child_that_is_not_chosen_is_not_taken_for_its_parent() -> None:

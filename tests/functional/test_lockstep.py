@@ -283,11 +283,11 @@ def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
 
     hook = model.get_submodule(where).register_forward_hook(raise_in_the_last)
     with pytest.raises(error):
-        precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
+        precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
     hook.remove()
     assert state(model) == before
     assert all(type(layer) is nn.BatchNorm2d for layer in find_bn(model).values())
-    precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
+    precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1000])
@@ -311,7 +311,7 @@ def test_a_layer_in_another_thread_is_refused(memory_limit: int | None) -> None:
             raise error
 
     with pytest.raises(LockstepError, match="in another thread"):
-        precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=memory_limit)
+        precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
     assert state(model) == before
 
 
@@ -329,5 +329,5 @@ def test_a_bare_except_around_a_layer_does_not_keep_a_pass_from_ending() -> None
             model(x)
 
     with pytest.raises(Trouble):
-        precise_bn(model, batches, forward=forward, batch_size="population")
+        precise_bn(model, batches, forward=forward, normalization_batch_size="population")
     assert state(model) == before

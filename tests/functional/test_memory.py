@@ -144,10 +144,10 @@ def assert_same_bits(a: PopulationStatistics, b: PopulationStatistics) -> None:
 def test_a_limit_changes_no_bit(name: str, folder: Path) -> None:
     model, batches = case(name)
     batches = [part for x in batches for part in x.split(2)]
-    unlimited = precise_bn(copy.deepcopy(model), batches, batch_size="population")
+    unlimited = precise_bn(copy.deepcopy(model), batches, normalization_batch_size="population")
     assert unlimited.spilled == 0
     for limit in (1, 5000):
-        limited = precise_bn(copy.deepcopy(model), batches, batch_size="population", memory_limit=limit)
+        limited = precise_bn(copy.deepcopy(model), batches, normalization_batch_size="population", memory_limit=limit)
         assert_same_bits(limited, unlimited)
         assert limited.spilled > 0 or limit > 1 or name == "one value per channel" or "float64 layers" in name
     assert not list(folder.iterdir())
@@ -174,8 +174,8 @@ def test_a_tensor_that_micro_batches_share_is_there_when_one_needs_it() -> None:
     batches = images(2, 1, 2, 1)
     torch.manual_seed(0)
     model = Caching()
-    unlimited = precise_bn(copy.deepcopy(model), batches, batch_size="population")
-    limited = precise_bn(model, batches, batch_size="population", memory_limit=1)
+    unlimited = precise_bn(copy.deepcopy(model), batches, normalization_batch_size="population")
+    limited = precise_bn(model, batches, normalization_batch_size="population", memory_limit=1)
     assert_same_bits(limited, unlimited)
     assert model.grid is not None and model.grid.isfinite().all() and model.grid.untyped_storage().nbytes()
 
@@ -187,7 +187,7 @@ def test_a_tensor_that_micro_batches_share_is_there_when_one_needs_it() -> None:
 
     afresh = Afresh()
     afresh.load_state_dict(model.state_dict())
-    assert_same_bits(precise_bn(afresh, batches, batch_size="population", memory_limit=1), unlimited)
+    assert_same_bits(precise_bn(afresh, batches, normalization_batch_size="population", memory_limit=1), unlimited)
 
 
 class Trouble(Exception):
@@ -206,7 +206,7 @@ def test_an_error_leaves_no_file_and_keeps_what_others_hold(folder: Path, error:
             raise error
 
     with pytest.raises(error):
-        precise_bn(model, images(3, 3, 1), forward=forward, batch_size="population", memory_limit=1)
+        precise_bn(model, images(3, 3, 1), forward=forward, normalization_batch_size="population", memory_limit=1)
     assert files[0] == 0 and max(files) > 0
     assert not list(folder.iterdir())
     assert all(t.untyped_storage().nbytes() == t.nbytes and t.isfinite().all() for t in held)
@@ -219,10 +219,10 @@ def test_too_little_memory_is_an_error_that_gives_both_numbers_before_anything_i
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 30_000)
     with pytest.raises(MemoryError, match=r"about [\d,]+ bytes alive at the widest BatchNorm layer, and 30,000") as e:
-        precise_bn(model, batches, batch_size="population")
+        precise_bn(model, batches, normalization_batch_size="population")
     assert "memory_limit=" in str(e.value) and "batch_size" in str(e.value)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert precise_bn(model, batches, batch_size="population", memory_limit=10_000).spilled > 0
+    assert precise_bn(model, batches, normalization_batch_size="population", memory_limit=10_000).spilled > 0
 
 
 def test_free_memory_is_at_most_that_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
 
     model = _network()
     batches = torch.randn(12, 2, 3, 256, 256).unbind()
-    kwargs = {"batch_size": batch_size, "memory_limit": memory_limit}
+    kwargs = {"normalization_batch_size": batch_size, "memory_limit": memory_limit}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
         patch.setattr(pooled.PooledForward, "needs", spy)

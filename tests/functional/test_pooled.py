@@ -120,7 +120,7 @@ def test_micro_batches_are_one_batch_to_the_last_digits(name: str, partitions: l
     model, x = make().double(), population(16, pixels).double()
     truth = in_double(model, [x])
     for partition in (PARTITIONS[p] for p in (PARTITIONS if name in SMALL else partitions)):
-        statistics = precise_bn(model, x.split(partition), batch_size="population")
+        statistics = precise_bn(model, x.split(partition), normalization_batch_size="population")
         assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
         assert_stored(model, statistics)
         assert statistics.num_samples == 16 and statistics.num_batches == len(partition)
@@ -136,7 +136,7 @@ def test_in_float32_they_are_as_close_as_a_real_forward(name: str) -> None:
     model, x = make(), population(32, pixels)
     truth = in_double(model, [x])
     real = precise_bn(copy.deepcopy(model), [x])
-    statistics = precise_bn(model, x.split([8, 2, 1, 13, 8]), batch_size="population")
+    statistics = precise_bn(model, x.split([8, 2, 1, 13, 8]), normalization_batch_size="population")
     for layer, rows in truth.items():
         mean, sigma = rows.mean(0), rows.std(0, correction=0)
         off, real_off = (((s[layer].mean - mean) / sigma).square().mean().sqrt() for s in (statistics, real))
@@ -158,7 +158,9 @@ def test_the_partition_does_not_matter(partition: list[int], channels_last: bool
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     truth = in_double(model, [x])
-    assert_close_to(precise_bn(model, x.split(partition), batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    assert_close_to(
+        precise_bn(model, x.split(partition), normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10
+    )
 
 
 # --- every kind of layer, against the paper's algorithm ---------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_the_partition_does_not_matter(partition: list[int], channels_last: bool
 @pytest.mark.parametrize("name", [n for n in CASES if "16" not in n])
 def test_every_kind_of_layer_is_estimated_as_layer_by_layer(name: str) -> None:
     model, batches = case(name)
-    statistics = precise_bn(model, batches, batch_size="population")
+    statistics = precise_bn(model, batches, normalization_batch_size="population")
     in_fp64 = layer_by_layer(model.double(), [x.double() for x in batches])
     large = 5e-3 if "1e4" in name else 0.0  # what rounding every value of such a mean to float32 does
     assert_equal_to(statistics, in_fp64, sigma=2e-5 + large, var=1e-4 + large)
@@ -178,7 +180,7 @@ def test_16_bit_networks_are_estimated_as_what_they_are(name: str) -> None:
     """Within what rounding to 16 bits moves."""
     model, batches = case(name)
     alone, batch = copy.deepcopy(model), torch.cat(batches)
-    real, statistics = precise_bn(alone, [batch]), precise_bn(model, batches, batch_size="population")
+    real, statistics = precise_bn(alone, [batch]), precise_bn(model, batches, normalization_batch_size="population")
     for layer, measured in statistics.items():
         sigma = real[layer].var.sqrt()
         spread = 2e-2 if "mean 100" not in name else 0.5
@@ -188,7 +190,7 @@ def test_16_bit_networks_are_estimated_as_what_they_are(name: str) -> None:
 def test_a_layer_called_several_times_normalizes_each_call_with_that_calls_statistics() -> None:
     model, batches = Shared().double(), [x.double() for x in images(4, 2, 1)]
     truth = in_double(model, [torch.cat(batches)])
-    statistics = precise_bn(model, batches, batch_size="population")
+    statistics = precise_bn(model, batches, normalization_batch_size="population")
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
     assert statistics["bn"].calls == 2
 
@@ -196,7 +198,7 @@ def test_a_layer_called_several_times_normalizes_each_call_with_that_calls_stati
 def test_images_of_different_sizes_are_one_batch_of_all_their_pixels() -> None:
     model = cnn().double()
     batches = [torch.randn(n, 3, height, width).double() + n for n, height, width in ((2, 8, 8), (1, 5, 12), (3, 9, 4))]
-    statistics = precise_bn(model, batches, batch_size="population")
+    statistics = precise_bn(model, batches, normalization_batch_size="population")
     assert_equal_to(statistics, layer_by_layer(model, batches), sigma=1e-10, var=1e-10)
 
 
@@ -233,7 +235,12 @@ def test_the_backbone_of_a_detector_is_estimated_as_layer_by_layer(detector: Any
         return model.backbone(model.transform(batch)[0].tensors)
 
     statistics = precise_bn(
-        copy.deepcopy(detector), batches, forward=backbone, batch_size="population", layers="backbone.*", count=len
+        copy.deepcopy(detector),
+        batches,
+        forward=backbone,
+        normalization_batch_size="population",
+        layers="backbone.*",
+        batch_size_fn=len,
     )
     expected = layer_by_layer(detector, batches, backbone, layers="backbone.*")
     assert_equal_to(statistics, expected, sigma=1e-10, var=1e-10)
@@ -257,7 +264,9 @@ def test_the_box_head_of_a_detector_is_estimated_as_layer_by_layer(detector: Any
         )
 
     count = lambda batch: len(batch[0])  # noqa: E731
-    statistics = precise_bn(copy.deepcopy(detector), batches, forward=whole, batch_size="population", count=count)
+    statistics = precise_bn(
+        copy.deepcopy(detector), batches, forward=whole, normalization_batch_size="population", batch_size_fn=count
+    )
     assert_equal_to(statistics, layer_by_layer(detector, batches, whole), sigma=1e-10, var=1e-10)
     assert statistics["roi_heads.box_head.0.1"].count == 5 * (5 if without_rois else 6) * 7 * 7
 
@@ -266,7 +275,9 @@ def test_a_whole_detector_is_run_with_its_own_proposals(detector: Any) -> None:
     """Which depend on the statistics of layers before them: the same ones, then, as layer by layer."""
     batches = scenes()
     forward: Forward = lambda model, batch: model(batch)  # noqa: E731
-    statistics = precise_bn(copy.deepcopy(detector), batches, forward=forward, batch_size="population", count=len)
+    statistics = precise_bn(
+        copy.deepcopy(detector), batches, forward=forward, normalization_batch_size="population", batch_size_fn=len
+    )
     assert_equal_to(statistics, layer_by_layer(detector, batches, forward), sigma=1e-9, var=1e-9)
 
 
@@ -321,7 +332,7 @@ def test_what_a_network_does_around_its_layers_does_not_matter(name: str) -> Non
     batches = [x.double() for x in images(3, 2, 1)]
     expected = layer_by_layer(model, batches)
     # the gradient is of the batch alone: that of one batch of all would be another
-    assert_equal_to(precise_bn(model, batches, batch_size="population"), expected, sigma=1e-10, var=1e-10)
+    assert_equal_to(precise_bn(model, batches, normalization_batch_size="population"), expected, sigma=1e-10, var=1e-10)
 
 
 def test_a_step_with_gradients_and_checkpointing_runs_backward_through_layers_in_lockstep() -> None:
@@ -337,7 +348,7 @@ def test_a_step_with_gradients_and_checkpointing_runs_backward_through_layers_in
 
     model = network(how)
     batches = [x.double() for x in images(3, 2, 1)]
-    statistics = precise_bn(model, batches, batch_size="population")
+    statistics = precise_bn(model, batches, normalization_batch_size="population")
     assert_equal_to(statistics, layer_by_layer(model, batches), sigma=1e-10, var=1e-10)
     assert all(s.calls == 2 for s in statistics.values())
 
@@ -347,11 +358,11 @@ def test_a_compiled_model_runs_eagerly() -> None:
     truth = in_double(model, [torch.cat(batches)])
     compiled = torch.compile(model, backend="eager")
     compiled(batches[0])
-    statistics = precise_bn(compiled, batches, batch_size="population")
+    statistics = precise_bn(compiled, batches, normalization_batch_size="population")
     assert_close_to({n.removeprefix("_orig_mod."): s for n, s in statistics.items()}, truth, sigma=1e-10, var=1e-10)
     model.compile(backend="eager")
     model(batches[0])
-    assert_close_to(precise_bn(model, batches, batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10)
 
 
 def test_forward_hooks_run_once_for_every_micro_batch_and_are_seen() -> None:
@@ -361,7 +372,7 @@ def test_forward_hooks_run_once_for_every_micro_batch_and_are_seen() -> None:
     model[1].register_forward_hook(lambda layer, args, output: sizes.append(len(output)))
     model[1].register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
     model[1].register_forward_pre_hook(lambda layer, args: (args[0] - 1,))
-    assert_close_to(precise_bn(model, batches, batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10)
     assert sizes[0] == sizes[-1] == 3, "the first one alone, before and behind"
     assert sorted(sizes[1:-1]) == [1, 2, 3]
 
@@ -371,9 +382,11 @@ def test_frozen_and_unchosen_layers_normalize_with_what_they_store() -> None:
     nn.init.normal_(model[1].running_mean)
     expected = layer_by_layer(model, batches, layers="5")
     stored = model[1].running_mean.clone()
-    assert_equal_to(precise_bn(model, batches, batch_size="population", layers="5"), expected, sigma=1e-10, var=1e-10)
+    assert_equal_to(
+        precise_bn(model, batches, normalization_batch_size="population", layers="5"), expected, sigma=1e-10, var=1e-10
+    )
     freeze_bn(model, layers="1")
-    assert_equal_to(precise_bn(model, batches, batch_size="population"), expected, sigma=1e-10, var=1e-10)
+    assert_equal_to(precise_bn(model, batches, normalization_batch_size="population"), expected, sigma=1e-10, var=1e-10)
     assert torch.equal(model[1].running_mean, stored)
 
 
@@ -381,7 +394,7 @@ def test_inputs_without_rows_count_for_nothing() -> None:
     model = mlp().double()
     batches = [torch.randn(n, 192).double() for n in (3, 0, 2, 0)]
     truth = in_double(model, [torch.cat(batches)])
-    assert_close_to(precise_bn(model, batches, batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10)
 
 
 def test_sparse_tensors_inside_a_forward_are_no_obstacle() -> None:
@@ -401,8 +414,8 @@ def test_sparse_tensors_inside_a_forward_are_no_obstacle() -> None:
 
     model, x = Graph().double(), torch.randn(9, 4).double()
     truth = in_double(model, [x])
-    assert_close_to(precise_bn(model, x.split(2), batch_size="population"), truth, sigma=1e-10, var=1e-10)
-    statistics = precise_bn(model, x.split(2), batch_size="population", memory_limit=1)
+    assert_close_to(precise_bn(model, x.split(2), normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    statistics = precise_bn(model, x.split(2), normalization_batch_size="population", memory_limit=1)
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
 
 
@@ -426,7 +439,7 @@ def test_groups_hold_whole_batches_as_few_as_reach_b(
     batches = [x.double() for x in images(*sizes)]
     together = [torch.cat(group) for group in _grouped(batches, groups)]
     truth = in_double(model, together)
-    statistics = precise_bn(model, batches, batch_size=batch_size)
+    statistics = precise_bn(model, batches, normalization_batch_size=batch_size)
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
     assert statistics.batch_size == pytest.approx(sum(sizes) / len(groups))
     assert (statistics.num_samples, statistics.num_batches) == (sum(sizes), len(sizes))
@@ -450,7 +463,7 @@ def test_batches_that_are_large_enough_are_taken_as_they_come() -> None:
     forwards = []
     one_pass = precise_bn(copy.deepcopy(model), batches)
     model[1].register_forward_hook(lambda *_: forwards.append(1))
-    statistics = precise_bn(model, batches, batch_size=8)
+    statistics = precise_bn(model, batches, normalization_batch_size=8)
     assert len(forwards) == 3
     for name in one_pass:
         assert torch.equal(statistics[name].mean, one_pass[name].mean)
@@ -462,7 +475,7 @@ def test_num_samples_bounds_a_population() -> None:
     truth = in_double(model, [x[:6]])
     seen = []
     batches = (seen.append(1) or part for part in x.split(2))  # type: ignore[func-returns-value]
-    statistics = precise_bn(model, batches, batch_size="population", num_samples=5)
+    statistics = precise_bn(model, batches, normalization_batch_size="population", num_samples=5)
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
     assert statistics.num_samples == 6 and len(seen) == 3
 
@@ -474,7 +487,12 @@ def test_rather_than_more_than_a_share_of_the_memory_it_takes_a_smaller_b_and_sa
     said: list[str] = []
     monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 120_000)
     statistics = measure(
-        estimable_layers(model), x.split(2), model, batch_size=100, at_most=0.5, say=lambda _, text: said.append(text)
+        estimable_layers(model),
+        x.split(2),
+        model,
+        normalization_batch_size=100,
+        at_most=0.5,
+        say=lambda _, text: said.append(text),
     )
     (message,) = said
     together = re.search(r"normalization batches of (\d+) samples, not of 100", message)
@@ -513,7 +531,7 @@ def test_micro_batches_that_diverge_are_named_and_nothing_is_written(
     model = Branching(order)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(LockstepError, match=message) as raised:
-        precise_bn(model, images(4, 4, 1), batch_size="population")
+        precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
     assert "layers=" in str(raised.value) and "batch_size" in str(raised.value), "what to do"
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -535,7 +553,7 @@ def test_a_model_that_keeps_something_between_layers_is_refused() -> None:
     model = KeepsATensor()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(LockstepError, match="'two' something else in lockstep with others than alone"):
-        precise_bn(model, images(4, 4, 1), batch_size="population")
+        precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -544,7 +562,7 @@ def test_a_list_that_a_hook_fills_is_found_out() -> None:
     model[0].register_forward_hook(lambda layer, args, output: found.append(output.mean()))
     model[4].register_forward_hook(lambda layer, args, output: output + 10 * found[-1])
     with pytest.raises(LockstepError, match="'5' something else"):
-        precise_bn(model, images(4, 4, 1), batch_size="population")
+        precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
@@ -564,12 +582,12 @@ def test_torchs_random_numbers_are_each_micro_batchs_own_and_the_global_ones_are
     model = network(noisy(lambda: float(torch.randn(()))))
     x = population(8, 10).double()
     before = torch.get_rng_state()
-    first = precise_bn(model, x.split(2), batch_size="population")
+    first = precise_bn(model, x.split(2), normalization_batch_size="population")
     assert torch.equal(torch.get_rng_state(), before)
-    again = precise_bn(model, x.split(2), batch_size="population")
+    again = precise_bn(model, x.split(2), normalization_batch_size="population")
     assert all(torch.equal(first[name].mean, again[name].mean) for name in first)
     torch.randn(1)
-    other = precise_bn(model, x.split(2), batch_size="population")
+    other = precise_bn(model, x.split(2), normalization_batch_size="population")
     assert not any(torch.equal(first[name].mean, other[name].mean) for name in first)
 
 
@@ -583,7 +601,7 @@ def test_a_fork_of_random_numbers_around_a_layer_stays_with_its_micro_batch() ->
     model, batches = network(how), [x.double() for x in images(3, 2, 1)]
     truth = in_double(model, [torch.cat(batches)])
     before = torch.get_rng_state()
-    assert_close_to(precise_bn(model, batches, batch_size="population"), truth, sigma=1e-10, var=1e-10)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="population"), truth, sigma=1e-10, var=1e-10)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -599,7 +617,7 @@ def test_a_loader_that_draws_random_numbers_is_no_obstacle_to_a_network_that_doe
     list(augmented(x))
     expected = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    precise_bn(model, augmented(x), batch_size=4)
+    precise_bn(model, augmented(x), normalization_batch_size=4)
     assert (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())) == expected
 
 
@@ -608,13 +626,13 @@ def test_random_numbers_of_others_are_refused_where_the_layers_see_them(draw: Ca
     """Only torch's can be given to each micro-batch; before the first layer, all draw in turn and nothing is lost."""
     model = network(noisy(draw))
     with pytest.raises(LockstepError, match="draws random numbers of its own"):
-        precise_bn(model, population(8, 10).double().split(2), batch_size="population")
+        precise_bn(model, population(8, 10).double().split(2), normalization_batch_size="population")
     only_first = nn.Sequential(Block(3, 6, noisy(draw)), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)).double()
-    precise_bn(only_first, population(8, 10).double().split(2), batch_size="population")
+    precise_bn(only_first, population(8, 10).double().split(2), normalization_batch_size="population")
 
 
 def test_find_bn_finds_plain_layers_behind_every_end() -> None:
     model = KeepsATensor()
     with pytest.raises(LockstepError):
-        precise_bn(model, images(4, 4, 1), batch_size="population")
+        precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
     assert all(type(layer) is nn.BatchNorm2d for layer in find_bn(model).values())

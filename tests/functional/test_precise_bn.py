@@ -217,7 +217,7 @@ def test_the_callers_forward_and_count_are_used() -> None:
         model,
         wrapped,
         forward=lambda m, batch: m(batch["image"]["pixels"]),
-        count=lambda batch: 10 * len(batch["image"]["pixels"]),
+        batch_size_fn=lambda batch: 10 * len(batch["image"]["pixels"]),
     )
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert statistics.num_samples == 200
@@ -238,7 +238,9 @@ def test_samples_are_counted_in_nested_batches_and_dataclasses() -> None:
 
 def test_a_batch_without_any_tensor_needs_count() -> None:
     model, (batch, *_) = case("ragged batches")
-    with pytest.raises(ValueError, match=r"Cannot tell how many samples a batch holds that is a str: .*Pass count="):
+    with pytest.raises(
+        ValueError, match=r"Cannot tell how many samples a batch holds that is a str: .*Pass batch_size_fn="
+    ):
         precise_bn(model, ["a"], forward=lambda m, _: m(batch))
 
 
@@ -257,7 +259,7 @@ def test_dropout_stays_off_and_layers_on_if_the_forward_asks_for_train_mode(batc
     model, batches = case("ragged batches")
     modes = [m.training for m in model.modules()]
     truth = in_double(model, batches if batch_size is None else [torch.cat(batches)])
-    statistics = precise_bn(model, batches, forward=lambda m, x: m.train()(x), batch_size=batch_size)
+    statistics = precise_bn(model, batches, forward=lambda m, x: m.train()(x), normalization_batch_size=batch_size)
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert_stored(model, statistics)
     assert [m.training for m in model.modules()] == modes
@@ -268,9 +270,9 @@ def test_dropout_stays_off_and_layers_on_if_the_forward_asks_for_train_mode(batc
 @pytest.mark.parametrize("batch_size", [None, 4, "population"])
 def test_an_empty_batch_is_skipped_wherever_it_stands(where: int, batch_size: Any) -> None:
     model, batches = case("ragged batches")
-    expected = precise_bn(copy.deepcopy(model), batches, batch_size=batch_size)
+    expected = precise_bn(copy.deepcopy(model), batches, normalization_batch_size=batch_size)
     batches.insert(where, batches[0][:0])
-    statistics = precise_bn(model, batches, batch_size=batch_size)
+    statistics = precise_bn(model, batches, normalization_batch_size=batch_size)
     assert all(torch.equal(statistics[name].mean, expected[name].mean) for name in expected)
     assert (statistics.num_samples, statistics.num_batches) == (expected.num_samples, expected.num_batches)
 
@@ -283,10 +285,10 @@ def test_a_batch_with_non_finite_values_is_left_out_and_said(bad: set[int], batc
     good = [x for i, x in enumerate(batches) if i not in bad]
     for i in bad:
         batches[i][0, 0] = poison
-    expected = precise_bn(copy.deepcopy(model), good, batch_size="population" if batch_size else None)
+    expected = precise_bn(copy.deepcopy(model), good, normalization_batch_size="population" if batch_size else None)
     message = rf"Batch {min(bad)} of a pass .* it gives layer '1' non-finite"
     with pytest.warns(UserWarning, match=message) as said:
-        statistics = precise_bn(model, batches, batch_size=batch_size)
+        statistics = precise_bn(model, batches, normalization_batch_size=batch_size)
     assert len(said) == 1
     assert statistics.left_out == len(bad) and statistics.num_batches == len(good)
     assert statistics.num_samples == sum(map(len, good))
@@ -413,4 +415,4 @@ def test_micro_batches_that_are_parts_of_one_large_tensor_need_no_more_memory_th
     images = torch.randn(1000, 3, 8, 8)
     monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 20 * images.nbytes)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    assert precise_bn(model, images.split(4), batch_size="population").num_samples == 1000
+    assert precise_bn(model, images.split(4), normalization_batch_size="population").num_samples == 1000

@@ -65,7 +65,7 @@ def test_trained_layers_are_measured_and_frozen_ones_left_alone(detector: Detect
 
 
 def test_the_samples_of_a_list_of_images_are_the_users_to_count(detector: Detector) -> None:
-    statistics = precise_bn(detector, batches(), forward=detect, layers="roi_heads.*", count=len)
+    statistics = precise_bn(detector, batches(), forward=detect, layers="roi_heads.*", batch_size_fn=len)
     assert statistics.num_samples == 3
     assert list(statistics) == ["roi_heads.box_head.0.1", "roi_heads.box_head.1.1"]
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_counted_is_refused_by_type_and_structure(kind: tuple[Any
     batch, said = kind
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         infer_batch_size(batch)
-    assert refusal.match(r"Pass count=.* such as count=lambda batch: len\(batch\[0\]\)")
+    assert refusal.match(r"Pass batch_size_fn=.* such as batch_size_fn=lambda batch: len\(batch\[0\]\)")
 
 
 samples_of_a_dataset = st.recursive(
@@ -230,19 +230,19 @@ def test_whole_numbers_of_any_type_are_counts(said: Any) -> None:
 @pytest.mark.parametrize("said", [-1, float("nan"), float("inf"), 2.5, torch.tensor(-1)])
 def test_what_is_no_number_of_samples_is_refused(said: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"count must return .* but returned (-1|nan|inf|2\.5|tensor).* for a NoneType"
+        ValueError, match=r"batch_size_fn must return .* but returned (-1|nan|inf|2\.5|tensor).* for a NoneType"
     ):
         as_batch_size_fn(lambda _: said)(None)
 
 
 @pytest.mark.parametrize("said", [None, "4", True, torch.zeros(2)])
 def test_what_is_no_number_is_refused(said: Any) -> None:
-    with pytest.raises(TypeError, match=r"count must return .* for a list of 2 x a Tensor \(3,\)"):
+    with pytest.raises(TypeError, match=r"batch_size_fn must return .* for a list of 2 x a Tensor \(3,\)"):
         as_batch_size_fn(lambda _: said)([torch.zeros(3)] * 2)
 
 
 def test_what_is_no_function_and_a_stop_iteration_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"count must be a function .* but is 5"):
+    with pytest.raises(TypeError, match=r"batch_size_fn must be a function .* but is 5"):
         as_batch_size_fn(5)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="count raised StopIteration"):
+    with pytest.raises(RuntimeError, match="batch_size_fn raised StopIteration"):
         as_batch_size_fn(lambda _: next(iter([])))(None)

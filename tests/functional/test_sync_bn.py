@@ -36,7 +36,10 @@ def synced(model: nn.Module) -> Handle:
 @pytest.mark.parametrize("ranks", [None, 1, 8])
 def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
     model = cnn()
-    with pytest.warns(UserWarning, match="changes nothing: there is one process") as said, sync_bn(model, ranks=ranks):
+    with (
+        pytest.warns(UserWarning, match="changes nothing: there is one process") as said,
+        sync_bn(model, group_size=ranks),
+    ):
         assert not any(behaviors_of(layer) for layer in find_bn(model).values())
     assert len(said) == 1
 
@@ -44,13 +47,13 @@ def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
 @pytest.mark.parametrize(("ranks", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_ranks_must_be_a_whole_number(ranks: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="ranks must be"):
-        sync_bn(cnn(), ranks=ranks)
+        sync_bn(cnn(), group_size=ranks)
 
 
 def test_torchs_own_synced_layers_are_left_alone_unless_groups_are_asked_for() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(cnn())
     with pytest.raises(TypeError, match="'1' is torch's SyncBatchNorm"):
-        sync_bn(model, ranks=2)
+        sync_bn(model, group_size=2)
     with pytest.warns(UserWarning, match="changes nothing"):
         sync_bn(model)
 

@@ -173,7 +173,7 @@ def test_a_network_that_enters_a_context_around_its_layers_is_run_as_if_alone(
             model(batch)
         alone = list(log)
     log.clear()
-    statistics = precise_bn(model, batches, batch_size="population", memory_limit=memory_limit)
+    statistics = precise_bn(model, batches, normalization_batch_size="population", memory_limit=memory_limit)
     assert seen() == outside
     for state in [*alone, *log]:
         del state["in a dispatch mode"]  # it is in ours
@@ -192,7 +192,7 @@ def test_casts_of_weights_are_shared_while_others_wait_and_forgotten_at_the_end(
             model(x)
 
     limited, unlimited = (
-        precise_bn(model, batches, forward=forward, batch_size="population", memory_limit=limit)
+        precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=limit)
         for batches in [images(3, 2, 1)]
         for limit in (1, None)
     )

@@ -27,7 +27,7 @@ def errors(statistics: PopulationStatistics) -> Tensor:
     return torch.stack([statistics["0"].standard_error, statistics["0"].var_standard_error])
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"batch_size": 32}])
+@pytest.mark.parametrize("kwargs", [{}, {"normalization_batch_size": 32}])
 def test_standard_errors_are_the_spread_of_repetitions(kwargs: dict[str, Any]) -> None:
     means, variances, told = [], [], []
     for _ in range(120):
@@ -71,7 +71,7 @@ def test_the_worst_of_many_layers_decides_and_one_called_once_is_not_known() -> 
 def test_eight_batches_are_the_least() -> None:
     statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6)
     assert statistics.num_batches == 8
-    statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6, batch_size=8)
+    statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6, normalization_batch_size=8)
     assert (statistics.num_batches, statistics.batch_size) == (16, 8)
 
 
@@ -89,7 +89,7 @@ def test_a_channel_that_never_varies_does_not_matter() -> None:
 
 def test_a_population_has_no_spread() -> None:
     with pytest.raises(ValueError, match="'population' is a single one: leave one of them out"):
-        precise_bn(cnn(), images(4), batch_size="population", tolerance=0.1)
+        precise_bn(cnn(), images(4), normalization_batch_size="population", tolerance=0.1)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,14 @@ def test_a_population_has_no_spread() -> None:
         ({"tolerance": float("nan")}, ValueError, "tolerance must be above 0"),
         ({"tolerance": True}, TypeError, "tolerance must be a number but is True"),
         ({"tolerance": "0.1"}, TypeError, "tolerance must be a number but is '0.1'"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1 but is 0"),
-        ({"batch_size": "all"}, ValueError, "batch_size must be a number of samples, 'population' or None"),
-        ({"batch_size": 2.0}, TypeError, "batch_size must be a whole number"),
-        ({"batch_size": True}, TypeError, "batch_size must be a whole number"),
+        ({"normalization_batch_size": 0}, ValueError, "normalization_batch_size must be at least 1 but is 0"),
+        (
+            {"normalization_batch_size": "all"},
+            ValueError,
+            "normalization_batch_size must be a number of samples, 'population' or None",
+        ),
+        ({"normalization_batch_size": 2.0}, TypeError, "normalization_batch_size must be a whole number"),
+        ({"normalization_batch_size": True}, TypeError, "normalization_batch_size must be a whole number"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be at least 1"),
         ({"memory_limit": 1e9}, TypeError, "memory_limit must be a whole number"),
     ],
@@ -119,7 +123,7 @@ def test_unusable_arguments_are_refused_before_a_batch_is_taken(
 
 def test_gaps_tell_whether_b_matters() -> None:
     model, x = cnn().double(), torch.cat(images(2, 2, 2, 2)).double()
-    exact = precise_bn(model, x.split(2), batch_size="population")
+    exact = precise_bn(model, x.split(2), normalization_batch_size="population")
     assert max(map(max, exact.gaps_to(precise_bn(model, [x])).values())) < 1e-9
     gaps = exact.gaps_to(precise_bn(model, x.split(2)))
     assert set(gaps) == {"1", "5"}

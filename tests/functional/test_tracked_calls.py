@@ -138,9 +138,9 @@ def test_statistics_are_those_of_the_tracked_calls(calls: list[Call], sizes: lis
     truth = inputs_that_count(net, grouped(data, wanted))
     if not truth or any(len(rows) == 1 for rows in truth.values()):
         with pytest.raises(ValueError, match=r"No batch reached|one value per channel"):
-            precise_bn(net, data, batch_size=batch_size)
+            precise_bn(net, data, normalization_batch_size=batch_size)
     else:
-        assert_close_to(precise_bn(net, data, batch_size=batch_size), truth, sigma=1e-9, var=1e-9)
+        assert_close_to(precise_bn(net, data, normalization_batch_size=batch_size), truth, sigma=1e-9, var=1e-9)
         stored.update({k: v for k, v in net.state_dict().items() if k.rpartition(".")[0] in truth})
     assert state(net) == before
     assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())
@@ -172,7 +172,7 @@ def test_every_call_is_normalized_over_the_population_by_itself(views: Sequence[
     with recorded(twin) as calls, torch.no_grad():
         twin(torch.cat(data))
     truth = {name: torch.cat([rows_of(x) for x, _ in made]) for name, made in calls.items()}
-    statistics = precise_bn(net, data, batch_size="population")
+    statistics = precise_bn(net, data, normalization_batch_size="population")
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
     assert all(s.calls == len(views) for s in statistics.values())
 
@@ -203,6 +203,6 @@ def test_an_error_in_lockstep_leaves_everything_as_it_was(name: str, at: int, er
 
     before, stored = state(net), copy.deepcopy(net.state_dict())
     with pytest.raises(error, match="from the middle"):
-        precise_bn(net, data, forward=forward, batch_size="population")
+        precise_bn(net, data, forward=forward, normalization_batch_size="population")
     assert state(net) == before
     assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items())

@@ -81,7 +81,7 @@ def domains(row: int, samples: bool) -> Verb:
     def verb(model: nn.Module) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            handle = domain_bn(model, domains=2, **choices(row))
+            handle = domain_bn(model, num_domains=2, **choices(row))
         if not samples:
             handle.show(1)
         else:  # whatever the batch: the first two samples are of one domain
@@ -278,13 +278,13 @@ def test_a_copy_of_domains_takes_other_domains_and_other_verbs_as_a_plain_model(
         twin = copy.deepcopy(model)
     with adapt_bn(twin, BATCHES):
         pass
-    with domain_bn(twin, domains=3, **choices(6)) as handle:
+    with domain_bn(twin, num_domains=3, **choices(6)) as handle:
         for layer, own in handle.state(affine=True).items():
             assert torch.equal(own["domain_mean"], twin.get_submodule(layer).running_mean.expand(3, -1))
             assert torch.equal(own["domain_weight"], twin.get_submodule(layer).weight.expand(3, -1))
     with pytest.warns(UserWarning, match="deep copy"):
         twin = copy.deepcopy(model)
-    with domain_bn(twin, domains=2, **choices(4)) as handle, handle.use_domain(0):
+    with domain_bn(twin, num_domains=2, **choices(4)) as handle, handle.use_domain(0):
         twin(BATCHES[0]).sum().backward()
         assert twin.layers[0].weight.grad is not None and "layers.0.domain_weight" not in twin.state_dict()
 
@@ -305,20 +305,20 @@ STRANGE: list[tuple[Verb, str]] = [
     (lambda m: adapt_bn(m, BATCHES, num_samples=2.5), "num_samples"),  # type: ignore[arg-type]
     (lambda m: adapt_bn(m, BATCHES, progress="no"), "progress"),  # type: ignore[arg-type]
     (lambda m: adapt_bn(m, BATCHES, forward="forward"), "forward"),  # type: ignore[arg-type]
-    (lambda m: adapt_bn(m, BATCHES, count=3), "count"),  # type: ignore[arg-type]
+    (lambda m: adapt_bn(m, BATCHES, batch_size_fn=3), "batch_size_fn"),  # type: ignore[arg-type]
     (lambda m: sync_bn(m, layers=3), "layers"),  # type: ignore[arg-type]
-    (lambda m: sync_bn(m, ranks="2"), "ranks"),  # type: ignore[arg-type]
+    (lambda m: sync_bn(m, group_size="2"), "group_size"),  # type: ignore[arg-type]
     (lambda m: ghost_bn(m, size=2, layers=3), "layers"),  # type: ignore[arg-type]
     (lambda m: ghost_bn(m, size="2"), "size"),  # type: ignore[arg-type]
     (lambda m: ghost_bn(m, splits=True), "splits"),
     (lambda m: ghost_bn(m, size=2, grouping="interleave"), "grouping"),  # type: ignore[arg-type]
     (lambda m: ghost_bn(m, size=2, grouping=["contiguous"]), "grouping"),  # type: ignore[arg-type]
-    (lambda m: domain_bn(m, domains="2", **choices(4)), "domains"),  # type: ignore[arg-type]
-    (lambda m: domain_bn(m, domains=2, **choices(4), layers=3), "layers"),  # type: ignore[arg-type]
-    (lambda m: domain_bn(m, domains=2, **choices(4), owner=3), "owner"),  # type: ignore[arg-type]
+    (lambda m: domain_bn(m, num_domains="2", **choices(4)), "domains"),  # type: ignore[arg-type]
+    (lambda m: domain_bn(m, num_domains=2, **choices(4), layers=3), "layers"),  # type: ignore[arg-type]
+    (lambda m: domain_bn(m, num_domains=2, **choices(4), level_modules=3), "owner"),  # type: ignore[arg-type]
     *(
-        (lambda m, name=name, bad=bad: domain_bn(m, domains=2, **choices(4) | {name: bad}), name)
-        for name in ("sgd", "population", "affine")
+        (lambda m, name=name, bad=bad: domain_bn(m, num_domains=2, **choices(4) | {name: bad}), name)
+        for name in ("train_statistics", "population_statistics", "affine")
         for bad in ("domains", True, ["domain"], torch.ones(2))
     ),
     (lambda m: freeze_bn(m, layers=3), "layers"),  # type: ignore[arg-type]

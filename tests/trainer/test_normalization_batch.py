@@ -122,10 +122,13 @@ def labels(batch: Any) -> Tensor:
 def test_domains_of_samples_are_as_large_as_the_largest() -> None:
     """A class each; levels, and datasets a batch, are whole batches."""
     largest = [both(int(y.bincount().max())) for _, y in train_loader()]
-    apart, together = (DomainSpecificBNCallback(3, domain_of=labels, sgd=s, population=s) for s in ("domain", "shared"))
+    apart, together = (
+        DomainSpecificBNCallback(3, domain_fn=labels, train_statistics=s, population_statistics=s)
+        for s in ("domain", "shared")
+    )
     assert seen([apart], train_loader()).training == largest and max(v["bn1"] for v in largest) < 8
     assert seen([together], train_loader()).training == [both(8)] * 4
-    assert seen([DomainSpecificBNCallback(3, domain_of=len)], train_loader(16, 8)).training == [both(8)] * 2
+    assert seen([DomainSpecificBNCallback(3, domain_fn=len)], train_loader(16, 8)).training == [both(8)] * 2
 
 
 def test_of_chosen_layers_alone() -> None:
@@ -196,7 +199,7 @@ def by_hand() -> dict[str, Any]:
     trainer, torchs, ours = trainer_with(), nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet()), TinyNet()
     of_one = torch.distributed.new_subgroups(1)[0]
     small = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet(), of_one)
-    with sync_bn(ours, ranks=2, layers="bn1"):
+    with sync_bn(ours, group_size=2, layers="bn1"):
         return {
             "torch": normalization_batch_size(trainer, torchs, samples=8),
             "torch, group": normalization_batch_size(trainer, small, samples=8),

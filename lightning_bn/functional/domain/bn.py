@@ -121,12 +121,12 @@ def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]
         for key, value in saved.items():
             stored = own.get(key)
             if stored is None and key in STATISTICS:
-                continue  # population="shared": all domains together are in the layer's own running statistics
+                continue  # population_statistics="shared": all domains together are in the layer's own running statistics
             if stored is None or stored.shape != value.shape:
                 there = "none" if stored is None else f"{len(stored)} domains"
                 raise ValueError(
                     f"{key} of layer {name!r} was saved for {len(value)} domains, and there are {there} now: pass the "
-                    "domains=, population= and affine= of the fit that saved it."
+                    "num_domains=, population_statistics= and affine= of the fit that saved it."
                 )
             with torch.no_grad():
                 stored.copy_(value)
@@ -135,24 +135,24 @@ def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]
 def domain_bn(
     model: nn.Module,
     *,
-    domains: int,
-    sgd: Choice,
-    population: Choice,
+    num_domains: int,
+    train_statistics: Choice,
+    population_statistics: Choice,
     affine: Choice,
-    owner: str | Sequence[str] | None = None,
+    level_modules: str | Sequence[str] | None = None,
     layers: Layers = None,
 ) -> DomainHandle:
     r"""Say what BatchNorm layers that see several domains share among them, and what each domain has for itself.
 
     A domain is a level of a feature pyramid that a head is run on, or a dataset. Three choices, as in Table 5: whether
-    training normalizes all domains together (``sgd``), whether evaluation does (``population``), and whether they have
+    training normalizes all domains together (``train_statistics``), whether evaluation does (``population_statistics``), and whether they have
     one weight and bias. With $\mu_d, \sigma_d^2$ the statistics of domain $d$ in the batch and $n_d$ its values, the
     shared ones are $\mu = \sum_d \frac{n_d}{n} \mu_d$ and $\sigma^2 = \sum_d \frac{n_d}{n} (\sigma_d^2 + (\mu_d -
     \mu)^2)$.
 
     RetinaNet on COCO, BatchNorm in a head that all five levels share (box AP, Table 5):
 
-    | ``sgd`` | ``population`` | ``affine`` | AP |
+    | ``train_statistics`` | ``population_statistics`` | ``affine`` | AP |
     |---|---|---|---|
     | shared | shared | shared | 39.1 |
     | shared | domain | shared | 2.1 |
@@ -162,14 +162,14 @@ def domain_bn(
     | domain | domain | domain | 39.2 |
 
     When it helps: a head that is run on several levels, or a model trained on several datasets whose inputs differ. The
-    straightforward code is the fourth row: each call normalizes by itself, and all of them move one EMA. ``sgd`` and
-    ``population`` should be the same; where they are not, this warns. When it does not: with one domain.
+    straightforward code is the fourth row: each call normalizes by itself, and all of them move one EMA. ``train_statistics`` and
+    ``population_statistics`` should be the same; where they are not, this warns. When it does not: with one domain.
 
     *Feature levels*: ``owner`` names the modules whose forward runs a tower once for each level, such as torchvision's
     ``"head.*_head"``, unmodified. A layer's level is the number of its call in a forward of its owner.
-    ``sgd="shared"`` normalizes all levels together as one flattened and concatenated tensor: given its first level,
+    ``train_statistics="shared"`` normalizes all levels together as one flattened and concatenated tensor: given its first level,
     the tower is run on all of them in lockstep, and the owner's later calls are answered from that. *Datasets*: without
-    an ``owner``, say which one the model is shown by ``handle.use_domain(domain)``; ``sgd="shared"`` then normalizes
+    ``level_modules``, say which one the model is shown by ``handle.use_domain(domain)``; ``train_statistics="shared"`` then normalizes
     each batch as it is.
 
     Statistics of domains are buffers that no state dict holds (``handle.state()`` does). The layer's own running
@@ -184,11 +184,11 @@ def domain_bn(
 
     Args:
         model: The model.
-        domains: How many there are.
-        sgd: What training normalizes with.
-        population: What evaluation normalizes with.
+        num_domains: How many there are.
+        train_statistics: What training normalizes with.
+        population_statistics: What evaluation normalizes with.
         affine: Whether each domain has a weight and a bias.
-        owner: Glob patterns over the qualified names of modules; None for datasets.
+        level_modules: Glob patterns over the qualified names of modules; None for datasets.
         layers: Glob patterns over qualified layer names; None takes those within owners, or every BatchNorm layer.
 
     Returns:
@@ -200,7 +200,7 @@ def domain_bn(
             within each other, layers without running statistics, or that `ghost_bn`, `sync_bn`,
             `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on, or layers
             without an affine for domains to have their own. In a forward: for samples of several domains of which
-            one has a single value per channel, if ``sgd="domain"``.
+            one has a single value per channel, if ``train_statistics="domain"``.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is no element of its owner's input.
         RuntimeError: In a forward: if the number of levels is another, or nobody has said which domain it is.
 
@@ -209,7 +209,7 @@ def domain_bn(
         >>> from torch import nn
         >>> from lightning_bn import domain_bn
         >>> model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
-        >>> handle = domain_bn(model, domains=2, sgd="domain", population="domain", affine="shared")
+        >>> handle = domain_bn(model, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared")
         >>> for domain, x in enumerate(([[0.0], [2.0]], [[10.0], [14.0]])):
         ...     with handle.use_domain(domain):
         ...         model(torch.tensor(x)).flatten()
@@ -218,9 +218,9 @@ def domain_bn(
         >>> handle.state()["0"]["domain_mean"].flatten()
         tensor([ 1., 12.])
     """
-    require_choices(domains, sgd, population, affine, owner)
+    require_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
     found = storing_layers(model, layers)
-    owners = find_owners(model, owner)
+    owners = find_owners(model, level_modules)
     if owners:
         of_owner = {name: {m for m in module.modules() if m is not module} for name, module in owners.items()}
         outside = [n for n, m in found.items() if not any(m in within for within in of_owner.values())]
@@ -236,31 +236,31 @@ def domain_bn(
         _refuse(name, layer)
         if affine == "domain" and not layer.affine:
             raise ValueError(f"Layer {name!r} has no weight and bias (affine=False), so domains cannot have their own.")
-    if get_rank() == 0 and sgd != population:
-        warnings.warn(inconsistent(sgd, population, affine), stacklevel=2)
-    if get_rank() == 0 and not owners and sgd == population == affine == "shared":
+    if get_rank() == 0 and train_statistics != population_statistics:
+        warnings.warn(inconsistent(train_statistics, population_statistics, affine), stacklevel=2)
+    if get_rank() == 0 and not owners and train_statistics == population_statistics == affine == "shared":
         warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=2)
     undo: list[Callable[[], None]] = []
     names = {layer: name for name, layer in found.items()}
-    datasets = None if owners else Datasets(domains)
+    datasets = None if owners else Datasets(num_domains)
     wheres: list[tuple[Where, dict[_BatchNorm, str]]] = []
     if datasets is not None:
         wheres.append((datasets, names))
     for name, module in owners.items():
         within = {layer: n for layer, n in names.items() if layer in of_owner[name]}
-        wheres.append((Levels(name, module, within, domains, sgd), within))
+        wheres.append((Levels(name, module, within, num_domains, train_statistics), within))
     handle = DomainHandle(found, undo, datasets)
     try:
         for where, within in wheres:
-            specific = DomainSpecific(within, domains, population, affine, where)
+            specific = DomainSpecific(within, num_domains, population_statistics, affine, where)
             for layer in within:
-                undo.append(give_domains(layer, domains, population, affine))
+                undo.append(give_domains(layer, num_domains, population_statistics, affine))
                 undo.append(_given(layer, specific))
             if isinstance(where, Levels):
                 where.start(undo)
             elif isinstance(where, Datasets):
                 for layer in within:
-                    undo.append(_given(layer, SplitByDomain(names, where, specific, sgd)))
+                    undo.append(_given(layer, SplitByDomain(names, where, specific, train_statistics)))
     except BaseException:  # nobody has the handle
         handle.undo()
         raise
@@ -272,18 +272,22 @@ def _given(layer: _BatchNorm, behavior: Behavior) -> Callable[[], None]:
     return lambda: detach(layer, behavior)
 
 
-def inconsistent(sgd: Choice, population: Choice, affine: Choice) -> str:
+def inconsistent(train_statistics: Choice, population_statistics: Choice, affine: Choice) -> str:
     """What to say of training and evaluation that normalize differently."""
-    worse = "2.1" if sgd == "shared" else "34.1" if affine == "shared" else "35.5"
+    worse = "2.1" if train_statistics == "shared" else "34.1" if affine == "shared" else "35.5"
     return (
-        f"sgd={sgd!r} and population={population!r} are inconsistent: layers are evaluated with statistics of another "
+        f"train_statistics={train_statistics!r} and population_statistics={population_statistics!r} are inconsistent: layers are evaluated with statistics of another "
         f"kind than they are trained with. In the paper's Table 5 such a RetinaNet head has {worse} AP, and a "
         "consistent one 39.1."
     )
 
 
 def require_choices(
-    domains: int, sgd: Choice, population: Choice, affine: Choice, owner: str | Sequence[str] | None
+    num_domains: int,
+    train_statistics: Choice,
+    population_statistics: Choice,
+    affine: Choice,
+    level_modules: str | Sequence[str] | None,
 ) -> None:
     """Refuse arguments of `domain_bn` that are none.
 
@@ -291,29 +295,35 @@ def require_choices(
         ValueError: Naming the argument.
         TypeError: Likewise.
     """
-    check_int("domains", domains, at_least=2)
-    for name, choice in (("sgd", sgd), ("population", population), ("affine", affine)):
+    check_int("num_domains", num_domains, at_least=2)
+    for name, choice in (
+        ("train_statistics", train_statistics),
+        ("population_statistics", population_statistics),
+        ("affine", affine),
+    ):
         if choice not in get_args(Choice):
             raise ValueError(f"{name} must be 'shared' or 'domain' but is {choice!r}.")
-    if owner is not None:
-        as_patterns(owner, "owner")
+    if level_modules is not None:
+        as_patterns(level_modules, "level_modules")
 
 
-def find_owners(model: nn.Module, owner: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The modules that ``owner`` names, none of them within another; none for None.
+def find_owners(model: nn.Module, level_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The modules that ``level_modules`` names, none of them within another; none for None.
 
     Raises:
         ValueError: If a pattern matches nothing, or one owner is within another.
     """
-    if owner is None:
+    if level_modules is None:
         return {}
     modules = {name: module for name, module in model.named_modules() if name}
-    names = chosen(modules, as_patterns(owner, "owner"), "owner", f"module of {type(model).__name__}")
+    names = chosen(
+        modules, as_patterns(level_modules, "level_modules"), "level_modules", f"module of {type(model).__name__}"
+    )
     for outer in names:
         inner = [name for name in names if name.startswith(f"{outer}.")]
         if inner:
             raise ValueError(
-                f"owner={owner!r} matches {outer!r} and, within it, {inner[0]!r}: name the one whose forward runs a "
+                f"level_modules={level_modules!r} matches {outer!r} and, within it, {inner[0]!r}: name the one whose forward runs a "
                 "tower once for each level."
             )
     return {name: modules[name] for name in names}

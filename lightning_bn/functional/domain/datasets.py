@@ -85,7 +85,7 @@ class Datasets:
         if domain is None:
             raise RuntimeError(
                 "Nobody has said which domain the model is shown: run it within handle.use_domain(domain), or give the "
-                "layers names of modules by owner=, if the domains are feature levels."
+                "layers names of modules by level_modules=, if the domains are feature levels."
             )
         return domain
 
@@ -105,14 +105,21 @@ class SplitByDomain(Behavior):
         names: Layer -> qualified name.
         datasets: What says whose they are.
         specific: What the layer does with them.
-        sgd: Whether each domain is normalized by itself.
+        train_statistics: Whether each domain is normalized by itself.
     """
 
     name = ""
     outermost = True
 
-    def __init__(self, names: dict[_BatchNorm, str], datasets: Datasets, specific: DomainSpecific, sgd: Choice) -> None:
-        self._names, self._datasets, self._specific, self._sgd = names, datasets, specific, sgd
+    def __init__(
+        self, names: dict[_BatchNorm, str], datasets: Datasets, specific: DomainSpecific, train_statistics: Choice
+    ) -> None:
+        self._names, self._datasets, self._specific, self._train_statistics = (
+            names,
+            datasets,
+            specific,
+            train_statistics,
+        )
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's forward on the parts of ``input`` that are normalized by themselves."""
@@ -122,7 +129,7 @@ class SplitByDomain(Behavior):
     def normalization_batch(self, samples: float) -> float:
         """Those of the largest domain, if samples of several are shown and each domain is normalized by itself."""
         domain = self._datasets.said()
-        if self._sgd == "shared" or not isinstance(domain, Tensor) or not len(domain):
+        if self._train_statistics == "shared" or not isinstance(domain, Tensor) or not len(domain):
             return samples
         return int(domain.bincount().max())
 
@@ -146,7 +153,7 @@ class SplitByDomain(Behavior):
             )
         domain = domain.cpu()
         rows = {d: (domain == d).nonzero().flatten().to(input.device) for d in range(self._datasets.number)}
-        if self._sgd == "shared" and uses_batch_stats(layer):
+        if self._train_statistics == "shared" and uses_batch_stats(layer):
             return self._shown(layer, forward, input, Shown(domain))
         if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
             rows = {d: r for d, r in rows.items() if len(r)}
@@ -166,7 +173,7 @@ class SplitByDomain(Behavior):
     ) -> Any:
         if not uses_batch_stats(layer):
             return forward(input)
-        if self._sgd == "shared":
+        if self._train_statistics == "shared":
             return self._shown(layer, forward, input, Shown(torch.tensor([domain])))
         output = None
         for d in range(self._datasets.number) if in_a_pass else (domain,):
@@ -183,7 +190,7 @@ class SplitByDomain(Behavior):
             raise ValueError(
                 f"Layer {self._names[layer]!r} is given one value per channel of domain {alone[0]}, which cannot be "
                 "normalized by itself: have batches hold two samples or more of each of their domains, or pass "
-                "sgd='shared'."
+                "train_statistics='shared'."
             )
 
     @staticmethod

@@ -65,19 +65,21 @@ _NOW: ContextVar[_Forward | None] = ContextVar("forward of an owner", default=No
 
 
 class Levels:
-    """Tells which level a layer within ``owner`` is shown, and normalizes levels together if ``sgd`` is shared.
+    """Tells which level a layer within ``owner`` is shown, and normalizes levels together if ``train_statistics`` is shared.
 
     Args:
         name: Qualified name of the owner.
         owner: The module whose forward runs a tower once for each level.
         layers: Layer -> qualified name: those within it that are concerned.
         number: How many levels there are.
-        sgd: Whether each level is normalized by itself.
+        train_statistics: Whether each level is normalized by itself.
     """
 
-    def __init__(self, name: str, owner: nn.Module, layers: dict[_BatchNorm, str], number: int, sgd: Choice) -> None:
+    def __init__(
+        self, name: str, owner: nn.Module, layers: dict[_BatchNorm, str], number: int, train_statistics: Choice
+    ) -> None:
         self.name, self.number, self.layers = name, number, layers
-        self._owner, self._sgd = owner, sgd
+        self._owner, self._train_statistics = owner, train_statistics
         self._names = {m: f"{name}.{within}" if name else within for within, m in owner.named_modules() if within}
         self._level_of = WeakTensorKeyDictionary()
         self._again: int | None = None
@@ -85,7 +87,7 @@ class Levels:
     def start(self, undo: list[Callable[[], None]]) -> None:
         """Watch the owner; adds what to call to stop, one by one, so that an error leaves the list complete."""
         given: list[tuple[nn.Module, Behavior]] = [(self._owner, _Owner(self))]
-        if self._sgd == "shared":
+        if self._train_statistics == "shared":
             given += [(layer, _AllLevels(self)) for layer in self.layers]
             given += [(tower, _Tower(self, tower)) for tower in _towers(self._owner, self.layers)]
         # a scripted module takes no behavior, and needs none: there is no layer of ours within it
@@ -103,7 +105,11 @@ class Levels:
         """
         now = self.now()
         if now is None:
-            if not recomputing() or self._again is None or (self._sgd == "shared" and uses_batch_stats(layer)):
+            if (
+                not recomputing()
+                or self._again is None
+                or (self._train_statistics == "shared" and uses_batch_stats(layer))
+            ):
                 raise self._outside(layer)
             return Shown(self._again)
         if now.concat_levels is not None:
@@ -114,7 +120,7 @@ class Levels:
         if level >= self.number:
             raise RuntimeError(
                 f"Layer {self._names[layer]!r} was called more than {self.number} times in one forward of "
-                f"{self.name!r}, and domains={self.number}: pass the number of levels there are."
+                f"{self.name!r}, and num_domains={self.number}: pass the number of levels there are."
             )
         batch = now.batches.setdefault(layer, Shown(level, parts=self.number))
         batch.domain = level
@@ -141,7 +147,7 @@ class Levels:
             if calls not in (0, self.number):
                 raise RuntimeError(
                     f"Layer {name!r} was called {calls} times in one forward of {self.name!r}, and "
-                    f"domains={self.number}: the number of levels must always be the same."
+                    f"num_domains={self.number}: the number of levels must always be the same."
                 )
         return output
 
@@ -174,14 +180,14 @@ class Levels:
         if len(inputs) != 1:
             raise TypeError(
                 f"{name!r} was given {len(inputs)} arguments: run on all levels of {self.name!r} at once "
-                "(sgd='shared') it can take a level's tensor alone, since nothing says what else belongs to the other "
-                "levels. Give it one argument, or pass sgd='domain'."
+                "(train_statistics='shared') it can take a level's tensor alone, since nothing says what else belongs to the other "
+                "levels. Give it one argument, or pass train_statistics='domain'."
             )
         (input,) = inputs
         if tower not in now.towers:
             if len(now.inputs) != self.number:
                 raise RuntimeError(
-                    f"{self.name!r} was given {len(now.inputs)} tensors, and domains={self.number}: the number of "
+                    f"{self.name!r} was given {len(now.inputs)} tensors, and num_domains={self.number}: the number of "
                     "levels must always be the same."
                 )
             self._check_no_level(now.inputs, input, name)
@@ -195,8 +201,8 @@ class Levels:
         if not any(x is input for x in levels):
             raise TypeError(
                 f"{name!r} was given what is no tensor of its owner's input (or one for the second time), so the "
-                f"levels of {self.name!r} cannot be normalized together: pass as owner= the module that runs a tower "
-                "once for each tensor of a list, or sgd='domain'."
+                f"levels of {self.name!r} cannot be normalized together: pass as level_modules= the module that runs a tower "
+                "once for each tensor of a list, or train_statistics='domain'."
             )
 
     def _in_lockstep(self, now: _Forward, forward: Callable[[Tensor], Any]) -> list[tuple[Tensor, Any]]:
@@ -228,18 +234,20 @@ class Levels:
         """What to say of a layer that is run on one level, where all are to be normalized together."""
         return TypeError(
             f"{self._names[layer]!r} was given one level by itself: {self.name!r} calls a part of a child module and "
-            "not the child, which could be run on all levels at once. Pass as owner= the module that runs a tower once "
-            "for each tensor of a list, or sgd='domain'."
+            "not the child, which could be run on all levels at once. Pass as level_modules= the module that runs a tower once "
+            "for each tensor of a list, or train_statistics='domain'."
         )
 
     def _outside(self, module: nn.Module) -> RuntimeError:
         found = f"{self._names[module]!r} was run outside of a forward of {self.name!r}, so nobody knows its level"
         if not recomputing():
-            return RuntimeError(f"{found}: pass as owner= the module whose forward runs it once for each level.")
-        if self._sgd == "shared":
+            return RuntimeError(
+                f"{found}: pass as level_modules= the module whose forward runs it once for each level."
+            )
+        if self._train_statistics == "shared":
             return RuntimeError(
                 f"{found}: activation checkpointing runs it again by itself, and levels are normalized together "
-                f"(sgd='shared'). Checkpoint the whole of {self.name!r}, or pass sgd='domain'."
+                f"(train_statistics='shared'). Checkpoint the whole of {self.name!r}, or pass train_statistics='domain'."
             )
         return RuntimeError(f"{found}: checkpoint with use_reentrant=False, which gives it the same tensor again.")
 

@@ -68,7 +68,7 @@ class DomainSpecific(Behavior):
     Args:
         names: Layer -> qualified name, to name one that cannot do it.
         domains: How many there are.
-        population: Whether each has population statistics.
+        population_statistics: Whether each has population statistics.
         affine: Whether each has a weight and a bias.
         where: What says which one a layer is shown.
     """
