@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
-from lightning_bn.functional.measure import measure
+from lightning_bn.functional.measure import PassConfig, measure
 from lightning_bn.functional.precise import call_model
 from lightning_bn.trainer.domains import domains_of
 from lightning_bn.trainer.evaluation_loop import run_step, stage_of
@@ -79,9 +79,8 @@ def measure_target(
                 layers,
                 batches,
                 run,
+                PassConfig(num_samples, "loader", batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0])),
                 of_training=False,
-                num_samples=num_samples,
-                batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0]),
                 progress=progress_of(trainer, "AdaBN"),
             )
     except StopIteration as error:  # would end Lightning's evaluation without a word
