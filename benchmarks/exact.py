@@ -63,7 +63,7 @@ QUICK = (Setting("resnet50", 8, 32, (2, 8), 2), Setting("mobilenet_v2", 8, 32, (
 
 
 def _precise(**kwargs: Any) -> Callable[[nn.Module, Batches], object]:
-    return lambda model, batches: lbn.precise_bn(model, batches, **kwargs)
+    return lambda model, batches: lbn.precise_bn(model, batches, **{"normalization_batch_size": "loader", **kwargs})
 
 
 def _fvcore(model: nn.Module, batches: Batches) -> None:

@@ -103,7 +103,7 @@ def _measure(network: str, shape: Shape, layout: str, device: str) -> Row:
     seconds = take_turns(
         {
             "bare": lambda: _bare_forward(model, batches),
-            "pass": lambda: lbn.precise_bn(model, batches),
+            "pass": lambda: lbn.precise_bn(model, batches, normalization_batch_size="loader"),
             "fvcore": lambda: update_bn_stats(model, batches, len(batches)),
         },
         shape.rounds,

@@ -93,6 +93,8 @@ def infer_batch_size(batch: Any) -> int:
     Raises:
         ValueError: If nothing says how many there are.
     """
+    if isinstance(batch, Tensor) and batch.ndim:
+        return batch.size(0)
     # Lightning's extract_batch_size is the first size of the first tensor, whatever holds it, and 1 for a scalar: 3
     # for a list of RGB images. It walks through any iterable, which would use up an iterator, and counts the rows of
     # packed sequences and the nodes of graphs. Where a batch's first tensor is a part of its own, both agree.

@@ -1,7 +1,7 @@
-"""Moments: how many values a channel has seen, their mean, and their spread; and how to add two of them up.
+"""Moments: count, mean and sum of squared deviations of each channel, and how to merge them.
 
-Merging counts, means and sums of squared deviations (Chan et al., 1983) in float64 is exact where the textbook
-``E[x^2] - E[x]^2`` cancels: at mean 1e4 and standard deviation 1 the latter has produced variances of -8.
+Merging them in float64 (Chan et al., 1983) is exact where the textbook ``E[x^2] - E[x]^2`` cancels: at mean 1e4 and
+standard deviation 1 the latter has produced variances of -8.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROWS_AT_ONCE = 2048
-"""Rows the CPU kernel may add up in float32 before we go on in float64: its rounding error grows with the number."""
+_CHUNK_ROWS = 2048
+"""Rows that the CPU kernel adds up in float32 at a time: its rounding error grows with their number."""
+MAX_KERNEL_ROWS = 2**15
+"""Rows up to which float32 sums over rows keep a variance to 1e-3 of itself, whatever the values."""
+MAX_KERNEL_SHIFT = 6000.0**2
+"""Limit of ``(rows * mean)^2 / var``, up to which float32 sums over rows keep a mean to 1e-4 sigma."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
-        """Moments of nothing: the neutral element of ``+``."""
+        """Moments of no values: the neutral element of ``+``."""
         count, mean, m2 = torch.zeros(3, channels, dtype=torch.float64, device=device)
         return cls(count, mean, m2)
 
@@ -47,43 +51,53 @@ class Moments:
         count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device)
         return cls(count, mean.double(), var.double() * count)
 
+    @classmethod
+    def merge(cls, parts: Sequence[Moments]) -> Moments:
+        """Moments of the values of all parts, in a fixed number of operators; counts may stay on the CPU."""
+        counts = torch.stack([part.count for part in parts])
+        means, m2s = torch.stack([part.mean for part in parts]), torch.stack([part.m2 for part in parts])
+        count = counts.sum(0)
+        weights = counts.reshape(len(parts), -1).to(means.device)
+        mean = (weights * means).sum(0) / count.clamp(min=1)
+        return cls(count, mean, m2s.addcmul_(weights, (means - mean).square_()).sum(0))
+
     @property
     def var(self) -> Tensor:
-        """Population variance, ``M2 / count``: biased, as in the paper's Eq. 2; 0 where nothing was seen."""
+        """Population variance, ``M2 / count``: biased, as in the paper's Eq. 2; 0 without values."""
         return self.m2 / self.count.clamp(min=1)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both sets of values together."""
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)  # of nothing and nothing: 0, not NaN
+        share = other.count / count.clamp(min=1)  # of no values at all: 0, not NaN
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * self.count * share)
 
 
 def may_use_kernel(x: Tensor) -> bool:
-    """Whether torch's batch-norm kernel may take the statistics of ``x`` to the accuracy of `batch_statistics`.
+    """Return True if torch's batch-norm kernel can measure ``x`` accurately, large means excepted.
 
-    On CUDA it does. On the CPU it adds up in float64 where the values of a channel lie side by side, but in float32
-    row after row where the channels of a row do (channels_last, ``(N, C)``): up to 12 sigma off at mean 1e4 and 4e5
-    rows.
+    On CUDA it always can. On the CPU it sums in float64 if the values of a channel are contiguous, but in float32, row
+    by row, if the channels of a row are (channels_last, ``(N, C)``).
     """
     if x.device.type != "cpu":
         return x.device.type == "cuda"
-    return x.element_size() > 2 and (_channels_apart(x) or x.numel() <= _ROWS_AT_ONCE * x.shape[1])
+    return x.element_size() > 2 and (_is_channel_contiguous(x) or x.numel() <= MAX_KERNEL_ROWS * x.shape[1])
 
 
 def kernel_was_accurate(x: Tensor, mean: Tensor, var: Tensor) -> bool:
-    """Whether it took ``mean`` and ``var`` of an ``x`` that it may be used on: not if it added up large means."""
-    return x.device.type == "cuda" or _channels_apart(x) or not _is_large(mean, var, x.numel() // len(mean))
+    """Return True if the kernel's ``mean`` of an ``x`` that it may measure is within 1e-4 sigma."""
+    if x.device.type == "cuda" or _is_channel_contiguous(x):
+        return True
+    return not (mean.square() * (x.numel() // len(mean)) ** 2 > MAX_KERNEL_SHIFT * var).any()
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of ``x``, by the statistics half of torch's batch-norm kernel.
 
-    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU where a row's channels lie side by
-    side: a stricter limit would cost most such inputs a second reading), variance within 1e-5 relative and
-    ``(2^-22 mean)^2``, which is what rounding the mean to float32 does to it. Where the kernel alone misses that, it
-    gets a few rows at a time, and with the mean taken off where that is large.
+    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU if channels are contiguous),
+    variance within 1e-5 relative and ``(2^-22 mean)^2``, which is the effect of rounding the mean to float32. Where
+    the kernel alone misses that, it gets a few rows at a time, after the mean was subtracted if that is large.
 
     Args:
         x: Floating-point tensor of shape ``(N, C, ...)`` with at least one value per channel.
@@ -93,53 +107,44 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.device.type == "cuda":
         return _kernel(x)
-    if x.device.type != "cpu":  # no such kernel there: pay for a second read
+    if x.device.type != "cpu":  # no such kernel there
         var, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
         return mean, var
-    if _channels_apart(x):
-        return _pooled(x.split(1) if x.element_size() == 2 else (x,))  # 16-bit: widened sample by sample
+    if _is_channel_contiguous(x):
+        return _chunked(x.split(1) if x.element_size() == 2 else (x,))  # 16-bit: widened sample by sample
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])
-    pieces = rows.split(_ROWS_AT_ONCE) if len(rows) > _ROWS_AT_ONCE else (rows,)
-    mean, var = _pooled(pieces)
-    if _is_large(mean, var, len(rows)):
+    chunks = rows.split(_CHUNK_ROWS) if len(rows) > _CHUNK_ROWS else (rows,)
+    mean, var = _chunked(chunks)
+    # measured: means up to 1000/rows sigma are harmless, and any mean up to 16 rows; several chunks average it out
+    harmless = 2.0 if len(rows) > _CHUNK_ROWS else 1000 / len(rows)
+    if len(rows) > 16 and bool((mean.square() - harmless**2 * var).amax() > 0):
         origin = mean.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var = _pooled(pieces, origin)
+        mean, var = _chunked(chunks, origin)
         mean = mean + origin
     return mean, var
 
 
-def _channels_apart(x: Tensor) -> bool:
-    """Whether the values of a channel lie side by side in a sample of ``x``, as in NCHW."""
+def _is_channel_contiguous(x: Tensor) -> bool:
     return x.ndim > 2 and x.is_contiguous()
-
-
-def _is_large(mean: Tensor, var: Tensor, rows: int) -> bool:
-    """Whether some channel's mean is so large that adding up in float32 loses digits of sigma that are promised.
-
-    The rounding error grows with the rows added up: as measured, 1000/rows sigma are harmless, and any mean up to 16
-    rows. Over several pieces it averages out.
-    """
-    harmless = 2.0 if rows > _ROWS_AT_ONCE else 1000 / rows
-    return rows > 16 and bool((mean.square() - harmless**2 * var).amax() > 0)
 
 
 def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x.float() if x.element_size() == 2 else x, None, None, 0.0)
 
 
-def _pooled(pieces: Sequence[Tensor], origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Statistics of values that come in pieces, relative to ``origin``."""
-    first, scratch, found = pieces[0], None, []
-    if origin is not None or first.element_size() == 2:  # one buffer for all pieces: many would fragment the heap
+def _chunked(chunks: Sequence[Tensor], origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Statistics of values that come in chunks, relative to ``origin``."""
+    first, scratch, statistics = chunks[0], None, []
+    if origin is not None or first.element_size() == 2:  # one buffer for all chunks: many would fragment the heap
         scratch = torch.empty(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
-    for piece in pieces:
+    for chunk in chunks:
         if scratch is not None:
-            piece = scratch[: len(piece)].copy_(piece)
-        found.append(_kernel(piece if origin is None else piece.sub_(origin)))
-    if len(found) == 1:
-        return found[0]
-    means, variances = (torch.stack(s).double() for s in zip(*found, strict=True))
-    share = torch.tensor([[p.numel()] for p in pieces], dtype=torch.float64)
+            chunk = scratch[: len(chunk)].copy_(chunk)
+        statistics.append(_kernel(chunk if origin is None else chunk.sub_(origin)))
+    if len(statistics) == 1:
+        return statistics[0]
+    means, variances = (torch.stack(s).double() for s in zip(*statistics, strict=True))
+    share = torch.tensor([[chunk.numel()] for chunk in chunks], dtype=torch.float64)
     share /= share.sum()
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0)

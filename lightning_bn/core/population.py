@@ -1,35 +1,38 @@
-"""Population statistics: the moments of all batches a fixed model was shown, layer by layer.
+"""Population statistics: the moments of all inputs that each layer of a fixed model received.
 
-Batches are added up with one fused merge each: the moments of all layers lie side by side in one long vector.
+A batch is added with one merge for all layers: their moments lie side by side in one long vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.moments import Moments
+from lightning_bn.core.ranks import merge_over_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer was shown.
+    """Population statistics of one layer's inputs.
 
     Attributes:
         mean: Mean of each channel over all batches, ``(C,)`` float64.
         var: Biased variance of each channel over all batches, between-batch variance included, ``(C,)`` float64.
-        count: Values per channel (rows x space) that went into them.
-        calls: How often the layer was called.
-        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the calls' own
-            means; NaN when there was a single call.
+        count: Values per channel (rows x space).
+        calls: Number of the layer's calls.
+        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the calls' means;
+            NaN for a single call.
         var_standard_error: Standard error of ``var`` relative to it, ``(C,)``, from the spread of the calls' mean
             squared deviations; likewise.
-        domains: What it was shown of each domain, if it keeps statistics of domains (`domain_bn`): None for one of
-            which it was shown nothing. ``mean`` and ``var`` are then of all of them, each weighing by its values.
+        domains: Statistics per domain, if the layer keeps them (`domain_bn`); None for a domain without inputs.
+            ``mean`` and ``var`` are then of all domains, each weighted by its count.
     """
 
     mean: Tensor
@@ -40,30 +43,26 @@ class LayerStatistics:
     var_standard_error: Tensor
     domains: tuple[LayerStatistics | None, ...] = ()
 
-
-def together(parts: Sequence[LayerStatistics]) -> LayerStatistics | None:
-    """What a layer was shown, from what it was shown in several parts; None if there are none."""
-    if not parts:
-        return None
-    count = sum(p.count for p in parts)
-    pooled = Moments.empty(len(parts[0].mean), parts[0].mean.device)
-    for p in parts:
-        pooled += Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count)
-    mean_errors = torch.stack([p.count / count * p.standard_error * p.var.sqrt() for p in parts])
-    var_errors = torch.stack([p.count / count * p.var_standard_error * p.var for p in parts])
-    errors = mean_errors.norm(dim=0) / pooled.var.sqrt(), var_errors.norm(dim=0) / pooled.var
-    return LayerStatistics(pooled.mean, pooled.var, count, sum(p.calls for p in parts), *errors)
+    @classmethod
+    def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
+        """Statistics of all parts together."""
+        count = sum(p.count for p in parts)
+        pooled = Moments.merge([Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count) for p in parts])
+        mean_errors = torch.stack([p.count / count * p.standard_error * p.var.sqrt() for p in parts])
+        var_errors = torch.stack([p.count / count * p.var_standard_error * p.var for p in parts])
+        errors = mean_errors.norm(dim=0) / pooled.var.sqrt(), var_errors.norm(dim=0) / pooled.var
+        return cls(pooled.mean, pooled.var, count, sum(p.calls for p in parts), *errors)
 
 
-class PopulationStatistics(Mapping[str, LayerStatistics]):
-    """Qualified layer name -> [`LayerStatistics`][lightning_bn.LayerStatistics], for the layers that were reached.
+class PopulationStatistics(dict[str, LayerStatistics]):
+    """Qualified layer name -> [`LayerStatistics`][lightning_bn.LayerStatistics], of the layers that were reached.
 
     Attributes:
-        num_samples: Samples seen, those of all ranks together.
-        num_batches: Batches seen, likewise.
-        batch_size: Samples that were normalized together, on average: B of the paper's Table 2.
-        left_out: Batches, of all ranks, that are in none of these because a layer received non-finite values.
-        spilled: Bytes that were put to the host's memory or to disk on the way, on this rank.
+        num_samples: Samples of all ranks.
+        num_batches: Batches of all ranks.
+        batch_size: Samples that were normalized jointly, on average: B of the paper's Table 2.
+        left_out: Batches of all ranks that are not included, because a layer received non-finite values.
+        spilled: Bytes that were moved to the host's memory or to disk meanwhile, on this rank.
     """
 
     def __init__(
@@ -75,188 +74,206 @@ class PopulationStatistics(Mapping[str, LayerStatistics]):
         spilled: int = 0,
         left_out: int = 0,
     ) -> None:
-        self._layers = dict(layers)
+        super().__init__(layers)
         self.num_samples, self.num_batches = num_samples, num_batches
         self.batch_size, self.spilled, self.left_out = batch_size, spilled, left_out
 
     def gaps_to(self, other: PopulationStatistics) -> dict[str, tuple[float, float]]:
-        """How far these lie from other statistics of the same layers: mean gap and variance gap of each.
+        """Mean gap and variance gap of each layer, in units of the ``other`` statistics.
 
-        So whether B matters for the model at hand: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
+        It tells whether B matters: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
         """
         return {
             name: (
-                float(mean_gap(own.mean, other[name].mean, other[name].var)),
-                float(var_gap(own.var, other[name].var)),
+                float(mean_gap(layer.mean, other[name].mean, other[name].var)),
+                float(var_gap(layer.var, other[name].var)),
             )
-            for name, own in self.items()
+            for name, layer in self.items()
             if name in other
         }
 
-    def __getitem__(self, name: str) -> LayerStatistics:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def __reduce__(self) -> tuple[object, ...]:
+        sizes = self.num_samples, self.num_batches, self.batch_size, self.spilled, self.left_out
+        return type(self), (dict(self), *sizes)
 
     def __repr__(self) -> str:
         return f"PopulationStatistics({len(self)} layers, {self.num_samples} samples in {self.num_batches} batches)"
 
 
-class Accumulator:
-    """Adds up the statistics of every call of every layer, all layers side by side in one vector.
-
-    A call's statistics are written, by whoever has them, into a *slot*: two scratch tensors that a batch-norm kernel
-    can fill as if they were running statistics. A batch of which a layer received non-finite values is left out, of
-    all layers; whether there was one is asked of the device once, at the end.
+@dataclass(eq=False)
+class Slots:
+    """Where the statistics of one layer's calls within a batch are written.
 
     Attributes:
-        channels: Layer name -> number of its channels.
-        values: Moments of the layers' values.
-        spread: Moments, ``(2, C)``, of the calls' own means and of their mean squared deviations from the population's
-            mean so far; each weighted by its squared count, since the squared error of a weighted mean is the sum of
-            the squared, weighted deviations.
+        views: Mean and *unbiased* variance of the n-th call, ``(C,)`` each: a batch-norm kernel can fill them as if
+            they were running statistics, with momentum 1.
+        counts: Values per channel of the calls so far.
+        is_reached: Whether the layer was called in any batch.
+        accurate_count: Values up to which the kernel was seen to be accurate on this layer's inputs.
+    """
+
+    views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    is_reached: bool = False
+    accurate_count: int = 0
+
+
+class Accumulator:
+    r"""Adds up the statistics of every call of every layer.
+
+    A batch in which a layer received non-finite values is left out, of all layers. A device is asked for that only
+    once, at the end.
+
+    Sums are taken in float64 around the mean $p$ of a layer's first call. The population's variance includes
+    $(p - \mu)^2$ times the first call's share of the values, so it is no difference of much larger sums.
+
+    Attributes:
+        channels: Layer name -> number of channels.
+        slots: Layer name -> where the statistics of its next calls go.
+        order: Layers in the order of their first calls.
+        device: Device of the sums: the layers' own, or the CPU if that has no float64.
+        dtype: Precision of the slots.
 
     Example:
-        >>> seen = Accumulator({"bn": 1})
+        >>> accumulator = Accumulator({"bn": 1})
         >>> for mean, unbiased_var, count in ((1.0, 0.0, 2), (4.0, 0.0, 1)):
-        ...     slot = seen.slot("bn", count)
+        ...     slot = accumulator.slot("bn", count)
         ...     slot[0].fill_(mean), slot[1].fill_(unbiased_var)
-        ...     seen.end_of_batch()
+        ...     accumulator.end_of_batch()
         (tensor([1.]), tensor([0.]))
         (tensor([4.]), tensor([0.]))
-        >>> seen.statistics()["bn"].mean
+        >>> accumulator.statistics()[0]["bn"].mean
         tensor([2.], dtype=torch.float64)
     """
 
     def __init__(
-        self,
-        channels: Mapping[str, int],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, channels: Mapping[str, int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        self.channels = dict(channels)
-        self._empty = torch.empty(0, device=device, dtype=dtype)
-        self._rounds: list[_Round] = []
-        # not every device has float64
-        self.home = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        total = sum(channels.values())
-        self.values = Moments.empty(total, self.home)
-        self._no_m2 = torch.zeros(2, total, dtype=torch.float64, device=self.home)
-        self.spread = Moments(self.values.count, self._no_m2, self._no_m2)
-        self._calls = self.values.count
-        self._order: dict[str, None] = {}
-        self._nowhere = torch.full((), len(channels), device=self.home)
-        self._places = self._nowhere
-        self._first_bad: list[Tensor] = []
+        self.channels, self.slots = dict(channels), {name: Slots() for name in channels}
+        self.order: list[Slots] = []
+        self.dtype, self._scratch_device = dtype, torch.device(device)
+        self.device = torch.device("cpu" if self._scratch_device.type == "mps" else device)
+        sizes = torch.tensor(list(channels.values()))
+        # copies to a device do not wait for it with non_blocking
+        self._layers = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device, non_blocking=True)
+        total = torch.zeros(10, len(self._layers), dtype=torch.float64, device=self.device)
+        self._pivot, self._cross = total[:2]
+        # rows: of a call's mean d from the pivot, and of its mean square q around it; weighted by count, or its square
+        self._row, self._sum, self._squared_weight_sum, self._square_sum = total[2:].split(2)
+        self._weighted_row = torch.zeros_like(self._row)
+        self._weights: tuple[tuple[int, ...], Tensor, Tensor, Tensor] | None = None
+        self._places, self._num_placed = self._layers, 0
+        self._no_place = torch.full((), len(sizes), device=self.device)
+        self._batches: list[tuple[Tensor, list[tuple[int, ...]]]] = []  # place of the first bad layer; counts of calls
+        self._scratch: list[Tensor] = []
+        self._add_scratch()
+
+    def _add_scratch(self) -> None:
+        """Make slots for one more call of every layer."""
+        sizes = list(self.channels.values())
+        self._scratch.append(torch.zeros(2, sum(sizes), dtype=self.dtype, device=self._scratch_device))
+        means, variances = (row.split(sizes) for row in self._scratch[-1])
+        for slots, *views in zip(self.slots.values(), means, variances, strict=True):
+            slots.views.append((views[0], views[1]))
 
     def slot(self, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """Where to put mean and *unbiased* variance, ``(C,)`` each, of a layer's next call, of ``count`` values."""
-        for calls in self._rounds:
-            if name not in calls.counts:
-                break
-        else:
-            calls = _Round.of(self.channels, self._empty.new_zeros(2, sum(self.channels.values())))
-            self._rounds.append(calls)
-        calls.counts[name] = count
-        return calls.means[name], calls.variances[name]
+        """Where to write mean and *unbiased* variance, ``(C,)`` each, of a layer's next call, of ``count`` values."""
+        slots = self.slots[name]
+        if len(slots.counts) == len(slots.views):
+            self._add_scratch()
+        if not slots.is_reached:
+            slots.is_reached = True
+            self.order.append(slots)
+        slots.counts.append(count)
+        return slots.views[len(slots.counts) - 1]
 
     def end_of_batch(self) -> None:
-        """Merge the slots filled since the last batch, first calls of all layers at once, then second calls."""
-        rounds = [r for r in self._rounds if r.counts]
-        self._update_places(rounds)
-        first_bad = self._nowhere
-        for calls in rounds:
-            bad = torch.where(calls.scratch.sum(0).to(self.home).isfinite(), self._nowhere, self._places).amin()
-            first_bad = bad if first_bad is self._nowhere else torch.minimum(first_bad, bad)
-        keep = first_bad == self._nowhere
-        for calls in rounds:
-            mean, var = calls.scratch.to(self.home).double().nan_to_num_(0.0, 0.0, 0.0)
-            values, degrees, per_value = calls.counts_of_channels(self.channels, self.home)
-            count = values * keep
-            self.values += Moments(count, mean, var * degrees * keep)
-            squared = (var * per_value).addcmul_(delta := mean - self.values.mean, delta)
-            self.spread += Moments(count.square(), torch.stack([mean, squared]), self._no_m2)
-            self._calls = self._calls + (count > 0)
-        self._first_bad.append(first_bad)
-        self.discard()
+        """Add the slots filled since the last batch: first calls of all layers at once, then second calls."""
+        layers = list(self.slots.values())
+        filled = self._scratch[: max([len(slots.counts) for slots in layers])]
+        is_new, known = len(self.order) > self._num_placed, self._places
+        if is_new:
+            self._num_placed, place = len(self.order), {id(slots): i for i, slots in enumerate(self.order)}
+            places = torch.tensor([place.get(id(slots), len(layers)) for slots in layers])
+            self._places = places.to(self.device, non_blocking=True)[self._layers]
+        first_bad = self._no_place
+        # a CPU needs one operator to tell that all is well; another device is not asked now
+        if self.device.type != "cpu" or not math.isfinite(sum([float(s.sum()) for s in filled])):
+            for scratch in filled:
+                is_finite = scratch.sum(0).to(self.device).isfinite()
+                first_bad = torch.minimum(first_bad, torch.where(is_finite, self._no_place, self._places).amin())
+        counts = [tuple([s.counts[call] if len(s.counts) > call else 0 for s in layers]) for call in range(len(filled))]
+        for scratch, sizes in zip(filled, counts, strict=True):
+            mean, var = scratch.to(self.device)
+            if is_new and scratch is filled[0]:
+                first = (self._places < len(layers)) & ~(known < len(layers)) if len(self._batches) else mean.isfinite()
+                self._pivot.copy_(torch.where(first & mean.isfinite(), mean.double(), self._pivot))
+            self._add(mean, var, sizes, None if first_bad is self._no_place else first_bad < len(layers))
+            scratch.zero_()  # momentum 1 keeps a NaN that is there: 0 * NaN
+        self._batches.append((first_bad, counts))
+        for slots in layers:
+            slots.counts.clear()
 
-    def discard(self) -> None:
-        """Empty the slots filled since the last batch."""
-        for calls in self._rounds:
-            if calls.counts:
-                calls.counts.clear()
-                calls.scratch.zero_()  # momentum 1 keeps a NaN that is there: 0 * NaN
+    def _add(self, mean: Tensor, var: Tensor, counts: tuple[int, ...], is_bad: Tensor | None) -> None:
+        """Add one call of every layer, with few operators and no new memory."""
+        if self._weights is None or self._weights[0] != counts:  # most batches are like the one before
+            count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
+            self._weights = counts, count, count.square(), (count - 1).clamp_(min=0) / count.clamp(min=1)
+        _, count, squared_count, to_biased = self._weights
+        torch.sub(mean, self._pivot, out=self._row[0])
+        torch.mul(var, to_biased, out=self._row[1])
+        self._row[1].addcmul_(self._row[0], self._row[0])
+        if is_bad is not None:
+            self._row.masked_fill_(is_bad, 0.0)
+        self._sum.addcmul_(self._row, count)
+        torch.mul(self._row, squared_count, out=self._weighted_row)
+        self._squared_weight_sum.add_(self._weighted_row)
+        self._square_sum.addcmul_(self._weighted_row, self._row)
+        self._cross.addcmul_(self._weighted_row[0], self._row[1])
 
-    def _update_places(self, rounds: Sequence[_Round]) -> None:
-        """Know the place of each channel's layer in the order of the layers' first calls."""
-        new = [name for calls in rounds for name in calls.counts if name not in self._order]
-        if new:
-            self._order.update(dict.fromkeys(new))
-            place = {name: i for i, name in enumerate(self._order)}
-            places = torch.tensor([place.get(name, len(self.channels)) for name in self.channels])
-            self._places = places.repeat_interleave(torch.tensor(list(self.channels.values()))).to(self.home)
+    def statistics(self) -> tuple[dict[str, LayerStatistics], dict[int, str]]:
+        """Statistics of all ranks so far; a collective, and one question to the device.
 
-    def nonfinite(self) -> dict[int, str]:
-        """Batches that were left out, by the number of their `end_of_batch`, and the first layer of each."""
-        places = torch.stack(self._first_bad).tolist() if self._first_bad else []
-        order = list(self._order)
-        return {batch: order[place] for batch, place in enumerate(places) if place < len(self.channels)}
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """Layer name -> number of calls that count."""
-        first, *others = [*self.channels.values()] or [0]
-        ends = torch.tensor([first, *others]).cumsum(0) - 1
-        return dict(zip(self.channels, self._calls.cpu()[ends].int().tolist(), strict=True))
-
-    def statistics(self, calls: Mapping[str, int] | None = None) -> dict[str, LayerStatistics]:
-        """What each layer was shown, layers that were not called left out.
-
-        Args:
-            calls: Those of all ranks, if `values` and `spread` are.
+        Returns:
+            The statistics of the layers that were called; and the batches of this rank that were left out, by the
+            number of their `end_of_batch`, with the layer that received non-finite values first.
         """
-        mean, var, count = self.values.mean, self.values.var, self.values.count
-        around = self.spread.mean - torch.stack([mean, var])
-        squared = (self.spread.m2 + self.spread.count * around.square()) / count.square()
+        first_bad = torch.stack([self._no_place, *[place for place, _ in self._batches]]).tolist()[1:]
+        layers, names = len(self.slots), {id(slots): name for name, slots in self.slots.items()}
+        left_out = {batch: names[id(self.order[place])] for batch, place in enumerate(first_bad) if place < layers}
+        calls = [
+            c for place, (_, calls) in zip(first_bad, self._batches, strict=True) if place == layers for c in calls
+        ]
+        kept = [(counts, number) for counts, number in Counter(calls).items()]
+        own = [[sum([f(c[i]) * n for c, n in kept]) for i in range(layers)] for f in (int, lambda c: c * c, bool)]
+        weights = torch.tensor(own[:2], dtype=torch.float64).to(self.device, non_blocking=True)[:, self._layers]
+        host = sum_over_ranks([*own[0], *own[2]], self.device)
+        mean, var, errors = self._merged(*weights)
+        calls_of = torch.tensor(host[layers:], dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
+        errors *= calls_of / (calls_of - 1)  # of a single call: NaN
+        errors = torch.stack([errors[0] / var, errors[1] / var.square()]).sqrt_()
         sizes = list(self.channels.values())
-        per_layer = zip(*(v.split(sizes, -1) for v in (mean, var, count, squared)), strict=True)
-        found = {}
-        calls = self.calls if calls is None else calls
-        for (name, number), (m, v, n, (of_mean, of_var)) in zip(calls.items(), per_layer, strict=True):
-            if number:
-                correction = number / (number - 1) if number > 1 else torch.nan
-                errors = (of_mean * correction / v).sqrt(), (of_var * correction).sqrt() / v
-                found[name] = LayerStatistics(m.clone(), v.clone(), int(n[0]), number, *errors)
-        return found
+        per_layer = zip(host[:layers], host[layers:], *(v.split(sizes, -1) for v in (mean, var, *errors)), strict=True)
+        return {
+            name: LayerStatistics(m.clone(), v.clone(), count, number, mean_error.clone(), var_error.clone())
+            for name, (count, number, m, v, mean_error, var_error) in zip(self.slots, per_layer, strict=True)
+            if number
+        }, left_out
 
+    def _merged(self, count: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance of all ranks, and the squared errors of both, ``(2, C)``.
 
-@dataclass
-class _Round:
-    """Slots for one call of every layer."""
-
-    scratch: Tensor
-    means: dict[str, Tensor]
-    variances: dict[str, Tensor]
-    counts: dict[str, int]
-    _known: tuple[dict[str, int], tuple[Tensor, Tensor, Tensor]] | None = None
-
-    @classmethod
-    def of(cls, channels: Mapping[str, int], scratch: Tensor) -> _Round:
-        means, variances = (dict(zip(channels, row.split(list(channels.values())), strict=True)) for row in scratch)
-        return cls(scratch, means, variances, {})
-
-    def counts_of_channels(self, channels: Mapping[str, int], home: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Values of each channel in this round, one less, and the ratio of that to the values, ``(C,)`` each.
-
-        Most batches are as large as the one before, and need no new tensors.
+        The squared error of a weighted mean is the sum of the squared, weighted deviations.
         """
-        if self._known is None or self._known[0] != self.counts:
-            count = torch.tensor([float(self.counts.get(name, 0)) for name in channels], dtype=torch.float64)
-            count = count.repeat_interleave(torch.tensor(list(channels.values()))).to(home)
-            degrees = (count - 1).clamp(min=0)
-            self._known = dict(self.counts), (count, degrees, degrees / count.clamp(min=1))
-        return self._known[1]
+        shift = self._sum[0] / count.clamp(min=1)
+        m2 = (self._sum[1] - self._sum[0] * shift).clamp_(min=0)
+        values = merge_over_ranks(Moments(count, self._pivot + shift, m2))
+        # a call's mean square around the mean, less the variance, is q - 2 e d + e^2 - var
+        e = values.mean - self._pivot
+        rest = e.square() - values.var
+        (d, q), (dd, qq), dq = self._squared_weight_sum, self._square_sum, self._cross
+        of_mean = dd - 2 * e * d + e.square() * weight
+        of_var = qq - 4 * e * dq + 4 * e.square() * dd + 2 * rest * (q - 2 * e * d) + rest.square() * weight
+        sums = torch.stack([of_mean, of_var]).clamp_(min=0)
+        squared = merge_over_ranks(Moments(weight, torch.zeros_like(sums), sums)).m2 / values.count.square()
+        return values.mean, values.var, squared

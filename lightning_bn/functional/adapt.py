@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
 from lightning_bn.functional.domain.specific import num_domains
-from lightning_bn.functional.measure import PassConfig
-from lightning_bn.functional.precise import Forward, measure_model, write_running_stats
+from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.precise import (
+    Forward,
+    call_model,
+    estimable_layers,
+    tqdm_progress,
+    write_running_stats,
+)
 from lightning_bn.layers.adapted import Adapted, Adapting
 from lightning_bn.layers.behavior import Handle, has_behavior
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.mini_batch import MiniBatch
+from lightning_bn.layers.modes import keep_in_eval
 
 
 class Adaptation(Handle):
@@ -109,8 +118,13 @@ def adapt_bn(
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
     config = PassConfig(num_samples, "loader", batch_size_fn=batch_size_fn)
-    chosen, statistics = measure_model(model, batches, config, forward, layers, progress, of_training=False)
-    return Adaptation(chosen, statistics, prior_samples)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    adapted = estimable_layers(model, layers)
+    with keep_in_eval(set(model.modules()).difference(adapted.values())):
+        run, display = functools.partial(forward or call_model, model), tqdm_progress if progress else None
+        statistics = measure(adapted, batches, run, config, of_training=False, progress=display)
+    return Adaptation(adapted, statistics, prior_samples)
 
 
 def check_unadaptable(layers: Mapping[str, _BatchNorm]) -> None:

@@ -1,20 +1,13 @@
-"""Measuring what the layers of a fixed model are shown: batch by batch, or many batches as one.
-
-Every rank runs as many forwards as the one with most batches, so that collectives inside the model match: a rank that
-has run out repeats its last batch, which then counts for nothing.
-"""
+"""Measure the inputs of the BatchNorm layers of a fixed model: batch by batch, or many batches jointly."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,33 +16,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
-from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
-from lightning_bn.core.ranks import (
-    AnotherRankFailedError,
-    get_rank,
-    get_world_size,
-    max_over_ranks,
-    merge_over_ranks,
-    sum_over_ranks,
-)
-from lightning_bn.functional.domain.specific import num_domains
-from lightning_bn.layers.batch_mode import of_domain
-from lightning_bn.layers.behavior import Handle
+from lightning_bn.core.micro_batches import MISSING, MicroBatch, SynchronizedBatches
+from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics
+from lightning_bn.core.ranks import max_over_ranks, sum_over_ranks
+from lightning_bn.functional.domain.specific import STATISTICS, num_domains
+from lightning_bn.functional.joint import JointBatches, warn_once
+from lightning_bn.layers.batch_mode import BatchMode, of_domain
+from lightning_bn.layers.behavior import attach, detach
 from lightning_bn.layers.modes import preserve_flags
-from lightning_bn.lockstep.in_lockstep import InLockstep
-from lightning_bn.lockstep.pooled import MISSING, MicroBatch, ModelProfile, PooledForward
+from lightning_bn.lockstep.pooled import PooledForward
+from lightning_bn.lockstep.trial import ModelProfile
 
 NormalizationBatchSize: TypeAlias = int | Literal["auto", "loader", "population"]
 """Samples of all ranks that are normalized jointly. "loader": the batches as they come."""
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
 """Context manager for a progress bar; yields an ``update(num_samples)`` function. Takes the total, or None."""
 
-_MIN_GROUPS_FOR_STD_ERROR = 8
-"""Fewest normalization batches whose spread says something: with 8 it is known to a quarter."""
-
-
 _MIN_AUTO_BATCH_SIZE, _AUTO_BATCH_SIZE = 32, 100
 """With "auto": batches of fewer samples are normalized jointly, until there are so many (paper, Table 2)."""
+_MIN_SIZES = {"auto": _MIN_AUTO_BATCH_SIZE, "loader": 0, "population": inf}
+"""Batches of fewer samples are normalized jointly with others."""
+_ALL_FROZEN = (
+    "All chosen BatchNorm layers are frozen (by freeze_bn or BaseFinetuning, or in eval mode while the model is in "
+    "train mode): there are no statistics to recompute."
+)
+_MIN_BATCHES_FOR_STD_ERROR = 8
+"""Fewest normalization batches whose spread gives a standard error: to a quarter of itself."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +97,8 @@ class PassConfig:
             )
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def measure(
     layers: dict[str, _BatchNorm],
     batches: Iterable[Any],
@@ -136,333 +130,177 @@ def measure(
         LockstepError: If batches cannot be normalized jointly.
         MemoryError: If free memory does not suffice for that.
     """
-    num_samples, tolerance, memory_limit = config.num_samples, config.tolerance, config.memory_limit
-    batch_size_fn, size = config.batch_size_fn, config.normalization_batch_size
-    tried = profile = profile or ModelProfile()
-    at_most = 0.5 if size == "auto" and memory_limit is None else None
-
-    def say(about: str, message: str) -> None:
-        if about not in profile.warned and get_rank() == 0:
-            warnings.warn(message, stacklevel=3)
-        profile.warned.add(about)
-
-    device, dtype = _device_and_dtype(layers)
-    parts = _with_domains(layers)
-    channels = {name: layer.get_buffer("running_mean").numel() for name, layer in parts.items()}
-    seen = Accumulator(channels, device, dtype)
-    mode = InLockstep(layers, seen, of_training)
-    wanted: float = {"population": inf, "auto": _MIN_AUTO_BATCH_SIZE, "loader": 0}.get(size, size)
-    told = False
-    look_again = _MIN_GROUPS_FOR_STD_ERROR
-    taken = _Taken()
-
+    if not layers:
+        raise ValueError(_ALL_FROZEN)
+    profile = profile or ModelProfile()
+    accumulator, size = _accumulator(layers), config.normalization_batch_size
+    mode, totals, joint = BatchMode(layers, accumulator, of_training), _Totals(), None
+    count = as_batch_size_fn(config.batch_size_fn)
+    every_rank = any([isinstance(m, SyncBatchNorm) for m in layers.values()])
+    min_size = _MIN_SIZES[size] if isinstance(size, str) else size
+    steps = SynchronizedBatches(batches, config.num_samples, count, accumulator.device, every_rank, min_size)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(Handle(layers.values(), mode))
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
-        pooled = PooledForward(channels, mode, seen, flags, run, device, memory_limit, tried)
-        advance = stack.enter_context((progress or no_progress)(num_samples))
-        rounds = _SynchronizedBatches(batches, num_samples, batch_size_fn, layers, wanted, device)
-        for first in rounds:
-            if size == "auto" and not taken.normalizations:  # the first batch decides
-                wanted = rounds.wanted = _AUTO_BATCH_SIZE if first.small else 0
-            most = inf
-            if first.small and at_most is not None:
-                most = pooled.most(first, at_most)
-                if first.everywhere * most < wanted and not told:
-                    say("memory", _reduced_batch_size_message(wanted, first, int(most), pooled))
-                    told = True
-            if first.small and most > 1:
-                group = _BatchGroup(itertools.chain([first], rounds), wanted, most, advance)
-                pooled.run(group, group.progress)
-                taken.add(group.taken, normalizations=1)
-            else:
-                mode.counts = first.counts
-                flags.reset()
-                with rounds.failing_together():
-                    if first.batch is not MISSING:
-                        run(first.batch)
-                taken.add([first], normalizations=first.ranks)
-                advance(first.everywhere)
-            seen.end_of_batch()
-            if tolerance is not None and taken.normalizations >= look_again:
-                look_again = math.ceil(1.1 * taken.normalizations)  # a look costs, and each could be lucky
-                rounds.agree()
-                if _max_standard_error(_statistics(seen, device)) < tolerance:
+        advance = stack.enter_context(progress(config.num_samples)) if progress else lambda samples: None
+        for layer in layers.values():
+            attach(layer, mode)
+            stack.callback(detach, layer, mode)
+        for step in (iterator := iter(steps)):
+            if size == "auto" and not totals.normalizations:  # the first batch decides
+                steps.min_size = _AUTO_BATCH_SIZE if step.is_small else 0
+            if step.is_small and joint is None:
+                pooled = PooledForward(mode, flags, run, config.memory_limit, profile)
+                joint = JointBatches(pooled, profile, steps.min_size, size == "auto", advance)
+            group = joint.run(step, iterator) if joint and step.is_small else []
+            if not group:
+                mode.is_padding = step.is_padding
+                flags.set(flags.initial)
+                with steps.failing_together():
+                    if step.batch is not MISSING:
+                        run(step.batch)
+                advance(step.global_size)
+            totals.add(group or [step], normalizations=1 if group else step.ranks)
+            accumulator.end_of_batch()
+            if config.tolerance is not None and totals.is_time_to_compare():
+                steps.check_failures()
+                if _max_standard_error(accumulator.statistics()[0]) < config.tolerance:
                     break
-        rounds.agree()
-        statistics = _statistics(seen, device)
-        left_out = _LeftOut.of(taken, seen, pooled, device)
-        _check_unusable(statistics, layers, left_out)
-        if left_out.batches:
-            say("left out", left_out.message())
-        samples = taken.samples - left_out.samples
-        return PopulationStatistics(
-            _with_domains_folded(statistics, layers),
-            samples,
-            taken.batches - left_out.batches,
-            samples / (taken.normalizations - left_out.normalizations),
-            pooled.spilled,
-            left_out.batches,
-        )
+    statistics, nonfinite = accumulator.statistics()
+    left_out = totals.leave_out(nonfinite, joint, accumulator)
+    _check_usable(statistics, layers, left_out)
+    if left_out is not None:
+        warn_once(profile, "left out", _left_out_message(totals.left_out, *left_out))
+    if len(accumulator.channels) > len(layers):
+        statistics = _with_domains(statistics, layers)
+    spilled = joint.pooled.spilled if joint else 0
+    return PopulationStatistics(
+        statistics, totals.samples, totals.batches, totals.batch_size, spilled=spilled, left_out=totals.left_out
+    )
 
 
-class _Taken:
-    """What was shown to the model so far.
+@dataclass
+class _Totals:
+    """Batches that were run so far.
 
     Attributes:
         samples: Samples of all ranks.
         batches: Batches of all ranks.
         normalizations: Normalization batches of all ranks.
-        own: Number and samples of this rank's first batch in each merge.
+        merged: Number and samples of this rank's first batch in each merge.
+        next_comparison: Normalization batches at which standard errors are compared with the tolerance next.
+        left_out: Batches of all ranks that gave a layer non-finite values; the other numbers are without them.
     """
 
-    def __init__(self) -> None:
-        self.samples = self.batches = self.normalizations = 0
-        self.own: list[tuple[int, int]] = []
-
-    def add(self, together: Sequence[MicroBatch], normalizations: int) -> None:
-        """Add batches that were merged together."""
-        self.samples += sum(m.everywhere for m in together)
-        self.batches += sum(m.ranks for m in together)
-        self.normalizations += normalizations
-        self.own.append((together[0].number, together[0].samples))
-
-
-@dataclass(frozen=True)
-class _LeftOut:
-    """Batches that gave a layer non-finite values.
-
-    Attributes:
-        samples: Their samples, of all ranks.
-        batches: How many there are on all ranks.
-        normalizations: How many of them were normalized by themselves.
-        first: Number of the first of them, and the layer that was given such values first.
-    """
-
-    samples: int
-    batches: int
-    normalizations: int
-    first: tuple[int, str] | None
-
-    @classmethod
-    def of(cls, taken: _Taken, seen: Accumulator, pooled: PooledForward, device: torch.device) -> _LeftOut:
-        """Those of all ranks."""
-        alone = [(*taken.own[place], layer) for place, layer in seen.nonfinite().items()]
-        own = [*alone, *((m.number, m.samples, layer) for m, layer in pooled.left_out)]
-        samples = sum(samples for _, samples, _ in own)
-        samples, batches, normalizations = sum_over_ranks([samples, len(own), len(alone)], device)
-        if not batches:
-            return cls(0, 0, 0, None)
-        names = list(seen.channels)
-        number, _, layer = min(own, default=(-_NEVER, 0, names[0]))
-        (first,) = max_over_ranks([-number], device)
-        (place,) = max_over_ranks([names.index(layer) if number == -first else -1], device)
-        return cls(samples, batches, normalizations, (-first, names[place]))
-
-    def message(self) -> str:
-        """What to say of them."""
-        assert self.first is not None
-        number, layer = self.first
-        others = f", and so are {self.batches - 1} others" if self.batches > 1 else ""
-        return (
-            f"Batch {number} of a pass over data is left out of the statistics{others}: it gives layer {layer!r} "
-            "non-finite values, or such whose squares overflow."
-        )
-
-
-_NEVER = 2**62
-"""More than there are batches."""
-
-
-class _BatchGroup:
-    """Rounds that are normalized together: until they hold enough samples.
-
-    Attributes:
-        taken: Those so far.
-    """
-
-    def __init__(
-        self, rounds: Iterator[MicroBatch], wanted: float, most: float, advance: Callable[[int], None]
-    ) -> None:
-        self._rounds, self._wanted, self._most, self._advance = rounds, wanted, most, advance
-        self.taken: list[MicroBatch] = []
-        self._shown = 0
+    samples: int = 0
+    batches: int = 0
+    normalizations: int = 0
+    merged: list[tuple[int, int]] = field(default_factory=list)
+    next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR
+    left_out: int = 0
 
     @property
-    def samples(self) -> int:
-        """Samples of all ranks in it."""
-        return sum(m.everywhere for m in self.taken)
+    def batch_size(self) -> float:
+        """Samples in a normalization batch, on average."""
+        return self.samples / self.normalizations
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        while self.samples < self._wanted and len(self.taken) < self._most:
-            own = next(self._rounds, None)
-            if own is None:
-                return
-            self.taken.append(own)
-            if own.batch is not MISSING:
-                yield own
+    def add(self, group: list[MicroBatch], normalizations: int) -> None:
+        """Add batches that were merged together."""
+        self.samples += sum([m.global_size for m in group])
+        self.batches += sum([m.ranks for m in group])
+        self.normalizations += normalizations
+        self.merged.append((group[0].number, group[0].samples))
 
-    def progress(self, share: float) -> None:
-        """Show the share of the work on it that is done."""
-        done = int(share * self.samples)
-        self._advance(done - self._shown)
-        self._shown = done
+    def is_time_to_compare(self) -> bool:
+        """Return True from time to time: a comparison takes time, and each could be below the tolerance by chance."""
+        if self.normalizations < self.next_comparison:
+            return False
+        self.next_comparison = math.ceil(1.1 * self.normalizations)
+        return True
 
+    def leave_out(
+        self, nonfinite: Mapping[int, str], joint: JointBatches | None, accumulator: Accumulator
+    ) -> tuple[int, str] | None:
+        """Subtract the batches that gave a layer non-finite values.
 
-class _SynchronizedBatches:
-    """This rank's batches, one for each that any rank has; rounds in which all are empty are skipped.
-
-    Ranks fail together: one that raises while it fetches or runs a batch tells the others, which raise as well.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        num_samples: int | None,
-        batch_size_fn: BatchSizeFn | None,
-        layers: Mapping[str, _BatchNorm],
-        wanted: float,
-        device: torch.device,
-    ) -> None:
-        self._batches, self._num_samples, self._count = iter(batches), num_samples, as_batch_size_fn(batch_size_fn)
-        self.wanted, self._device = wanted, device
-        self._synced = any(isinstance(m, SyncBatchNorm) for m in layers.values())
-        self._rounds = self._all()
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self._rounds
-
-    def agree(self, ready: bool = False, samples: int = 0, small: bool = False, failed: bool = False) -> list[int]:
-        """What all ranks have: batches, samples, small batches.
-
-        Raises:
-            AnotherRankFailedError: If it is so.
+        Returns:
+            Number of the first of them on any rank, and the layer that got such values first; None if there are none.
         """
-        *found, failures = sum_over_ranks([ready, samples, small, failed], self._device)
-        if failures and not failed:
-            raise AnotherRankFailedError
-        return found
-
-    @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Tell the other ranks of an error, where they come next."""
-        try:
-            yield
-        except BaseException:
-            if get_world_size() > 1:
-                self.agree(failed=True)
-            raise
-
-    def _all(self) -> Iterator[MicroBatch]:
-        samples, batch = 0, MISSING
-        for number in itertools.count():
-            if self._num_samples is not None and samples >= self._num_samples:
-                return
-            with self.failing_together():
-                fresh = next(self._batches, MISSING)
-                counts = fresh is not MISSING
-                own = self._count(fresh) if counts else 0
-            batch = fresh if counts else batch
-            ready, more, small = self.agree(counts, own, counts and own < self.wanted)
-            if not ready:
-                return
-            if not samples and ready < get_world_size() and self._synced:
-                raise ValueError(
-                    f"Only {ready} of {get_world_size()} ranks have a batch, and the SyncBatchNorm layers of one rank "
-                    "wait for those of all others: give every rank at least one batch."
-                )
-            samples += more
-            if more:
-                yield MicroBatch(batch, number, counts, own, more, ready, bool(small))
+        device, names = accumulator.device, list(accumulator.channels)
+        single = [(*self.merged[merge], layer) for merge, layer in nonfinite.items()]
+        jointly = [(m.number, m.samples, layer) for m, layer in joint.pooled.left_out] if joint else []
+        bad = single + jointly
+        samples, batches, normalizations = sum_over_ranks([sum([n for _, n, _ in bad]), len(bad), len(single)], device)
+        if not batches:
+            return None
+        self.samples, self.batches = self.samples - samples, self.batches - batches
+        self.normalizations, self.left_out = self.normalizations - normalizations, batches
+        number, _, layer = min(bad, default=(_MAX_BATCHES, 0, names[0]))
+        (minus_first,) = max_over_ranks([-number], device)
+        (place,) = max_over_ranks([names.index(layer) if number == -minus_first else -1], device)
+        return -minus_first, names[place]
 
 
-def _reduced_batch_size_message(wanted: float, first: MicroBatch, most: int, pooled: PooledForward) -> str:
-    needs = pooled.needs(first)
+def _left_out_message(batches: int, number: int, layer: str) -> str:
+    others = f", and so are {batches - 1} others" if batches > 1 else ""
     return (
-        f"Population statistics are estimated with normalization batches of {most * first.everywhere} samples, not of "
-        f"{wanted:.0f}: those would keep about {wanted / first.everywhere * needs.num_bytes / 1e9:.1f} GB alive on "
-        f"each rank, more than half of the {pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in "
-        "depth (paper, Table 2): pass memory_limit= to put the rest to disk, or normalization_batch_size=1 to agree."
+        f"Batch {number} of a pass over data is left out of the statistics{others}: it gives layer {layer!r} non-finite "
+        "values, or values whose squares overflow."
     )
 
 
 def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
-    """The larger of the two standard errors of the worst layer, each the rms over its channels."""
+    """Return the larger of the two standard errors of the worst layer, each the rms over its channels."""
     if any(s.calls < 2 for s in statistics.values()):
         return inf  # a single call gives no error estimate
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
-    # a channel without variance has no error either, and 0/0 says so
-    return max(float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors)
+    # a channel without variance has no error either: 0/0
+    return max((float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors), default=inf)
 
 
-def _statistics(seen: Accumulator, device: torch.device) -> dict[str, LayerStatistics]:
-    """What the layers were shown so far on all ranks."""
-    of_all = copy.copy(seen)
-    of_all.values, of_all.spread = merge_over_ranks(seen.values), merge_over_ranks(seen.spread)
-    calls = seen.calls
-    return of_all.statistics(dict(zip(calls, sum_over_ranks(list(calls.values()), device), strict=True)))
+def _accumulator(layers: Mapping[str, _BatchNorm]) -> Accumulator:
+    """Accumulate layers and their domains, on the device of the first layer, in its precision or float32."""
+    channels = {}
+    for name, layer in layers.items():
+        domains = num_domains(layer) if STATISTICS[0] in layer._buffers else 0
+        parts = (name, *[of_domain(name, domain) for domain in range(domains)])
+        channels.update(dict.fromkeys(parts, len(cast(Tensor, layer._buffers["running_mean"]))))
+    first = cast(Tensor, next(iter(layers.values())).running_mean)
+    return Accumulator(channels, first.device, torch.promote_types(first.dtype, torch.float32))
 
 
-def _with_domains(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """All names under which something may be measured: those of layers, and those of their domains."""
-    return {
-        part: layer
-        for name, layer in layers.items()
-        for part in (name, *(of_domain(name, domain) for domain in range(num_domains(layer))))
-    }
-
-
-def _with_domains_folded(
+def _with_domains(
     statistics: Mapping[str, LayerStatistics], layers: Mapping[str, _BatchNorm]
 ) -> dict[str, LayerStatistics]:
-    """The statistics of layers, with those of their domains in them."""
-    found = {}
+    """Put the statistics of domains into those of their layers."""
+    merged = {}
     for name, layer in layers.items():
-        domains = tuple(statistics.get(of_domain(name, domain)) for domain in range(num_domains(layer)))
-        whole = statistics.get(name) or together([d for d in domains if d is not None])
-        if whole is not None:
-            found[name] = replace(whole, domains=domains)
-    return found
+        domains = tuple([statistics.get(of_domain(name, domain)) for domain in range(num_domains(layer))])
+        reached = [d for d in domains if d is not None]
+        if name in statistics or reached:
+            whole = statistics[name] if name in statistics else LayerStatistics.merge(reached)
+            merged[name] = replace(whole, domains=domains) if domains else whole
+    return merged
 
 
-def _check_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: _LeftOut) -> None:
-    """Raise, on every rank alike, for statistics that no layer can normalize with.
-
-    Raises:
-        ValueError: Naming the layer, and what to do.
-    """
-    bad = [name for name, s in statistics.items() if not (s.mean.isfinite().all() and s.var.isfinite().all())]
-    if left_out.first is not None and not statistics:
-        bad = [left_out.first[1]]
-    if bad:
+def _check_usable(
+    statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: tuple[int, str] | None
+) -> None:
+    """Raise, on every rank alike, if a layer has no statistics that it could normalize with."""
+    if not statistics and left_out is not None:
         raise ValueError(
-            f"Layer {bad[0]!r} received non-finite values, or such whose squares overflow, in every batch, so no "
-            "statistics were written. Look at the batches and the weights."
+            f"Layer {left_out[1]!r} received non-finite values, or values whose squares overflow, in every "
+            "batch, so no statistics were written. Look at the batches and the weights."
         )
     if not statistics:
         raise ValueError(
             f"No batch reached a BatchNorm layer of {', '.join(layers)} in a way that training would track (in train "
             "mode, with track_running_stats and a momentum other than 0): is the iterable of batches empty, or does "
-            "the forward go round them?"
+            "the forward bypass the layers?"
         )
     single = [name for name, s in statistics.items() if s.count < 2]
     if single:
         raise ValueError(
             f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
-            "written: show it more samples."
+            "written: pass more samples."
         )
-
-
-def _device_and_dtype(layers: Mapping[str, _BatchNorm]) -> tuple[torch.device, torch.dtype]:
-    """Where statistics are added up, and the precision they come in: those of the first layer, at least float32."""
-    first = next(layer.running_mean for layer in layers.values() if isinstance(layer.running_mean, Tensor))
-    return first.device, torch.promote_types(first.dtype, torch.float32)
-
-
-@contextlib.contextmanager
-def no_progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress display that shows nothing."""
-    yield lambda samples: None

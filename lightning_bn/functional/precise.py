@@ -7,6 +7,7 @@ merged, over batches, calls and ranks, and written into the layer's running stat
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.functional.domain.specific import STATISTICS
-from lightning_bn.functional.measure import NormalizationBatchSize, PassConfig, measure, no_progress
+from lightning_bn.functional.measure import NormalizationBatchSize, PassConfig, measure
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.modes import keep_in_eval
@@ -111,95 +112,63 @@ def precise_bn(
         >>> mean_gap, var_gap = exact.gaps_to(statistics)["1"]
     """
     config = PassConfig(num_samples, normalization_batch_size, tolerance, memory_limit, batch_size_fn)
-    chosen, statistics = measure_model(model, batches, config, forward, layers, progress)
-    write_running_stats(chosen, statistics)
-    return statistics
-
-
-def measure_model(
-    model: nn.Module,
-    batches: Iterable[Any],
-    config: PassConfig,
-    forward: Forward[Any] | None,
-    layers: Layers,
-    progress: bool,
-    of_training: bool = True,
-) -> tuple[dict[str, _BatchNorm], PopulationStatistics]:
-    """The layers that `precise_bn` estimates, and what it measures. Writes nothing.
-
-    Raises:
-        ValueError: As `precise_bn`.
-    """
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    chosen = estimable_layers(model, layers)
-    if not chosen:
-        raise ValueError(
-            f"All chosen BatchNorm layers of {type(model).__name__} are frozen (by freeze_bn or BaseFinetuning, or "
-            "in eval mode while the model is in train mode): there are no statistics to recompute."
-        )
-    with keep_in_eval([m for m in model.modules() if m not in set(chosen.values())]):
-        return chosen, measure(
-            chosen,
-            batches,
-            lambda batch: (forward or call_model)(model, batch),
-            config,
-            of_training=of_training,
-            progress=_tqdm if progress else no_progress,
-        )
+    estimated = estimable_layers(model, layers)
+    others = set(model.modules()).difference(estimated.values())
+    with keep_in_eval(others):
+        run = functools.partial(forward or call_model, model)
+        statistics = measure(estimated, batches, run, config, progress=tqdm_progress if progress else None)
+    write_running_stats(estimated, statistics)
+    return statistics
 
 
 def estimable_layers(
     model: nn.Module, layers: Layers = None, trains: Callable[[nn.Module], bool] | None = None
 ) -> dict[str, _BatchNorm]:
-    """The layers whose statistics a pass estimates: the chosen ones that store statistics and are not frozen.
+    """Return the chosen layers that store statistics and are not frozen: those that a pass estimates.
 
     Args:
         model: The model.
         layers: Glob patterns; naming a layer that stores no statistics is an error, leaving it out by default is not.
-        trains: Whether a layer is in train mode when the model trains; callbacks know. By default the modes are taken
-            to say so if ``model`` is in train mode, and to say nothing if it is not.
+        trains: Whether a layer is in train mode when the model trains, as callbacks know. By default its mode decides
+            if ``model`` is in train mode; if it is not, all layers count as training.
 
     Raises:
         ValueError: If there is no BatchNorm layer that stores statistics.
     """
-    found = storing_layers(model, layers)
     trains = trains or (lambda layer: layer.training or not model.training)
-    return {name: layer for name, layer in found.items() if not is_frozen(layer) and trains(layer)}
+    return {
+        name: layer for name, layer in storing_layers(model, layers).items() if not is_frozen(layer) and trains(layer)
+    }
 
 
 def write_running_stats(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
     """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype.
 
     Raises:
-        ValueError: If a variance is too large for that dtype; nothing is then written.
+        ValueError: If a value is too large for that dtype; nothing is then written.
     """
+    writes: list[tuple[str, Tensor, Tensor]] = []  # layer and buffer, the buffer, its new value
     with torch.no_grad():
-        writes = []
-        for name, measured in statistics.items():
-            stored = layers[name]._buffers
-            writes += _rounded(name, measured, stored["running_mean"], stored["running_var"])
-            for domain, own in enumerate(measured.domains):
-                if own is not None:
-                    mean, var, batches = (cast(Tensor, stored[key]) for key in STATISTICS)
-                    writes += _rounded(name, own, mean[domain], var[domain])
-                    writes.append((batches[domain], batches[domain].clamp(min=1)))
-        for buffer, value in writes:
+        for name, layer in layers.items():
+            measured, buffers = statistics.get(name), layer._buffers
+            if measured is None:
+                continue
+            for key, value in (("running_mean", measured.mean), ("running_var", measured.var)):
+                writes.append((f"{key} of layer {name!r}", cast(Tensor, buffers[key]), value))
+            for domain, part in enumerate(measured.domains):
+                if part is not None:
+                    mean, var, batches = (cast(Tensor, buffers[key])[domain] for key in STATISTICS)
+                    writes += [(f"domain {domain} of layer {name!r}", mean, part.mean)]
+                    writes += [(f"domain {domain} of layer {name!r}", var, part.var)]
+                    writes += [(f"domain {domain} of layer {name!r}", batches, batches.clamp(min=1))]
+        rounded = [value.to(buffer.dtype) for _, buffer, value in writes]
+        if not torch.cat([value.flatten() for value in rounded]).isfinite().all():  # one question to the device
+            where, buffer, value = next(w for w, r in zip(writes, rounded, strict=True) if not r.isfinite().all())
+            raise ValueError(f"{where} reaches {float(value.abs().max()):.3g}: {buffer.dtype} cannot hold it.")
+        for (_, buffer, _), value in zip(writes, rounded, strict=True):
             buffer.copy_(value)
-
-
-def _rounded(
-    name: str, measured: LayerStatistics, mean: Tensor | None, var: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    writes = []
-    for buffer, stored, value in (("running_mean", mean, measured.mean), ("running_var", var, measured.var)):
-        assert stored is not None  # storing_layers saw to it
-        rounded = value.to(stored.dtype)
-        if not rounded.isfinite().all():
-            largest = float(value.abs().max())
-            raise ValueError(f"{buffer} of layer {name!r} reaches {largest:.3g}: {stored.dtype} cannot hold it.")
-        writes.append((stored, rounded))
-    return writes
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -210,12 +179,9 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _tqdm(total: int | None) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm  # which only those need who ask for a display
+def tqdm_progress(total: int | None) -> Iterator[Callable[[int], None]]:
+    """Progress bar over samples."""
+    from tqdm import tqdm
 
     with tqdm(total=total, desc="PreciseBN", unit="sample", leave=False) as bar:
-
-        def advance(samples: int) -> None:
-            bar.update(samples)
-
-        yield advance
+        yield lambda samples: cast(None, bar.update(samples))

@@ -1,110 +1,163 @@
-"""Batch mode: the layer normalizes each input with that input's own statistics, and reports them.
+"""Batch mode: the layer normalizes each input with that input's own statistics, and measures them.
 
-Where torch's training kernel is accurate, it is lent scratch buffers with momentum 1, so that the batch statistics
-come out of the normalization itself and nothing is read twice. Elsewhere the statistics are taken first, and used for
-the normalization. Either way the layer's own buffers are never written: torch's own classes are answered with their
-known computation, and the forward of any other class gets copies of its buffers to write.
+Where torch's training kernel is accurate, it gets scratch buffers with momentum 1, so that the batch statistics are a
+by-product of the normalization. Elsewhere the input is read first, and normalized with what was read. The layer's own
+buffers are never written: torch's own classes are replaced by their known computation, and the forward of any other
+class gets copies of its buffers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.moments import Moments, batch_statistics, kernel_was_accurate, may_use_kernel
+from lightning_bn.core.moments import (
+    MAX_KERNEL_ROWS,
+    MAX_KERNEL_SHIFT,
+    Moments,
+    batch_statistics,
+    kernel_was_accurate,
+    may_use_kernel,
+)
 from lightning_bn.core.population import Accumulator
 from lightning_bn.core.ranks import merge_over_ranks
-from lightning_bn.layers.behavior import Behavior, behaviors_of, own_class
+from lightning_bn.layers.behavior import Behavior, behaviors_of
 from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_not_visible, replace_batch_norm, tracks
+
+SyncStatistics: TypeAlias = Callable[[str, Moments, bool], tuple[Tensor, Tensor]]
+"""Takes a layer's name, its input's moments, and whether they count for the population. Returns the mean and biased
+variance to normalize with."""
 
 
 class BatchMode(Behavior):
-    """Normalize each input with its own batch statistics, and put those of the inputs that count into slots.
+    """Normalize each input with its own batch statistics, and accumulate those of the inputs that are tracked.
 
     Args:
         layers: Qualified name -> layer.
-        seen: Where the statistics go.
-        of_training: Which inputs count: those that would have moved the layer's running statistics in training; a call
-            in eval mode then uses the stored ones. If False, the inputs of all calls, whatever the mode.
+        accumulator: Where the statistics go.
+        of_training: Track the inputs that would move the layer's running statistics in training; a call in eval mode
+            then uses the stored ones. If False, track the inputs of all calls, whatever the mode.
+
+    Attributes:
+        is_padding: Whether the current batch is only run to match the other ranks' collectives, and not measured.
+        exchange: Returns the statistics to normalize with; None takes the input's own.
     """
 
+    kind = "batch mode"
     name = "in batch mode"
+    exchange: SyncStatistics | None = None
+    is_padding = False
 
-    def __init__(self, layers: dict[str, _BatchNorm], seen: Accumulator, of_training: bool = True) -> None:
+    def __init__(self, layers: dict[str, _BatchNorm], accumulator: Accumulator, of_training: bool = True) -> None:
+        self.accumulator = accumulator
+        self._dtype = accumulator.dtype
         self._names = {layer: name for name, layer in layers.items()}
-        self._seen = seen
         self._of_training = of_training
-        self._plain = {layer for layer in layers.values() if own_class(layer) in PLAIN}
         self._buffers = {layer: dict(layer._buffers) for layer in layers.values()}
-        self.counts = True
-        """Whether what the layers are shown counts; a forward run only to keep other ranks company does not."""
+        self._plain = {layer for layer in layers.values() if type(layer) in PLAIN}  # without other behaviors
+        # what the short way in `forward` needs; layers on another device than the slots take the long one
+        self._slots = {
+            layer: accumulator.slots[self._names[layer]]
+            for layer in self._plain
+            if (mean := cast(Tensor, layer.running_mean)).device == accumulator.device and (mean.is_cpu or mean.is_cuda)
+        }
 
     def name_of(self, layer: _BatchNorm, domain: int | None = None) -> str:
-        """Under which name a layer's statistics go, those of a domain under one of their own."""
+        """Return the name under which a layer's statistics are accumulated; each domain has its own."""
         behaviors = behaviors_of(layer)
         if domain is None and len(behaviors) > 1:
             domain = next((d for b in behaviors if (d := b.domain(layer)) is not None), None)
         return of_domain(self._names[layer], domain)
 
     def is_by_batch(self, layer: _BatchNorm) -> bool:
-        """Whether a layer is in batch mode at the moment, and not set to its stored statistics by the step."""
+        """Return False if the step has set the layer to its stored statistics."""
         return not self._of_training or layer.training
 
     def takes(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
-        """Whether the statistics of a call's input count."""
+        """Return True if the statistics of a call's input are tracked."""
         return not self._of_training or tracks(layer, call)
 
-    def record(self, layer: _BatchNorm, domain: int | None, input: Tensor, counts: bool) -> None:
-        """Put the statistics of one domain's part of what a call is given into a slot; the layer is not run."""
-        count = input.numel() // input.shape[1]
-        if counts and self.counts and count:
-            self._fill(self._seen.slot(self.name_of(layer, domain), count), *batch_statistics(input.detach()), count)
+    def record(self, layer: _BatchNorm, domain: int | None, input: Tensor, is_tracked: bool) -> None:
+        """Accumulate the statistics of one domain's part of an input; the layer is not run."""
+        name, count = self.name_of(layer, domain), input.numel() // input.shape[1]
+        if self.exchange is not None:
+            self.exchange(name, self._moments_of(input), is_tracked)
+        elif is_tracked and not self.is_padding and count:
+            self._fill(self.accumulator.slot(name, count), *batch_statistics(input.detach()), count)
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Normalize what the layer's ``batch_norm`` call is given with its own statistics."""
+        """Normalize the input of the layer's ``batch_norm`` call with its own statistics."""
         own = vars(layer)
         if self._of_training and not own["training"]:  # set by the step: it uses the stored statistics here
             return forward(input)
-        if layer in self._plain and len(behaviors_of(layer)) == 1:
-            layer._check_input_dim(input)
-            return self._answer(layer, plain_call(layer, input))
-        output, called = self._watched(layer, forward, input)
-        if called:
+        if layer not in self._plain or len(own["_behaviors"]) > 1:
+            return self._forward_of_other(layer, forward, input)
+        layer._check_input_dim(input)
+        # Most calls end here, without another frame: `_normalize` does the same in general.
+        slots, weight, count = self._slots.get(layer), own["_parameters"]["weight"], input.numel() // input.shape[1]
+        if (
+            slots is not None
+            and count > 1
+            and self.exchange is None
+            and not self.is_padding
+            and (not self._of_training or (own["track_running_stats"] and own["momentum"]))
+            and (input.dtype is self._dtype or (input.is_cuda and weight is not None))
+            and (weight is None or weight.dtype is self._dtype)
+            and len(slots.counts) < len(slots.views)
+        ):
+            mean, var = slots.views[len(slots.counts)]
+            is_accurate = input.is_cuda or count <= slots.accurate_count or (input.ndim > 2 and input.is_contiguous())
+            if (is_accurate or count <= MAX_KERNEL_ROWS) and input.shape[1] == len(mean):
+                bias, cudnn = own["_parameters"]["bias"], torch.backends.cudnn.enabled
+                output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, own["eps"], cudnn)
+                # Asked at first only: later inputs are averaged with it, so their errors count in its sigma.
+                if is_accurate or not (mean.square() * count**2 > MAX_KERNEL_SHIFT * var).any():
+                    slots.counts.append(count)
+                    if not is_accurate:
+                        slots.accurate_count = count
+                    if not slots.is_reached:
+                        slots.is_reached = True
+                        self.accumulator.order.append(slots)
+                    return output
+        return self._answer(layer, plain_call(layer, input))
+
+    def _forward_of_other(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        output, is_called = self._watched(layer, forward, input)
+        if is_called:
             return output
         # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input.
-        # What it does to one input says nothing of the next: there may be a mask.
+        # One input shows nothing about the next: there may be a mask.
         if not is_plain(layer, input, output):
             raise_not_visible(self._names[layer])
         return self._answer(layer, plain_call(layer, input))
 
     def _watched(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> tuple[Any, bool]:
-        """What the layer's forward returns, and whether it has called ``batch_norm`` for that."""
-        own, buffers, called = vars(layer), layer._buffers, False
+        """Run the layer's forward; returns its output, and whether it has called ``batch_norm`` for that."""
+        own, buffers, is_called = vars(layer), layer._buffers, False
         training, synced = own["training"], isinstance(layer, SyncBatchNorm)
         # a subclass may count batches and write its statistics itself: it does so to copies
         copies = {key: value if value is None else value.clone() for key, value in self._buffers[layer].items()}
 
         def instead(call: BatchNormCall) -> Tensor:
-            nonlocal called
-            called = True
-            if synced and training:  # in eval mode its own forward gives a momentum of 0 for None
+            nonlocal is_called
+            is_called = True
+            if synced and training:  # in eval mode its own forward passes a momentum of 0 for None
                 own["training"], call = True, call._replace(training=True, momentum=1.0)
             output = self._answer(layer, call)
-            buffers.update(copies)  # a forward that this one has waited for had its own there
+            buffers.update(copies)  # another forward that ran while this one waited has put its own there
             return output
 
         buffers.update(copies)
-        if synced:  # in train mode its own forward insists on CUDA, before it comes to its call
+        if synced:  # in train mode its own forward insists on CUDA before its call
             own["training"] = False
         try:
-            return replace_batch_norm(instead, self._names[layer], forward, input, required=False), called
+            return replace_batch_norm(instead, self._names[layer], forward, input, required=False), is_called
         finally:
             buffers.update(self._buffers[layer])
             if synced:
@@ -113,16 +166,26 @@ class BatchMode(Behavior):
     def _answer(self, layer: _BatchNorm, call: BatchNormCall) -> Tensor:
         if self._of_training and not call.training:
             return call.run()
-        return self._normalize(layer, call, self.takes(layer, call))
+        name, stored = self.name_of(layer), self.accumulator.channels[self._names[layer]]
+        if stored != call.input.shape[1]:
+            raise TypeError(
+                f"Layer {name!r} stores statistics of {stored} channels, and its forward normalizes "
+                f"{call.input.shape[1]}: which of them belong together cannot be told. Leave it out by layers=."
+            )
+        if self.exchange is not None:
+            mean, var = self.exchange(name, self._moments_of(call.input), self.takes(layer, call))
+            return call.normalize_with(mean.to(call.input.device), var.to(call.input.device))
+        return self._normalize(layer, name, call)
 
-    def _normalize(self, layer: _BatchNorm, call: BatchNormCall, counts: bool) -> Tensor:
+    def _normalize(self, layer: _BatchNorm, name: str, call: BatchNormCall) -> Tensor:
         """Normalize an input with its own statistics; an input without rows has none, and needs none."""
         input, count = call.input, call.values
-        slot = self._slot(layer, call) if counts and self.counts and count else None
+        is_tracked = self.takes(layer, call) and not self.is_padding and count > 0
+        slot = self.accumulator.slot(name, count) if is_tracked else None
         synced = isinstance(layer, SyncBatchNorm)
         dtype = (input if call.weight is None else call.weight).dtype
         if slot and count > 1 and slot[0].dtype == dtype and not synced and may_use_kernel(input):
-            output = F.batch_norm(input, *slot, call.weight, call.bias, True, 1.0, call.eps)
+            output = call._replace(running_mean=slot[0], running_var=slot[1], training=True, momentum=1.0).run()
             if kernel_was_accurate(input, *slot):
                 return output
         with torch.no_grad():  # the user's forward may have gradients of its own
@@ -130,7 +193,7 @@ class BatchMode(Behavior):
             if slot:
                 self._fill(slot, mean, var, count)
         if synced:
-            weight = mean.new_tensor(count * self.counts).double()
+            weight = mean.new_tensor(count * (not self.is_padding)).double()
             group = cast("ProcessGroup | None", layer.process_group)
             pooled = merge_over_ranks(Moments(weight, mean.double(), var.double() * weight), group)
             mean, var = pooled.mean, pooled.var
@@ -138,18 +201,13 @@ class BatchMode(Behavior):
             return call.normalize_by_itself()  # as torch does in training: bit by bit what the next layers train on
         return call.normalize_with(mean, var)
 
-    def _slot(self, layer: _BatchNorm, call: BatchNormCall) -> tuple[Tensor, Tensor]:
-        name = self.name_of(layer)
-        self._check_channels(name, call)
-        return self._seen.slot(name, call.values)
-
-    def _check_channels(self, name: str, call: BatchNormCall) -> None:
-        stored, given = self._seen.channels[name], call.input.shape[1]
-        if stored != given:
-            raise TypeError(
-                f"Layer {name!r} stores statistics of {stored} channels, and its forward normalizes {given}: which of "
-                "them belong together cannot be told. Leave it out by layers=."
-            )
+    @torch.no_grad()
+    def _moments_of(self, input: Tensor) -> Moments:
+        """Moments of an input; the count stays on the CPU, where it is known."""
+        count = input.numel() // input.shape[1]
+        mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
+        mean, var = (v.to(self.accumulator.device).double() for v in (mean, var))
+        return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * count)
 
     @staticmethod
     def _fill(slot: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, count: int) -> None:
@@ -158,7 +216,7 @@ class BatchMode(Behavior):
 
 
 def is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
-    """Whether a layer has made of its input what torch's own would have, but for rounding."""
+    """Return True if a layer's output is that of torch's own layer, except for rounding."""
     if not isinstance(input, Tensor) or not isinstance(output, Tensor) or input.shape != output.shape:
         return False
     if input.ndim < 2 or input.shape[1] != layer.num_features:
@@ -178,7 +236,7 @@ def is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
 
 
 def of_domain(name: str, domain: int | None) -> str:
-    """The name under which the statistics of one of a layer's domains are measured."""
+    """Return the name under which the statistics of one of a layer's domains are accumulated."""
     return name if domain is None else f"{name}@{domain}"
 
 
@@ -189,15 +247,14 @@ def forward_with_buffers(
     training: bool,
     mean: Tensor | None,
     var: Tensor | None,
-    momentum: float | None = None,
 ) -> Tensor:
-    """The layer's own forward in another mode, with other buffers; past the slow ``nn.Module.__setattr__``."""
+    """Run the layer's own forward in another mode, with other buffers; past the slow ``nn.Module.__setattr__``."""
     own, buffers = vars(layer), layer._buffers
-    kept = {"training": own["training"], "momentum": own["momentum"]}, dict(buffers)
-    own.update(training=training, momentum=momentum)
+    flags, stored = {"training": own["training"], "momentum": own["momentum"]}, dict(buffers)
+    own.update(training=training, momentum=None)
     buffers.update(running_mean=mean, running_var=var, num_batches_tracked=None)
     try:
         return forward(input)
     finally:
-        own.update(kept[0])
-        buffers.update(kept[1])
+        own.update(flags)
+        buffers.update(stored)

@@ -39,7 +39,8 @@ def find_bn(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
             f"{type(model).__name__} has no BatchNorm layer (BatchNorm1d/2d/3d, SyncBatchNorm or a subclass)."
         )
     of = f"BatchNorm layer of {type(model).__name__}"
-    found = {name: everything[name] for name in chosen(everything, as_patterns(layers), "layers", of)}
+    names = everything if layers is None else chosen(everything, as_patterns(layers), "layers", of)
+    found = {name: everything[name] for name in names}
     for name, layer in found.items():
         if isinstance(layer, _LazyNormBase) and layer.has_uninitialized_params():
             raise ValueError(f"Layer {name!r} is lazy and has not seen data: run one forward before lightning_bn.")

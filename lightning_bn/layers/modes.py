@@ -1,9 +1,10 @@
-"""Modes during a pass: what a step sets is honored while it runs, and undone afterwards."""
+"""Modes during a pass: what a step sets is honored while it runs, and restored afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,60 +13,51 @@ from torch.nn.modules.batchnorm import _BatchNorm
 _FLAGS = ("training", "momentum", "track_running_stats")
 
 
+@dataclass(frozen=True)
 class LayerFlags:
-    """The flags of BatchNorm layers that say whether a call is tracked.
+    """The flags of BatchNorm layers that decide whether a call is tracked.
 
-    A step may change them around a forward that is not to be tracked. Every step starts from those that the layers had
-    when this was made, and forwards that wait for each other keep their own.
-
-    Args:
-        layers: The layers.
+    A step may change them around a forward that is not to be tracked. Every step starts with the initial ones, and
+    forwards that wait for each other keep their own.
     """
 
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self._layers = [vars(layer) for layer in layers]
-        self._first = self.now()
+    layers: list[dict[str, Any]]
+    initial: list[tuple[Any, ...]]
 
     def now(self) -> list[tuple[Any, ...]]:
-        """The flags as they are."""
-        training, momentum, tracks = _FLAGS
-        return [(own[training], own[momentum], own[tracks]) for own in self._layers]
+        """Return the current flags."""
+        return [tuple([own[flag] for flag in _FLAGS]) for own in self.layers]
 
     def set(self, flags: list[tuple[Any, ...]]) -> None:
         """Give the layers these flags."""
-        if self.now() != flags:
-            for own, values in zip(self._layers, flags, strict=True):
-                own.update(zip(_FLAGS, values, strict=True))
-
-    def reset(self) -> None:
-        """Give the layers the flags that they had at first."""
-        self.set(self._first)
+        for own, (training, momentum, tracks) in zip(self.layers, flags, strict=True):
+            own["training"], own["momentum"], own["track_running_stats"] = training, momentum, tracks
 
 
 @contextmanager
 def preserve_flags(layers: Collection[_BatchNorm], training: bool | None) -> Iterator[LayerFlags]:
-    """Layers in a given mode (None: that which they have) at the start of every step; on leaving they are as before.
+    """Put layers into a mode (None: the one they have), and restore them on leaving.
 
-    So are all their attributes: a layer may count its calls in one.
+    All attributes are restored: a layer may count its calls in one.
     """
-    before = [(vars(layer), dict(vars(layer))) for layer in layers]
+    attributes = [vars(layer) for layer in layers]
+    before = [dict(own) for own in attributes]
     try:
-        for layer in layers if training is not None else ():
-            vars(layer)["training"] = training
-        yield LayerFlags(layers)
+        for own in attributes if training is not None else ():
+            own["training"] = training
+        yield LayerFlags(attributes, [tuple([own[flag] for flag in _FLAGS]) for own in attributes])
     finally:
-        for now, then in before:
-            for key in now.keys() - then.keys():
-                del now[key]
-            now.update(then)
+        for own, values in zip(attributes, before, strict=True):
+            for key in own.keys() - values.keys():
+                del own[key]
+            own.update(values)
 
 
 @contextmanager
 def keep_in_eval(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Keep modules in eval mode even if a step calls ``train()`` on them; on leaving they are as before.
+    """Keep modules in eval mode even if a step calls ``train()`` on them, and restore their modes on leaving.
 
-    ``train`` is replaced in ``nn.Module`` itself, not on the instances: a copy that a step makes of a module is to be
-    an ordinary one.
+    ``train`` is replaced in ``nn.Module`` itself, not on the instances, so that a step can copy a module.
     """
     modes = {module: module.training for module in modules}
     original = nn.Module.train
@@ -77,10 +69,10 @@ def keep_in_eval(modules: Collection[nn.Module]) -> Iterator[None]:
 
     try:
         for module in modes:
-            module.training = False
+            vars(module)["training"] = False  # past the slow `nn.Module.__setattr__`
         nn.Module.train = train  # type: ignore[method-assign,assignment]
         yield
     finally:
         nn.Module.train = original  # type: ignore[method-assign]
         for module, mode in modes.items():
-            module.training = mode
+            vars(module)["training"] = mode

@@ -1,464 +1,246 @@
-"""Normalization batches larger than the batches there are: micro-batches in lockstep, pooled over all ranks.
+"""Normalization batches larger than the batches: micro-batches in lockstep, pooled over all ranks.
 
-At every BatchNorm layer each micro-batch brings the moments of its input, and all of them are normalized with the
-pooled ones. That is what the layer would do with all samples in one tensor (B of Table 2), though no such tensor is
-ever made: micro-batches may have any size and structure.
+Every layer normalizes all micro-batches with the pooled moments of their inputs. That equals one tensor with all
+samples (B of Table 2), but no such tensor is made: micro-batches may have any size and structure.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_bn.core.batch_copy import copied
+from lightning_bn.core.micro_batches import MicroBatch
 from lightning_bn.core.moments import Moments
-from lightning_bn.core.population import Accumulator
-from lightning_bn.core.ranks import (
-    AnotherRankFailedError,
-    get_rank,
-    get_world_size,
-    max_over_ranks,
-    merge_over_ranks,
-    sum_over_ranks,
-)
+from lightning_bn.core.ranks import get_rank, get_world_size, max_over_ranks, merge_over_ranks, sum_over_ranks
+from lightning_bn.layers.batch_mode import BatchMode, SyncStatistics
 from lightning_bn.layers.modes import LayerFlags
-from lightning_bn.lockstep.in_lockstep import InLockstep, InputMoments, SyncStatistics
 from lightning_bn.lockstep.offload import AllocationTracker, OffloadManager, free_memory
+from lightning_bn.lockstep.positions import RankPositions, RankStatus, drain_on_error
 from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
-from lightning_bn.lockstep.thread_state import random_streams
-
-MISSING = object()
-"""The batch of a rank that never had one."""
-_MAX_MEAN_SHIFT = 1e-2
-"""Sigma by which what a micro-batch brings may differ between lockstep and alone: what 16-bit types may round."""
-_ABSENT, _FINISHED, _DIVERGED, _FAILED = -1, 1_000_000, 1_000_001, 1_000_002
-"""Where a rank may be instead of at the layer of a number."""
-_WAY_OUT = "Leave the layers in question out by layers=, or take the batches as they come (normalization_batch_size=1)."
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a rank shows to the model at one time.
-
-    Attributes:
-        batch: The batch.
-        number: Its place among this rank's batches; the first is 0.
-        counts: False for one that is only there to keep other ranks company.
-        samples: Samples in it, on this rank.
-        everywhere: Samples of all ranks at the same time.
-        ranks: Ranks with a batch of their own.
-        small: Whether one of these holds fewer samples than are to be normalized together.
-    """
-
-    batch: Any
-    number: int
-    counts: bool
-    samples: int
-    everywhere: int
-    ranks: int
-    small: bool
+from lightning_bn.lockstep.trial import ADVICE, BatchSnapshot, LayerCall, ModelProfile, Trial
 
 
 class NotEnoughMemoryError(MemoryError):
-    """Micro-batches that wait for each other would need more memory than is free; none was taken yet."""
-
-
-class MemoryEstimate(NamedTuple):
-    """What a micro-batch was seen to need: the most bytes alive at a layer, for so many samples, and its arrivals."""
-
-    num_bytes: int
-    samples: int
-    arrivals: int
-
-
-@dataclass
-class ModelProfile:
-    """What is known of a model from its first micro-batch; may be kept for another time.
-
-    Attributes:
-        needs: What it needs; None until it was run.
-        independent: Whether it was seen that micro-batches do not influence each other.
-        warned: Subjects of the warnings that were given: each is given once.
-    """
-
-    needs: MemoryEstimate | None = None
-    independent: bool = False
-    warned: set[str] = field(default_factory=set)
-
-
-class _LayerCall(NamedTuple):
-    """One call of a layer: what the first micro-batch brought, and the mean and variance that it was given."""
-
-    name: str
-    brought: InputMoments
-    mean: Tensor
-    var: Tensor
-
-
-class _FirstBatchSnapshot:
-    """A copy of the first micro-batch, since running it may change it, and where random numbers were when it began."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = copied(batch)
-        self._began = _generators()
-
-    @contextmanager
-    def random_numbers(self) -> Iterator[None]:
-        """Draw them from there, and on leaving from where they were before."""
-        before = _generators()
-        _set_generators(*self._began)
-        try:
-            yield
-        finally:
-            _set_generators(*before)
+    """Micro-batches that wait for each other would need more memory than is free; raised before they take it."""
 
 
 class PooledForward:
     """Runs micro-batches as one normalization batch.
 
-    The first micro-batch is run twice more, alone: before, to see how much memory it needs, and behind, with the pooled
-    statistics, to see that the others did not influence it.
+    The first micro-batch is run twice more by itself: before, to estimate its memory, and afterwards, with the pooled
+    statistics, to check that the others did not influence it.
 
     Args:
-        layers: Qualified name -> number of channels.
-        mode: What these layers do.
-        seen: Where the statistics go.
-        flags: Of these layers.
+        mode: Behavior of the measured layers.
+        flags: Flags of these layers.
         run: Runs the model on one batch.
-        device: Where it runs.
-        memory_limit: Bytes that waiting micro-batches may take on each rank; what is beyond goes to the host's memory
-            or to disk. By default it is an error to need more than is free.
-        tried: What is known already, and where to put what is found out.
+        memory_limit: Bytes that waiting micro-batches may take on each rank; the rest is moved to the host's memory or
+            to disk. None raises an error if the estimate exceeds free memory.
+        profile: Facts about the model that are known already; new ones are added.
 
     Attributes:
-        left_out: This rank's micro-batches that gave a layer non-finite values, and that layer.
+        left_out: This rank's micro-batches that gave a layer non-finite values, and the layer.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, int],
-        mode: InLockstep,
-        seen: Accumulator,
+        mode: BatchMode,
         flags: LayerFlags,
         run: Callable[[Any], Any],
-        device: torch.device,
         memory_limit: int | None,
-        tried: ModelProfile,
+        profile: ModelProfile,
     ) -> None:
-        self._layers, self._mode, self._seen, self._flags, self._run = layers, mode, seen, flags, run
-        self._device = device
-        self._numbers = {name: number for number, name in enumerate(layers)}
-        self._room = None if memory_limit is None else OffloadManager(memory_limit)
-        self._first: _FirstBatchSnapshot | None = None
-        self._tried = tried
-        self._over = False
+        self._accumulator, self._flags, self._run = mode.accumulator, flags, run
+        self._trial, self._profile = Trial(mode, flags, run, profile), profile
+        self._device = self._accumulator.device
+        self._names = list(self._accumulator.channels)
+        self._offload = None if memory_limit is None else OffloadManager(memory_limit)
+        self._snapshot: BatchSnapshot | None = None
+        self._positions = RankPositions(self._names, self._device)
         self._finite: list[tuple[str, Tensor]] = []
+        self._tracked: list[tuple[str, int, Moments]] = []
         self.left_out: list[tuple[MicroBatch, str]] = []
 
     @property
     def spilled(self) -> int:
-        """Bytes that were put elsewhere so far."""
-        return self._room.spilled if self._room else 0
+        """Bytes moved elsewhere so far."""
+        return self._offload.spilled if self._offload else 0
 
-    def needs(self, own: MicroBatch) -> MemoryEstimate:
-        """What the first micro-batch needs, found out by running it alone."""
-        if own.batch is MISSING or not own.samples:
-            return MemoryEstimate(0, 1, 0)
-        if self._tried.needs is None:
-            alive, seen = AllocationTracker(), [0]
-
-            def exchange(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
-                seen.append(alive.num_bytes)
-                return brought.mean, brought.var
-
-            first = _FirstBatchSnapshot(own.batch)
-            with self._exchanging(exchange), alive:
-                self._run_single(first)  # with a copy of the batch, which counts
-            self._tried.needs = MemoryEstimate(max(seen), own.samples, len(seen) - 1)
-        return self._tried.needs
-
-    def most(self, own: MicroBatch, share: float) -> int:
-        """How many micro-batches like this one fit into a share of the memory that is free, on every rank."""
-        with self._synchronized_errors():
-            fit = int(share * self.free() // max(self.needs(own).num_bytes, 1))
-        (fewest,) = max_over_ranks([-fit], self._device)
+    def max_batches(self, micro_batch: MicroBatch, share: float) -> int:
+        """Number of such micro-batches that fit into a share of the free memory, on every rank."""
+        with self._positions.synchronized_errors():
+            fitting = int(share * self.free() // max(self.memory(micro_batch), 1))
+        (fewest,) = max_over_ranks([-fitting], self._device)
         return max(-fewest, 1)
 
-    def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
-        """Run micro-batches together, and put the statistics of every call of a layer into a slot.
-
-        Args:
-            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
-                second time goes on where the first time ended.
-            progress: Called with the share of the work that is done.
-
-        Raises:
-            LockstepError: If they come to different layers, or influence each other.
-            NotEnoughMemoryError: If they need more memory than is free, and no ``memory_limit`` was given.
-        """
-        going: list[MicroBatch] = []
-        met = self._run_together(micro_batches, going, progress)
-        while (culprits := self._culprits(going)) is not None:
-            self._seen.discard()
-            bad = {m.number for m in culprits}
-            going, left = [], [m for m in going if m.number not in bad]
-            some_left, *_ = sum_over_ranks([sum(m.counts for m in left)], self._device)
-            if not some_left:
-                return
-            met = self._run_together(left, going, progress)
-        if not self._tried.independent:
-            with self._synchronized_errors():
-                if self._first:
-                    self._verify(self._first, met)
-            self._tried.independent, self._first = True, None
-        progress(1.0)
-
-    def _run_together(
-        self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch], progress: Callable[[float], None]
-    ) -> list[_LayerCall]:
-        """Run micro-batches together; what the first one brought and was given."""
-        met: list[_LayerCall] = []
-        done = 0
-        self._finite, self._first = [], None
-
-        def answer(name: str, brought: list[InputMoments]) -> Sequence[tuple[Tensor, Tensor]]:
-            nonlocal done
-            pooled = self._pool(name, [b if m.counts else b.of_nothing() for b, m in zip(brought, going, strict=True)])
-            if not self._tried.independent:
-                met.append(_LayerCall(name, brought[0], *pooled))
-            done += 1
-            progress(min(done / max(self.needs(going[0]).arrivals, done), 1.0))
-            return [pooled] * len(going)
-
-        lockstep = Lockstep[str, InputMoments, tuple[Tensor, Tensor]](answer, own_random_numbers=True, advice=_WAY_OUT)
-        with (
-            self._synchronized_errors(),
-            self._drain_on_error(micro_batches),
-            self._exchanging(self._with_own_flags(self._with_offload(lockstep.exchange))),
-        ):
-            lockstep.run(self._functions(micro_batches, going))
-            if not going:
-                self._join_collectives()
-        return met
-
-    def _culprits(self, going: Sequence[MicroBatch]) -> list[MicroBatch] | None:
-        """This rank's micro-batches that brought non-finite values where any of any rank did first; None without any.
-
-        At later layers all have them. One question to the device for all layers.
-        """
-        finite = torch.stack([row for _, row in self._finite]).tolist() if self._finite else []
-        first = next((i for i, row in enumerate(finite) if not all(row)), _FINISHED)
-        (minus_first,) = max_over_ranks([-first], self._device)
-        if minus_first == -_FINISHED:
-            return None
-        name = self._finite[first][0] if first == -minus_first else ""
-        culprits = [m for m, ok in zip(going, finite[first], strict=True) if not ok] if name else []
-        self.left_out += [(m, name) for m in culprits]
-        return culprits
-
-    def _functions(self, micro_batches: Iterable[MicroBatch], going: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
-        """Micro-batches as functions to run, as long as there is memory for them."""
-        free: int | None = None
-        for own in micro_batches:
-            needs = self.needs(own)
-            free = self.free() if free is None else free
-            if not going and not self._tried.independent:
-                self._first = _FirstBatchSnapshot(own.batch)
-            going.append(own)
-            samples = sum(m.samples for m in going)
-            expected = needs.num_bytes * samples / needs.samples
-            if self._room is None and expected > free:
-                raise NotEnoughMemoryError(
-                    f"{len(going)} micro-batches of {samples} samples (on this rank) will keep about {expected:,.0f} "
-                    f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller normalization_batch_size, or "
-                    "memory_limit=, the bytes above which those that wait are put to disk."
-                )
-            yield self._function(own.batch)
-
-    def _function(self, batch: Any) -> Callable[[], Any]:
-        def function() -> None:
-            self._flags.reset()
-            if self._room is None:
-                self._run(copied(batch))  # a step may change it, and it may have to run again
-            else:
-                with self._room.keep_track() as alive:
-                    _ALIVE.set(alive)
-                    self._run(copied(batch))
-
-        return function
-
-    def _with_offload(self, exchange: SyncStatistics) -> SyncStatistics:
-        """Wait where there is room."""
-        room = self._room
-        if room is None:
-            return exchange
-
-        def waiting(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
-            alive = _ALIVE.get(None)
-            with room.waiting(alive, (brought.mean, brought.var)) if alive else nullcontext():  # none: another thread
-                return exchange(name, brought)
-
-        return waiting
-
-    def _with_own_flags(self, exchange: SyncStatistics) -> SyncStatistics:
-        """Wait, and go on with the layers' flags as they were: others set theirs meanwhile."""
-
-        def exchanging(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
-            flags = self._flags.now()
-            answer = exchange(name, brought)
-            self._flags.set(flags)
-            return answer
-
-        return exchanging
-
-    def _pool(self, name: str, brought: Sequence[InputMoments]) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of what all micro-batches of all ranks bring to a layer."""
-        counts = all(b.counts for b in brought)
-        if not counts and any(b.counts for b in brought):
-            raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {_WAY_OUT}")
-        self._all_reduce_position(self._numbers[name] + (0 if counts else len(self._numbers)))
-        pooled, finite = _together(brought, self._seen.home)
-        self._finite.append((name, finite))
-        return self._merged(name, pooled, counts)
-
-    def _merged(self, name: str, own: Moments, counts: bool) -> tuple[Tensor, Tensor]:
-        pooled = merge_over_ranks(own)
-        count = int(pooled.count.flatten()[0])
-        if counts and count and get_rank() == 0:  # else all ranks would count what they have in common
-            mean, var = self._seen.slot(name, count)
-            mean.copy_(pooled.mean)
-            var.copy_(pooled.var * (count / max(count - 1, 1)))
-        return pooled.mean, pooled.var
-
-    def _join_collectives(self) -> None:
-        """What a rank without micro-batches does."""
-        names = list(self._layers)
-        while (number := self._all_reduce_position(_ABSENT)) < 2 * len(names):
-            name = names[number % len(names)]
-            self._merged(name, Moments.empty(self._layers[name], self._seen.home), number < len(names))
-
-    def _verify(self, first: _FirstBatchSnapshot, met: Sequence[_LayerCall]) -> None:
-        """Run the first micro-batch alone with the statistics that it was given, and see whether it brings the same."""
-        expected = iter(met)
-
-        def exchange(name: str, brought: InputMoments) -> tuple[Tensor, Tensor]:
-            then = next(expected, None)
-            if then is None or then.name != name or then.brought.values != brought.values or _differ(then, brought):
-                raise LockstepError(
-                    f"A micro-batch shows layer {name!r} something else in lockstep with others than alone: the model "
-                    "keeps something of its own between layers, in an attribute or a list that a hook fills, or draws "
-                    f"random numbers of its own. {_WAY_OUT}"
-                )
-            return then.mean, then.var
-
-        with self._exchanging(exchange):
-            self._run_single(first)
-
-    def _run_single(self, first: _FirstBatchSnapshot) -> None:
-        """Run a copy of the first micro-batch, with the random numbers that it draws in lockstep."""
-        self._flags.reset()
-        with first.random_numbers(), next(random_streams()).activate():
-            self._run(copied(first.batch))
+    def memory(self, micro_batch: MicroBatch) -> int:
+        """Bytes that a micro-batch keeps alive."""
+        return self._trial.memory(micro_batch).num_bytes
 
     def free(self) -> int:
         """Bytes of memory that this rank may still take."""
         free = free_memory(self._device)
-        return free if self._device.type == "cuda" else free // get_world_size()  # which share the host
+        return free if self._device.type == "cuda" else free // get_world_size()  # ranks share the host
 
-    @contextmanager
-    def _exchanging(self, exchange: SyncStatistics) -> Iterator[None]:
-        before, self._mode.exchange = self._mode.exchange, exchange
-        try:
-            yield
-        finally:
-            self._mode.exchange = before
+    def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
+        """Run micro-batches jointly, and accumulate the pooled statistics of every call of a layer.
 
-    @staticmethod
-    @contextmanager
-    def _drain_on_error(micro_batches: Iterable[MicroBatch]) -> Iterator[None]:
-        """Where ranks count together what they take: one that fails takes the rest before it tells the others."""
-        try:
-            yield
-        except Exception:
-            if get_world_size() > 1:
-                for _ in micro_batches:
-                    pass
-            raise
-
-    @contextmanager
-    def _synchronized_errors(self) -> Iterator[None]:
-        """All ranks come through, or none."""
-        self._over = False
-        try:
-            yield
-        except BaseException as error:
-            if not self._over:
-                with suppress(RuntimeError):
-                    self._all_reduce_position(_DIVERGED if isinstance(error, LockstepError) else _FAILED)
-            raise
-        if not self._over:
-            self._all_reduce_position(_FINISHED)
-
-    def _all_reduce_position(self, own: int) -> int:
-        """The place where all ranks are that have micro-batches: a layer's number, or one of those above.
+        Args:
+            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
+                second time continues where the first time ended.
+            progress: Called with the share of the work that is done.
 
         Raises:
-            LockstepError: If they are at different ones.
-            AnotherRankFailedError: If a rank has failed.
+            LockstepError: If they reach different layers, or influence each other.
+            NotEnoughMemoryError: If they need more memory than is free, without ``memory_limit``.
         """
-        present = own != _ABSENT
-        last, minus_first = max_over_ranks([own, -own if present else -_FAILED], self._device)
-        self._over = last >= _FINISHED or last != -minus_first
-        if last == _FAILED:
-            raise AnotherRankFailedError
-        if last == _DIVERGED:
-            raise LockstepError("Micro-batches of another rank cannot go in lockstep; its error says why.")
-        if last != -minus_first:
-            names = list(self._layers)
-            first, second = (names[n % len(names)] if n < _FINISHED else "their end" for n in (-minus_first, last))
-            raise LockstepError(
-                f"Ranks diverge: micro-batches are at {first} on one and at {second} on another. {_WAY_OUT}"
-            )
-        return last
+        running: list[MicroBatch] = []
+        calls = self._run_jointly(micro_batches, running, progress)
+        while (nonfinite := self._find_nonfinite(running)) is not None:
+            bad = {m.number for m in nonfinite}
+            left, running = [m for m in running if m.number not in bad], []
+            some_left, *_ = sum_over_ranks([sum(not m.is_padding for m in left)], self._device)
+            if not some_left:
+                return
+            calls = self._run_jointly(left, running, progress)
+        for name, count, moments in self._tracked:
+            mean, var = self._accumulator.slot(name, count)
+            mean.copy_(moments.mean)
+            var.copy_(moments.m2 / max(count - 1, 1))
+        if not self._profile.is_independent:
+            with self._positions.synchronized_errors():
+                if self._snapshot:
+                    self._trial.verify(self._snapshot, calls)
+            self._profile.is_independent, self._snapshot = True, None
+        progress(1.0)
+
+    def _run_jointly(
+        self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch], progress: Callable[[float], None]
+    ) -> list[LayerCall]:
+        """Run micro-batches jointly, and append them to ``running``; returns the first one's layer calls."""
+        calls: list[LayerCall] = []
+        done = 0
+        self._finite, self._tracked, self._snapshot = [], [], None
+
+        def answer(name: str, inputs: list[tuple[Moments, bool]]) -> Sequence[tuple[Tensor, Tensor]]:
+            nonlocal done
+            pooled = self._pool(name, inputs, running)
+            if not self._profile.is_independent:
+                calls.append(LayerCall(name, inputs[0][0], *pooled))
+            done += 1
+            progress(min(done / max(self._trial.memory(running[0]).calls, done), 1.0))
+            return [pooled] * len(running)
+
+        lockstep = Lockstep[str, tuple[Moments, bool], tuple[Tensor, Tensor]](answer, True, ADVICE)
+        with (
+            self._positions.synchronized_errors(),
+            drain_on_error(micro_batches),
+            self._trial.exchanging(self._exchange_of(lockstep)),
+        ):
+            lockstep.run(self._functions(micro_batches, running))
+            if not running:
+                self._join_collectives()
+        return calls
+
+    def _find_nonfinite(self, running: Sequence[MicroBatch]) -> list[MicroBatch] | None:
+        """Find this rank's micro-batches that gave non-finite values to the first layer of any rank that got some.
+
+        Later layers get them from all micro-batches. One question to the device for all layers. None if there are none.
+        """
+        finite = torch.stack([row for _, row in self._finite]).tolist() if self._finite else []
+        first = next((i for i, row in enumerate(finite) if not all(row)), RankStatus.FINISHED)
+        (minus_first,) = max_over_ranks([-first], self._device)
+        if minus_first == -RankStatus.FINISHED:
+            return None
+        if first != -minus_first:
+            return []
+        bad = [m for m, is_finite in zip(running, finite[first], strict=True) if not is_finite]
+        self.left_out += [(m, self._finite[first][0]) for m in bad]
+        return bad
+
+    def _functions(self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
+        """Yield micro-batches as functions to run, while there is memory for them."""
+        free: int | None = None
+        for micro_batch in micro_batches:
+            memory = self._trial.memory(micro_batch)
+            free = self.free() if free is None else free
+            if not running and not self._profile.is_independent:
+                self._snapshot = BatchSnapshot(micro_batch.batch)
+            running.append(micro_batch)
+            samples = sum(m.samples for m in running)
+            expected = memory.num_bytes * samples / memory.samples
+            if self._offload is None and expected > free:
+                raise NotEnoughMemoryError(
+                    f"{len(running)} micro-batches of {samples} samples (on this rank) will keep about {expected:,.0f} "
+                    f"bytes alive at the widest BatchNorm layer, and {free:,} are free. Pass a smaller "
+                    "normalization_batch_size, or memory_limit=, the bytes above which waiting ones are put to disk."
+                )
+            yield self._function(micro_batch.batch)
+
+    def _function(self, batch: Any) -> Callable[[], Any]:
+        def function() -> None:
+            self._flags.set(self._flags.initial)
+            if self._offload is None:
+                self._run(copied(batch))  # a step may change it, and it may have to run again
+            else:
+                with self._offload.keep_track() as tracker:
+                    _TRACKER.set(tracker)
+                    self._run(copied(batch))
+
+        return function
+
+    def _exchange_of(self, lockstep: Lockstep[str, tuple[Moments, bool], tuple[Tensor, Tensor]]) -> SyncStatistics:
+        offload = self._offload
+
+        def exchange(name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:
+            flags = self._flags.now()
+            tracker = _TRACKER.get(None) if offload else None  # None as well in another thread
+            tensors = (moments.mean, moments.m2)
+            with offload.waiting(tracker, tensors) if offload and tracker else nullcontext():
+                statistics = lockstep.exchange(name, (moments, is_tracked))
+            self._flags.set(flags)  # other forwards set theirs meanwhile
+            return statistics
+
+        return exchange
+
+    def _pool(
+        self, name: str, inputs: Sequence[tuple[Moments, bool]], running: Sequence[MicroBatch]
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance of a layer's inputs in all micro-batches of all ranks."""
+        is_tracked = {tracked for _, tracked in inputs}
+        if len(is_tracked) > 1:
+            raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {ADVICE}")
+        tracked = is_tracked.pop()
+        self._positions.all_reduce(self._names.index(name) + (0 if tracked else len(self._names)))
+        finite = torch.stack([moments.mean + moments.m2 for moments, _ in inputs]).isfinite().all(1)
+        self._finite.append((name, finite))
+        moments = [_without_values(m) if batch.is_padding else m for (m, _), batch in zip(inputs, running, strict=True)]
+        return self._merge(name, Moments.merge(moments), tracked)
+
+    def _merge(self, name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:
+        pooled = merge_over_ranks(moments)
+        count = int(pooled.count.flatten()[0])
+        if is_tracked and count and get_rank() == 0:  # the pooled ones of all ranks count once
+            self._tracked.append((name, count, pooled))
+        return pooled.mean, pooled.var
+
+    def _join_collectives(self) -> None:
+        """Enter the other ranks' collectives, on a rank without micro-batches."""
+        while (position := self._positions.all_reduce(RankStatus.ABSENT)) < 2 * len(self._names):
+            name = self._names[position % len(self._names)]
+            nothing = Moments.empty(self._accumulator.channels[name], self._accumulator.device)
+            self._merge(name, nothing, position < len(self._names))
 
 
-_ALIVE: ContextVar[AllocationTracker] = ContextVar("alive")
-"""What keeps track of the micro-batch that is running."""
+_TRACKER: ContextVar[AllocationTracker] = ContextVar("tracker")
+"""Tracks the allocations of the micro-batch that is running."""
 
 
-def _together(brought: Sequence[InputMoments], home: torch.device) -> tuple[Moments, Tensor]:
-    """Moments of what several micro-batches bring, in one go, and which of them are finite, ``(k,)``.
-
-    The count stays on the CPU, where it is known.
-    """
-    count = torch.tensor([[float(b.values)] for b in brought], dtype=torch.float64)
-    mean, var = (torch.stack([getattr(b, part) for b in brought]).to(home).double() for part in ("mean", "var"))
-    share = (count / count.sum().clamp(min=1)).to(home)
-    pooled = (share * mean).sum(0)
-    moments = Moments(count.sum(), pooled, (share * (var + (mean - pooled).square())).sum(0) * float(count.sum()))
-    return moments, (mean.isfinite() & var.isfinite()).all(1)
-
-
-def _differ(then: _LayerCall, now: InputMoments) -> bool:
-    """Whether the means of a micro-batch are not those that it brought then."""
-    off = (now.mean - then.brought.mean).abs() / (then.var + 1e-5).sqrt().to(now.mean)
-    return bool(off.amax() > _MAX_MEAN_SHIFT)  # NaN, of non-finite values, is for the statistics' own check
-
-
-def _generators() -> tuple[Any, Any, Tensor]:
-    """States of Python's, NumPy's and torch's global generators; CUDA's is not drawn from here."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_generators(of_python: Any, of_numpy: Any, of_torch: Tensor) -> None:
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
-    torch.set_rng_state(of_torch)
+def _without_values(moments: Moments) -> Moments:
+    return Moments(*(torch.zeros_like(v) for v in (moments.count, moments.mean, moments.m2)))

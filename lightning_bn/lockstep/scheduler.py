@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from lightning_bn.lockstep.thread_state import random_streams
+from lightning_bn.core.rng import random_streams
 
 if TYPE_CHECKING:
     from lightning_bn.lockstep.task import Suspended

@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from lightning_bn.lockstep.thread_state import RandomState, ThreadState
+from lightning_bn.core.rng import RandomStream
+from lightning_bn.lockstep.thread_state import ThreadState
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -30,7 +31,7 @@ class Suspended(greenlet, Generic[P, V, A, T]):
     answer: A | None = None
     result: T
 
-    def __init__(self, function: Callable[[], T], random: RandomState | None) -> None:
+    def __init__(self, function: Callable[[], T], random: RandomStream | None) -> None:
         super().__init__(function)
         self.gr_context = copy_context()
         self._state, self._random = ThreadState(), random

@@ -102,40 +102,6 @@ class _Snapshot(NamedTuple):
             torch.cuda.set_stream(self.stream)  # and its device
 
 
-class RandomState:
-    """A stream of torch's random numbers, on the CPU and on CUDA, that goes on where it was left.
-
-    Args:
-        seed: Where it starts.
-    """
-
-    def __init__(self, seed: int) -> None:
-        on_cuda = [torch.Generator("cuda")] if torch.cuda.is_initialized() else []
-        self._states = [generator.manual_seed(seed).get_state() for generator in (torch.Generator(), *on_cuda)]
-
-    @contextmanager
-    def activate(self) -> Iterator[None]:
-        """Draw from this stream, and on leaving from the one before."""
-        devices = (torch.random, torch.cuda)[: len(self._states)]
-        before = [device.get_rng_state() for device in devices]
-        for device, state in zip(devices, self._states, strict=True):
-            device.set_rng_state(state)
-        try:
-            yield
-        finally:
-            self._states = [device.get_rng_state() for device in devices]
-            for device, state in zip(devices, before, strict=True):
-                device.set_rng_state(state)
-
-
-def random_streams() -> Iterator[RandomState]:
-    """Streams that depend on the state of the global one, and do not move it."""
-    seeds = torch.Generator()
-    seeds.set_state(torch.get_rng_state())
-    while True:
-        yield RandomState(int(torch.randint(2**62, (), generator=seeds)))
-
-
 def _listed(length: int, at: Callable[[int], Any]) -> tuple[Any, ...]:
     return tuple(at(i) for i in range(length)) if length else ()
 

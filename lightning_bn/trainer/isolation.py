@@ -7,7 +7,6 @@ originals back; so nothing has to be copied back, and an exception leaves nothin
 from __future__ import annotations
 
 import copy
-import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,8 +20,9 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_bn.core.rng import GENERATORS, preserve_rng_state
 from lightning_bn.trainer.parameters import FixedModel, preserve_parameters
-from lightning_bn.trainer.stateful_objects import GENERATORS, find_stateful_objects, is_lightning_module, snapshot_state
+from lightning_bn.trainer.stateful_objects import find_stateful_objects, is_lightning_module, snapshot_state
 
 _HELD = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 """Where `nn.Module` keeps what its author gave it."""
@@ -59,20 +59,6 @@ def isolate(
         fixed = stack.enter_context(preserve_parameters(module))
         stack.enter_context(_preserve_modules(module, may_log))
         yield fixed
-
-
-@contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """Restore the global random number generators on leaving."""
-    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,8 +9,9 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from lightning_bn.core.rng import GENERATORS, save_generator
 
 
 def is_lightning_module(o: Any) -> bool:
@@ -49,18 +49,11 @@ def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
 
 
 CONTAINERS = (list, dict, set, deque)
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NOT_OURS = (Tensor, np.ndarray, ModuleType, Iterator, type)
 
 
 def snapshot_state(o: Any) -> Callable[[], Any]:
     """A function that puts an object back into the state it has now."""
-    if isinstance(o, torch.Generator):
-        return partial(o.set_state, o.get_state())
-    if isinstance(o, np.random.RandomState):
-        return partial(o.set_state, o.get_state())
-    if isinstance(o, random.Random):
-        return partial(o.setstate, o.getstate())
-    if isinstance(o, np.random.Generator):
-        return partial(setattr, o.bit_generator, "state", o.bit_generator.state)
+    if isinstance(o, GENERATORS):
+        return save_generator(o)
     return partial(vars(o).update, vars(o).copy())

@@ -14,7 +14,7 @@ def fill(seen: Accumulator, name: str, x: Tensor) -> None:
 
 
 def assert_statistics_of(x: Tensor, name: str, seen: Accumulator, calls: int) -> None:
-    found = seen.statistics()[name]
+    found = seen.statistics()[0][name]
     torch.testing.assert_close(found.mean, x.mean(0).double(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.var, x.var(0, correction=0).double(), rtol=1e-6, atol=1e-6)
     assert found.count == len(x) and found.calls == calls
@@ -55,7 +55,7 @@ def test_a_layer_never_reached_has_no_statistics() -> None:
     seen = Accumulator({"reached": 2, "unreached": 2})
     fill(seen, "reached", torch.randn(4, 2))
     seen.end_of_batch()
-    assert list(seen.statistics()) == ["reached"]
+    assert list(seen.statistics()[0]) == ["reached"]
 
 
 def test_an_unfinished_batch_does_not_count() -> None:
@@ -63,7 +63,7 @@ def test_an_unfinished_batch_does_not_count() -> None:
     fill(seen, "bn", x)
     seen.end_of_batch()
     fill(seen, "bn", torch.full((3, 2), 100.0))
-    assert seen.statistics()["bn"].count == 8
+    assert seen.statistics()[0]["bn"].count == 8
 
 
 def test_a_call_with_one_value_has_no_variance_of_its_own() -> None:
@@ -83,7 +83,7 @@ def test_standard_error_of_equal_batches_is_the_textbook_one() -> None:
         seen.end_of_batch()
     textbook = x.mean(1).std(0, correction=1) / 20**0.5
     in_sigmas = textbook / x.reshape(-1, 3).std(0, correction=0)
-    torch.testing.assert_close(seen.statistics()["bn"].standard_error, in_sigmas.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.statistics()[0]["bn"].standard_error, in_sigmas.double(), rtol=1e-5, atol=0)
 
 
 def test_standard_error_foretells_the_spread_of_the_mean_over_draws_of_unequal_batches() -> None:
@@ -93,7 +93,7 @@ def test_standard_error_foretells_the_spread_of_the_mean_over_draws_of_unequal_b
         for size in sizes:
             fill(seen, "bn", torch.randn(size, 50))
             seen.end_of_batch()
-        found = seen.statistics()["bn"]
+        found = seen.statistics()[0]["bn"]
         foretold.append(found.standard_error)
         means.append(found.mean)
     spread = torch.stack(means).std()
@@ -105,7 +105,7 @@ def test_standard_error_of_a_single_call_is_unknown() -> None:
     seen = Accumulator({"bn": 3})
     fill(seen, "bn", torch.randn(9, 3))
     seen.end_of_batch()
-    assert seen.statistics()["bn"].standard_error.isnan().all()
+    assert seen.statistics()[0]["bn"].standard_error.isnan().all()
 
 
 def test_statistics_are_a_mapping_that_knows_what_it_was_shown() -> None:
@@ -113,7 +113,7 @@ def test_statistics_are_a_mapping_that_knows_what_it_was_shown() -> None:
     for name in ("a", "b"):
         fill(seen, name, torch.randn(4, 1))
     seen.end_of_batch()
-    statistics = PopulationStatistics(seen.statistics(), num_samples=4, num_batches=1, batch_size=4)
+    statistics = PopulationStatistics(seen.statistics()[0], num_samples=4, num_batches=1, batch_size=4)
     assert list(statistics) == ["a", "b"] and len(statistics) == 2 and "c" not in statistics
     assert repr(statistics) == "PopulationStatistics(2 layers, 4 samples in 1 batches)"
 
@@ -122,7 +122,7 @@ def test_statistics_do_not_change_when_more_is_added() -> None:
     seen = Accumulator({"bn": 1})
     fill(seen, "bn", torch.ones(4, 1))
     seen.end_of_batch()
-    before = seen.statistics()["bn"].mean
+    before = seen.statistics()[0]["bn"].mean
     fill(seen, "bn", torch.zeros(4, 1))
     seen.end_of_batch()
     assert before.item() == 1

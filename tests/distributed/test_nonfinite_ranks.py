@@ -27,7 +27,7 @@ BAD: dict[str, list[tuple[int, int]]] = {
     "all of the first rank, and one": [(0, 0), (0, 1), (0, 2), (1, 1)],
 }
 """Rank and number of the bad batches."""
-CASES = [(name, batch_size) for name in BAD for batch_size in (None, "population")]
+CASES = [(name, batch_size) for name in BAD for batch_size in ("loader", "population")]
 
 
 def shards_with(bad: list[tuple[int, int]], value: float = math.nan) -> list[Batches]:
@@ -44,7 +44,7 @@ def several(cases: list[tuple[nn.Module, list[Batches], dict[str, Any]]]) -> lis
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(value: float) -> None:
     model = cnn().double()
-    cases = [(model, shards_with(BAD[name], value), {"batch_size": size}) for name, size in CASES]
+    cases = [(model, shards_with(BAD[name], value), {"normalization_batch_size": size}) for name, size in CASES]
     results = run_on_ranks(several, 2, cases)
     for number, (name, size) in enumerate(CASES):
         of_ranks = [result[number] for result in results]
@@ -75,7 +75,7 @@ def all_hand_written(cases: list[tuple[str, list[Batches], Any]]) -> list[Result
 def test_hand_written_layers_leave_the_same_out() -> None:
     shards = [batches([2, 2, 2]), batches([2, 2, 2])]
     shards[1][1][0, 0, 0] = math.nan
-    cases = [(name, shards, size) for name in HAND_WRITTEN for size in (None, "population")]
+    cases = [(name, shards, size) for name in HAND_WRITTEN for size in ("loader", "population")]
     torch.manual_seed(0)
     nets = [Net(ZOO[name]) for name, _, _ in cases]
     results = run_on_ranks(all_hand_written, 2, cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import precise_bn
-from lightning_bn.functional.measure import measure
+from lightning_bn.functional.measure import PassConfig, measure
 from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.lockstep.trial import ModelProfile
 from tests.distributed.test_precise_bn_ranks import Batches, Result, assert_same_bits, measured
 from tests.ranks import run_on_ranks
 from tests.truth import assert_close_to, in_double
@@ -48,7 +50,12 @@ FOUR = {"four ranks": [[3, 2], [1], [4, 1, 1], [2]], "four ranks, two without": 
 def test_ranks_measure_all_their_samples_as_one_batch(world_size: int, sizes: dict[str, list[list[int]]]) -> None:
     shards = [double(s) for s in sizes.values()]
     models = [model.double() for model in (cnn(), Shared())]
-    cases = [(m, s, wrap, {"batch_size": "population"}) for m in models for s in shards for wrap in (False, True)]
+    cases = [
+        (m, s, wrap, {"normalization_batch_size": "population"})
+        for m in models
+        for s in shards
+        for wrap in (False, True)
+    ]
     results = run_on_ranks(several, world_size, cases)
     for number, (model, shard, _, _) in enumerate(cases):
         of_ranks = [result[number] for result in results]
@@ -64,7 +71,9 @@ def test_ranks_measure_all_their_samples_as_one_batch(world_size: int, sizes: di
 def test_a_group_counts_the_samples_of_all_ranks(memory_limit: int | None) -> None:
     model, shards = cnn().double(), double([[2, 2, 2, 2], [1, 1, 1, 1]])
     together = [torch.cat([x for s in shards for x in s[i : i + 2]]) for i in (0, 2)]
-    results = run_on_ranks(measured, 2, model, shards, False, {"batch_size": 6, "memory_limit": memory_limit})
+    results = run_on_ranks(
+        measured, 2, model, shards, False, {"normalization_batch_size": 6, "memory_limit": memory_limit}
+    )
     assert_same_bits(results)
     assert_close_to(results[0][0], in_double(model, together), sigma=1e-10, var=1e-10)
     assert results[0][0].batch_size == 6
@@ -72,7 +81,9 @@ def test_a_group_counts_the_samples_of_all_ranks(memory_limit: int | None) -> No
 
 
 def synced(model: nn.Module, shards: list[Batches]) -> Result:
-    return measured(nn.SyncBatchNorm.convert_sync_batchnorm(model), shards, False, {"batch_size": "population"})
+    return measured(
+        nn.SyncBatchNorm.convert_sync_batchnorm(model), shards, False, {"normalization_batch_size": "population"}
+    )
 
 
 def test_synced_layers_are_layers_like_others() -> None:
@@ -83,16 +94,13 @@ def test_synced_layers_are_layers_like_others() -> None:
 
 
 def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple[float, list[str]]:
-    said: list[str] = []
-    statistics = measure(
-        estimable_layers(model),
-        shards[dist.get_rank()],
-        model,
-        normalization_batch_size=100,
-        at_most=share,
-        say=lambda about, text: said.append(text),
-    )
-    return statistics.batch_size, said
+    profile = ModelProfile()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("lightning_bn.functional.joint._MEMORY_SHARE", share)
+        layers, batches = estimable_layers(model), shards[dist.get_rank()]
+        statistics = measure(layers, batches, model, PassConfig(), profile=profile)
+    return statistics.batch_size, list(profile.warned)
 
 
 @pytest.mark.parametrize("share", [0.5, 1e-12])
@@ -147,7 +155,7 @@ def ended(cases: list[tuple[nn.Module, dict[str, Any]]], shards: list[Batches]) 
 @pytest.mark.parametrize("shards", [[[3, 2], [3, 2]], [[3, 2], [2]], [[], [2, 3]], [[3], [2, 3]]])
 def test_what_goes_wrong_on_one_rank_ends_all(shards: list[list[int]]) -> None:
     hows = ["error", "skips", "ends", *(["keeps"] if len(shards[1]) > 1 else [])]
-    kwargs = {"batch_size": "population"}
+    kwargs = {"normalization_batch_size": "population"}
     cases = [(Troubled(how, rank=1, samples=2), kwargs) for how in hows]
     of_ranks = run_on_ranks(ended, 2, cases, [images(*sizes) for sizes in shards], timeout=60)
     first, second = of_ranks
@@ -161,7 +169,10 @@ def test_what_goes_wrong_on_one_rank_ends_all(shards: list[list[int]]) -> None:
 
 
 def test_ranks_that_take_different_ways_are_named() -> None:
-    cases = [(Troubled("skips", 1, 2), {"batch_size": "population"}), (Troubled("ends", 1, 2), {"batch_size": 100})]
+    cases = [
+        (Troubled("skips", 1, 2), {"normalization_batch_size": "population"}),
+        (Troubled("ends", 1, 2), {"batch_size": 100}),
+    ]
     for ends in run_on_ranks(ended, 2, cases, [images(2, 2), images(2, 2)], timeout=60):
         assert "at two on one and at three on another" in ends[0][1]
         assert "at three on one and at their end on another" in ends[1][1]
@@ -187,10 +198,12 @@ def test_a_rank_that_is_short_of_memory_ends_all() -> None:
 # --- as many samples as needed ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
+@pytest.mark.parametrize("batch_size", ["loader", 8])
 def test_ranks_stop_together(batch_size: int | None) -> None:
     model = cnn()
     shards = [[torch.randn(4, 3, 8, 8) for _ in range(100)] for _ in range(2)]
-    results = run_on_ranks(measured, 2, model, shards, False, {"tolerance": 0.05, "batch_size": batch_size})
+    results = run_on_ranks(
+        measured, 2, model, shards, False, {"tolerance": 0.05, "normalization_batch_size": batch_size}
+    )
     assert_same_bits(results)
     assert 32 <= results[0][0].num_samples < 800

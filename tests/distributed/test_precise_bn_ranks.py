@@ -26,7 +26,7 @@ Result = tuple[PopulationStatistics, dict[str, Tensor]]
 def measured(model: nn.Module, shards: list[Batches], wrap: bool, kwargs: dict[str, Any]) -> Result:
     """Statistics of this rank's shard and the others', and what is then stored."""
     precise = DistributedDataParallel(model) if wrap else model
-    statistics = precise_bn(precise, shards[dist.get_rank()], **kwargs)
+    statistics = precise_bn(precise, shards[dist.get_rank()], **{"normalization_batch_size": "loader", **kwargs})
     assert_stored(model, statistics)
     return statistics, model.state_dict()
 
@@ -63,7 +63,7 @@ def test_ranks_measure_what_one_process_measures_on_all_data(name: str, wrap: bo
     statistics, _ = results[0]
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert statistics.num_samples == sum(map(len, everything)) and statistics.num_batches == len(everything)
-    alone = precise_bn(model, everything)
+    alone = precise_bn(model, everything, normalization_batch_size="loader")
     for layer in alone:
         assert statistics[layer].calls == alone[layer].calls
         torch.testing.assert_close(statistics[layer].standard_error, alone[layer].standard_error, rtol=1e-4, atol=0)
@@ -112,7 +112,7 @@ def test_a_layer_called_several_times_is_merged_call_by_call() -> None:
 def refused(model: nn.Module, shards: list[Batches]) -> tuple[str, bool]:
     before = copy.deepcopy(model.state_dict())
     try:
-        precise_bn(model, shards[dist.get_rank()])
+        precise_bn(model, shards[dist.get_rank()], normalization_batch_size="loader")
     except ValueError as error:
         return str(error), all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     return "", False
@@ -150,7 +150,7 @@ def test_synced_layers_normalize_with_the_statistics_of_all_ranks_batches(name: 
     truth = in_double(model, steps)  # one process, each step's batches concatenated
     oracle = copy.deepcopy(model)
     with recorded(oracle) as expected:
-        precise_bn(oracle, steps)
+        precise_bn(oracle, steps, normalization_batch_size="loader")
 
     results = run_on_ranks(measured_synced, 2, model, shards)
     assert_same_bits([result for result, _ in results])

@@ -285,8 +285,8 @@ def where_nobody_waits() -> None:
     """Each rank does it a different number of times."""
     model, x = Detector(), rows(6)
     with shuffled(model):
-        precise_bn(model, [x] * (1 + dist.get_rank()))
-        precise_bn(model, [x] * (1 + dist.get_rank()), layers="box_head.*")
+        precise_bn(model, [x] * (1 + dist.get_rank()), normalization_batch_size="loader")
+        precise_bn(model, [x] * (1 + dist.get_rank()), layers="box_head.*", normalization_batch_size="loader")
         model.eval()
         for _ in range(dist.get_rank()):
             model(x)

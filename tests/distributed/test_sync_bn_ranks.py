@@ -260,9 +260,9 @@ def test_ranks_wait_for_each_other_only_where_layers_are_synced_and_in_train_mod
 def estimated(model: nn.Module, shards: list[list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics of a model whose layers are synced, and of a plain one, on ranks with different numbers of batches."""
     plain = copy.deepcopy(model)
-    precise_bn(plain, shards[dist.get_rank()])
+    precise_bn(plain, shards[dist.get_rank()], normalization_batch_size="loader")
     with sync_bn(model):
-        precise_bn(model, shards[dist.get_rank()])
+        precise_bn(model, shards[dist.get_rank()], normalization_batch_size="loader")
     return model.state_dict(), plain.state_dict()
 
 

@@ -149,7 +149,7 @@ def test_a_shift_is_undone_by_adapting_to_it() -> None:
     """The claim of AdaBN in its purest form: an affine shift of every channel's input disappears."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
     source = [x + torch.arange(3.0).view(3, 1, 1) for x in images(16, 16)]
-    precise_bn(model, source)
+    precise_bn(model, source, normalization_batch_size="loader")
     expected = model(source[0])
     target = [5 * x - 7 for x in source]
     assert (model(target[0]) - expected).abs().max() > 1

@@ -80,7 +80,7 @@ def test_a_domains_statistics_are_those_of_what_its_calls_were_given(name: str, 
     assert own["domain_batches"].tolist() == [3, 2]
 
 
-@pytest.mark.parametrize("batch_size", [None, "population"])
+@pytest.mark.parametrize("batch_size", ["loader", "population"])
 @pytest.mark.parametrize("sgd", ["shared", "domain"])
 @pytest.mark.parametrize("name", RESHAPED)
 def test_a_pass_measures_each_domain_at_the_call(name: str, sgd: str, batch_size: Any) -> None:
@@ -171,7 +171,7 @@ def test_a_call_in_eval_mode_within_a_pass_uses_the_domains_statistics_and_count
                 outputs[domain] = model(x * 100)
                 layer.train()
 
-    precise_bn(net, data, forward=forward)
+    precise_bn(net, data, forward=forward, normalization_batch_size="loader")
     own = handle.state()["0"]
     for x, d in data:
         torch.testing.assert_close(own["domain_mean"][d], x.mean(0), rtol=1e-4, atol=1e-5)

@@ -72,7 +72,7 @@ def test_levels_are_measured_as_they_are_trained(make: Any, row: int, together: 
             p += 0.1 * torch.randn(p.shape, dtype=p.dtype)
     expected = truth(copy.deepcopy(head).eval(), row, [batches()] if together else [[b] for b in batches()])
     statistics = precise_bn(
-        head, batches(), forward=lambda m, b: m(b), normalization_batch_size="population" if together else None
+        head, batches(), forward=lambda m, b: m(b), normalization_batch_size="population" if together else "loader"
     )
     assert set(statistics) == set(expected)
     for name, layer in find_bn(head).items():

@@ -360,8 +360,8 @@ def test_a_population_is_estimated_from_whole_batches() -> None:
         model(batch)
 
     with ghost_bn(model, size=2):
-        ours = precise_bn(model, batches, forward=forward)
-    theirs = precise_bn(plain, batches)
+        ours = precise_bn(model, batches, forward=forward, normalization_batch_size="loader")
+    theirs = precise_bn(plain, batches, normalization_batch_size="loader")
     for name, measured in theirs.items():
         assert torch.equal(ours[name].mean, measured.mean) and torch.equal(ours[name].var, measured.var)
 

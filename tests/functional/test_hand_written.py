@@ -27,7 +27,7 @@ from tests.hand_written import (
 from tests.truth import assert_close_to, assert_stored, rows_of
 
 SIGMA = VAR = 1e-5
-BATCH_SIZES = {None: 1, 4: 2, "population": 6}
+BATCH_SIZES = {"loader": 1, 4: 2, "population": 6}
 """How many of the batches are normalized together."""
 WITH_GHOSTS = [name for name in ZOO if "masked" not in name and "Sync" not in name]
 """Rows without padding are not so many of each sample, and SyncBatchNorm does not train on the CPU."""
@@ -76,7 +76,7 @@ def test_what_cannot_be_seen_is_refused_by_name(name: str, batch_size: Any) -> N
 
 def test_a_child_that_is_not_chosen_is_not_taken_for_its_parent() -> None:
     net, data = trained("timm SplitBatchNorm2d"), batches()
-    statistics = precise_bn(net, data, layers="bn")
+    statistics = precise_bn(net, data, layers="bn", normalization_batch_size="loader")
     assert_close_to(statistics, {"bn": truth(net, [[x] for x in data])["bn"]}, SIGMA, VAR)
 
 
@@ -86,7 +86,7 @@ def test_a_child_that_is_not_chosen_is_not_taken_for_its_parent() -> None:
 def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype, mean: float) -> None:
     bn = ByHand(CHANNELS).to(dtype)
     data = [(torch.randn(8, CHANNELS, LENGTH) + mean).to(dtype) for _ in range(3)]
-    statistics = precise_bn(bn, data)
+    statistics = precise_bn(bn, data, normalization_batch_size="loader")
     assert_close_to(statistics, {"": torch.cat([rows_of(x) for x in data])}, 1e-4, 1e-3)
 
 
@@ -94,7 +94,7 @@ def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype, mean: float) -> Non
 def test_an_empty_batch_is_skipped_wherever_it_stands(name: str) -> None:
     net, data = trained(name), batches()
     expected = truth(net, [[x] for x in data])
-    statistics = precise_bn(net, [data[0][:0], *data, data[0][:0]])
+    statistics = precise_bn(net, [data[0][:0], *data, data[0][:0]], normalization_batch_size="loader")
     assert_close_to(statistics, expected, SIGMA, VAR)
 
 

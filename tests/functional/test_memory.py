@@ -251,13 +251,12 @@ def _network() -> nn.Module:
 
 def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float, int, float]:
     """MiB by which this process grew at most; bytes spilled; MiB that were predicted."""
-    from lightning_bn.lockstep import pooled
 
     predicted, spilled = [0.0], list[int]()
-    needs: Callable[..., Any] = pooled.PooledForward.needs
+    estimate: Callable[..., Any] = trial.Trial.memory
 
     def spy(self: Any, own: Any) -> Any:
-        found = needs(self, own)
+        found = estimate(self, own)
         predicted[0] = found.num_bytes * 12 / 2**20
         return found
 
@@ -266,7 +265,7 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
     kwargs = {"normalization_batch_size": batch_size, "memory_limit": memory_limit}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
-        patch.setattr(pooled.PooledForward, "needs", spy)
+        patch.setattr(trial.Trial, "memory", spy)
         precise_bn(model, [torch.randn(2, 3, 16, 16)] * 2, **kwargs)  # loads what is loaded once
         grown = growth(lambda: spilled.append(precise_bn(model, batches, **kwargs).spilled), of_its_own=2**18)
     return grown, spilled[0], predicted[0]
@@ -275,7 +274,7 @@ def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float,
 @pytest.mark.ddp  # for the processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc")
 def test_memory_is_as_predicted_and_a_limit_is_kept(folder: Path) -> None:
-    ((one_pass, _, _),) = run_on_ranks(peak, 1, None, None, str(folder))
+    ((one_pass, _, _),) = run_on_ranks(peak, 1, "loader", None, str(folder))
     ((unlimited, nothing, predicted),) = run_on_ranks(peak, 1, "population", None, str(folder))
     ((limited, spilled, _),) = run_on_ranks(peak, 1, "population", 2 * ACTIVATION * 2**20, str(folder))
     assert one_pass < 4 * ACTIVATION

@@ -131,7 +131,7 @@ def test_a_population_is_estimated_as_without() -> None:
     model, batches = case("SyncBatchNorm in one process")
     plain = copy.deepcopy(model)
     with mini_batch_inference(model) as handle:
-        ours = precise_bn(model, batches)
+        ours = precise_bn(model, batches, normalization_batch_size="loader")
         assert handle.fallbacks == 0
-    for name, measured in precise_bn(plain, batches).items():
+    for name, measured in precise_bn(plain, batches, normalization_batch_size="loader").items():
         assert torch.equal(ours[name].mean, measured.mean) and torch.equal(ours[name].var, measured.var)

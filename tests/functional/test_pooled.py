@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import Moments, PopulationStatistics, find_bn, freeze_bn, precise_bn
-from lightning_bn.functional.measure import measure
+from lightning_bn.functional.measure import PassConfig, measure
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.lockstep.scheduler import LockstepError
 from tests.layer_by_layer import layer_by_layer
@@ -135,7 +135,7 @@ def test_in_float32_they_are_as_close_as_a_real_forward(name: str) -> None:
     make, pixels = NETWORKS[name]
     model, x = make(), population(32, pixels)
     truth = in_double(model, [x])
-    real = precise_bn(copy.deepcopy(model), [x])
+    real = precise_bn(copy.deepcopy(model), [x], normalization_batch_size="loader")
     statistics = precise_bn(model, x.split([8, 2, 1, 13, 8]), normalization_batch_size="population")
     for layer, rows in truth.items():
         mean, sigma = rows.mean(0), rows.std(0, correction=0)
@@ -147,7 +147,7 @@ def test_one_pass_over_the_same_micro_batches_is_far_off() -> None:
     model, x = UNet().double(), population(16, 16).double()
     truth = in_double(model, [x])
     with pytest.raises(AssertionError):
-        assert_close_to(precise_bn(model, x.split(2)), truth, sigma=0.05, var=0.05)
+        assert_close_to(precise_bn(model, x.split(2), normalization_batch_size="loader"), truth, sigma=0.05, var=0.05)
 
 
 @settings(max_examples=25)
@@ -180,7 +180,10 @@ def test_16_bit_networks_are_estimated_as_what_they_are(name: str) -> None:
     """Within what rounding to 16 bits moves."""
     model, batches = case(name)
     alone, batch = copy.deepcopy(model), torch.cat(batches)
-    real, statistics = precise_bn(alone, [batch]), precise_bn(model, batches, normalization_batch_size="population")
+    real, statistics = (
+        precise_bn(alone, [batch], normalization_batch_size="loader"),
+        precise_bn(model, batches, normalization_batch_size="population"),
+    )
     for layer, measured in statistics.items():
         sigma = real[layer].var.sqrt()
         spread = 2e-2 if "mean 100" not in name else 0.5
@@ -443,7 +446,7 @@ def test_groups_hold_whole_batches_as_few_as_reach_b(
     assert_close_to(statistics, truth, sigma=1e-10, var=1e-10)
     assert statistics.batch_size == pytest.approx(sum(sizes) / len(groups))
     assert (statistics.num_samples, statistics.num_batches) == (sum(sizes), len(sizes))
-    alone = precise_bn(model, together)
+    alone = precise_bn(model, together, normalization_batch_size="loader")
     for name, expected in alone.items():
         assert statistics[name].calls == len(groups)
         for key in ("standard_error", "var_standard_error"):
@@ -461,7 +464,7 @@ def _grouped(batches: list[Tensor], groups: list[list[int]]) -> Iterator[list[Te
 def test_batches_that_are_large_enough_are_taken_as_they_come() -> None:
     model, batches = cnn(), images(8, 8, 8)
     forwards = []
-    one_pass = precise_bn(copy.deepcopy(model), batches)
+    one_pass = precise_bn(copy.deepcopy(model), batches, normalization_batch_size="loader")
     model[1].register_forward_hook(lambda *_: forwards.append(1))
     statistics = precise_bn(model, batches, normalization_batch_size=8)
     assert len(forwards) == 3
@@ -484,17 +487,10 @@ def test_rather_than_more_than_a_share_of_the_memory_it_takes_a_smaller_b_and_sa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, x = cnn().double().eval(), population(16, 8).double()
-    said: list[str] = []
     monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 120_000)
-    statistics = measure(
-        estimable_layers(model),
-        x.split(2),
-        model,
-        normalization_batch_size=100,
-        at_most=0.5,
-        say=lambda _, text: said.append(text),
-    )
-    (message,) = said
+    with pytest.warns(UserWarning) as warned:
+        statistics = measure(estimable_layers(model), x.split(2), model, PassConfig())
+    message = str(warned.pop().message)
     together = re.search(r"normalization batches of (\d+) samples, not of 100", message)
     assert together and 2 < int(together[1]) < 16 and "more than half" in message
     assert_close_to(statistics, in_double(model, x.split(int(together[1]))), sigma=1e-10, var=1e-10)

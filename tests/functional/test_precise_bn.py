@@ -35,7 +35,7 @@ def normalized(layer: nn.Module, x: Tensor) -> Tensor:
 def test_statistics_are_those_of_everything_a_layer_was_given(name: str) -> None:
     model, batches = case(name)
     with recorded(model) as calls:
-        statistics = precise_bn(model, batches)
+        statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert set(calls) == set(find_bn(model))
     assert_measured(statistics, calls)
     assert_stored(model, statistics)
@@ -46,7 +46,7 @@ def test_statistics_are_those_of_everything_a_layer_was_given(name: str) -> None
 def test_every_batch_is_normalized_with_its_own_statistics(name: str) -> None:
     model, batches = case(name)
     with recorded(model) as calls:
-        precise_bn(model, batches)
+        precise_bn(model, batches, normalization_batch_size="loader")
     for layer_name, layer in find_bn(model).items():
         for x, y in calls[layer_name]:
             mean, sigma = given([(x, y)]).mean(0), given([(x, y)]).std(0, correction=0)
@@ -62,7 +62,7 @@ def test_16_bit_layers_normalize_bit_by_bit_as_torch_does_in_training(name: str)
     """Which rounds the mean to 16 bits: with a large mean that is far from exact, and what the next layers train on."""
     model, batches = case(name)
     with recorded(model) as calls:
-        precise_bn(model, batches)
+        precise_bn(model, batches, normalization_batch_size="loader")
     for layer_name, layer in find_bn(model).items():
         for x, y in calls[layer_name]:
             torchs = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
@@ -77,13 +77,13 @@ IN_SINGLE = [n for n in CASES if "16" not in n and "1e4" not in n and n != "one 
 def test_statistics_are_those_of_torchs_own_layers_in_double_precision(name: str) -> None:
     model, batches = case(name)
     truth = in_double(model, batches)
-    assert_close_to(precise_bn(model, batches), truth, sigma=2e-5, var=1e-4)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="loader"), truth, sigma=2e-5, var=1e-4)
 
 
 def test_16_bit_autocast_is_measured_as_the_layers_see_it() -> None:
     model, batches = cnn(), images(8, 5, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16), recorded(model) as calls:
-        statistics = precise_bn(model, batches)
+        statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert calls["1"][0][0].dtype == torch.bfloat16
     assert_measured(statistics, calls)
     assert_stored(model, statistics)
@@ -93,7 +93,7 @@ def test_population_variance_of_a_large_mean_never_cancels() -> None:
     """The case in which E[x^2] - E[x]^2 in float32 has produced variances of -8."""
     model = nn.Sequential(nn.BatchNorm2d(4))
     batches = [torch.randn(16, 4, 8, 8) + 1e4 for _ in range(5)]
-    statistics = precise_bn(model, batches)
+    statistics = precise_bn(model, batches, normalization_batch_size="loader")
     true_var = torch.cat(batches).double().var((0, 2, 3), correction=0)
     torch.testing.assert_close(statistics["0"].var, true_var, rtol=2e-4, atol=0)
     torch.testing.assert_close(model[0].running_var.double(), true_var, rtol=2e-4, atol=0)
@@ -104,10 +104,15 @@ def test_a_compiled_model_is_measured_like_the_plain_one() -> None:
     truth = in_double(model, batches)
     compiled = torch.compile(model, backend="eager")
     compiled(batches[0])  # graphs of train mode exist already
-    statistics = precise_bn(compiled, batches)
+    statistics = precise_bn(compiled, batches, normalization_batch_size="loader")
     prefix = "_orig_mod."
-    assert_close_to(precise_bn(model, batches), truth, sigma=2e-5, var=1e-4)
-    assert all(torch.equal(statistics[prefix + name].mean, precise_bn(model, batches)[name].mean) for name in truth)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="loader"), truth, sigma=2e-5, var=1e-4)
+    assert all(
+        torch.equal(
+            statistics[prefix + name].mean, precise_bn(model, batches, normalization_batch_size="loader")[name].mean
+        )
+        for name in truth
+    )
     torch.testing.assert_close(compiled.eval()(batches[0]), copy.deepcopy(model).eval()(batches[0]))
 
 
@@ -116,7 +121,7 @@ def test_a_model_compiled_in_place_is_measured_like_the_plain_one() -> None:
     truth = in_double(model, batches)
     model.compile(backend="eager")
     model(batches[0])
-    assert_close_to(precise_bn(model, batches), truth, sigma=2e-5, var=1e-4)
+    assert_close_to(precise_bn(model, batches, normalization_batch_size="loader"), truth, sigma=2e-5, var=1e-4)
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def test_a_layer_that_is_not_reached_keeps_its_statistics() -> None:
     model.c.running_var.fill_(7)
     batches = [torch.randn(6, 3), torch.randn(4, 3), torch.randn(5, 3)]
     with recorded(model) as calls:
-        statistics = precise_bn(model, batches)
+        statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert_measured(statistics, calls)
     assert list(statistics) == ["a", "b"] and statistics["b"].count == 11
     assert model.c.running_mean.eq(5).all() and model.c.running_var.eq(7).all()
@@ -152,7 +157,7 @@ def test_only_the_chosen_layers_are_estimated_and_the_others_normalize_with_what
     model, batches = case("ragged batches")
     before = copy.deepcopy(model)
     with recorded(model) as calls:
-        statistics = precise_bn(model, batches, layers=["5"])
+        statistics = precise_bn(model, batches, layers=["5"], normalization_batch_size="loader")
     assert list(statistics) == ["5"]
     assert torch.equal(model[1].running_mean, before[1].running_mean)
     torch.testing.assert_close(calls["1"][0][1].relu(), F.relu(before[1].eval()(calls["1"][0][0])))
@@ -162,27 +167,27 @@ def test_a_pattern_that_matches_nothing_lists_the_names_there_are() -> None:
     with pytest.raises(
         ValueError, match=r"layers='head\.\*' matches no BatchNorm layer of Sequential.*There are: 1, 5\."
     ):
-        precise_bn(cnn(), images(4), layers=["1", "head.*"])
+        precise_bn(cnn(), images(4), layers=["1", "head.*"], normalization_batch_size="loader")
 
 
 def test_a_model_without_batchnorm_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential has no BatchNorm layer"):
-        precise_bn(nn.Sequential(nn.Linear(2, 2)), [torch.randn(2, 2)])
+        precise_bn(nn.Sequential(nn.Linear(2, 2)), [torch.randn(2, 2)], normalization_batch_size="loader")
 
 
 def test_layers_without_stored_statistics_are_left_out_unless_asked_for() -> None:
     model, batches = cnn(nn.BatchNorm2d(8, track_running_stats=False)), images(8, 4)
     truth = in_double(model, batches)
-    statistics = precise_bn(model, batches)
+    statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert list(statistics) == ["5"]
     assert_close_to(statistics, {"5": truth["5"]}, sigma=2e-5, var=1e-4)
     with pytest.raises(ValueError, match="1: track_running_stats=False, so there are no population statistics"):
-        precise_bn(model, batches, layers="1")
+        precise_bn(model, batches, layers="1", normalization_batch_size="loader")
 
 
 def test_a_lazy_layer_that_has_seen_no_data_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Layer '1' is lazy and has not seen data: run one forward"):
-        precise_bn(cnn(nn.LazyBatchNorm2d()), images(4))
+        precise_bn(cnn(nn.LazyBatchNorm2d()), images(4), normalization_batch_size="loader")
 
 
 # --- which batches ----------------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def to_keywords(x: Tensor) -> Any:
 def test_batches_of_tuples_lists_and_mappings_reach_the_model(wrap: Callable[[Tensor], Any]) -> None:
     model, batches = case("ragged batches")
     truth = in_double(model, batches)
-    statistics = precise_bn(model, map(wrap, batches))
+    statistics = precise_bn(model, map(wrap, batches), normalization_batch_size="loader")
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert statistics.num_samples == 20
 
@@ -218,6 +223,7 @@ def test_the_callers_forward_and_count_are_used() -> None:
         wrapped,
         forward=lambda m, batch: m(batch["image"]["pixels"]),
         batch_size_fn=lambda batch: 10 * len(batch["image"]["pixels"]),
+        normalization_batch_size="loader",
     )
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert statistics.num_samples == 200
@@ -232,7 +238,9 @@ class Batch:
 def test_samples_are_counted_in_nested_batches_and_dataclasses() -> None:
     model, batches = case("ragged batches")
     nested = [{"meta": ["a", None], "data": (Batch("b", x),)} for x in batches]
-    statistics = precise_bn(model, nested, forward=lambda m, batch: m(batch["data"][0].image))
+    statistics = precise_bn(
+        model, nested, forward=lambda m, batch: m(batch["data"][0].image), normalization_batch_size="loader"
+    )
     assert statistics.num_samples == 20
 
 
@@ -241,7 +249,7 @@ def test_a_batch_without_any_tensor_needs_count() -> None:
     with pytest.raises(
         ValueError, match=r"Cannot tell how many samples a batch holds that is a str: .*Pass batch_size_fn="
     ):
-        precise_bn(model, ["a"], forward=lambda m, _: m(batch))
+        precise_bn(model, ["a"], forward=lambda m, _: m(batch), normalization_batch_size="loader")
 
 
 @pytest.mark.parametrize(("num_samples", "batches"), [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3), (1000, 3)])
@@ -249,16 +257,16 @@ def test_whole_batches_are_taken_until_num_samples_were_seen(num_samples: int, b
     model, _ = case("ragged batches")
     data = images(8, 8, 3)
     truth = in_double(model, data[:batches])
-    statistics = precise_bn(model, data, num_samples=num_samples)
+    statistics = precise_bn(model, data, num_samples=num_samples, normalization_batch_size="loader")
     assert statistics.num_batches == batches
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [None, "population"])
+@pytest.mark.parametrize("batch_size", ["loader", "population"])
 def test_dropout_stays_off_and_layers_on_if_the_forward_asks_for_train_mode(batch_size: Any) -> None:
     model, batches = case("ragged batches")
     modes = [m.training for m in model.modules()]
-    truth = in_double(model, batches if batch_size is None else [torch.cat(batches)])
+    truth = in_double(model, batches if batch_size == "loader" else [torch.cat(batches)])
     statistics = precise_bn(model, batches, forward=lambda m, x: m.train()(x), normalization_batch_size=batch_size)
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
     assert_stored(model, statistics)
@@ -267,7 +275,7 @@ def test_dropout_stays_off_and_layers_on_if_the_forward_asks_for_train_mode(batc
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-@pytest.mark.parametrize("batch_size", [None, 4, "population"])
+@pytest.mark.parametrize("batch_size", ["loader", 4, "population"])
 def test_an_empty_batch_is_skipped_wherever_it_stands(where: int, batch_size: Any) -> None:
     model, batches = case("ragged batches")
     expected = precise_bn(copy.deepcopy(model), batches, normalization_batch_size=batch_size)
@@ -278,14 +286,16 @@ def test_an_empty_batch_is_skipped_wherever_it_stands(where: int, batch_size: An
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("batch_size", [None, 10, "population"])
+@pytest.mark.parametrize("batch_size", ["loader", 10, "population"])
 @pytest.mark.parametrize("bad", [{0}, {1}, {2, 3}, {0, 1, 3}])
 def test_a_batch_with_non_finite_values_is_left_out_and_said(bad: set[int], batch_size: Any, poison: float) -> None:
     model, batches = case("ragged batches")
     good = [x for i, x in enumerate(batches) if i not in bad]
     for i in bad:
         batches[i][0, 0] = poison
-    expected = precise_bn(copy.deepcopy(model), good, normalization_batch_size="population" if batch_size else None)
+    expected = precise_bn(
+        copy.deepcopy(model), good, normalization_batch_size="population" if batch_size != "loader" else "loader"
+    )
     message = rf"Batch {min(bad)} of a pass .* it gives layer '1' non-finite"
     with pytest.warns(UserWarning, match=message) as said:
         statistics = precise_bn(model, batches, normalization_batch_size=batch_size)
@@ -301,16 +311,23 @@ def test_a_batch_with_non_finite_values_is_left_out_and_said(bad: set[int], batc
 
 def test_progress_is_shown_in_samples_if_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     model, batches = case("ragged batches")
-    precise_bn(model, batches, num_samples=20)
+    precise_bn(model, batches, num_samples=20, normalization_batch_size="loader")
     assert not capfd.readouterr().err
-    precise_bn(model, batches, forward=lambda m, x: time.sleep(0.12) or m(x), num_samples=20, progress=True)
+    precise_bn(
+        model,
+        batches,
+        forward=lambda m, x: time.sleep(0.12) or m(x),
+        num_samples=20,
+        progress=True,
+        normalization_batch_size="loader",
+    )
     assert re.search(r"PreciseBN: .* 16/20 ", capfd.readouterr().err), "tqdm shows what is older than 0.1 seconds"
 
 
 def test_no_batch_is_fetched_that_is_not_used() -> None:
     model, data = case("ragged batches")
     batches = iter(data)
-    precise_bn(model, batches, num_samples=8)
+    precise_bn(model, batches, num_samples=8, normalization_batch_size="loader")
     assert len(list(batches)) == len(data) - 1
 
 
@@ -318,20 +335,20 @@ def test_no_batch_is_fetched_that_is_not_used() -> None:
 def test_num_samples_that_asks_for_nothing_is_refused(num_samples: int) -> None:
     model, batches = case("ragged batches")
     with pytest.raises(ValueError, match=f"num_samples must be at least 1 but is {num_samples}"):
-        precise_bn(model, batches, num_samples=num_samples)
+        precise_bn(model, batches, num_samples=num_samples, normalization_batch_size="loader")
 
 
 @pytest.mark.parametrize("num_samples", [10.0, "10", True])
 def test_num_samples_that_is_no_whole_number_is_refused(num_samples: Any) -> None:
     model, batches = case("ragged batches")
     with pytest.raises(TypeError, match="num_samples must be a whole number but is"):
-        precise_bn(model, batches, num_samples=num_samples)
+        precise_bn(model, batches, num_samples=num_samples, normalization_batch_size="loader")
 
 
 def test_a_single_value_per_channel_in_all_has_no_variance_and_is_refused() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match="Layer '0' received one value per channel in all, which has no variance"):
-        precise_bn(model, [torch.randn(1, 3)])
+        precise_bn(model, [torch.randn(1, 3)], normalization_batch_size="loader")
     assert model[0].running_var.eq(1).all() and model[0].running_mean.eq(0).all()
 
 
@@ -341,7 +358,7 @@ def test_an_empty_iterable_is_refused_and_nothing_is_zeroed() -> None:
     with pytest.raises(
         ValueError, match=r"No batch reached a BatchNorm layer of 1, 5 in a way .* is the iterable of batches empty"
     ):
-        precise_bn(model, [])
+        precise_bn(model, [], normalization_batch_size="loader")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -357,7 +374,7 @@ def test_poisoned_running_statistics_recover(poison: float, layout: torch.memory
         layer.running_mean.fill_(poison)
         layer.running_var.fill_(poison)
     with recorded(model) as calls:
-        statistics = precise_bn(model, batches)
+        statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert_measured(statistics, calls)
     assert_stored(model, statistics)
 
@@ -371,7 +388,7 @@ def test_non_finite_values_are_refused_with_the_layers_name_and_nothing_is_writt
     with pytest.raises(
         ValueError, match=r"Layer '1' received non-finite values, .* in every batch, so no statistics were written"
     ):
-        precise_bn(model, batches[1:2])
+        precise_bn(model, batches[1:2], normalization_batch_size="loader")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -380,7 +397,7 @@ def test_non_finite_values_inside_the_network_are_found_where_they_arise() -> No
     with torch.no_grad():
         model[4].weight[0] = math.inf
     with pytest.raises(ValueError, match=r"Layer '5' received non-finite values, .* in every batch"):
-        precise_bn(model, batches)
+        precise_bn(model, batches, normalization_batch_size="loader")
 
 
 def test_a_variance_that_the_buffers_cannot_hold_is_refused_and_nothing_is_written() -> None:
@@ -388,14 +405,14 @@ def test_a_variance_that_the_buffers_cannot_hold_is_refused_and_nothing_is_writt
     before = copy.deepcopy(model.state_dict())
     batch = (torch.randn(64, 2) * 1e3).half()
     with pytest.raises(ValueError, match=r"running_var of layer '1' reaches .*e\+0[56]: torch\.float16 cannot hold it"):
-        precise_bn(model, [batch], forward=lambda m, x: (m[0](x / 1e3), m[1](x)))
+        precise_bn(model, [batch], forward=lambda m, x: (m[0](x / 1e3), m[1](x)), normalization_batch_size="loader")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_shared_layers_weigh_every_call_by_its_values() -> None:
     model, batches = Shared(), images(8, 4)
     truth = in_double(model, batches)
-    statistics = precise_bn(model, batches)
+    statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert statistics["bn"].count == sum(len(x) for x in batches) * (64 + 16) and statistics["bn"].calls == 4
     assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
 
@@ -404,7 +421,12 @@ def test_an_input_without_rows_counts_for_nothing() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     calls: Calls
     with recorded(model) as calls:
-        statistics = precise_bn(model, [torch.randn(n, 3) for n in (6, 1, 8)], forward=lambda m, x: m(x[1:]))
+        statistics = precise_bn(
+            model,
+            [torch.randn(n, 3) for n in (6, 1, 8)],
+            forward=lambda m, x: m(x[1:]),
+            normalization_batch_size="loader",
+        )
     assert_measured(statistics, calls)
     assert statistics["0"].calls == 2 and calls["0"][1][1].shape == (0, 3)
 

@@ -51,7 +51,7 @@ def batches() -> list[list[Tensor]]:
 def test_trained_layers_are_measured_and_frozen_ones_left_alone(detector: Detector) -> None:
     before = copy.deepcopy(detector.state_dict())
     with recorded(detector) as calls:
-        statistics = precise_bn(detector, batches(), forward=detect)
+        statistics = precise_bn(detector, batches(), forward=detect, normalization_batch_size="loader")
     frozen = {n for n in find_bn(detector) if n.startswith(("backbone.body.bn1", "backbone.body.layer1"))}
     assert frozen and set(statistics) == set(find_bn(detector)) - frozen
     assert_measured(statistics, {name: c for name, c in calls.items() if name not in frozen}, sigma=2e-6, var=2e-5)
@@ -65,7 +65,9 @@ def test_trained_layers_are_measured_and_frozen_ones_left_alone(detector: Detect
 
 
 def test_the_samples_of_a_list_of_images_are_the_users_to_count(detector: Detector) -> None:
-    statistics = precise_bn(detector, batches(), forward=detect, layers="roi_heads.*", batch_size_fn=len)
+    statistics = precise_bn(
+        detector, batches(), forward=detect, layers="roi_heads.*", batch_size_fn=len, normalization_batch_size="loader"
+    )
     assert statistics.num_samples == 3
     assert list(statistics) == ["roi_heads.box_head.0.1", "roi_heads.box_head.1.1"]
 
@@ -76,7 +78,7 @@ def test_a_batch_without_rois_counts_for_nothing_in_the_head(detector: Detector)
         model(batch)
 
     with recorded(detector) as calls:
-        statistics = precise_bn(detector, batches(), forward=detect_or_not)
+        statistics = precise_bn(detector, batches(), forward=detect_or_not, normalization_batch_size="loader")
     head = "roi_heads.box_head.0.1"
     assert [len(x) for x, _ in calls[head]] == [16, 0]
     assert statistics[head].calls == 1 and statistics[head].count == 16 * 7 * 7
@@ -86,6 +88,6 @@ def test_a_batch_without_rois_counts_for_nothing_in_the_head(detector: Detector)
 def test_a_head_that_no_batch_gives_rois_keeps_its_statistics(detector: Detector) -> None:
     before = copy.deepcopy(detector.roi_heads.box_head.state_dict())
     detector.rpn.score_thresh = 2
-    statistics = precise_bn(detector, batches(), forward=detect)
+    statistics = precise_bn(detector, batches(), forward=detect, normalization_batch_size="loader")
     assert not any(name.startswith("roi_heads") for name in statistics)
     assert all(torch.equal(before[k], v) for k, v in detector.roi_heads.box_head.state_dict().items())

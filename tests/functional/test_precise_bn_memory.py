@@ -41,8 +41,8 @@ def peaks(layout: str, mean: float) -> tuple[float, float]:
         with torch.no_grad():
             model(x)
 
-    forward(small), precise_bn(model, [small])  # loads what is loaded once
-    return growth(lambda: forward(large)), growth(lambda: precise_bn(model, [large]))
+    forward(small), precise_bn(model, [small], normalization_batch_size="loader")  # loads what is loaded once
+    return growth(lambda: forward(large)), growth(lambda: precise_bn(model, [large], normalization_batch_size="loader"))
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])

@@ -70,7 +70,7 @@ def test_a_pass_leaves_no_trace_but_the_running_statistics(name: str, training: 
     model, batches = case(name)
     model.train(training)
     before, streams = traces(model), random_streams()
-    precise_bn(model, batches)
+    precise_bn(model, batches, normalization_batch_size="loader")
     assert traces(model) == before
     assert random_streams() == streams, "dropout is off, and nothing else draws"
 
@@ -85,7 +85,7 @@ def test_a_pass_that_is_interrupted_leaves_nothing_at_all(
     before, values = traces(model), copy.deepcopy(model.state_dict())
     forward, batches = where(error)
     with pytest.raises(error):
-        precise_bn(model, batches(data), forward=forward)
+        precise_bn(model, batches(data), forward=forward, normalization_batch_size="loader")
     assert traces(model) == before
     assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
 
@@ -95,7 +95,7 @@ def test_an_exception_inside_a_layer_leaves_nothing_at_all() -> None:
     model, (batch, *_) = case("ragged batches")
     before, values = traces(model), copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="expected 4D"):
-        precise_bn(model, [batch, batch], forward=lambda m, x: m[1](m[0](x)[0]))
+        precise_bn(model, [batch, batch], forward=lambda m, x: m[1](m[0](x)[0]), normalization_batch_size="loader")
     assert traces(model) == before
     assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
 
@@ -104,8 +104,8 @@ def test_a_pass_without_success_can_be_repeated_with_it() -> None:
     model, data = case("ragged batches")
     truth = in_double(model, data)
     with pytest.raises(Trouble):
-        precise_bn(model, trouble_in_batches(Trouble)[1](data))
-    assert_close_to(precise_bn(model, data), truth, sigma=2e-5, var=1e-4)
+        precise_bn(model, trouble_in_batches(Trouble)[1](data), normalization_batch_size="loader")
+    assert_close_to(precise_bn(model, data, normalization_batch_size="loader"), truth, sigma=2e-5, var=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -113,7 +113,9 @@ def test_a_pass_keeps_no_graph_and_makes_no_inference_tensor(mode: Callable[[], 
     model, batches = case("ragged batches")
     outputs = []
     with mode():
-        statistics = precise_bn(model, batches, forward=lambda m, x: outputs.append(m(x)))
+        statistics = precise_bn(
+            model, batches, forward=lambda m, x: outputs.append(m(x)), normalization_batch_size="loader"
+        )
     assert not any(y.requires_grad for y in outputs)
     assert not any(tensor.is_inference() for tensor in (*model.buffers(), statistics["1"].mean, statistics["1"].var))
     model.train()(batches[0]).sum().backward()  # the next fit goes on
@@ -129,8 +131,8 @@ def test_a_forward_with_gradients_of_its_own_may_use_them(name: str) -> None:
         x = x.requires_grad_()
         assert torch.autograd.grad(model(x).float().square().sum(), x)[0].isfinite().all()
 
-    statistics = precise_bn(model, [x.clone() for x in batches], forward=forward)
-    again = precise_bn(model, batches)
+    statistics = precise_bn(model, [x.clone() for x in batches], forward=forward, normalization_batch_size="loader")
+    again = precise_bn(model, batches, normalization_batch_size="loader")
     for layer, measured in statistics.items():
         assert not measured.mean.requires_grad and not measured.var.requires_grad
         torch.testing.assert_close(measured.mean, again[layer].mean, rtol=1e-5, atol=1e-5)
@@ -142,7 +144,12 @@ def test_a_forward_with_gradients_of_its_own_may_use_them(name: str) -> None:
 def test_everything_but_batchnorm_is_in_eval_mode_during_a_pass() -> None:
     model, batches = case("ragged batches")
     modes = []
-    precise_bn(model, batches, forward=lambda m, x: (m(x), modes.append([k for k in m.modules() if k.training])))
+    precise_bn(
+        model,
+        batches,
+        forward=lambda m, x: (m(x), modes.append([k for k in m.modules() if k.training])),
+        normalization_batch_size="loader",
+    )
     assert modes == [list(find_bn(model).values())] * len(batches)
     assert model.training
 
@@ -165,7 +172,7 @@ def test_frozen_layers_keep_and_use_their_statistics(freeze: Callable[[nn.Sequen
     oracle = copy.deepcopy(model).double().eval()
     freeze(model)
     before = copy.deepcopy(model[1].state_dict())
-    statistics = precise_bn(model, batches)
+    statistics = precise_bn(model, batches, normalization_batch_size="loader")
     assert list(statistics) == ["5"]
     assert all(torch.equal(before[key], value) for key, value in model[1].state_dict().items())
     with torch.no_grad():
@@ -175,13 +182,13 @@ def test_frozen_layers_keep_and_use_their_statistics(freeze: Callable[[nn.Sequen
 
 def test_in_an_eval_mode_model_every_layer_is_estimated() -> None:
     model, batches = case("ragged batches")
-    assert list(precise_bn(model.eval(), batches)) == ["1", "5"]
+    assert list(precise_bn(model.eval(), batches, normalization_batch_size="loader")) == ["1", "5"]
 
 
 def test_a_model_with_nothing_but_frozen_layers_is_refused() -> None:
     model, batches = case("ragged batches")
     with freeze_bn(model), pytest.raises(ValueError, match="All chosen BatchNorm layers of Sequential are frozen"):
-        precise_bn(model, batches)
+        precise_bn(model, batches, normalization_batch_size="loader")
 
 
 # --- inside a pass ----------------------------------------------------------------------------------------------------
@@ -207,7 +214,7 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_the_plain_model(copied: Callable
     model, batches = case("ragged batches")
     before = copy.deepcopy(model).eval()
     copies = []
-    precise_bn(model, batches, forward=lambda m, x: (m(x), copies.append(copied(m))))
+    precise_bn(model, batches, forward=lambda m, x: (m(x), copies.append(copied(m))), normalization_batch_size="loader")
     for plain in copies:
         assert type(plain[1]) is nn.BatchNorm2d and not hasattr(plain[1], "_behaviors")
         torch.testing.assert_close(plain.eval()(batches[0]), before(batches[0]), rtol=0, atol=0)
@@ -226,7 +233,7 @@ def test_state_dict_keys_and_values_are_the_plain_models_in_the_middle_of_a_pass
         assert all(torch.equal(before[key], value) for key, value in now.items())
         cnn().load_state_dict(now, strict=True)
 
-    precise_bn(model, batches, forward=forward)
+    precise_bn(model, batches, forward=forward, normalization_batch_size="loader")
 
 
 def test_identity_of_layers_and_parameters_holds_in_the_middle_of_a_pass() -> None:
@@ -239,7 +246,7 @@ def test_identity_of_layers_and_parameters_holds_in_the_middle_of_a_pass() -> No
         assert list(map(id, (*model.parameters(), *model.buffers()))) == tensors
         assert all(isinstance(layer, nn.BatchNorm2d) for layer in find_bn(model).values())
 
-    precise_bn(model, batches, forward=forward)
+    precise_bn(model, batches, forward=forward, normalization_batch_size="loader")
 
 
 def test_weights_are_trained_bit_by_bit_as_without_passes() -> None:
@@ -253,7 +260,7 @@ def test_weights_are_trained_bit_by_bit_as_without_passes() -> None:
             optimizer.zero_grad()
             m(batch).square().sum().backward()
             if with_pass:
-                precise_bn(m, [x.clone() for x in batches])
+                precise_bn(m, [x.clone() for x in batches], normalization_batch_size="loader")
             optimizer.step()
         weights.append([p.detach().clone() for p in m.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

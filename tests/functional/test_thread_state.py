@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import precise_bn
-from lightning_bn.lockstep.thread_state import RandomState, ThreadState, random_streams
+from lightning_bn.core.rng import RandomStream, random_streams
+from lightning_bn.lockstep.thread_state import ThreadState
 from tests.layer_by_layer import layer_by_layer
 from tests.zoo import images
 
@@ -210,7 +211,7 @@ def test_casts_of_weights_are_shared_while_others_wait_and_forgotten_at_the_end(
 
 def test_a_stream_of_random_numbers_goes_on_where_it_was_left() -> None:
     before = torch.get_rng_state()
-    stream, drawn = RandomState(3), []
+    stream, drawn = RandomStream(3), []
     for _ in range(2):
         with stream.activate():
             drawn.append(torch.randn(3))

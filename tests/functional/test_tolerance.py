@@ -27,7 +27,7 @@ def errors(statistics: PopulationStatistics) -> Tensor:
     return torch.stack([statistics["0"].standard_error, statistics["0"].var_standard_error])
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"normalization_batch_size": 32}])
+@pytest.mark.parametrize("kwargs", [{"normalization_batch_size": "loader"}, {"normalization_batch_size": 32}])
 def test_standard_errors_are_the_spread_of_repetitions(kwargs: dict[str, Any]) -> None:
     means, variances, told = [], [], []
     for _ in range(120):
@@ -46,7 +46,7 @@ def test_a_pass_stops_as_soon_as_every_layer_is_known_well_enough() -> None:
     for tolerance in (0.2, 0.1, 0.05):
         seen: list[int] = []
         batches = (seen.append(1) or samples(16) for _ in range(2000))  # type: ignore[func-returns-value]
-        statistics = precise_bn(layer(), batches, tolerance=tolerance)
+        statistics = precise_bn(layer(), batches, tolerance=tolerance, normalization_batch_size="loader")
         assert errors(statistics).square().mean(1).sqrt().max() < tolerance
         assert len(seen) == statistics.num_batches < 2000, "no batch is fetched that is not used"
         used.append(statistics.num_samples)
@@ -63,28 +63,30 @@ def test_the_worst_of_many_layers_decides_and_one_called_once_is_not_known() -> 
             self.calls += 1
             return self.seldom(x) if self.calls % 40 == 1 else self.often(x)
 
-    statistics = precise_bn(Seldom(), (torch.randn(8, 3, 8, 8) for _ in range(100)), tolerance=0.2)
+    statistics = precise_bn(
+        Seldom(), (torch.randn(8, 3, 8, 8) for _ in range(100)), tolerance=0.2, normalization_batch_size="loader"
+    )
     assert statistics["seldom"].calls >= 2
     assert statistics.num_batches < 100
 
 
 def test_eight_batches_are_the_least() -> None:
-    statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6)
+    statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6, normalization_batch_size="loader")
     assert statistics.num_batches == 8
     statistics = precise_bn(layer(), (samples(4) for _ in range(100)), tolerance=1e6, normalization_batch_size=8)
     assert (statistics.num_batches, statistics.batch_size) == (16, 8)
 
 
-@pytest.mark.parametrize("batch_size", [None, 32])
+@pytest.mark.parametrize("batch_size", ["loader", 32])
 def test_num_samples_and_the_batches_there_are_bound_it(batch_size: int | None) -> None:
-    kwargs: dict[str, Any] = {"tolerance": 1e-9, "batch_size": batch_size}
+    kwargs: dict[str, Any] = {"tolerance": 1e-9, "normalization_batch_size": batch_size}
     assert precise_bn(layer(), (samples(16) for _ in range(40)), num_samples=320, **kwargs).num_samples == 320
     assert precise_bn(layer(), (samples(16) for _ in range(40)), **kwargs).num_samples == 640
 
 
 def test_a_channel_that_never_varies_does_not_matter() -> None:
     batches = (samples(32) * torch.tensor([1.0, 0.0, 1.0]) for _ in range(1000))
-    assert precise_bn(layer(), batches, tolerance=0.1).num_batches < 1000
+    assert precise_bn(layer(), batches, tolerance=0.1, normalization_batch_size="loader").num_batches < 1000
 
 
 def test_a_population_has_no_spread() -> None:
@@ -104,7 +106,7 @@ def test_a_population_has_no_spread() -> None:
         (
             {"normalization_batch_size": "all"},
             ValueError,
-            "normalization_batch_size must be a number of samples, 'population' or None",
+            "normalization_batch_size must be a number of samples, 'auto', 'loader'",
         ),
         ({"normalization_batch_size": 2.0}, TypeError, "normalization_batch_size must be a whole number"),
         ({"normalization_batch_size": True}, TypeError, "normalization_batch_size must be a whole number"),
@@ -124,8 +126,8 @@ def test_unusable_arguments_are_refused_before_a_batch_is_taken(
 def test_gaps_tell_whether_b_matters() -> None:
     model, x = cnn().double(), torch.cat(images(2, 2, 2, 2)).double()
     exact = precise_bn(model, x.split(2), normalization_batch_size="population")
-    assert max(map(max, exact.gaps_to(precise_bn(model, [x])).values())) < 1e-9
-    gaps = exact.gaps_to(precise_bn(model, x.split(2)))
+    assert max(map(max, exact.gaps_to(precise_bn(model, [x], normalization_batch_size="loader")).values())) < 1e-9
+    gaps = exact.gaps_to(precise_bn(model, x.split(2), normalization_batch_size="loader"))
     assert set(gaps) == {"1", "5"}
     assert max(gaps["1"]) < 1e-9, "the first layer's input is the same"
     assert min(gaps["5"]) > 1e-3
