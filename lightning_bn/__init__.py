@@ -10,6 +10,8 @@ from lightning_bn.lazy import lazily
 
 __all__ = [
     "AdaBNCallback",
+    "Adaptation",
+    "AnotherRankFailedError",
     "BNStatsMonitor",
     "BatchLeakage",
     "BatchLeakageMonitor",
@@ -18,10 +20,12 @@ __all__ = [
     "FreezeBNCallback",
     "GhostBNCallback",
     "LayerStatistics",
+    "LockstepError",
     "MeanGap",
     "MiniBatchInferenceCallback",
     "Moments",
     "NonFiniteChannels",
+    "NotEnoughMemoryError",
     "PopulationStatistics",
     "PreciseBNCallback",
     "RoIShuffleCallback",
@@ -58,7 +62,8 @@ if TYPE_CHECKING:
     from lightning_bn.core.exchange import exchange_rows, restore_rows
     from lightning_bn.core.moments import Moments
     from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-    from lightning_bn.functional.adapt import adapt_bn
+    from lightning_bn.core.ranks import AnotherRankFailedError
+    from lightning_bn.functional.adapt import Adaptation, adapt_bn
     from lightning_bn.functional.domain.bn import domain_bn
     from lightning_bn.functional.freeze import freeze_bn
     from lightning_bn.functional.ghost import ghost_bn
@@ -68,6 +73,8 @@ if TYPE_CHECKING:
     from lightning_bn.functional.roi_shuffle import roi_shuffle
     from lightning_bn.functional.sync import sync_bn
     from lightning_bn.layers.find import find_bn
+    from lightning_bn.lockstep.pooled import NotEnoughMemoryError
+    from lightning_bn.lockstep.scheduler import LockstepError
     from lightning_bn.tracking.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
     from lightning_bn.trainer.normalization_batch import normalization_batch_size
 else:  # type checkers take any name from a module that they see a __getattr__ of
@@ -75,6 +82,8 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
         __name__,
         {
             "AdaBNCallback": "callbacks.ada_bn",
+            "Adaptation": "functional.adapt",
+            "AnotherRankFailedError": "core.ranks",
             "BNStatsMonitor": "callbacks.bn_stats_monitor",
             "BatchLeakage": "functional.leakage",
             "BatchLeakageMonitor": "callbacks.batch_leakage_monitor",
@@ -83,10 +92,12 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
             "FreezeBNCallback": "callbacks.freeze_bn",
             "GhostBNCallback": "callbacks.ghost_bn",
             "LayerStatistics": "core.population",
+            "LockstepError": "lockstep.scheduler",
             "MeanGap": "tracking.metrics",
             "MiniBatchInferenceCallback": "callbacks.mini_batch_inference",
             "Moments": "core.moments",
             "NonFiniteChannels": "tracking.metrics",
+            "NotEnoughMemoryError": "lockstep.pooled",
             "PopulationStatistics": "core.population",
             "PreciseBNCallback": "callbacks.precise_bn",
             "RoIShuffleCallback": "callbacks.roi_shuffle",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.compiler import disable_compile
 from lightning_bn.core.exchange import add_anchors, exchange_rows, restore_rows
 from lightning_bn.functional.domain.datasets import SplitByDomain
 from lightning_bn.layers.batch_mode import BatchMode
@@ -62,7 +63,7 @@ class RowShuffle(ModuleBehavior):
             return False
         return not inside or any(layer.training and not has_behavior(layer, Frozen) for layer in inside)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_compile
     def _exchanged(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self._names[module]
         if any(has_behavior(layer, SplitByDomain) for layer in self._inside[module]):

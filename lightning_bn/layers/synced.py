@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.compiler import disable_compile
 from lightning_bn.core.ranks import get_world_size
 from lightning_bn.core.sync_kernel import synced_batch_norm
 from lightning_bn.layers.batch_mode import BatchMode
@@ -45,7 +45,7 @@ class Synced(Behavior):
         """Those of all its ranks, if each has as many as this one."""
         return samples * self.num_ranks
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_compile
     def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 

@@ -1,7 +1,7 @@
-"""What a suspended forward keeps alive, how much room there is for it, and how to put it elsewhere meanwhile.
+"""Memory of suspended forwards: how much they keep alive, how much is free, and how to offload it meanwhile.
 
-A tensor's memory can be given back and taken again behind its back: the storage is shrunk to nothing and grown again,
-and every reference to the tensor, in whatever frame or closure of the network, stays as good as it was.
+A storage can be shrunk to nothing and grown again: every reference to its tensors, in whatever frame or closure of
+the network, stays valid.
 """
 
 from __future__ import annotations
@@ -24,81 +24,81 @@ from lightning_bn.lockstep.thread_state import ThreadState
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Knows the memory that was allocated while it was active, and of it what is still in use.
+    """Tracks the storages that are allocated while it is active, and which of them are still in use.
 
     Args:
-        room: Notified of every storage used that was not allocated here.
+        manager: Notified of every storage that is used here and was not allocated here.
 
     Example:
         >>> import torch
-        >>> with (alive := AllocationTracker()):
+        >>> with (tracker := AllocationTracker()):
         ...     kept = torch.zeros(1000) + torch.ones(1000)
-        >>> alive.num_bytes
+        >>> tracker.num_bytes
         4000
     """
 
-    def __init__(self, room: OffloadManager | None = None) -> None:
+    def __init__(self, manager: OffloadManager | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._room = room
-        self._found: dict[int, StorageWeakRef] = {}
+        self._manager = manager
+        self._allocated: dict[int, StorageWeakRef] = {}
         self._others: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for storage in _storages((args, kwargs)):
-            if storage._cdata not in self._found and storage._cdata not in self._others:
+            if storage._cdata not in self._allocated and storage._cdata not in self._others:
                 self._others[storage._cdata] = StorageWeakRef(storage)
-                if self._room:
-                    self._room.share(storage._cdata)
+                if self._manager:
+                    self._manager.share(storage._cdata)
         output = func(*args, **kwargs)
         for storage in _storages(output):
-            if storage._cdata not in self._others and storage._cdata not in self._found:
-                self._found[storage._cdata] = StorageWeakRef(storage)
+            if storage._cdata not in self._others and storage._cdata not in self._allocated:
+                self._allocated[storage._cdata] = StorageWeakRef(storage)
         return output
 
     def share(self, key: int) -> bool:
-        """Let go of a storage that others use as well; whether it was one of these."""
-        return self._found.pop(key, None) is not None
+        """Stop tracking a storage that others use as well; returns whether it was tracked."""
+        return self._allocated.pop(key, None) is not None
 
     @property
     def storages(self) -> list[UntypedStorage]:
         """The storages still in use."""
-        self._found = {key: ref for key, ref in self._found.items() if not ref.expired()}
-        found = [UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._found.values()]
-        return [storage for storage in found if storage is not None]
+        self._allocated = {key: ref for key, ref in self._allocated.items() if not ref.expired()}
+        alive = [UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._allocated.values()]
+        return [storage for storage in alive if storage is not None]
 
     @property
     def num_bytes(self) -> int:
-        """What they take."""
+        """Bytes of the storages still in use."""
         return sum(storage.nbytes() for storage in self.storages)
 
 
 class OffloadedStorages:
-    """Storages whose contents lie elsewhere until `restore`: those of a GPU in main memory, or all in a file.
+    """Storages whose contents are elsewhere until `restore`: those of a GPU in main memory, or all in a file.
 
     Args:
-        storages: Of one device. Their memory is given back.
+        storages: Storages of one device; their memory is freed.
     """
 
     def __init__(self, storages: list[UntypedStorage]) -> None:
-        self._held = [(s, s.nbytes()) for s in storages if s.nbytes() and s.resizable()]
-        self.num_bytes = sum(size for _, size in self._held)
+        self._sizes = [(s, s.nbytes()) for s in storages if s.nbytes() and s.resizable()]
+        self.num_bytes = sum(size for _, size in self._sizes)
         self._on_host: list[UntypedStorage] = []
         self._file: Path | None = None
         host = torch.device("cpu")
-        if self._held and self._held[0][0].device != host and free_memory(host) > 2 * self.num_bytes:
-            self._on_host = [storage.cpu() for storage, _ in self._held]
-        elif self._held:
-            self._file = self._written()
-        for storage, _ in self._held:
+        if self._sizes and self._sizes[0][0].device != host and free_memory(host) > 2 * self.num_bytes:
+            self._on_host = [storage.cpu() for storage, _ in self._sizes]
+        elif self._sizes:
+            self._file = self._write()
+        for storage, _ in self._sizes:
             storage.resize_(0)
 
-    def _written(self) -> Path:
-        # a file that is not kept open: more forwards may wait than a process may have open files
+    def _write(self) -> Path:
+        # closed afterwards: more forwards may wait than a process may have open files
         descriptor, name = tempfile.mkstemp(prefix="lightning_bn_")
         try:
             with open(descriptor, "wb") as file:
-                for storage, _ in self._held:
+                for storage, _ in self._sizes:
                     file.write(_as_bytes(storage.cpu()))
         except BaseException:
             os.unlink(name)
@@ -106,15 +106,15 @@ class OffloadedStorages:
         return Path(name)
 
     def restore(self) -> None:
-        """Give every storage its memory and contents again."""
+        """Allocate every storage again, with its contents."""
         if self._file is None:
-            for (storage, size), copy in zip(self._held, self._on_host, strict=True):
+            for (storage, size), copy in zip(self._sizes, self._on_host, strict=True):
                 storage.resize_(size)
                 storage.copy_(copy)
             return
         try:
             with open(self._file, "rb") as file:
-                for storage, size in self._held:
+                for storage, size in self._sizes:
                     storage.resize_(size)
                     on_host = storage if storage.device.type == "cpu" else UntypedStorage(size)
                     file.readinto(_as_bytes(on_host))
@@ -125,90 +125,91 @@ class OffloadedStorages:
 
 
 class OffloadManager:
-    """Room for what suspended forwards keep alive; the one that has waited longest makes way.
+    """Memory budget of suspended forwards; offloads the one that has waited longest first.
 
     Args:
         limit: Bytes.
+
+    Attributes:
+        spilled: Bytes offloaded so far.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.spilled = 0
-        """Bytes put elsewhere so far."""
-        self._all: list[AllocationTracker] = []
+        self.limit, self.spilled = limit, 0
+        self._trackers: list[AllocationTracker] = []
         self._waiting: dict[AllocationTracker, int] = {}
-        self._elsewhere: dict[AllocationTracker, OffloadedStorages] = {}
+        self._offloaded: dict[AllocationTracker, OffloadedStorages] = {}
         self._thread = ThreadState()
 
     @contextmanager
     def keep_track(self) -> Iterator[AllocationTracker]:
-        """A mode to run a forward under."""
-        alive = AllocationTracker(self)
-        self._all.append(alive)
+        """Track the allocations of a forward that is run within."""
+        tracker = AllocationTracker(self)
+        self._trackers.append(tracker)
         try:
-            with alive:
-                yield alive
+            with tracker:
+                yield tracker
         finally:
-            self._all.remove(alive)
+            self._trackers.remove(tracker)
 
     def share(self, key: int) -> None:
-        """A storage is used by another forward than allocated it, such as a cast of a weight: it stays from now on."""
-        for alive in self._all:
-            if alive.share(key):
-                self._bring_back(alive)
+        """Keep a storage that another forward uses as well, such as a cast of a weight."""
+        for tracker in self._trackers:
+            if tracker.share(key):
+                self._restore(tracker)
 
     @contextmanager
-    def waiting(self, alive: AllocationTracker, brought: Iterable[Tensor]) -> Iterator[None]:
-        """While a forward waits, with what it keeps alive, all but what it ``brought`` to the others."""
-        for tensor in brought:
-            alive.share(tensor.untyped_storage()._cdata)
-        self._waiting[alive] = alive.num_bytes
+    def waiting(self, tracker: AllocationTracker, shared: Iterable[Tensor]) -> Iterator[None]:
+        """Allow offloading while a forward waits, except for the tensors that it has ``shared`` with the others."""
+        for tensor in shared:
+            tracker.share(tensor.untyped_storage()._cdata)
+        self._waiting[tracker] = tracker.num_bytes
         while self._waiting and sum(self._waiting.values()) > self.limit:
-            self._spill(next(iter(self._waiting)))
+            self._offload(next(iter(self._waiting)))
         try:
             yield
         finally:
-            self._waiting.pop(alive, None)
-            self._bring_back(alive)
+            self._waiting.pop(tracker, None)
+            self._restore(tracker)
 
-    def _spill(self, alive: AllocationTracker) -> None:
-        with self._thread.activate():  # the forward that runs must not be thought to use, or own, what is copied here
-            self._elsewhere[alive] = OffloadedStorages(alive.storages)
-        self.spilled += self._elsewhere[alive].num_bytes
-        del self._waiting[alive]
+    def _offload(self, tracker: AllocationTracker) -> None:
+        with self._thread.activate():  # else the running forward's tracker would see these copies as its own
+            self._offloaded[tracker] = OffloadedStorages(tracker.storages)
+        self.spilled += self._offloaded[tracker].num_bytes
+        del self._waiting[tracker]
 
-    def _bring_back(self, alive: AllocationTracker) -> None:
-        if alive in self._elsewhere:
+    def _restore(self, tracker: AllocationTracker) -> None:
+        if tracker in self._offloaded:
             with self._thread.activate():
-                self._elsewhere.pop(alive).restore()
+                self._offloaded.pop(tracker).restore()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on a device: on the host, what its memory and this process's container allow."""
+    """Bytes that are free on a device; on the host, what its memory and this process's container allow."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + cached
-    import psutil  # which only those need who let the memory decide
+    import psutil
 
-    return min(psutil.virtual_memory().available, *_left_in_container())
+    return min(psutil.virtual_memory().available, *_free_in_container())
 
 
-def _left_in_container() -> Iterator[int]:
-    """By the limits of control groups (v2, v1), where there are any."""
+def _free_in_container() -> Iterator[int]:
+    """Yield the rest of each limit of control groups (v2, v1) that there is."""
     v1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     for limit, usage in (("memory.max", "memory.current"), v1):
         try:
             yield int((Path("/sys/fs/cgroup") / limit).read_text()) - int((Path("/sys/fs/cgroup") / usage).read_text())
-        except (OSError, ValueError):  # none, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
 
 
 def _as_bytes(storage: UntypedStorage) -> ctypes.Array[ctypes.c_ubyte]:
-    # NumPy's way in would mark it as of a fixed size
+    # NumPy's view would make the storage's size fixed
     return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:
-    # sparse tensors have none of their own
+    # sparse tensors have no storage of their own
     return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and torch._C._has_storage(x))

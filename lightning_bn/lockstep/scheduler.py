@@ -1,9 +1,8 @@
-"""Lockstep: functions that wait for each other wherever they need an answer that depends on all of them.
+"""Lockstep: functions wait for each other wherever they need an answer that depends on all of them.
 
-Each function is suspended when it arrives at a meeting point. When all have arrived at the same one, their answers are
-computed together, and they go on. So a network can be shown many batches as if they were one: they wait for each other
-at every BatchNorm layer, and nothing else in the network needs to know. Each layer is run once for every batch, so
-the cost is *linear* in depth.
+A function is suspended when it reaches a point. When all have reached the same one, their answers are computed
+together, and they continue. So a network can process many batches as if they were one: they wait for each other at
+every BatchNorm layer. Each batch passes each layer once, so the cost is *linear* in depth.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from lightning_bn.core.rng import random_streams
 
 if TYPE_CHECKING:
-    from lightning_bn.lockstep.task import Suspended
+    from lightning_bn.lockstep.task import Task
 
 P = TypeVar("P")
 V = TypeVar("V")
@@ -26,25 +25,25 @@ T = TypeVar("T")
 
 
 class LockstepError(RuntimeError):
-    """Functions cannot go in lockstep: they come to different points, or influence each other."""
+    """Functions cannot run in lockstep: they reach different points, or influence each other."""
 
 
 class Lockstep(Generic[P, V, A]):
     """Runs functions that wait for each other.
 
-    They run by turns in one thread, and each keeps the state of the thread as it was where it waits. The one that came
-    last to a point is the first to leave it: what it works on is still in the cache.
+    They run by turns in one thread, and each keeps its own thread state. They resume in reverse order, because the
+    last one's data are still in cache.
 
     Args:
-        answer: Called with a point and what the functions brought to it, in their order; returns each one's answer.
-        own_random_numbers: Give each function a stream of torch's random numbers of its own, drawn from the global one
-            and leaving that alone. Else they draw from that one as they go.
-        advice: What to do if they cannot go in lockstep, for messages.
+        answer: Called with a point and the functions' values, in their order; returns each one's answer.
+        own_random_numbers: Give each function its own stream of torch's random numbers, which depends on the state of
+            the global one and does not advance it.
+        advice: What to do if they cannot run in lockstep, for messages.
 
     Example:
-        >>> def together(point, values):
+        >>> def pool(point, values):
         ...     return [f"{v} of {sum(values)}" for v in values]
-        >>> lockstep = Lockstep(together)
+        >>> lockstep = Lockstep(pool)
         >>> lockstep.run([lambda: lockstep.exchange("bn", 1), lambda: lockstep.exchange("bn", 2)])
         ['1 of 3', '2 of 3']
     """
@@ -52,78 +51,73 @@ class Lockstep(Generic[P, V, A]):
     def __init__(
         self, answer: Callable[[P, list[V]], Sequence[A]], own_random_numbers: bool = False, advice: str = ""
     ) -> None:
-        from lightning_bn.lockstep.task import Suspended  # of greenlet, which nothing else needs
+        from lightning_bn.lockstep.task import Task  # imports greenlet, which nothing else needs
 
-        self._suspended: type[Suspended[P, V, A, Any]] = Suspended
+        self._task: type[Task[P, V, A, Any]] = Task
         self._answer = answer
         self._own_random_numbers, self._advice = own_random_numbers, advice
 
     def exchange(self, point: P, value: V) -> A:
-        """Wait, inside a function, until all others have come to ``point``, and get one's own answer."""
-        own = self._suspended.running()
-        if own is None:
+        """Wait, inside a function, until all others have reached ``point``; returns this function's answer."""
+        task = self._task.running()
+        if task is None:
             raise LockstepError(
                 f"{point} was reached outside of the functions in lockstep, or in another thread. {self._advice}"
             )
-        return own.exchange(point, value)
+        return task.exchange(point, value)
 
     def run(self, functions: Iterable[Callable[[], T]]) -> list[T]:
-        """Run functions to their end, and return what they return.
+        """Run functions to their end; returns their results.
 
         Raises:
-            LockstepError: If some come to another point than others, or end where others wait; an error in one of them
-                is raised as it is. All are unwound then: their ``finally`` clauses have run.
+            LockstepError: If some reach another point than others, or end where others wait. An error in a function is
+                raised as it is. All are unwound then: their ``finally`` clauses have run.
         """
-        running: list[Suspended[P, V, A, T]] = []
+        tasks: list[Task[P, V, A, T]] = []
         streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
-        with _filters_kept(), self._unwinding(running):
-            for function in functions:
-                running.append(self._suspended(function, next(streams)))
-                running[-1].go_on()
-            last_first = running
-            while any(not s.dead for s in running):
-                self._check(running)
-                answers = self._answer(running[0].point, [s.value for s in running])
-                for s, answer in zip(running, answers, strict=True):
-                    s.answer = answer
-                last_first = last_first[::-1]
-                for s in last_first:
-                    s.go_on()
-            return [s.result for s in running]
+        with _preserve_warning_filters():
+            try:
+                for function in functions:
+                    tasks.append(self._task(function, next(streams)))
+                    tasks[-1].resume()
+                order = tasks
+                while any(not task.dead for task in tasks):
+                    self._check_same_point(tasks)
+                    answers = self._answer(tasks[0].point, [task.value for task in tasks])
+                    for task, answer in zip(tasks, answers, strict=True):
+                        task.answer = answer
+                    order = order[::-1]
+                    for task in order:
+                        task.resume()
+                return [task.result for task in tasks]
+            finally:
+                for task in tasks:
+                    task.unwind()
 
-    @staticmethod
-    @contextmanager
-    def _unwinding(running: Sequence[Suspended[P, V, A, T]]) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for s in running:
-                s.unwind()
-
-    def _check(self, running: Sequence[Suspended[P, V, A, T]]) -> None:
-        first = running[0]
-        for number, other in enumerate(running):
+    def _check_same_point(self, tasks: Sequence[Task[P, V, A, T]]) -> None:
+        first = tasks[0]
+        for number, other in enumerate(tasks):
             if other.dead != first.dead or (not first.dead and other.point != first.point):
                 raise LockstepError(
-                    f"They diverge: number 1 {first.whereabouts()} when number {number + 1} {other.whereabouts()}. "
+                    f"They diverge: number 1 {first.position()} when number {number + 1} {other.position()}. "
                     f"{self._advice}"
                 )
 
 
 @contextmanager
-def _filters_kept() -> Iterator[None]:
-    """Of warnings: `catch_warnings` that are left in another order than they were entered leave their filters behind.
+def _preserve_warning_filters() -> Iterator[None]:
+    """Restore the filters: `catch_warnings` blocks that end in another order than they began leave theirs behind.
 
-    It is not done by one more of them, which would make Python forget what it has shown already.
+    Another `catch_warnings` would do, but it makes Python forget which warnings it has shown.
     """
     filters: Any = warnings.filters
-    held = filters[:]
+    before = filters[:]
     shows = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
     try:
         yield
     finally:
-        if warnings.filters is not filters or filters[:] != held:
+        if warnings.filters is not filters or filters[:] != before:
             warnings.filters = filters
-            filters[:] = held
+            filters[:] = before
         for name, show in shows.items():
             setattr(warnings, name, show)

@@ -1,4 +1,4 @@
-"""A function that can be suspended in its middle, with the state of the thread that it has there: a greenlet."""
+"""A function that can be suspended in its middle, with its own thread state: a greenlet."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Suspended(greenlet, Generic[P, V, A, T]):
-    """A function that is run as far as its next meeting point.
+class Task(greenlet, Generic[P, V, A, T]):
+    """A function that runs until it waits at its next point.
 
     Args:
-        function: It calls `exchange` at a meeting point.
-        random: A stream of random numbers of its own.
+        function: It calls `exchange` at a point.
+        random: Its own stream of random numbers, if any.
     """
 
     point: P
@@ -37,29 +37,29 @@ class Suspended(greenlet, Generic[P, V, A, T]):
         self._state, self._random = ThreadState(), random
 
     @staticmethod
-    def running() -> Suspended[P, V, A, T] | None:
-        """The one whose function this is called in."""
-        own = getcurrent()
-        return own if isinstance(own, Suspended) else None
+    def running() -> Task[P, V, A, T] | None:
+        """Return the task whose function calls this."""
+        current = getcurrent()
+        return current if isinstance(current, Task) else None
 
     def exchange(self, point: P, value: V) -> A:
-        """Wait, inside the function, at a point to which it brings a value; return the answer."""
-        assert self.parent is not None  # in which `go_on` was called
+        """Wait, inside the function, at a point with a value; returns the answer."""
+        assert self.parent is not None  # in which `resume` was called
         answer: A = self.parent.switch((point, value))
         return answer
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Run to the next point, or to the end."""
         with self._own_state():
-            came_back = self.switch(self.answer) if self else self.switch()
+            returned = self.switch(self.answer) if self else self.switch()
         self.answer = None
         if self.dead:
-            self.result = came_back
+            self.result = returned
         else:
-            self.point, self.value = came_back
+            self.point, self.value = returned
 
     def unwind(self) -> None:
-        """End the function where it waits, whatever it makes of that: there is an error already, why it is ended."""
+        """End the function where it waits. Its errors are suppressed, because an earlier one is the cause."""
         while self and not self.dead:
             with self._own_state(), suppress(BaseException):
                 self.throw(GreenletExit)
@@ -69,6 +69,6 @@ class Suspended(greenlet, Generic[P, V, A, T]):
         with self._state.activate(), self._random.activate() if self._random else nullcontext():
             yield
 
-    def whereabouts(self) -> str:
-        """Where it is, for messages."""
-        return "had come to its end" if self.dead else f"was at {self.point}"
+    def position(self) -> str:
+        """Return its position, for messages."""
+        return "had ended" if self.dead else f"was at {self.point}"

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.testing import assert_close
 
-import lightning_bn.lockstep.pooled as pooled
+import lightning_bn.lockstep.trial as trial
 from lightning_bn import PreciseBNCallback
 from tests.callbacks.zoo import TinyNet, digest, exact_statistics, fit, statistics_of, train_loader
 
@@ -101,9 +101,9 @@ def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_w
 def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needs: list[pooled.MemoryEstimate] = []
-    look = pooled.PooledForward.needs
-    monkeypatch.setattr(pooled.PooledForward, "needs", lambda self, own: needs.append(look(self, own)) or needs[-1])
+    needs: list[trial.MemoryEstimate] = []
+    look = trial.Trial.memory
+    monkeypatch.setattr(trial.Trial, "memory", lambda self, own: needs.append(look(self, own)) or needs[-1])
     fitted(PreciseBNCallback(SAMPLES))
     monkeypatch.setattr(pooled, "free_memory", lambda device: 2 * 4 * needs[0].num_bytes + 10)  # 4 batches in half
     precise = PreciseBNCallback(SAMPLES)

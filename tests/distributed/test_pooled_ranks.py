@@ -171,7 +171,7 @@ def test_what_goes_wrong_on_one_rank_ends_all(shards: list[list[int]]) -> None:
 def test_ranks_that_take_different_ways_are_named() -> None:
     cases = [
         (Troubled("skips", 1, 2), {"normalization_batch_size": "population"}),
-        (Troubled("ends", 1, 2), {"batch_size": 100}),
+        (Troubled("ends", 1, 2), {"normalization_batch_size": 100}),
     ]
     for ends in run_on_ranks(ended, 2, cases, [images(2, 2), images(2, 2)], timeout=60):
         assert "at two on one and at three on another" in ends[0][1]

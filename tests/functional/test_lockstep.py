@@ -103,7 +103,7 @@ def test_another_point_is_an_error_that_names_both() -> None:
 
 def test_an_end_where_others_wait_is_an_error_that_names_both() -> None:
     lockstep = summing()
-    with pytest.raises(LockstepError, match="number 1 was at a when number 2 had come to its end"):
+    with pytest.raises(LockstepError, match="number 1 was at a when number 2 had ended"):
         lockstep.run([lambda: lockstep.exchange("a", 0), lambda: 0])
 
 

@@ -252,6 +252,8 @@ def _network() -> nn.Module:
 def peak(batch_size: Any, memory_limit: int | None, folder: str) -> tuple[float, int, float]:
     """MiB by which this process grew at most; bytes spilled; MiB that were predicted."""
 
+    from lightning_bn.lockstep import trial
+
     predicted, spilled = [0.0], list[int]()
     estimate: Callable[..., Any] = trial.Trial.memory
 

@@ -517,8 +517,8 @@ class Branching(nn.Module):
     [
         (lambda x: "ab" if len(x) > 1 else "b", "number 1 was at a when number 3 was at b"),
         (lambda x: "ab" if len(x) > 1 else "ba", "number 1 was at a when number 3 was at b"),
-        (lambda x: "ab" if len(x) > 1 else "a", "number 1 was at b when number 3 had come to its end"),
-        (lambda x: "a" if len(x) > 1 else "aba", "number 1 had come to its end when number 3 was at b"),
+        (lambda x: "ab" if len(x) > 1 else "a", "number 1 was at b when number 3 had ended"),
+        (lambda x: "a" if len(x) > 1 else "aba", "number 1 had ended when number 3 was at b"),
     ],
 )
 def test_micro_batches_that_diverge_are_named_and_nothing_is_written(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.compiler import disable_compile
 from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, uses_batch_stats
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
@@ -133,7 +134,7 @@ class SplitByDomain(Behavior):
             return samples
         return int(domain.bincount().max())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_compile
     def _in_parts(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         if not uses_batch_stats(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_bn.core.compiler import disable_compile
 from lightning_bn.functional.domain.specific import Choice, Shown, recomputing, uses_batch_stats
 from lightning_bn.layers.behavior import Behavior, ModuleBehavior, attach, detach
 from lightning_bn.lockstep.scheduler import Lockstep
@@ -133,7 +134,7 @@ class Levels:
             now = now.around
         return now
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_compile
     def owner_forward(self, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run a forward of the owner, which counts afresh."""
         now = _Forward(self, _NOW.get(), [leaf for leaf in tree_leaves(input) if isinstance(leaf, Tensor)])
