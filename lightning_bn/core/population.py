@@ -248,7 +248,19 @@ class Accumulator:
         own = [[sum([f(c[i]) * n for c, n in kept]) for i in range(layers)] for f in (int, lambda c: c * c, bool)]
         weights = torch.tensor(own[:2], dtype=torch.float64).to(self.device, non_blocking=True)[:, self._layers]
         host = sum_over_ranks([*own[0], *own[2]], self.device)
-        mean, var, errors = self._merged(*weights)
+        count, weight = weights
+        shift = self._sum[0] / count.clamp(min=1)
+        m2 = (self._sum[1] - self._sum[0] * shift).clamp_(min=0)
+        values = merge_over_ranks(Moments(count, self._pivot + shift, m2))
+        # The squared error of a weighted mean is the sum of the squared, weighted deviations. A call's mean square
+        # around the population's mean, less the variance, is q - 2 e d + e^2 - var.
+        mean, var = values.mean, values.var
+        e, (d, q), (dd, qq), dq = mean - self._pivot, self._squared_weight_sum, self._square_sum, self._cross
+        rest = e.square() - var
+        of_mean = dd - 2 * e * d + e.square() * weight
+        of_var = qq - 4 * e * dq + 4 * e.square() * dd + 2 * rest * (q - 2 * e * d) + rest.square() * weight
+        sums = torch.stack([of_mean, of_var]).clamp_(min=0)
+        errors = merge_over_ranks(Moments(weight, torch.zeros_like(sums), sums)).m2 / values.count.square()
         calls_of = torch.tensor(host[layers:], dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
         errors *= calls_of / (calls_of - 1)  # of a single call: NaN
         errors = torch.stack([errors[0] / var, errors[1] / var.square()]).sqrt_()
@@ -259,21 +271,3 @@ class Accumulator:
             for name, (count, number, m, v, mean_error, var_error) in zip(self.slots, per_layer, strict=True)
             if number
         }, left_out
-
-    def _merged(self, count: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance of all ranks, and the squared errors of both, ``(2, C)``.
-
-        The squared error of a weighted mean is the sum of the squared, weighted deviations.
-        """
-        shift = self._sum[0] / count.clamp(min=1)
-        m2 = (self._sum[1] - self._sum[0] * shift).clamp_(min=0)
-        values = merge_over_ranks(Moments(count, self._pivot + shift, m2))
-        # a call's mean square around the mean, less the variance, is q - 2 e d + e^2 - var
-        e = values.mean - self._pivot
-        rest = e.square() - values.var
-        (d, q), (dd, qq), dq = self._squared_weight_sum, self._square_sum, self._cross
-        of_mean = dd - 2 * e * d + e.square() * weight
-        of_var = qq - 4 * e * dq + 4 * e.square() * dd + 2 * rest * (q - 2 * e * d) + rest.square() * weight
-        sums = torch.stack([of_mean, of_var]).clamp_(min=0)
-        squared = merge_over_ranks(Moments(weight, torch.zeros_like(sums), sums)).m2 / values.count.square()
-        return values.mean, values.var, squared

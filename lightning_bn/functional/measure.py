@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -135,12 +136,10 @@ def measure(
     profile = profile or ModelProfile()
     accumulator, size = _accumulator(layers), config.normalization_batch_size
     mode, totals, joint = BatchMode(layers, accumulator, of_training), _Totals(), None
-    count = as_batch_size_fn(config.batch_size_fn)
-    every_rank = any([isinstance(m, SyncBatchNorm) for m in layers.values()])
-    min_size = _MIN_SIZES[size] if isinstance(size, str) else size
-    steps = SynchronizedBatches(batches, config.num_samples, count, accumulator.device, every_rank, min_size)
+    steps = _synchronized(batches, config, layers, accumulator.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
         advance = stack.enter_context(progress(config.num_samples)) if progress else lambda samples: None
         for layer in layers.values():
@@ -168,15 +167,7 @@ def measure(
                     break
     statistics, nonfinite = accumulator.statistics()
     left_out = totals.leave_out(nonfinite, joint, accumulator)
-    _check_usable(statistics, layers, left_out)
-    if left_out is not None:
-        warn_once(profile, "left out", _left_out_message(totals.left_out, *left_out))
-    if len(accumulator.channels) > len(layers):
-        statistics = _with_domains(statistics, layers)
-    spilled = joint.pooled.spilled if joint else 0
-    return PopulationStatistics(
-        statistics, totals.samples, totals.batches, totals.batch_size, spilled=spilled, left_out=totals.left_out
-    )
+    return _result(statistics, layers, totals, left_out, joint, profile)
 
 
 @dataclass
@@ -198,11 +189,6 @@ class _Totals:
     merged: list[tuple[int, int]] = field(default_factory=list)
     next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR
     left_out: int = 0
-
-    @property
-    def batch_size(self) -> float:
-        """Samples in a normalization batch, on average."""
-        return self.samples / self.normalizations
 
     def add(self, group: list[MicroBatch], normalizations: int) -> None:
         """Add batches that were merged together."""
@@ -235,18 +221,56 @@ class _Totals:
             return None
         self.samples, self.batches = self.samples - samples, self.batches - batches
         self.normalizations, self.left_out = self.normalizations - normalizations, batches
-        number, _, layer = min(bad, default=(_MAX_BATCHES, 0, names[0]))
+        number, _, layer = min(bad, default=(2**62, 0, names[0]))  # more than there are batches
         (minus_first,) = max_over_ranks([-number], device)
         (place,) = max_over_ranks([names.index(layer) if number == -minus_first else -1], device)
         return -minus_first, names[place]
 
 
-def _left_out_message(batches: int, number: int, layer: str) -> str:
-    others = f", and so are {batches - 1} others" if batches > 1 else ""
-    return (
-        f"Batch {number} of a pass over data is left out of the statistics{others}: it gives layer {layer!r} non-finite "
-        "values, or values whose squares overflow."
-    )
+def _synchronized(
+    batches: Iterable[Any], config: PassConfig, layers: Mapping[str, _BatchNorm], device: torch.device
+) -> SynchronizedBatches:
+    size, count = config.normalization_batch_size, as_batch_size_fn(config.batch_size_fn)
+    min_size = _MIN_SIZES[size] if isinstance(size, str) else size
+    has_synced = bool([layer for layer in layers.values() if isinstance(layer, SyncBatchNorm)])
+    return SynchronizedBatches(batches, config.num_samples, count, device, has_synced, min_size)
+
+
+def _result(
+    statistics: dict[str, LayerStatistics],
+    layers: Mapping[str, _BatchNorm],
+    totals: _Totals,
+    left_out: tuple[int, str] | None,
+    joint: JointBatches | None,
+    profile: ModelProfile,
+) -> PopulationStatistics:
+    """Put the result together, or raise, on every rank alike, if a layer could not normalize with its statistics."""
+    if left_out is not None:
+        number, layer = left_out
+        if not statistics:
+            raise ValueError(
+                f"Layer {layer!r} received non-finite values, or values whose squares overflow, in every batch, so no "
+                "statistics were written. Look at the batches and the weights."
+            )
+        others = f", and so are {totals.left_out - 1} others" if totals.left_out > 1 else ""
+        message = f"Batch {number} of a pass over data is left out of the statistics{others}: it gives layer {layer!r} "
+        warn_once(profile, "left out", message + "non-finite values, or values whose squares overflow.")
+    if not statistics:
+        raise ValueError(
+            f"No batch reached a BatchNorm layer of {', '.join(layers)} in a way that training would track (in train "
+            "mode, with track_running_stats and a momentum other than 0): is the iterable of batches empty, or does "
+            "the forward bypass the layers?"
+        )
+    single = [name for name, s in statistics.items() if s.count < 2]
+    if single:
+        raise ValueError(
+            f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
+            "written: pass more samples."
+        )
+    if any(STATISTICS[0] in layer._buffers for layer in layers.values()):
+        statistics = _with_domains(statistics, layers)
+    spilled, batch_size = joint.pooled.spilled if joint else 0, totals.samples / totals.normalizations
+    return PopulationStatistics(statistics, totals.samples, totals.batches, batch_size, spilled, totals.left_out)
 
 
 def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
@@ -281,26 +305,3 @@ def _with_domains(
             whole = statistics[name] if name in statistics else LayerStatistics.merge(reached)
             merged[name] = replace(whole, domains=domains) if domains else whole
     return merged
-
-
-def _check_usable(
-    statistics: Mapping[str, LayerStatistics], layers: Iterable[str], left_out: tuple[int, str] | None
-) -> None:
-    """Raise, on every rank alike, if a layer has no statistics that it could normalize with."""
-    if not statistics and left_out is not None:
-        raise ValueError(
-            f"Layer {left_out[1]!r} received non-finite values, or values whose squares overflow, in every "
-            "batch, so no statistics were written. Look at the batches and the weights."
-        )
-    if not statistics:
-        raise ValueError(
-            f"No batch reached a BatchNorm layer of {', '.join(layers)} in a way that training would track (in train "
-            "mode, with track_running_stats and a momentum other than 0): is the iterable of batches empty, or does "
-            "the forward bypass the layers?"
-        )
-    single = [name for name, s in statistics.items() if s.count < 2]
-    if single:
-        raise ValueError(
-            f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
-            "written: pass more samples."
-        )

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_bn.core.batch_copy import copied
@@ -48,7 +47,7 @@ class ModelProfile:
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer in a joint run: the first micro-batch's moments, and the statistics it was normalized with."""
+    """One call of a layer in a joint run: the first micro-batch's moments, and the statistics for its normalization."""
 
     name: str
     moments: Moments

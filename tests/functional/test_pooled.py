@@ -548,7 +548,7 @@ class KeepsATensor(nn.Module):
 def test_a_model_that_keeps_something_between_layers_is_refused() -> None:
     model = KeepsATensor()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(LockstepError, match="'two' something else in lockstep with others than alone"):
+    with pytest.raises(LockstepError, match="'two' got a different input when batches were run jointly"):
         precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

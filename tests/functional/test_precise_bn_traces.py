@@ -187,7 +187,7 @@ def test_in_an_eval_mode_model_every_layer_is_estimated() -> None:
 
 def test_a_model_with_nothing_but_frozen_layers_is_refused() -> None:
     model, batches = case("ragged batches")
-    with freeze_bn(model), pytest.raises(ValueError, match="All chosen BatchNorm layers of Sequential are frozen"):
+    with freeze_bn(model), pytest.raises(ValueError, match="All chosen BatchNorm layers are frozen"):
         precise_bn(model, batches, normalization_batch_size="loader")
 
 
