@@ -33,17 +33,17 @@ from lightning_bn.layers.modes import keep_in_eval
 
 
 class Adaptation(Handle):
-    """The way back to the statistics that the layers had, which also knows what was measured.
+    """Restores the statistics that the layers had before they were adapted.
 
     Attributes:
-        statistics: Those of the target domain, before any prior was mixed in.
+        statistics: Statistics of the target domain, without the prior.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics, prior_samples: int) -> None:
         check_unadaptable(layers)
         self.statistics = statistics
         reached = {name: layers[name] for name in statistics}
-        with torch.inference_mode(False):  # of which tensors a later fit would be refused
+        with torch.inference_mode(False):  # a later fit could not use inference tensors
             originals = [
                 (layer, key, stored.clone())
                 for layer in reached.values()
@@ -53,7 +53,7 @@ class Adaptation(Handle):
         write_running_stats(
             reached, {name: _mixed(layer, statistics, name, prior_samples) for name, layer in reached.items()}
         )
-        super().__init__(reached.values(), Adapted(), [lambda: _put_back(originals)])
+        super().__init__(reached.values(), Adapted(), [lambda: _restore(originals)])
 
 
 def adapt_bn(
@@ -67,40 +67,37 @@ def adapt_bn(
     batch_size_fn: BatchSizeFn | None = None,
     progress: bool = False,
 ) -> Adaptation:
-    r"""Replace population statistics, for a while, by those of another domain, measured on unlabelled batches of it.
+    r"""Replace population statistics temporarily by those of another domain, measured on its unlabeled batches.
 
-    Measured as `precise_bn` does: over all values, between-batch variance included, with nothing but BatchNorm in
-    batch mode. With few samples, the statistics the layers have can serve as a prior that is worth
-    ``prior_samples`` of them (Schneider et al., 2020): of $N$ prior and $n$ measured samples, with $p = N / (N + n)$,
+    All inputs are measured, with only BatchNorm in batch mode, as by `precise_bn`. With few samples, the layers'
+    statistics can serve as a prior worth ``prior_samples`` of them (Schneider et al., 2020): of $N$ prior and $n$
+    measured samples, with $p = N / (N + n)$,
 
     $$\mu = p\,\mu_{source} + (1 - p)\,\mu_{target}, \qquad
     \sigma^2 = p\,\sigma^2_{source} + (1 - p)\,\sigma^2_{target}.$$
 
-    When it helps: the inputs have shifted and the classes have not. ResNet-50 on ImageNet at a contrast shift: 40.8 %
-    error with the source's statistics, 33.1 with those of 1000 target images; Gaussian noise 64.4 and 52.5, JPEG 40.4
-    and 36.7 (Table 4). When it does not: without a shift (23.4 with the training set's statistics, 23.8 with those of
-    un-augmented validation images), where the target's classes are other ones or unevenly many, or after a training
-    with frozen statistics, which destroys the model (accuracy 77.9 -> 48.5 % in a trial of ours). So measure both.
+    When it does not help: without a shift of the inputs (Table 4), where the target's classes are others or unevenly
+    distributed, or after a training with frozen statistics, which breaks the model. So measure both.
 
     Args:
-        model: The model. ``DistributedDataParallel`` is looked through.
+        model: The model. ``DistributedDataParallel`` is unwrapped.
         batches: Any iterable of batches of the target domain; labels are not used. Under torch.distributed every rank
             calls this, each with its own batches, in any number; all end with the same statistics.
-        prior_samples: How many samples the layers' own statistics are worth; 0 forgets them.
+        prior_samples: Number of samples that the layers' statistics are worth; 0 ignores them.
         forward: ``forward(model, batch)`` runs the model on a batch; as for `precise_bn`, like the next three.
-        num_samples: Take whole batches until so many samples were seen; the paper took 1000. None takes all.
+        num_samples: Number of samples of all ranks, in whole batches; the paper took 1000. None takes all.
         layers: Glob patterns over qualified layer names; None adapts every BatchNorm layer that is not frozen.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples in a batch.
+        batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples in a batch.
         progress: Show a progress bar over samples.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to put the statistics back, bit by bit. It has the
-        measured ``statistics``. Statistics that were written in between, and batches counted, are lost with it.
+        A handle with the measured ``statistics``. ``undo()`` it, or use it as a context manager, to restore the
+        statistics bit by bit. Statistics that were written in between are lost with it.
 
     Raises:
         ValueError: As `precise_bn`, and if a chosen layer is adapted already or uses mini-batch statistics; the
-            layers then keep the statistics they had.
-        TypeError: If an argument is of another type.
+            layers then keep their statistics.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> import torch
@@ -160,7 +157,7 @@ def _mixed(layer: _BatchNorm, measured: PopulationStatistics, name: str, prior_s
     return replace(target, mean=mean, var=var)
 
 
-def _put_back(originals: list[tuple[_BatchNorm, str, Tensor]]) -> None:
+def _restore(originals: list[tuple[_BatchNorm, str, Tensor]]) -> None:
     with torch.no_grad():
         for layer, key, original in originals:
             _buffer(layer, key).copy_(original)  # looked up now: the layer may have moved to another device
@@ -168,5 +165,5 @@ def _put_back(originals: list[tuple[_BatchNorm, str, Tensor]]) -> None:
 
 def _buffer(layer: _BatchNorm, key: str) -> Tensor:
     buffer = layer._buffers[key]
-    assert buffer is not None  # storing_layers saw to it
+    assert buffer is not None  # checked by `storing_layers`
     return buffer

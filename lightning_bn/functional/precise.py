@@ -1,7 +1,6 @@
 """PreciseBN: recompute the population statistics of a fixed model (paper, Sec. 3.2).
 
-The model sees the batches with only its BatchNorm layers in batch mode. The moments of every input of a layer are
-merged, over batches, calls and ranks, and written into the layer's running statistics at the very end, or not at all.
+The moments of every input of a layer are merged over batches, calls and ranks, and written at the very end.
 """
 
 from __future__ import annotations
@@ -43,57 +42,48 @@ def precise_bn(
 ) -> PopulationStatistics:
     r"""Recompute the population statistics of a fixed model from batches, and store them in its layers.
 
-    With $\mu_B, \sigma_B^2$ the statistics of a layer's input in one batch, each weighted by its number of values,
+    With $\mu_B, \sigma_B^2$ the statistics of a layer's input in one batch, weighted by its number of values,
 
-    $$\mu_{pop} = E[\mu_B], \qquad \sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2,$$
+    $$\mu_{pop} = E[\mu_B], \qquad \sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2.$$
 
-    computed by merging counts, means and sums of squared deviations in float64. Only BatchNorm is in batch mode:
-    everything else runs in eval mode (dropout is off), without gradients, and gets its modes back. Layers that are
-    frozen, not chosen by ``layers`` or not reached keep their statistics; a layer counts as frozen if `freeze_bn` or
-    ``BaseFinetuning`` froze it, or if it is in eval mode while ``model`` itself is in train mode.
+    Only BatchNorm is in batch mode: everything else runs in eval mode (dropout is off), without gradients. Layers that
+    are frozen, not chosen or not reached keep their statistics. A layer counts as frozen if `freeze_bn` or
+    ``BaseFinetuning`` froze it, or if it is in eval mode while ``model`` is in train mode.
 
     When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
-    (Sec. 3.3). Batches smaller than about 100 samples accumulate error in depth: 28.8 % validation error at batches
-    of 2 against 23.5 % (Table 2), whatever the number of samples. ``normalization_batch_size`` mends that, for batches of any size
-    and structure: their forwards wait for each other at every layer, which normalizes them all with their pooled
-    statistics (lockstep). Each still runs once, where the paper's layer-by-layer algorithm (App. A.3) runs each as
-    often as there are layers.
+    (Sec. 3.3).
 
     Args:
-        model: The model. ``DistributedDataParallel`` is looked through: its buffer broadcast must not run here.
-        batches: Any iterable of batches. Under torch.distributed every rank calls this, each with its own batches,
-            in any number.
+        model: The model. ``DistributedDataParallel`` is unwrapped: its buffer broadcast must not run here.
+        batches: Any iterable of batches. Under torch.distributed every rank calls this, each with its own batches, in
+            any number.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
-        num_samples: Take whole batches until so many samples were seen, on all ranks together. 1e3 to 1e4 suffice
-            (Table 1). None takes all batches.
-        normalization_batch_size: B of Table 2, the samples of all ranks that a layer normalizes together: whole batches, as few as
-            hold so many; 100 suffice. ``"population"``: all of them, which is exact. None takes the batches as they
-            come, each rank its own. A layer that is called several times in a forward (two views, several crops)
-            normalizes each call by itself, as in training, with ``"population"`` each over the population; its
-            statistics are those of the inputs of all its tracked calls together. The inputs of all calls in one batch
-            would be normalized together, and give later layers other inputs.
+        num_samples: Number of samples of all ranks, in whole batches; 1e3 to 1e4 suffice (Table 1). None takes all.
+        normalization_batch_size: Samples of all ranks that a layer normalizes jointly, in whole batches: B of Table 2.
+            Small ones accumulate error in depth. ``"loader"`` takes the batches as they come, each rank its own.
+            ``"population"`` normalizes all of them jointly, which is exact. ``"auto"`` decides by the first batch: if
+            every rank's holds 32 samples or more, as ``"loader"``; else, jointly until there are 100 samples, or as
+            many as fit into half of the free memory. Batches that are normalized jointly wait for each other at every
+            layer (lockstep). A layer that is called several times in a forward normalizes each call by itself.
         tolerance: Stop before ``num_samples``, as soon as the standard errors of every layer's means (in sigma) and
-            variances (relative), as the spread of at least 8 normalization batches tells them, are below it.
-        memory_limit: Bytes that batches waiting for each other may take on each rank; those that have waited longest
-            are put to the host's memory, or to disk (the folder of temporary files), until it is their turn. By default
-            nothing is, and needing more than is free is an error.
+            variances (relative) are below it. None never stops early.
+        memory_limit: Bytes that batches waiting for each other may take on each rank. The rest is moved to the host's
+            memory or to temporary files. By default, needing more than is free is an error.
         layers: Glob patterns over qualified layer names; None estimates every BatchNorm layer that is not frozen.
-        batch_size_fn: ``batch_size_fn(batch)``, the number of samples in a batch; by default the first size of its tensors, and the
-            length of lists of images or dicts.
+        batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples in a batch; by default the first size of
+            its tensors, and the length of lists of images or dicts.
         progress: Show a progress bar over samples.
 
     Returns:
-        What was measured, for every layer that was reached.
+        The statistics of every layer that was reached.
 
     Raises:
-        ValueError: If there is nothing to estimate or no batch, or if every batch gave a layer non-finite values; the
-            layers then keep the statistics they had.
-        TypeError: If it cannot be seen what a layer normalizes: its forward makes no ``batch_norm`` call, nor does it
-            normalize its input as torch's own layers do.
-        LockstepError: With ``normalization_batch_size``, if batches come to layers in different order, or influence each other
-            through something that the model keeps between layers.
-        MemoryError: With ``normalization_batch_size``, if the memory that is free does not suffice.
+        ValueError: If there is nothing to estimate or no batch, or if every batch gave a layer non-finite values. The
+            layers then keep their statistics.
+        TypeError: If a layer's forward makes no ``batch_norm`` call and does not normalize its input as torch's do.
+        LockstepError: If batches that are normalized jointly reach layers in different order, or influence each other.
+        NotEnoughMemoryError: If batches that are normalized jointly need more memory than is free.
 
     Example:
         >>> import torch
