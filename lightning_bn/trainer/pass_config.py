@@ -13,7 +13,7 @@ from lightning_bn.functional.measure import BatchSize, validate_pass_arguments
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.lockstep.pooled import ModelProfile
 from lightning_bn.trainer.forward import Forward, check_forward_argument
-from lightning_bn.trainer.loaders import Replay, Source
+from lightning_bn.trainer.loaders import ReplayBuffer, Source
 from lightning_bn.trainer.moved_layers import Movement
 
 REPLAY_BYTES = 2**30
@@ -76,7 +76,7 @@ class PassState:
         said: Warnings given, by what they are about.
     """
 
-    replay: Replay | None = None
+    replay: ReplayBuffer | None = None
     tried: ModelProfile = field(default_factory=ModelProfile)
     one_by_one: bool = False
     seen_a_batch: bool = False

@@ -21,23 +21,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import as_batch_size_fn
+from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
 from lightning_bn.functional.measure import BatchSize, measure
-from lightning_bn.functional.precise import call_model, estimable_layers, write_running_stats
+from lightning_bn.functional.precise import call_model, write_running_stats
 from lightning_bn.layers.find import storing_layers
 from lightning_bn.lockstep.scheduler import LockstepError
-from lightning_bn.trainer.domains import domains_of
+from lightning_bn.trainer.compat import train_loaders
+from lightning_bn.trainer.context import PassContext, batch_domain, modes_of_training, set_modes
 from lightning_bn.trainer.failures import located
 from lightning_bn.trainer.forward import Forward, check_call, check_forward, function_for
 from lightning_bn.trainer.isolation import isolate
-from lightning_bn.trainer.loaders import Replay, check_loader_reiterable, loader_batches, train_batches
-from lightning_bn.trainer.modes import modes_of_training, set_modes
+from lightning_bn.trainer.loaders import ReplayBuffer, check_loader_reiterable, loader_batches, train_batches
+from lightning_bn.trainer.logging import progress_of
 from lightning_bn.trainer.moved_layers import Movement
 from lightning_bn.trainer.numbered_batches import Shown
 from lightning_bn.trainer.pass_config import PassConfig, PassState
-from lightning_bn.trainer.progress import progress_of
 
 DEFAULT_BATCH_SIZE = 100
 """Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
@@ -105,8 +106,9 @@ class PopulationPass:
         Raises:
             ValueError: Naming the loader and the way out.
         """
-        if self.config.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
-            check_loader_reiterable(trainer.fit_loop._combined_loader.flattened)
+        loaders = train_loaders(trainer)
+        if self.config.source == "train_dataloader" and loaders is not None:
+            check_loader_reiterable(loaders.flattened)
 
     def look_at(self, module: LightningModule, batch: Any) -> None:
         """Refuse the first training batch of a fit if a pass could not show it; keep batches that are to be replayed.
@@ -142,10 +144,8 @@ class PopulationPass:
         """
         started = time.perf_counter()
         layers = self._estimable(trainer, module)
-        try:
+        with NoStopIteration("The pass over training batches"):
             statistics = self._measured(trainer, module, layers)
-        except StopIteration as error:  # would end Lightning's epoch without a word
-            raise located(error, "The pass over training batches")  # noqa: B904 - has it for a cause
         moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
         write_running_stats(layers, statistics)
         self._say_which_were_not_reached(module, layers, statistics)
@@ -223,11 +223,11 @@ class PopulationPass:
 
     def _keep(self, batch: Any) -> None:
         if self.state.replay is None:
-            self.state.replay = Replay(-(-self.config.num_samples // get_world_size()), self.config.replay_bytes)
+            self.state.replay = ReplayBuffer(-(-self.config.num_samples // get_world_size()), self.config.replay_bytes)
         self.state.replay.keep(batch, as_batch_size_fn(self.config.batch_size_fn)(batch))
 
     def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
-        return estimable_layers(module, self.config.layers, modes_of_training(trainer, module).__getitem__)
+        return PassContext.of(trainer, module, self.config.layers).layers
 
     def _say_which_were_not_reached(
         self, module: LightningModule, layers: dict[str, _BatchNorm], reached: PopulationStatistics
@@ -270,7 +270,7 @@ def isolated_forward(
 
     def show(number: int, batch: Any) -> None:
         if forward == "training_step":
-            with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
+            with trainer.precision_plugin.train_step_context(), batch_domain(trainer, batch):
                 try:
                     module.training_step(*((batch, number) if with_index else (batch,)))
                 except RuntimeError as error:
@@ -281,7 +281,7 @@ def isolated_forward(
                         ) from error
                     raise
         else:
-            with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
+            with trainer.precision_plugin.forward_context(), batch_domain(trainer, batch):
                 (forward if callable(forward) else call_model)(module, batch)
 
     like_training = forward == "training_step"

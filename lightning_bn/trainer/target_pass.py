@@ -14,15 +14,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
+from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import call_model
-from lightning_bn.trainer.domains import domains_of
-from lightning_bn.trainer.evaluation_loop import run_step, stage_of
+from lightning_bn.trainer.context import batch_domain, set_modes
+from lightning_bn.trainer.evaluation import run_step, stage_of
 from lightning_bn.trainer.isolation import isolate
 from lightning_bn.trainer.loaders import evaluation_batches
-from lightning_bn.trainer.modes import set_modes
+from lightning_bn.trainer.logging import progress_of
 from lightning_bn.trainer.passes import PassResult, gaps_from_running_stats
-from lightning_bn.trainer.progress import progress_of
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
@@ -64,28 +64,26 @@ def measure_target(
         if forward == "evaluation_step":
             run_step(trainer, module, *item)
         else:
-            with trainer.precision_plugin.forward_context(), domains_of(trainer, item[0], item[2]):
+            with trainer.precision_plugin.forward_context(), batch_domain(trainer, item[0], item[2]):
                 (forward if callable(forward) else call_model)(module, item[0])
 
     assert trainer.state.stage is not None
     started = time.perf_counter()
-    try:
-        with (
-            isolate(trainer, module, trainer.state.stage) as fixed,
-            set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
-            evaluation_batches(trainer, module, dataloader_idx) as batches,
-        ):
-            statistics = measure(
-                layers,
-                batches,
-                run,
-                of_training=False,
-                num_samples=num_samples,
-                batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0]),
-                progress=progress_of(trainer, "AdaBN"),
-            )
-    except StopIteration as error:  # would end Lightning's evaluation without a word
-        raise RuntimeError("The forward over target batches raised StopIteration.") from error
+    with (
+        isolate(trainer, module, trainer.state.stage) as fixed,
+        set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
+        evaluation_batches(trainer, module, dataloader_idx) as batches,
+        NoStopIteration("The forward over target batches"),
+    ):
+        statistics = measure(
+            layers,
+            batches,
+            run,
+            of_training=False,
+            num_samples=num_samples,
+            batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0]),
+            progress=progress_of(trainer, "AdaBN"),
+        )
     moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
     return PassResult(statistics, moved, time.perf_counter() - started)
 
