@@ -25,7 +25,7 @@ from lightning_bn.trainer.evaluation import evaluate_isolated, has_batches, num_
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.passes import check_sharding
-from lightning_bn.trainer.target_pass import TargetForward, check_own_fetching, measure_target
+from lightning_bn.trainer.target_pass import TargetForward, check_step_takes_batch, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
@@ -183,12 +183,13 @@ class AdaBNCallback(BatchNormCallback):
             return
         self._due = False
         if self.log_unadapted and stage_of(trainer) != "predict":
-            check_own_fetching(trainer, module, "log_unadapted=False")
+            check_step_takes_batch(trainer, module, "log_unadapted=False")
             with evaluation_batches(trainer, module) as batches:
                 self.unadapted = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
             log_row(trainer, self.unadapted)
         if self.online:
             return
+        context = PassContext(trainer, module, {}, self._adapted)
         several = num_dataloaders(trainer) > 1
         for domain in range(
             num_dataloaders(trainer)
@@ -197,9 +198,7 @@ class AdaBNCallback(BatchNormCallback):
             if not somewhere:
                 self.results.append(None)
                 continue
-            measured = measure_target(
-                trainer, module, self._adapted, domain, self.num_samples, self.forward, self._count
-            )
+            measured = measure_target(context, domain, self.num_samples, self.forward, self._count)
             self.results.append(measured.statistics)
             log_row(trainer, measured.to_metrics(f"ada_bn/dataloader_idx_{domain}" if several else "ada_bn"))
 

@@ -11,10 +11,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
-from lightning_bn.core.batch_sizes import BatchSizeFn
+from lightning_bn.core.batch_sizes import NormalizationBatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
-from lightning_bn.functional.measure import BatchSize
+from lightning_bn.functional.measure import NormalizationBatchSize
 from lightning_bn.layers.find import Layers
 from lightning_bn.trainer.averaging import averaged_weights, check_before_averaging, weights_version
 from lightning_bn.trainer.compat import validation_was_skipped
@@ -108,7 +108,7 @@ class PreciseBNCallback(BatchNormCallback):
     def __init__(
         self,
         num_samples: int = 1000,
-        normalization_batch_size: BatchSize = None,
+        normalization_batch_size: NormalizationBatchSize | None = None,
         tolerance: float | None = None,
         memory_limit: int | None = None,
         every_n_validations: int = 1,
@@ -117,7 +117,7 @@ class PreciseBNCallback(BatchNormCallback):
         forward: Forward = "training_step",
         stages: Sequence[Literal["validate", "test", "predict"]] = (),
         layers: Layers = None,
-        batch_size_fn: BatchSizeFn | None = None,
+        batch_size_fn: NormalizationBatchSizeFn | None = None,
         shard: bool = True,
         replay_bytes: int = REPLAY_BYTES,
         when_needed: bool = False,

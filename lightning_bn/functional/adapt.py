@@ -15,6 +15,7 @@ from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
 from lightning_bn.functional.domain.specific import num_domains
+from lightning_bn.functional.measure import PassConfig
 from lightning_bn.functional.precise import Forward, measure_model, write_running_stats
 from lightning_bn.layers.adapted import Adapted, Adapting
 from lightning_bn.layers.behavior import Handle, has_behavior
@@ -107,9 +108,8 @@ def adapt_bn(
     check_bool("progress", progress)
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
-    chosen, statistics = measure_model(
-        model, batches, forward, num_samples, layers, batch_size_fn, progress, of_training=False
-    )
+    config = PassConfig(num_samples, "loader", batch_size_fn=batch_size_fn)
+    chosen, statistics = measure_model(model, batches, config, forward, layers, progress, of_training=False)
     return Adaptation(chosen, statistics, prior_samples)
 
 

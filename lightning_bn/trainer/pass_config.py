@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
-from lightning_bn.functional.measure import BatchSize, validate_pass_arguments
+from lightning_bn.functional import measure
+from lightning_bn.functional.measure import NormalizationBatchSize
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.lockstep.pooled import ModelProfile
 from lightning_bn.trainer.forward import Forward, check_forward_argument
@@ -45,13 +46,14 @@ class PassConfig:
     batch_size_fn: BatchSizeFn | None
     shard: bool = True
     replay_bytes: int = REPLAY_BYTES
-    normalization_batch_size: BatchSize = None
+    normalization_batch_size: NormalizationBatchSize | None = None
     tolerance: float | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         check_int("num_samples", self.num_samples, at_least=1)
-        validate_pass_arguments(self.normalization_batch_size, self.num_samples, self.tolerance, self.memory_limit)
+        size = "auto" if self.normalization_batch_size is None else self.normalization_batch_size
+        measure.PassConfig(self.num_samples, size, self.tolerance, self.memory_limit, self.batch_size_fn)
         check_int("replay_bytes", self.replay_bytes, at_least=1)
         check_bool("shard", self.shard)
         as_patterns(self.layers)

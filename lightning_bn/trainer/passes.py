@@ -25,7 +25,8 @@ from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
-from lightning_bn.functional.measure import BatchSize, measure
+from lightning_bn.functional.measure import NormalizationBatchSize, measure
+from lightning_bn.functional.measure import PassConfig as MeasureConfig
 from lightning_bn.functional.precise import call_model, write_running_stats
 from lightning_bn.layers.find import storing_layers
 from lightning_bn.lockstep.scheduler import LockstepError
@@ -183,7 +184,7 @@ class PopulationPass:
 
     def _measured_at(
         self,
-        normalization_batch_size: BatchSize,
+        normalization_batch_size: NormalizationBatchSize | None,
         trainer: Trainer,
         module: LightningModule,
         layers: dict[str, _BatchNorm],
@@ -196,17 +197,15 @@ class PopulationPass:
             return measure(
                 layers,
                 shown,
-                run=shown.run,
-                normalization_batch_size=DEFAULT_BATCH_SIZE
-                if normalization_batch_size is None
-                else normalization_batch_size,
-                num_samples=config.num_samples,
-                tolerance=default if config.tolerance is None else config.tolerance,
-                memory_limit=config.memory_limit,
-                at_most=0.5 if normalization_batch_size is None and config.memory_limit is None else None,
-                say=self._say_once,
-                tried=self.state.tried,
-                batch_size_fn=attrgetter("samples"),
+                shown.run,
+                MeasureConfig(
+                    config.num_samples,
+                    "auto" if normalization_batch_size is None else normalization_batch_size,
+                    default if config.tolerance is None else config.tolerance,
+                    config.memory_limit,
+                    attrgetter("samples"),
+                ),
+                profile=self.state.tried,
                 progress=progress_of(trainer),
             )
 
