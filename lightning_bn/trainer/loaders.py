@@ -28,7 +28,7 @@ from lightning_bn.trainer.compat import (
     train_loaders,
     unwrap_batch_sampler,
 )
-from lightning_bn.trainer.stateful_objects import CONTAINERS, find_stateful_objects, snapshot_state
+from lightning_bn.trainer.isolation import CONTAINERS, find_stateful_objects, snapshot_state
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
 """Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
