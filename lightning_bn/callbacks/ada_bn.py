@@ -17,17 +17,15 @@ from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
 from lightning_bn.functional.adapt import Adaptation, check_unadaptable
-from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
-from lightning_bn.trainer.evaluation import evaluate_isolated
-from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
+from lightning_bn.trainer.context import PassContext
+from lightning_bn.trainer.evaluation import evaluate_isolated, has_batches, num_dataloaders, stage_of
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
-from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.trainer.passes import check_sharding
-from lightning_bn.trainer.target_pass import TargetForward, check_own_fetching, measure_target
+from lightning_bn.trainer.target_pass import TargetForward, check_step_takes_batch, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
@@ -175,7 +173,7 @@ class AdaBNCallback(BatchNormCallback):
         check_sharding(trainer)
         self._check_late_comparison(trainer)
         self.results, self.unadapted = [], {}
-        self._adapted = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
+        self._adapted = PassContext.of(trainer, module, self.layers).layers
         check_unadaptable(self._adapted)
         self._warn_of_frozen(trainer, module)
         self._due = bool(self._adapted)
@@ -185,21 +183,22 @@ class AdaBNCallback(BatchNormCallback):
             return
         self._due = False
         if self.log_unadapted and stage_of(trainer) != "predict":
-            check_own_fetching(trainer, module, "log_unadapted=False")
+            check_step_takes_batch(trainer, module, "log_unadapted=False")
             with evaluation_batches(trainer, module) as batches:
                 self.unadapted = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
             log_row(trainer, self.unadapted)
         if self.online:
             return
-        several = num_domains(trainer) > 1
-        for domain in range(num_domains(trainer)):  # all now: ranks come to a domain's first batch at different times
+        context = PassContext(trainer, module, {}, self._adapted)
+        several = num_dataloaders(trainer) > 1
+        for domain in range(
+            num_dataloaders(trainer)
+        ):  # all now: ranks come to a domain's first batch at different times
             somewhere, *_ = sum_over_ranks([has_batches(trainer, domain)], module.device)
             if not somewhere:
                 self.results.append(None)
                 continue
-            measured = measure_target(
-                trainer, module, self._adapted, domain, self.num_samples, self.forward, self._count
-            )
+            measured = measure_target(context, domain, self.num_samples, self.forward, self._count)
             self.results.append(measured.statistics)
             log_row(trainer, measured.to_metrics(f"ada_bn/dataloader_idx_{domain}" if several else "ada_bn"))
 

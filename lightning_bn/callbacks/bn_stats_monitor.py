@@ -16,7 +16,8 @@ from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
-from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
+from lightning_bn.trainer.compat import log_step, logs_at_this_batch
+from lightning_bn.trainer.logging import log_row, safe_keys
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.passes import PassResult
 
@@ -181,7 +182,7 @@ class BNStatsMonitor(ObservingCallback):
         if self._record:
             with self._spared("cannot measure a batch"):
                 self._record.after_batch(log_step(trainer))
-            if self._record.observer.batches >= self.window and may_log(trainer):
+            if self._record.observer.batches >= self.window and logs_at_this_batch(trainer):
                 with self._spared("could not log"):
                     self._log(trainer, self._record)
                 rows = self._record.history.rows_seen

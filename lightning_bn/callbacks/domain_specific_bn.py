@@ -12,10 +12,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn.callbacks.base import BatchNormCallback
+from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.functional.domain.bn import DomainHandle, domain_bn, require_choices, state_of, take_state
 from lightning_bn.functional.domain.specific import AFFINE, Choice
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
-from lightning_bn.trainer.averaging import averagers
+from lightning_bn.trainer.compat import averaged_model, train_loaders, weight_averagers
 from lightning_bn.trainer.passes import check_sharding
 
 
@@ -108,7 +109,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self._validated = set()
         check_sharding(trainer)
         self._check_overlap(trainer, pl_module)
-        self._averagers = averagers(trainer)
+        self._averagers = weight_averagers(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if stage == "fit" and any(callbacks.index(a) < callbacks.index(self) for a in self._averagers):
             raise ValueError(
@@ -145,7 +146,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         """Refuse training data whose domain cannot be known."""
         if self.level_modules is not None or self.domain_fn is not None:
             return
-        loaders = trainer.fit_loop._combined_loader
+        loaders = train_loaders(trainer)
         if loaders is not None and len(loaders.flattened) > 1:
             raise ValueError(
                 f"There are {len(loaders.flattened)} train dataloaders, and Lightning does not say which of them a "
@@ -246,10 +247,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def _domain(self, batch: Any, dataloader_idx: int) -> int | Tensor:
         if self.domain_fn is None:
             return dataloader_idx
-        try:
+        with NoStopIteration("domain_fn"):
             domain: int | Tensor | None = self.domain_fn(batch)
-        except StopIteration as error:  # would end Lightning's epoch without a word
-            raise RuntimeError("domain_fn raised StopIteration.") from error
         if domain is None:
             raise TypeError(
                 "domain_fn(batch) is None: it must return the batch's domain, a whole number, or a tensor (N,) of one "
@@ -306,7 +305,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def _exported(self, affine: bool = False) -> dict[str, Any]:
         if self._handle is None or (self.population_statistics == self.affine == "shared"):
             return {}
-        averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
+        averaged = [m.module for m in map(averaged_model, self._averagers) if m is not None]
         return {
             "statistics": self._handle.state(affine),
             "averaged": [state_of({n: m.get_submodule(n) for n in self._handle.layers}, affine) for m in averaged],
@@ -316,7 +315,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         """Averaged statistics go with averaged weights, which are the module's where nothing is averaged now."""
         if self._handle is None or not state:
             return
-        averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
+        averaged = [m.module for m in map(averaged_model, self._averagers) if m is not None]
         saved = state["averaged"]
         own = state["statistics"] if averaged or not saved else saved[0]
         take_state(self._handle.layers, own)

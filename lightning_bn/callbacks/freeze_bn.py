@@ -19,10 +19,11 @@ from lightning_bn.functional.warm_up import WarmUp
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.trainer.averaging import check_with_swa
+from lightning_bn.trainer.compat import logs_at_this_batch
 from lightning_bn.trainer.failures import Failures, OnError, check_on_error
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.loaders import Source
-from lightning_bn.trainer.logging import log_row, may_log
+from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.moved_layers import TOLD_BY_STATISTICS, Movement, as_made
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.pass_config import PassConfig
@@ -185,7 +186,7 @@ class FreezeBNCallback(BatchNormCallback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log the factor on the (first optimizer's) learning rate in this batch's step, while it warms up."""
         warm_up = self._warm_up
-        if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and may_log(trainer):
+        if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and logs_at_this_batch(trainer):
             log_row(trainer, {"freeze_bn/lr_factor": warm_up.done[0] / warm_up.steps})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,12 +14,11 @@ from lightning_bn.callbacks.base import BatchNormCallback, as_stages
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.ranks import sum_over_ranks
 from lightning_bn.functional.mini_batch import MiniBatchHandle, mini_batch_inference
-from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.layers.rows import CountsRows
+from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.logging import log_row
-from lightning_bn.trainer.modes import modes_of_training
 
 
 class MiniBatchInferenceCallback(BatchNormCallback):
@@ -139,7 +138,7 @@ class MiniBatchInferenceCallback(BatchNormCallback):
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._check_overlap(trainer, module)
         # in evaluation a layer that is frozen by eval() cannot be told from the others, but here its mode is known
-        chosen = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
+        chosen = PassContext.of(trainer, module, self.layers).layers
         if not chosen:
             self._say("MiniBatchInferenceCallback does nothing: all of its layers are frozen, or in eval mode.")
             return

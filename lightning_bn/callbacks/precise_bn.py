@@ -17,13 +17,13 @@ from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.functional.measure import NormalizationBatchSize
 from lightning_bn.layers.find import Layers
 from lightning_bn.trainer.averaging import averaged_weights, check_before_averaging, weights_version
+from lightning_bn.trainer.compat import validation_was_skipped
 from lightning_bn.trainer.failures import Failures, OnError, check_on_error
 from lightning_bn.trainer.forecasting import TrainerForecast
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.pass_config import REPLAY_BYTES, PassConfig, check_no_pass_arguments
 from lightning_bn.trainer.passes import PassResult, PopulationPass
-from lightning_bn.trainer.resume import validation_was_skipped
 
 
 class PreciseBNCallback(BatchNormCallback):

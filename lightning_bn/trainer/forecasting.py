@@ -11,12 +11,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.population import PopulationStatistics
-from lightning_bn.functional.precise import estimable_layers, write_running_stats
+from lightning_bn.functional.precise import write_running_stats
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.tracking.running_stats import not_recoverable
 from lightning_bn.tracking.step_forecast import StatisticsForecaster
-from lightning_bn.trainer.averaging import averagers
-from lightning_bn.trainer.modes import modes_of_training
+from lightning_bn.trainer.compat import weight_averagers
+from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.passes import PassResult, check_sharding, gaps_from_running_stats
 
 
@@ -43,7 +43,7 @@ class TrainerForecast:
             RuntimeError: For a strategy that shards the model.
         """
         check_sharding(trainer)
-        others = [*averagers(trainer), *(o for o in trainer.optimizers if callable(getattr(o, "eval", None)))]
+        others = [*weight_averagers(trainer), *(o for o in trainer.optimizers if callable(getattr(o, "eval", None)))]
         if others:
             raise ValueError(
                 f"{type(others[0]).__name__} evaluates other weights than those that are trained. No training step has "
@@ -129,7 +129,7 @@ class TrainerForecast:
         return {**vars(self), "_forecast": None, "_state": self.state_dict()}
 
     def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
-        return estimable_layers(module, self._layers, modes_of_training(trainer, module).__getitem__)
+        return PassContext.of(trainer, module, self._layers).layers
 
     def _now(self, trainer: Trainer, module: LightningModule) -> PopulationStatistics:
         assert self._forecast is not None  # check saw to it

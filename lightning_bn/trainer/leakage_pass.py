@@ -15,12 +15,11 @@ from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
-from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.evaluation import evaluate_isolated
 from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument
 from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
-from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.trainer.passes import check_sharding, isolated_forward
 
 _FEWEST_BATCHES = 4
@@ -109,7 +108,7 @@ class LeakagePass:
         with agreed(module.device):
             if self._obstacle is not None:
                 raise self._obstacle
-            layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
+            layers = PassContext.of(trainer, module, self.layers).layers
             if not layers:
                 raise ValueError("all of its layers are frozen, or in eval mode, and normalize with the population.")
             if self._kept is None or self._kept.held < 2:

@@ -20,6 +20,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from lightning_bn.core.batch_copy import HostCopy, bytes_of
 from lightning_bn.core.ranks import get_rank, get_world_size, sum_over_ranks
+from lightning_bn.trainer.compat import (
+    batch_to_device,
+    combination_mode,
+    evaluation_loaders,
+    evaluation_loop,
+    train_loaders,
+    unwrap_batch_sampler,
+)
 from lightning_bn.trainer.stateful_objects import CONTAINERS, find_stateful_objects, snapshot_state
 
 Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
@@ -40,16 +48,15 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
         with loader_batches(trainer, module, own_train_dataloader(trainer, module), shard=True) as batches:
             yield batches
         return
-    # private: the public train_dataloader does not know the mode in which loaders combine
-    live = trainer.fit_loop._combined_loader
+    live = train_loaders(trainer)
     assert live is not None
-    fresh = CombinedLoader(tree_map(_FreshIterator, live.iterables), live._mode)
+    fresh = CombinedLoader(tree_map(_FreshIterator, live.iterables), combination_mode(live))
     limit = trainer.num_training_batches  # a CombinedLoader does not keep to its own
     check_loader_reiterable(live.flattened)
     with _preserve_loader_state(live.flattened):
         try:
             batches = itertools.islice(fresh, None if limit == float("inf") else int(limit))
-            yield (_to_device(trainer, module, batch) for batch, *_ in batches)
+            yield (batch_to_device(trainer, module, batch) for batch, *_ in batches)
         finally:
             fresh.reset()  # ends the workers
 
@@ -67,26 +74,26 @@ def evaluation_batches(
     Raises:
         ValueError: If reading a loader a second time would disturb the evaluation.
     """
-    loop: Any = trainer._active_loop  # private, as are its parts (2.5 to 2.6)
-    live: CombinedLoader = loop._combined_loader
+    live = evaluation_loaders(trainer)
+    mode = combination_mode(live)
     check_loader_reiterable(
         live.flattened,
         "evaluated dataloader",
         "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: online=True, log_unadapted=False.",
     )
     loaders: Any = tree_map(_FreshIterator, live.iterables)
-    if dataloader_idx is not None and live._mode == "sequential":
+    if dataloader_idx is not None and mode == "sequential":
         # starts no other's workers
         loaders = [_FreshIterator(loader if i == dataloader_idx else []) for i, loader in enumerate(live.flattened)]
-    limits = loop.max_batches
-    fresh = CombinedLoader(loaders, live._mode)
+    limits = evaluation_loop(trainer).max_batches
+    fresh = CombinedLoader(loaders, mode)
     fresh.limits = limits
-    limit = sum(limits) if live._mode == "sequential" else max(limits)  # not every mode keeps to its limits
+    limit = sum(limits) if mode == "sequential" else max(limits)  # not every mode keeps to its limits
 
     def on_device() -> Iterator[tuple[Any, int, int]]:
         # begun by the reader, whose random numbers are kept, not here
         for batch, n, index in itertools.islice(fresh, None if limit == float("inf") else int(limit)):
-            yield _to_device(trainer, module, batch, index), n, index
+            yield batch_to_device(trainer, module, batch, index), n, index
 
     with _preserve_loader_state(live.flattened):
         try:
@@ -118,7 +125,7 @@ def loader_batches(
     with _preserve_loader_state([loader]):
         batches = iter(_FreshIterator(loader))
         own = itertools.islice(batches, get_rank() if ranks > 1 else 0, None, ranks)
-        yield (_to_device(trainer, module, batch) for batch in own)
+        yield (batch_to_device(trainer, module, batch) for batch in own)
 
 
 def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
@@ -144,7 +151,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
     )
 
 
-class Replay:
+class ReplayBuffer:
     """The last training batches, kept on the CPU, as many as hold a number of samples.
 
     Args:
@@ -192,7 +199,7 @@ class Reservoir:
     """Some training batches of an epoch, each as likely as any other, to show them to the model once more at its end.
 
     Spread over the whole epoch, because the last ones of an epoch that comes in order would be too much alike. Kept as
-    `Replay` keeps its batches.
+    `ReplayBuffer` keeps its batches.
 
     Args:
         num_batches: How many to hold.
@@ -238,7 +245,7 @@ def check_loader_reiterable(
     """
     for loader in loaders:
         name = type(loader).__name__
-        parts = [getattr(loader, "sampler", None), _unwrap_batch_sampler(loader)[0], getattr(loader, "dataset", None)]
+        parts = [getattr(loader, "sampler", None), unwrap_batch_sampler(loader)[0], getattr(loader, "dataset", None)]
         stateful = [
             type(p).__name__ for p in (loader, *parts) if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")
         ]
@@ -271,25 +278,8 @@ class _FreshIterator:
         return len(self.loader)
 
 
-def _unwrap_batch_sampler(loader: Any) -> tuple[Any, Any]:
-    """A loader's batch sampler, and what `trainer.predict` has put around it to note indices, or None.
-
-    The latter iterates over itself (private, 2.5 to 2.6); all that a second iteration changes is its attributes.
-    """
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    wrapped = type(sampler).__name__ == "_IndexBatchSamplerWrapper"
-    return (sampler._batch_sampler, sampler) if wrapped else (sampler, None)
-
-
 def _has_default_iter(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
-
-
-def _to_device(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
-    """The way a batch takes in Lightning's own loops: precision, transfer hooks, device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 @contextmanager
@@ -300,7 +290,7 @@ def _preserve_loader_state(loaders: Sequence[Any]) -> Iterator[None]:
     arrays. A dataset's arrays are its data, and too large to copy.
     """
     parts = ("generator", "sampler", "dataset", "collate_fn")
-    noted = [_unwrap_batch_sampler(loader) for loader in loaders]
+    noted = [unwrap_batch_sampler(loader) for loader in loaders]
     owners = find_stateful_objects(
         [*(getattr(loader, part, None) for loader in loaders for part in parts), *(sampler for sampler, _ in noted)]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +14,8 @@ from lightning_bn.core.batch_sizes import infer_batch_size
 from lightning_bn.core.ranks import get_world_size
 from lightning_bn.layers.behavior import behaviors_of
 from lightning_bn.layers.find import Layers, find_bn
-from lightning_bn.trainer.modes import modes_of_training
+from lightning_bn.trainer.compat import current_train_batch, train_loaders
+from lightning_bn.trainer.context import modes_of_training
 
 
 def normalization_batch_size(
@@ -81,11 +82,10 @@ def _of_layer(layer: _BatchNorm, samples: float) -> float:
 
 
 def _samples(trainer: Trainer) -> int:
-    """Of the batch that is trained on; private, since Lightning (2.5 to 2.6) shows neither it nor its loaders."""
-    batch = trainer.fit_loop.epoch_loop._results.batch
+    batch = current_train_batch(trainer)
     if batch is not None:
         return infer_batch_size(batch)
-    combined: Any = trainer.fit_loop._combined_loader
+    combined = train_loaders(trainer)
     loaders = combined.flattened if combined is not None else []
     size = getattr(getattr(loaders[0], "batch_sampler", None), "batch_size", None) if loaders else None
     if size is None:

@@ -376,7 +376,7 @@ def test_training_under_weight_averaging_is_bit_for_bit_the_same(make: Callable[
 
 
 def test_standing_before_weight_averaging_is_refused_naming_the_two_to_swap() -> None:
-    refused = r"PreciseBNCallback stands before EMAWeightAveraging.*swap them, EMAWeightAveraging first"
+    refused = r"PreciseBNCallback is before EMAWeightAveraging.*swap them, EMAWeightAveraging first"
     with pytest.raises(ValueError, match=refused):
         fit(TinyNet(), [PreciseBNCallback(20), EMAWeightAveraging()])
 
