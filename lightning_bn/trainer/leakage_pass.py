@@ -18,9 +18,9 @@ from lightning_bn.functional.mini_batch import mini_batch_inference
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.evaluation import evaluate_isolated
-from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument
+from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument, isolated_forward
 from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
-from lightning_bn.trainer.passes import check_sharding, isolated_forward
+from lightning_bn.trainer.passes import check_sharding
 
 _FEWEST_BATCHES = 4
 
@@ -108,14 +108,16 @@ class LeakagePass:
         with agreed(module.device):
             if self._obstacle is not None:
                 raise self._obstacle
-            layers = PassContext.of(trainer, module, self.layers).layers
-            if not layers:
+            context = PassContext.of(trainer, module, self.layers)
+            if not context.layers:
                 raise ValueError("all of its layers are frozen, or in eval mode, and normalize with the population.")
             if self._kept is None or self._kept.held < 2:
                 raise ValueError("an epoch of fewer than two batches leaves nothing to compare.")
             batches = enumerate(self._kept.batches())
-        with agreed(module.device), isolated_forward(self.forward, trainer, module) as run:
-            return measure_leakage(layers, batches, run, lambda item: self._count(item[1]), seed=trainer.current_epoch)
+        with agreed(module.device), isolated_forward(self.forward, context, estimate=False) as run:
+            return measure_leakage(
+                context.layers, batches, run, lambda item: self._count(item[1]), seed=trainer.current_epoch
+            )
 
 
 def compare_statistics(
