@@ -53,6 +53,7 @@ class ForecastBNCallback(RecomputeCallback):
         ```
     """
 
+    kind = "forecast"
     prefix = "forecast_bn"
 
     def __init__(self, every_n_validations: int = 1, *, layers: Layers = None) -> None:

@@ -82,6 +82,7 @@ class FreezeBNCallback(BatchNormCallback):
         ```
     """
 
+    kind = "frozen"
     on_error: OnError = "warn"
 
     def __init__(

@@ -63,6 +63,8 @@ class GhostBNCallback(FitScopedCallback):
         ```
     """
 
+    kind = "ghost"
+
     def __init__(
         self,
         size: int | None = None,

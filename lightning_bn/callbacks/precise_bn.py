@@ -87,6 +87,7 @@ class PreciseBNCallback(RecomputeCallback):
         ```
     """
 
+    kind = "population"
     prefix = "precise_bn"
 
     def __init__(

@@ -64,6 +64,8 @@ class RoIShuffleCallback(FitScopedCallback):
         ```
     """
 
+    kind = "row shuffle"
+
     def __init__(self, modules: str | Sequence[str], seed: int = 0) -> None:
         super().__init__()
         as_patterns(modules, "modules")

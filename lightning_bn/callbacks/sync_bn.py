@@ -62,6 +62,8 @@ class SyncBNCallback(FitScopedCallback):
         ```
     """
 
+    kind = "sync"
+
     def __init__(self, group_size: int | None = None, layers: Layers = None) -> None:
         super().__init__()
         if group_size is not None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import get_args
 
 from torch import nn
-from torch.nn import SyncBatchNorm
 
 from lightning_bn.core.checks import check_int
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.ghost import Ghost, Grouping
-from lightning_bn.layers.synced import Synced
 
 
 def ghost_bn(
@@ -80,24 +78,7 @@ def ghost_bn(
     """
     require_ghosts(size, splits, grouping)
     chosen = changeable_layers(model, layers)
-    for name, layer in chosen.items():
-        if isinstance(layer, SyncBatchNorm):
-            raise TypeError(
-                f"Layer {name!r} is a SyncBatchNorm, whose normalization batch crosses ranks: ghosts would cut it up "
-                "again. Leave it out by layers=, or use BatchNorm and no more than the batch of a device."
-            )
-        if has_behavior(layer, Synced):
-            raise ValueError(
-                f"Layer {name!r} is synced over ranks: ghosts would cut up again the normalization batch that sync_bn "
-                "has put together. Leave it out by layers=, or undo() that handle first."
-            )
-        if has_behavior(layer, DomainSpecific):
-            raise ValueError(
-                f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalized together: leave "
-                "it out by layers=, or undo() that handle first."
-            )
-        if has_behavior(layer, Ghost):
-            raise ValueError(f"Layer {name!r} has ghosts already: undo() that handle first.")
+    check_conflicts(chosen, "ghost", model)
     return Handle(chosen.values(), Ghost(chosen, size, splits, grouping))
 
 

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.core.exchange import require_generator
 from lightning_bn.core.ranks import get_rank, get_world_size, own_group
 from lightning_bn.functional.row_shuffle import AnchorBackward, RowShuffle
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import find_modules
 
 
@@ -107,10 +108,8 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
                 f"Module {name!r} is a {type(module).__name__}, which is never called itself: name its members "
                 f"(modules={name + '.*'!r})."
             )
-    under = {m for outer in model.modules() if has_behavior(outer, RowShuffle) for m in outer.modules()}
-    twice = [name for name, module in chosen.items() if not under.isdisjoint(module.modules())]
-    if twice:
-        raise ValueError(f"Module {twice[0]!r} is shuffled already: undo the handle that roi_shuffle returned first.")
+    inside = {f"{name}.{n}" if n else name: m for name, module in chosen.items() for n, m in module.named_modules()}
+    check_conflicts(inside, "row shuffle", model)
     if get_world_size() == 1:
         warnings.warn(
             "roi_shuffle changes nothing: there is one process, and nobody to exchange rows with. What helps against "

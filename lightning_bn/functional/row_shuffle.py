@@ -12,10 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.exchange import add_anchors, exchange_rows, restore_rows
-from lightning_bn.functional.domain.datasets import SplitByDomain
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import ModuleBehavior, has_behavior
-from lightning_bn.layers.frozen import Frozen
 
 
 class RowShuffle(ModuleBehavior):
@@ -35,6 +32,7 @@ class RowShuffle(ModuleBehavior):
         anchors: Of the exchanges in the running call of the whole model; None outside of one.
     """
 
+    kind = "row shuffle"
     name = "rows exchanged"
 
     def __init__(
@@ -58,18 +56,13 @@ class RowShuffle(ModuleBehavior):
         return self._exchanged(module, call, args, kwargs)
 
     def _matters(self, inside: list[_BatchNorm]) -> bool:
-        if any(has_behavior(layer, BatchMode) for layer in self._layers):
+        if any(has_behavior(layer, "batch mode") for layer in self._layers):
             return False
-        return not inside or any(layer.training and not has_behavior(layer, Frozen) for layer in inside)
+        return not inside or any(layer.training and not has_behavior(layer, "frozen") for layer in inside)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exchanged(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self._names[module]
-        if any(has_behavior(layer, SplitByDomain) for layer in self._inside[module]):
-            raise ValueError(
-                f"Module {name!r}: its BatchNorm layers tell datasets apart (domain_bn), and rows that go to another "
-                "rank do not take their domain along: undo() one of the two."
-            )
         with _naming(name):
             (args, kwargs), exchange = exchange_rows((args, kwargs), self._generator, self._group)
         self.unshuffled += exchange.route is None

@@ -9,10 +9,9 @@ from torch.nn import SyncBatchNorm
 
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import acquire_group, get_rank, get_world_size
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
-from lightning_bn.layers.ghost import Ghost
 from lightning_bn.layers.synced import Synced
 
 
@@ -88,21 +87,7 @@ def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers =
             "or do not convert it (sync_batchnorm=False) and let sync_bn do it."
         )
     chosen = {name: layer for name, layer in chosen.items() if name not in converted}
-    twice = [name for name, layer in chosen.items() if has_behavior(layer, Synced)]
-    if twice:
-        raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
-    apart = [name for name, layer in chosen.items() if has_behavior(layer, DomainSpecific)]
-    if apart:
-        raise ValueError(
-            f"Layer {apart[0]!r} has domains (domain_bn): ranks would wait for each other where they are shown "
-            "different ones. Leave it out by layers=, or undo() that handle first."
-        )
-    cut_up = [name for name, layer in chosen.items() if has_behavior(layer, Ghost)]
-    if cut_up:
-        raise ValueError(
-            f"Layer {cut_up[0]!r} has ghosts, which cut up the batch of one rank: sync_bn would put it together with "
-            "those of others. Leave it out by layers=, or undo() the handle of ghost_bn first."
-        )
+    check_conflicts(chosen, "sync", model)
     nothing = (
         "there is one process, so nothing to synchronize."
         if get_world_size() == 1

@@ -15,6 +15,7 @@ from lightning_bn.layers.behavior import Behavior, has_behavior
 class Frozen(Behavior):
     """Runs the layer's own forward in eval mode."""
 
+    kind = "frozen"
     name = "frozen"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -33,6 +34,6 @@ class Frozen(Behavior):
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether statistics are frozen by `freeze_bn`, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
-    return has_behavior(layer, Frozen) or (
+    return has_behavior(layer, "frozen") or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
@@ -38,6 +37,8 @@ class Ghost(Behavior):
         grouping: Which samples share a group.
     """
 
+    kind = "ghost"
+
     def __init__(self, layers: dict[str, _BatchNorm], size: int | None, splits: int | None, grouping: Grouping) -> None:
         self.name = f"ghosts of {size}" if size else f"{splits} ghosts"
         self._names = {layer: name for name, layer in layers.items()}
@@ -45,7 +46,7 @@ class Ghost(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward with another ``batch_norm``."""
-        if not layer.training or has_behavior(layer, BatchMode):
+        if not layer.training or has_behavior(layer, "batch mode"):
             return forward(input)
         return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import get_world_size
 from lightning_bn.core.sync_kernel import synced_batch_norm
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
@@ -28,6 +27,8 @@ class Synced(Behavior):
         group: The ranks that share statistics, this one among them; None for all.
     """
 
+    kind = "sync"
+
     def __init__(self, layers: Mapping[str, _BatchNorm], group: ProcessGroup | None) -> None:
         self._names = {layer: name for name, layer in layers.items()}
         self.group = group
@@ -37,7 +38,7 @@ class Synced(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own ``forward``, with the one ``batch_norm`` in it over all ranks."""
-        if not layer.training or has_behavior(layer, BatchMode):
+        if not layer.training or has_behavior(layer, "batch mode"):
             return forward(input)
         return self._over_ranks(layer, forward, input)
 
