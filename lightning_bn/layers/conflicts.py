@@ -15,7 +15,6 @@ from lightning_bn.layers.behavior import behaviors_of
 
 FEATURES = {
     "population": "PreciseBN",
-    "forecast": "ForecastBN",
     "frozen": "FreezeBN",
     "mini-batch": "mini-batch inference",
     "adapted": "AdaBN",
