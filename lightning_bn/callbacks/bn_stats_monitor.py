@@ -18,7 +18,7 @@ from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
 from lightning_bn.trainer.compat import log_step, logs_at_this_batch
 from lightning_bn.trainer.logging import log_row, safe_keys
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.functional.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.passes import PassResult
 
 _MAX_KEYED = 64
@@ -239,7 +239,7 @@ class BNStatsMonitor(ObservingCallback):
     def _log(self, trainer: Trainer, record: DriftRecord) -> None:
         step, module = log_step(trainer), trainer.lightning_module
         if self._samples is not None:
-            record.nbs = normalization_batch_size(trainer, module, samples=self._samples, layers=self.layers)
+            record.nbs = normalization_batch_size(module, samples=self._samples, layers=self.layers)
         row = record.take_row(step)
         assert record.last is not None
         lag = record.last.means.lag.nan_to_num(0.0)

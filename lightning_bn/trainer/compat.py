@@ -71,12 +71,6 @@ def recorded_modes(trainer: Trainer) -> dict[str, bool] | None:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def current_train_batch(trainer: Trainer) -> Any:
-    """The training batch that is processed now; None between batches."""
-    # Hooks get the batch as an argument; a function that gets the Trainer alone does not.
-    return trainer.fit_loop.epoch_loop._results.batch
-
-
 def log_step(trainer: Trainer) -> int:
     """The step at which `self.log` logs now."""
     # trainer.global_step is one ahead at a batch's end, and counts each optimizer. Between batches, as at an epoch's

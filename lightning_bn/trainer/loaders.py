@@ -6,9 +6,9 @@ import copy
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from lightning_bn.trainer.compat import (
     unwrap_batch_sampler,
 )
 from lightning_bn.trainer.isolation import CONTAINERS, find_stateful_objects, snapshot_state
-
-Source: TypeAlias = Literal["train_dataloader", "replay"] | Callable[[Trainer], Iterable[Any]]
-"""Where batches come from: the train dataloader, the last training batches, or a function that returns a loader."""
 
 
 @contextmanager
@@ -140,14 +137,14 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
             except AttributeError as error:
                 raise ValueError(
                     f"{type(owner).__name__}.train_dataloader fails under trainer.{verb}, because its setup created no "
-                    f"training data ({error}): create them in setup for every stage, or pass source=, a function from "
-                    "the trainer to a loader."
+                    f"training data ({error}): create them in setup for every stage, or pass "
+                    "source=FromLoader(fn), with a function from the Trainer to a loader."
                 ) from error
             return loader
     raise ValueError(
         f"trainer.{verb} has no training data to recompute population statistics from: define "
-        "train_dataloader in the LightningModule or DataModule, or pass source=, a function from the trainer to a "
-        "loader."
+        "train_dataloader in the LightningModule or DataModule, or pass source=FromLoader(fn), with a function "
+        "from the Trainer to a loader."
     )
 
 
@@ -183,8 +180,8 @@ class ReplayBuffer:
         if needed > self.max_bytes:
             raise ValueError(
                 f"source='replay': {self.num_samples} samples a rank of {num_bytes / samples:,.0f} bytes "
-                f"take {needed:,.0f} bytes, more than replay_bytes={self.max_bytes:,}. Raise replay_bytes, or lower "
-                "num_samples."
+                f"take {needed:,.0f} bytes, more than max_bytes={self.max_bytes:,}. Raise it by "
+                "source=Replay(max_bytes=...), or lower num_samples."
             )
         self._batches.append((HostCopy(batch), samples))
         while self.held - self._batches[0][1] >= self.num_samples:
@@ -198,7 +195,7 @@ class ReplayBuffer:
 def check_loader_reiterable(
     loaders: Sequence[Any],
     kind: str = "train dataloader",
-    alternative: str = "Use source='replay', or pass as source= a function from the trainer to another loader.",
+    alternative: str = "Use source='replay', or source=FromLoader(fn), with a function from the Trainer to another loader.",
 ) -> None:
     """Raise for a loader that cannot be read a second time while it is being read.
 
