@@ -34,8 +34,8 @@ class AdaBNCallback(BatchNormCallback):
     for bit. Inside a fit nothing happens.
 
     When it helps: the inputs have shifted since training and the classes have not (error 40.8 -> 33.1 % at a contrast
-    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples, and after
-    training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
+    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples,
+    and after training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
 
     Args:
         num_samples: Samples of each dataloader, of all ranks together, in whole batches from its start; None for all,
