@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.callbacks.base import FitScopedCallback
 from lightning_bn.core.batch_sizes import infer_batch_size
 from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.layers.behavior import Handle
@@ -93,7 +93,7 @@ class GhostBNCallback(FitScopedCallback):
             with suppress(ValueError):  # a batch that cannot be counted
                 self._warn_of_nothing(pl_module, infer_batch_size(batch))
 
-    def _give(self, module: LightningModule) -> Handle:
+    def _attach(self, module: LightningModule) -> Handle:
         return ghost_bn(module, size=self.size, splits=self.splits, grouping=self.grouping, layers=self.layers)
 
     def _warn_of_nothing(self, module: LightningModule, samples: int) -> None:
