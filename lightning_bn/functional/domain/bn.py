@@ -27,7 +27,7 @@ from lightning_bn.functional.domain.specific import (
 from lightning_bn.layers.adapted import Adapted, Adapting
 from lightning_bn.layers.behavior import Behavior, Handle, attach, behaviors_of, detach, has_behavior
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
-from lightning_bn.layers.ghost import Ghost
+from lightning_bn.functional.ghost import Ghost
 from lightning_bn.layers.mini_batch import MiniBatch
 from lightning_bn.layers.synced import Synced
 
