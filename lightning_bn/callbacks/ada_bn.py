@@ -16,10 +16,11 @@ from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
-from lightning_bn.functional.adapt import Adaptation, check_unadaptable
+from lightning_bn.functional.adapt import Adaptation
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.adapted import Adapting
 from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
 from lightning_bn.trainer.evaluation import evaluate_isolated
 from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
@@ -86,6 +87,8 @@ class AdaBNCallback(BatchNormCallback):
               init_args: {num_samples: 1000, stages: [test], compare: true}
         ```
     """
+
+    kind = "adapted"
 
     def __init__(
         self,
@@ -176,7 +179,7 @@ class AdaBNCallback(BatchNormCallback):
         self._check_late_comparison(trainer)
         self.results, self.unadapted = [], {}
         self._adapted = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
-        check_unadaptable(self._adapted)
+        check_conflicts(self._adapted, "adapted")
         self._warn_of_frozen(trainer, module)
         self._due = bool(self._adapted)
 

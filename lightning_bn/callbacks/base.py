@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.pairs import compatibility
+from lightning_bn.layers.conflicts import find_conflict
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 from lightning_bn.trainer.passes import PassResult
 
@@ -16,6 +16,8 @@ class BatchNormCallback(Callback):
     """A callback that acts on the BatchNorm layers chosen by ``layers``."""
 
     layers: Layers
+    kind: str
+    """Names its feature in `lightning_bn.layers.conflicts`."""
 
     def __init_subclass__(cls) -> None:
         """Let two callbacks of one class on the same layers come to `on_fit_start`, which names the layers.
@@ -45,18 +47,15 @@ class BatchNormCallback(Callback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, BatchNormCallback) or not self._stages_overlap(other):
                 continue
-            pair = compatibility(type(self), type(other))
-            alike = type(other) is type(self)
-            shared = [name for name in other.chosen_layers(pl_module) if name in own] if alike or pair else []
-            if alike and shared:
+            reason = find_conflict(self.kind, other.kind)
+            shared = [name for name in other.chosen_layers(pl_module) if name in own] if reason else []
+            if shared:
+                names = " and ".join(type(callback).__name__ for callback in (self, other))
+                if type(other) is type(self):
+                    names = f"Two {type(self).__name__}s"
                 raise ValueError(
-                    f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "
-                    "layers= patterns that do not overlap."
-                )
-            if pair and pair.verdict == "refused" and shared:
-                raise ValueError(
-                    f"{type(self).__name__} and {type(other).__name__} act on layer {shared[0]!r} ({len(shared)} in "
-                    f"all): {pair.why}. Take one of them, or give them layers= patterns that do not overlap."
+                    f"{names} act on layer {shared[0]!r} ({len(shared)} in all): {reason}. Remove one of them, or give "
+                    "them layers= patterns that do not overlap."
                 )
 
     def _stages_overlap(self, other: BatchNormCallback) -> bool:

@@ -113,6 +113,8 @@ class BatchLeakageMonitor(ObservingCallback):
         ```
     """
 
+    kind = "leakage monitor"
+
     def __init__(
         self,
         num_samples: int = 4096,

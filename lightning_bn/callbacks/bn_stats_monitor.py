@@ -87,6 +87,8 @@ class BNStatsMonitor(ObservingCallback):
         ```
     """
 
+    kind = "stats monitor"
+
     def __init__(
         self,
         every_n_batches: int = 5,

@@ -73,6 +73,8 @@ class DomainSpecificBNCallback(BatchNormCallback):
         ```
     """
 
+    kind = "domain"
+
     def __init__(
         self,
         num_domains: int,

@@ -86,6 +86,8 @@ class FreezeBNCallback(BatchNormCallback):
         ```
     """
 
+    kind = "frozen"
+
     def __init__(
         self,
         last_n_epochs: int | None = None,

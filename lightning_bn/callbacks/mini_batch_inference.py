@@ -71,6 +71,8 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         ```
     """
 
+    kind = "mini-batch"
+
     def __init__(
         self,
         stages: Sequence[Literal["validate", "test", "predict"]] = ("validate", "test", "predict"),

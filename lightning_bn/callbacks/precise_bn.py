@@ -105,6 +105,8 @@ class PreciseBNCallback(BatchNormCallback):
         ```
     """
 
+    kind = "population"
+
     def __init__(
         self,
         num_samples: int = 1000,

@@ -20,10 +20,12 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks, 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def get_rank() -> int:
+    """Return this rank, 0 without torch.distributed."""
     return dist.get_rank() if get_world_size() > 1 else 0
 
 
@@ -36,10 +38,12 @@ def collective_device(device: torch.device) -> torch.device:
 
 
 def sum_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """Sum each integer over all ranks."""
     return _reduce(values, device, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """Take the maximum of each integer over all ranks."""
     return _reduce(values, device, dist.ReduceOp.MAX)
 
 
@@ -61,7 +65,7 @@ def broadcast_from_rank_zero(values: Tensor) -> Tensor:
 
 
 def gather_rows(own: Tensor) -> Tensor:
-    """Concatenate the rows ``(n, ...)`` of all ranks in the order of ranks; ``n`` may differ between ranks, and be 0."""
+    """Concatenate the rows ``(n, ...)`` of all ranks in the order of ranks; ``n`` may differ, and be 0."""
     if get_world_size() == 1:
         return own
     sizes = sum_over_ranks([len(own) * (rank == get_rank()) for rank in range(get_world_size())], own.device)

@@ -14,12 +14,11 @@ from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.prior import with_prior
-from lightning_bn.functional.domain.specific import num_domains
 from lightning_bn.functional.precise import Forward, measure_model, write_running_stats
 from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers
-from lightning_bn.layers.mini_batch import MiniBatch
 
 
 class Adaptation(Handle):
@@ -30,7 +29,7 @@ class Adaptation(Handle):
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics, prior_samples: int) -> None:
-        check_unadaptable(layers)
+        check_conflicts(layers, "adapted")
         self.statistics = statistics
         reached = {name: layers[name] for name in statistics}
         with torch.inference_mode(False):  # of which tensors a later fit would be refused
@@ -111,27 +110,6 @@ def adapt_bn(
         model, batches, forward, num_samples, layers, batch_size_fn, progress, of_training=False
     )
     return Adaptation(chosen, statistics, prior_samples)
-
-
-def check_unadaptable(layers: Mapping[str, _BatchNorm]) -> None:
-    """Raise for a layer that would not use adapted statistics, or could not be given its own ones back.
-
-    Raises:
-        ValueError: Naming the layer and the way out.
-    """
-    for name, layer in layers.items():
-        if has_behavior(layer, Adapted, Adapting):
-            raise ValueError(f"Layer {name!r} is adapted to a domain already: undo that before adapting it to another.")
-        if num_domains(layer):
-            raise ValueError(
-                f"Layer {name!r} keeps population statistics of each of its domains (domain_bn), so it would not use "
-                "those of another: leave it out by layers=, or undo that first."
-            )
-        if has_behavior(layer, MiniBatch):
-            raise ValueError(
-                f"Layer {name!r} normalizes with mini-batch statistics (mini_batch_inference), so it would not use "
-                "those of a domain: choose one of the two for it by layers=."
-            )
 
 
 _STATISTICS = ("running_mean", "running_var")

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.mini_batch import MiniBatch
 
@@ -71,10 +71,5 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
         tensor([1.0000, 3.0000])
     """
     chosen = changeable_layers(model, layers)
-    for name, layer in chosen.items():
-        if has_behavior(layer, DomainSpecific):
-            raise ValueError(
-                f"Layer {name!r} has domains (domain_bn), which say by themselves which statistics evaluation uses: "
-                "leave it out by layers=, or undo() that handle first."
-            )
+    check_conflicts(chosen, "mini-batch")
     return MiniBatchHandle(chosen.values(), MiniBatch(chosen))

@@ -174,7 +174,8 @@ class AnchorBackward(ModuleBehavior):
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._shuffle.anchors is not None:  # a training step that calls its own module
             return call(*args, **kwargs)
-        self._shuffle.anchors = anchors = []
+        anchors: list[Tensor] = []
+        self._shuffle.anchors = anchors
         try:
             output = call(*args, **kwargs)
         finally:

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import acquire_group, get_rank, get_world_size
-from lightning_bn.core.sync_kernel import synced_batch_norm
 from lightning_bn.layers.behavior import Behavior, Handle, has_behavior
 from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
+from lightning_bn.layers.sync_kernel import synced_batch_norm
 
 
 def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers = None) -> Handle:

@@ -11,15 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.moments import Moments
 from lightning_bn.core.prior import with_prior
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
-from lightning_bn.layers.frozen import Frozen
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class Adapted(Behavior):
     """A mark: the stored statistics are a target domain's, until they are put back."""
 
+    kind = "adapted"
     name = "adapted"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -41,6 +40,7 @@ class Adapting(Behavior):
         nonfinite: Inputs with a NaN or infinite value, which are left out: they would spoil all that come after them.
     """
 
+    kind = "adapted"
     name = "adapting"
     not_copied = (
         "A deep copy of a model that AdaBNCallback(online=True) is adapting is a plain model: it evaluates with the "
@@ -55,7 +55,7 @@ class Adapting(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Add what the layer's ``batch_norm`` call is given to what was seen, and normalize it with all of that."""
-        if layer.training or layer.running_mean is None or has_behavior(layer, Frozen, BatchMode):
+        if layer.training or layer.running_mean is None or has_behavior(layer, "frozen", "batch mode"):
             return forward(input)
 
         def instead(call: BatchNormCall) -> Tensor:

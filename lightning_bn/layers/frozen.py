@@ -18,6 +18,7 @@ class Frozen(Behavior):
     Written without a context manager, so that torch.compile traces through it.
     """
 
+    kind = "frozen"
     name = "frozen"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -36,6 +37,6 @@ class Frozen(Behavior):
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether statistics are frozen: by us, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
-    return has_behavior(layer, Frozen) or (
+    return has_behavior(layer, "frozen") or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
-from lightning_bn.layers.frozen import Frozen
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
@@ -28,6 +26,7 @@ class MiniBatch(Behavior):
             with its stored statistics.
     """
 
+    kind = "mini-batch"
     name = "mini-batch statistics in eval"
     not_copied = (
         "A deep copy of a model under mini_batch_inference evaluates with stored statistics, as the plain model: call "
@@ -40,7 +39,7 @@ class MiniBatch(Behavior):
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Run the layer's own forward; in eval mode, with its input's own statistics, if they exist."""
-        if layer.training or layer.running_mean is None or has_behavior(layer, Frozen, BatchMode):
+        if layer.training or layer.running_mean is None or has_behavior(layer, "frozen", "batch mode"):
             return forward(input)
         return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
 

@@ -137,9 +137,7 @@ class _SumOverRanks(torch.autograd.Function):
         return cast(Tensor, _SumOverRanks.apply(grads[0], ctx.group)), None
 
 
-def _differentiable_gradients(
-    ctx: Any, grad: Tensor, total: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _differentiable_gradients(ctx: Any, grad: Tensor, total: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias as differentiable functions, in float64, which autograd rounds."""
     input, weight, mean, *_ = ctx.saved_tensors
     dims, shape = [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))

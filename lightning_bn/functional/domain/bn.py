@@ -9,7 +9,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
@@ -24,15 +23,9 @@ from lightning_bn.functional.domain.specific import (
     Where,
     give_domains,
 )
-from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Behavior, Handle, attach, behaviors_of, detach, has_behavior
+from lightning_bn.layers.behavior import Behavior, Handle, attach, behaviors_of, detach
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
-from lightning_bn.functional.ghost import Ghost
-from lightning_bn.layers.mini_batch import MiniBatch
-from lightning_bn.layers.synced import Synced
-
-CONFLICTS: tuple[type[Behavior], ...] = (Ghost, Synced, MiniBatch, Adapted, Adapting)
-"""What also says which samples are normalized together, or with which statistics a layer evaluates."""
 
 
 class DomainHandle(Handle):
@@ -232,8 +225,8 @@ def domain_bn(
         found = {name: layer for name, layer in found.items() if name not in outside}
         if not found:
             raise ValueError(f"There is no BatchNorm layer within {', '.join(owners)}.")
+    check_conflicts(found, "domain", model)
     for name, layer in found.items():
-        _refuse(name, layer)
         if affine == "domain" and not layer.affine:
             raise ValueError(f"Layer {name!r} has no weight and bias (affine=False), so domains cannot have their own.")
     if get_rank() == 0 and train_statistics != population_statistics:
@@ -328,18 +321,3 @@ def find_owners(model: nn.Module, level_modules: str | Sequence[str] | None) -> 
             )
     return {name: modules[name] for name in names}
 
-
-def _refuse(name: str, layer: _BatchNorm) -> None:
-    if isinstance(layer, SyncBatchNorm):
-        raise TypeError(
-            f"Layer {name!r} is a SyncBatchNorm, which exchanges statistics over ranks by itself: leave it out by "
-            "layers=, or do not convert it (sync_batchnorm=False)."
-        )
-    if has_behavior(layer, DomainSpecific):
-        raise ValueError(f"Layer {name!r} has domains already: undo() that handle first.")
-    if has_behavior(layer, *CONFLICTS):
-        other = next(b.name for b in behaviors_of(layer) if isinstance(b, CONFLICTS))
-        raise ValueError(
-            f"Layer {name!r} has another behavior ({other}) that says with what it normalizes: leave it out by "
-            "layers=, or undo() that handle first."
-        )

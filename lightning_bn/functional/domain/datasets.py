@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, uses_batch_stats
-from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, has_behavior
 
 Domain: TypeAlias = "int | Tensor"
@@ -138,7 +137,7 @@ class SplitByDomain(Behavior):
         if not uses_batch_stats(layer) and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.now()
-        in_a_pass = has_behavior(layer, BatchMode) and uses_batch_stats(layer)
+        in_a_pass = has_behavior(layer, "batch mode") and uses_batch_stats(layer)
         if isinstance(domain, int):
             return self._of_one(layer, forward, input, domain, in_a_pass)
         if not isinstance(input, Tensor):

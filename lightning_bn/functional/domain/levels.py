@@ -134,12 +134,12 @@ class Levels:
         return now
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def owner_forward(self, forward: Callable[[Any], Any], input: Any) -> Any:
+    def owner_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the owner, which counts afresh."""
-        now = _Forward(self, _NOW.get(), [leaf for leaf in tree_leaves(input) if isinstance(leaf, Tensor)])
+        now = _Forward(self, _NOW.get(), [leaf for leaf in tree_leaves(_first(args, kwargs)) if isinstance(leaf, Tensor)])
         token = _NOW.set(now)
         try:
-            output = forward(input)
+            output = forward(*args, **kwargs)
         finally:
             _NOW.reset(token)
         for layer, name in self.layers.items():
@@ -151,21 +151,21 @@ class Levels:
                 )
         return output
 
-    def counted(self, module: nn.Module, forward: Callable[[Any], Any], input: Any) -> Any:
+    def counted(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a forward of a module within the owner, and note which level it was of; or find that out again."""
-        now = self.now()
+        now, input = self.now(), _first(args, kwargs)
         if now is not None:
             level = now.calls.get(module, 0) if now.level is None else now.level
             now.calls[module] = now.calls.get(module, 0) + 1
             if self._owner.training and isinstance(input, Tensor):
                 self._level_of[input] = level
-            return forward(input)
+            return forward(*args, **kwargs)
         known = self._level_of.get(input) if recomputing() and isinstance(input, Tensor) else None
         if known is None:
-            return forward(input)
+            return forward(*args, **kwargs)
         before, self._again = self._again, known
         try:
-            output = forward(input)
+            output = forward(*args, **kwargs)
         finally:
             self._again = before
         if isinstance(output, Tensor):
@@ -252,26 +252,26 @@ class Levels:
         return RuntimeError(f"{found}: checkpoint with use_reentrant=False, which gives it the same tensor again.")
 
 
-class _Owner(Behavior):
+class _Owner(ModuleBehavior):
     name = ""
     outermost = True
 
     def __init__(self, levels: Levels) -> None:
         self._levels = levels
 
-    def forward(self, layer: nn.Module, forward: Callable[[Any], Any], input: Any) -> Any:
-        return self._levels.owner_forward(forward, input)
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._levels.owner_forward(call, *args, **kwargs)
 
 
-class _Counted(Behavior):
+class _Counted(ModuleBehavior):
     name = ""
     outermost = True
 
     def __init__(self, levels: Levels) -> None:
         self._levels = levels
 
-    def forward(self, layer: nn.Module, forward: Callable[[Any], Any], input: Any) -> Any:
-        return self._levels.counted(layer, forward, input)
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._levels.counted(module, call, *args, **kwargs)
 
 
 class _Tower(ModuleBehavior):
@@ -304,6 +304,10 @@ class _AllLevels(Behavior):
         if now.lockstep is None:
             raise self._levels.by_itself(layer)
         return now.lockstep.exchange(self._levels.layers[layer], _Arrival(forward, input))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def concat_levels(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.core.moments import batch_statistics
 from lightning_bn.layers.batch_mode import BatchMode, forward_with_buffers
 from lightning_bn.layers.behavior import Behavior, behaviors_of, has_behavior
-from lightning_bn.layers.frozen import Frozen
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 Choice: TypeAlias = Literal["shared", "domain"]
@@ -73,6 +72,8 @@ class DomainSpecific(Behavior):
         where: What says which one a layer is shown.
     """
 
+    kind = "domain"
+
     def __init__(
         self, names: Mapping[_BatchNorm, str], domains: int, population: Choice, affine: Choice, where: Where
     ) -> None:
@@ -100,7 +101,7 @@ class DomainSpecific(Behavior):
         if uses_batch_stats(layer):
             if isinstance(shown.domain, Tensor) and self.population == "domain":
                 forward = self._seeing(layer, forward, shown)
-            return forward(input) if has_behavior(layer, BatchMode) else self._training(layer, forward, input, shown)
+            return forward(input) if has_behavior(layer, "batch mode") else self._training(layer, forward, input, shown)
         if self.population == "shared":
             return forward(input)
         mean, var = (layer._buffers[key] for key in STATISTICS[:2])
@@ -247,7 +248,7 @@ def uses_batch_stats(layer: _BatchNorm) -> bool:
     for behavior in behaviors_of(layer):
         if isinstance(behavior, BatchMode):
             return behavior.is_by_batch(layer)
-    return layer.training and not has_behavior(layer, Frozen)
+    return layer.training and not has_behavior(layer, "frozen")
 
 
 def recomputing() -> bool:
@@ -298,7 +299,7 @@ def _without_domains(layer: _BatchNorm) -> dict[str, Tensor]:
 
 def num_domains(layer: nn.Module) -> int:
     """Domains for which a layer keeps population statistics; 0 for one that keeps none, or is a plain copy."""
-    mean = layer._buffers.get(STATISTICS[0]) if has_behavior(layer, DomainSpecific) else None
+    mean = layer._buffers.get(STATISTICS[0]) if has_behavior(layer, "domain") else None
     return 0 if mean is None else len(mean)
 
 
