@@ -64,7 +64,7 @@ def evaluation_batches(
     """This rank's batches of the evaluated loaders, or of one of them, from fresh iterators, on the device.
 
     Yields:
-        An iterator of each batch, its index in its loader, and the index of the loader, which is 0 for combined loaders.
+        An iterator of each batch, its index in its loader, and the index of the loader (0 for combined loaders).
 
     Raises:
         ValueError: If reading a loader a second time would disturb the evaluation.

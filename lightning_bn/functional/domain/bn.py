@@ -320,4 +320,3 @@ def find_owners(model: nn.Module, level_modules: str | Sequence[str] | None) -> 
                 "tower once for each level."
             )
     return {name: modules[name] for name in names}
-

@@ -136,7 +136,9 @@ class Levels:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def owner_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the owner, which counts afresh."""
-        now = _Forward(self, _NOW.get(), [leaf for leaf in tree_leaves(_first(args, kwargs)) if isinstance(leaf, Tensor)])
+        now = _Forward(
+            self, _NOW.get(), [leaf for leaf in tree_leaves(_first(args, kwargs)) if isinstance(leaf, Tensor)]
+        )
         token = _NOW.set(now)
         try:
             output = forward(*args, **kwargs)
