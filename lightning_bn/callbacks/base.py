@@ -38,7 +38,6 @@ class BatchNormCallback(Callback):
         return state_key(self, layers=as_patterns(self.layers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse callbacks that cannot act on the same layers."""
         self._check_overlap(trainer, pl_module)
 
     def on_population_pass(self, trainer: Trainer, result: PassResult) -> None:
@@ -94,21 +93,17 @@ class FitScopedCallback(BatchNormCallback, ABC):
         self._handle: Handle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration and attach the behavior."""
         super().on_fit_start(trainer, pl_module)
         check_sharding(trainer)
         self._handle = self._attach(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach the behavior."""
         self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach the behavior."""
         self._detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not attached to the layers."""
         return {**vars(self), "_handle": None}
 
     @abstractmethod

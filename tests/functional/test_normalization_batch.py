@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
@@ -25,8 +23,6 @@ from lightning_bn import (
     normalization_batch_size,
     sync_bn,
 )
-from lightning_bn.layers import ghost
-from lightning_bn.layers.override import BatchNormCall
 from tests.callbacks.zoo import TinyNet, fit, train_loader
 from tests.ranks import run_on_ranks
 
@@ -84,25 +80,16 @@ def test_it_is_that_of_the_largest_group_also_with_accumulation(callbacks: list[
     ("options", "samples"),
     [({"size": 3}, 33), ({"size": 3}, 2), ({"splits": 3}, 7), ({"size": 1}, 8), ({"splits": 5}, 8)],
 )
-def test_ghost_batches_are_as_large_as_the_inputs_of_batch_norm(
-    options: Any, samples: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Contiguous ones, each its own call, with several values per sample, so that one sample may be a group."""
-    handed: list[int] = []
-    own = F.batch_norm
-
-    def batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        handed.append(len(input))
-        return own(input, *args, **kwargs)
-
-    module = TinyNet()
+def test_it_is_the_largest_number_of_samples_that_one_sample_changes(options: Any, samples: int) -> None:
+    module, x = TinyNet(), torch.randn(samples, 4, 2, 2)
     with ghost_bn(module, grouping="contiguous", **options):
-        sizes = normalization_batch_size(module, samples=samples)
-        monkeypatch.setattr(ghost, "F", SimpleNamespace(batch_norm=batch_norm))
-        monkeypatch.setattr(BatchNormCall, "run", lambda call: batch_norm(*call))  # where the whole batch is one group
-        module.bn1(torch.randn(samples, 4, 2, 2))
-    assert sum(handed) == samples
-    assert sizes["bn1"] == max(handed)
+        expected = normalization_batch_size(module, samples=samples)
+        before, sizes = module.bn1(x), []
+        for sample in range(samples):
+            other = x.clone()
+            other[sample] += 1
+            sizes.append(int((module.bn1(other) != before).flatten(1).any(1).sum()))
+    assert expected["bn1"] == max(sizes)
 
 
 def labels(batch: Any) -> Tensor:
