@@ -15,6 +15,7 @@ from lightning_bn.layers.behavior import behaviors_of
 
 FEATURES = {
     "population": "PreciseBN",
+    "forecast": "ForecastBN",
     "frozen": "FreezeBN",
     "mini-batch": "mini-batch inference",
     "adapted": "AdaBN",
@@ -65,6 +66,8 @@ PAIRS = {
             "a pass estimates the statistics that evaluation uses: per domain, or shared",
         ),
         ("population", "row shuffle", "works", "a pass exchanges no rows"),
+        ("forecast", "frozen", "works", "a forecast until the switch; then the statistics are frozen"),
+        ("forecast", "population", "refused", "both write the running statistics that evaluation uses"),
         (
             "frozen",
             "mini-batch",
