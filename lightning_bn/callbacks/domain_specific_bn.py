@@ -12,8 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.functional.domain.bn import DomainHandle, domain_bn, require_choices, state_of, take_state
-from lightning_bn.functional.domain.specific import AFFINE, Choice
+from lightning_bn.functional.domain.bn import DomainHandle, check_choices, domain_bn
+from lightning_bn.functional.domain.tensors import AFFINE, Choice, get_state, load_state
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
 from lightning_bn.trainer.averaging import averagers
 from lightning_bn.trainer.passes import check_sharding
@@ -85,7 +85,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         affine: Choice = "shared",
         layers: Layers = None,
     ) -> None:
-        require_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
+        check_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
         as_patterns(layers)
         if domain_fn is not None and not callable(domain_fn):
             raise TypeError(f"domain_fn must be a function from a batch to its domain but is {domain_fn!r}.")
@@ -127,7 +127,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
             layers=self.layers,
         )
         if self._averagers:
-            self._handle.expect_copies()
+            self._handle.allow_copies()
         if stage != "fit":  # which starts anew, or from a checkpoint that is restored after this
             self._restore(self._state)
 
@@ -263,7 +263,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         if self._handle is None or self.level_modules is not None:
             return
         domain = self._domain(batch, dataloader_idx)
-        self._handle.show(domain)
+        self._handle.set_domain(domain)
         if trainer.state.fn != "fit" and self.population_statistics == "domain":
             self._check_untrained(torch.as_tensor(domain))
         elif trainer.validating and self.population_statistics == "domain":
@@ -271,7 +271,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     def _show_nothing(self) -> None:
         if self._handle is not None and self.level_modules is None:
-            self._handle.show(None)
+            self._handle.set_domain(None)
 
     def _check_untrained(self, domain: Tensor) -> None:
         for name, own in self._state["statistics"].items():
@@ -311,7 +311,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
         return {
             "statistics": self._handle.state(affine),
-            "averaged": [state_of({n: m.get_submodule(n) for n in self._handle.layers}, affine) for m in averaged],
+            "averaged": [get_state({n: m.get_submodule(n) for n in self._handle.layers}, affine) for m in averaged],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -321,9 +321,9 @@ class DomainSpecificBNCallback(BatchNormCallback):
         averaged = [a._average_model.module for a in self._averagers if a._average_model is not None]
         saved = state["averaged"]
         own = state["statistics"] if averaged or not saved else saved[0]
-        take_state(self._handle.layers, own)
+        load_state(self._handle.layers, own)
         for module, its in zip(averaged, saved or [own] * len(averaged), strict=False):
-            take_state({n: module.get_submodule(n) for n in self._handle.layers}, its)
+            load_state({n: module.get_submodule(n) for n in self._handle.layers}, its)
         self._begun = True
 
     def _take_back(self) -> None:

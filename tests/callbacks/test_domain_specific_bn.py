@@ -157,7 +157,7 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
         trainer_with(of_levels()).test(module, val_loader(), verbose=False)
     fit(module, [of_levels(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
     two = DomainSpecificBNCallback(2, level_modules="head")
-    with pytest.raises(ValueError, match="saved for 3 domains, and there are 2 domains now"):
+    with pytest.raises(ValueError, match="saved for 3 domains, but the layer has 2 domains"):
         trainer_with(two).test(module, val_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
 
     class Fewer(Pyramid):
@@ -166,7 +166,7 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
 
     fewer, callback = Fewer(), of_levels()
     trainer = fit(fewer, callback, val=None)
-    with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', and num_domains=3"):
+    with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', but num_domains=3"):
         trainer.test(fewer, val_loader(), verbose=False)
 
 
@@ -347,7 +347,7 @@ def test_a_forward_between_batches_says_that_nobody_knows_the_domain() -> None:
         def on_train_epoch_end(self) -> None:
             self(torch.zeros(2, 3, 6, 6))
 
-    with pytest.raises(RuntimeError, match="Nobody has said which domain"):
+    with pytest.raises(RuntimeError, match="No domain is set"):
         fit(Forwards(), of_labels(), max_epochs=1)
 
 
@@ -422,5 +422,5 @@ def test_a_state_of_other_choices_is_refused_by_name() -> None:
     quietly(lambda: fit(module, shared))
     callback = of_labels(6)
     callback.load_state_dict(shared.state_dict())
-    with pytest.raises(ValueError, match=r"no saved statistics of domains of layer 'bn1'.*population="):
+    with pytest.raises(ValueError, match=r"no statistics of domains for layer 'bn1'.*population_statistics="):
         trainer_with(callback).validate(module, val_loader(), verbose=False)
