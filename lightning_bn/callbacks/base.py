@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.conflicts import find_conflict
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
+from lightning_bn.trainer.compat import state_key
 from lightning_bn.trainer.passes import PassResult
 
 
@@ -32,7 +33,7 @@ class BatchNormCallback(Callback):
     @property
     def state_key(self) -> str:
         """Differs between callbacks of one class on different layers: their states would overwrite each other."""
-        return self._generate_state_key(layers=as_patterns(self.layers))
+        return state_key(self, layers=as_patterns(self.layers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another callback of this class on the same layers, and others with which it makes no sense there."""

@@ -14,7 +14,7 @@ from lightning_bn.functional.ghost import ghost_bn, require_ghosts
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
 from lightning_bn.layers.ghost import Grouping
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.functional.normalization_batch import normalization_batch_size
 
 
 class GhostBNCallback(FitScopedCallback):
@@ -91,13 +91,13 @@ class GhostBNCallback(FitScopedCallback):
         if not self._looked:
             self._looked = True
             with suppress(ValueError):  # a batch that cannot be counted
-                self._warn_of_nothing(trainer, pl_module, infer_batch_size(batch))
+                self._warn_of_nothing(pl_module, infer_batch_size(batch))
 
     def _give(self, module: LightningModule) -> Handle:
         return ghost_bn(module, size=self.size, splits=self.splits, grouping=self.grouping, layers=self.layers)
 
-    def _warn_of_nothing(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
-        sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers).values()
+    def _warn_of_nothing(self, module: LightningModule, samples: int) -> None:
+        sizes = normalization_batch_size(module, samples=samples, layers=self.layers).values()
         if any(size < samples for size in sizes):
             return
         divided = f"size={self.size}" if self.size else f"splits={self.splits}"

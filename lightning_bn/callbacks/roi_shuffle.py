@@ -14,6 +14,7 @@ from lightning_bn.core.checks import check_int
 from lightning_bn.functional.roi_shuffle import Shuffle, roi_shuffle
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import as_patterns, find_bn, find_modules
+from lightning_bn.trainer.compat import state_key
 
 
 class RoIShuffleCallback(FitScopedCallback):
@@ -79,7 +80,7 @@ class RoIShuffleCallback(FitScopedCallback):
     @property
     def state_key(self) -> str:
         """Differs between callbacks on different modules: their states would overwrite each other."""
-        return self._generate_state_key(modules=as_patterns(self.modules, "modules"))
+        return state_key(self, modules=as_patterns(self.modules, "modules"))
 
     @property
     def unshuffled(self) -> int:

@@ -1,7 +1,4 @@
-"""The target pass: show batches of the dataloader that is evaluated to the model, neutrally, and measure what they are.
-
-What `PopulationPass` is for training batches. It writes nothing.
-"""
+"""The target pass: measures the population statistics of a dataloader that is evaluated. It writes nothing."""
 
 from __future__ import annotations
 
@@ -11,27 +8,24 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
-from lightning_bn.functional.measure import measure
+from lightning_bn.core.checks import NoStopIteration
+from lightning_bn.functional.measure import PassConfig, measure
 from lightning_bn.functional.precise import call_model
-from lightning_bn.trainer.domains import domains_of
-from lightning_bn.trainer.evaluation_loop import run_step, stage_of
+from lightning_bn.trainer.context import PassContext, batch_domain, set_modes
+from lightning_bn.trainer.evaluation import run_step, stage_of
 from lightning_bn.trainer.isolation import isolate
 from lightning_bn.trainer.loaders import evaluation_batches
-from lightning_bn.trainer.modes import set_modes
+from lightning_bn.trainer.logging import progress_of
 from lightning_bn.trainer.passes import PassResult, gaps_from_running_stats
-from lightning_bn.trainer.progress import progress_of
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
 
 
 def measure_target(
-    trainer: Trainer,
-    module: LightningModule,
-    layers: dict[str, _BatchNorm],
+    context: PassContext,
     dataloader_idx: int,
     num_samples: int | None,
     forward: TargetForward,
@@ -40,64 +34,54 @@ def measure_target(
     """Measure the population statistics of one of the dataloaders that are evaluated now.
 
     Args:
-        trainer: The Trainer, while it validates, tests or predicts.
-        module: Its module.
-        layers: Qualified name -> layer to measure.
-        dataloader_idx: Which one; all of them together where they are read side by side.
+        context: The Trainer, while it validates, tests or predicts, its module, and the layers to measure.
+        dataloader_idx: Index of the dataloader; 0 where several are combined.
         num_samples: Samples to show, of all ranks together, in whole batches; None for the whole loader.
         forward: How a batch reaches the model.
-        batch_size_fn: Samples in a batch.
+        batch_size_fn: Number of samples in a batch; None infers it.
 
     Raises:
-        ValueError: If no batch came, all gave non-finite values, or the loader cannot be read twice.
+        ValueError: If there was no batch, all gave non-finite values, or the loader cannot be read twice.
         RuntimeError: If the forward raises StopIteration.
     """
+    trainer, module = context.trainer, context.module
     if forward == "evaluation_step":
-        check_own_fetching(trainer, module, "forward='forward' or a function of module and batch")
+        check_step_takes_batch(trainer, module, "forward='forward' or a function of module and batch")
+    samples = as_batch_size_fn(batch_size_fn)
 
     def run(item: tuple[Any, int, int]) -> None:
+        batch, _, loader = item
         begin()
         with fixed():
-            show(item)
-
-    def show(item: tuple[Any, int, int]) -> None:
-        if forward == "evaluation_step":
-            run_step(trainer, module, *item)
-        else:
-            with trainer.precision_plugin.forward_context(), domains_of(trainer, item[0], item[2]):
-                (forward if callable(forward) else call_model)(module, item[0])
+            if forward == "evaluation_step":
+                run_step(trainer, module, *item)
+            else:
+                with trainer.precision_plugin.forward_context(), batch_domain(trainer, batch, loader):
+                    (forward if callable(forward) else call_model)(module, batch)
 
     assert trainer.state.stage is not None
     started = time.perf_counter()
-    try:
-        with (
-            isolate(trainer, module, trainer.state.stage) as fixed,
-            set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
-            evaluation_batches(trainer, module, dataloader_idx) as batches,
-        ):
-            statistics = measure(
-                layers,
-                batches,
-                run,
-                of_training=False,
-                num_samples=num_samples,
-                batch_size_fn=lambda item: as_batch_size_fn(batch_size_fn)(item[0]),
-                progress=progress_of(trainer, "AdaBN"),
-            )
-    except StopIteration as error:  # would end Lightning's evaluation without a word
-        raise RuntimeError("The forward over target batches raised StopIteration.") from error
-    moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
+    with (
+        isolate(trainer, module, trainer.state.stage) as fixed,
+        set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
+        evaluation_batches(trainer, module, dataloader_idx) as batches,
+        NoStopIteration("The forward over target batches"),
+    ):
+        config = PassConfig(num_samples, "loader", batch_size_fn=lambda item: samples(item[0]))
+        progress = progress_of(trainer, "AdaBN")
+        statistics = measure(context.layers, batches, run, config, of_training=False, progress=progress)
+    moved = {name: gaps_from_running_stats(context.layers[name], new) for name, new in statistics.items()}
     return PassResult(statistics, moved, time.perf_counter() - started)
 
 
-def check_own_fetching(trainer: Trainer, module: LightningModule, way_out: str) -> None:
-    """Raise for an evaluation step that cannot be given a batch.
+def check_step_takes_batch(trainer: Trainer, module: LightningModule, alternative: str) -> None:
+    """Raise for an evaluation step that fetches its batches itself.
 
     Raises:
-        ValueError: Naming the step and the ``way_out``.
+        ValueError: Naming the step and the ``alternative``.
     """
     step = f"{stage_of(trainer)}_step"
     if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
         raise ValueError(
-            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass {way_out}."
+            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass {alternative}."
         )

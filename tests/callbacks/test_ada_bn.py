@@ -244,15 +244,15 @@ def test_comparing_logs_the_metrics_without_adaptation_beside_those_with(stage: 
     adapted = {key: value for result in adapted for key, value in result.items()}
     plain = evaluate([], stage)
     assert adapted == evaluate(AdaBNCallback(online=online), stage) != plain
-    assert callback.unadapted == {f"unadapted/{key}": value for key, value in plain.items()}
+    assert callback.source_metrics == {f"unadapted/{key}": value for key, value in plain.items()}
     rows = [row for _, row in trainer.logger.rows]
-    assert callback.unadapted in rows
+    assert callback.source_metrics in rows
 
 
 def test_comparing_a_prediction_compares_nothing() -> None:
     callback = AdaBNCallback(log_unadapted=True)
     ours, others = evaluate(callback, "predict"), evaluate(AdaBNCallback(), "predict")
-    assert digest(ours) == digest(others) and callback.unadapted == {}
+    assert digest(ours) == digest(others) and callback.source_metrics == {}
 
 
 def test_it_logs_how_far_the_target_is_from_the_source() -> None:
@@ -382,7 +382,7 @@ def test_what_cannot_work_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("log_unadapted", [False, True])
 @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
 def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
-    error: type[BaseException], compare: bool
+    error: type[BaseException], log_unadapted: bool
 ) -> None:
     class Ahead(Evaluating):
         def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -406,7 +406,7 @@ def test_an_error_while_reading_ahead_comes_out_and_leaves_everything_as_it_was(
 
     seen = Seen()
     with pytest.raises(error):
-        evaluate([seen, AdaBNCallback(log_unadapted=compare)], module=Ahead())
+        evaluate([seen, AdaBNCallback(log_unadapted=log_unadapted)], module=Ahead())
     assert seen.before and seen.after == seen.before
 
 
@@ -475,7 +475,7 @@ def test_online_a_nan_batch_spoils_its_own_predictions_alone_and_it_says_so() ->
     first, bad, last = (torch.randn(5, 3, 6, 6) for _ in range(3))
     bad[2, 0, 0, 0] = torch.nan
     loader = DataLoader([(x, torch.tensor(0)) for x in torch.cat([first, bad, last])], batch_size=5)
-    with pytest.warns(UserWarning, match=r"\d calls of layers were given NaN or infinite values, and were left out"):
+    with pytest.warns(UserWarning, match=r"\d calls of layers got NaN or infinite values, and were left out"):
         logits = evaluate([AdaBNCallback(online=True)], "predict", loader)
     assert [bool(batch.isfinite().all()) for batch in logits] == [True, False, True]
 
@@ -483,8 +483,8 @@ def test_online_a_nan_batch_spoils_its_own_predictions_alone_and_it_says_so() ->
 def test_only_the_first_of_several_can_compare() -> None:
     first, second = AdaBNCallback(layers="bn1", log_unadapted=True), AdaBNCallback(layers="bn2")
     evaluate([first, second])
-    assert first.unadapted
-    with pytest.raises(ValueError, match="log_unadapted=True is for the first AdaBNCallback in the list alone"):
+    assert first.source_metrics
+    with pytest.raises(ValueError, match="log_unadapted=True is only for the first AdaBNCallback in the list"):
         evaluate([AdaBNCallback(layers="bn1"), AdaBNCallback(layers="bn2", log_unadapted=True)])
 
 

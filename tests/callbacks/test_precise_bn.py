@@ -376,7 +376,7 @@ def test_training_under_weight_averaging_is_bit_for_bit_the_same(make: Callable[
 
 
 def test_standing_before_weight_averaging_is_refused_naming_the_two_to_swap() -> None:
-    refused = r"PreciseBNCallback stands before EMAWeightAveraging.*swap them, EMAWeightAveraging first"
+    refused = r"PreciseBNCallback is before EMAWeightAveraging.*swap them, EMAWeightAveraging first"
     with pytest.raises(ValueError, match=refused):
         fit(TinyNet(), [PreciseBNCallback(20), EMAWeightAveraging()])
 
@@ -630,7 +630,7 @@ class Own:
 WITH_OTHER_SOURCE: dict[str, tuple[Callable[[], Any], str]] = {
     "stateful loader": (lambda: Stateful(Images(32), batch_size=8), r"stateful \(Stateful\)"),
     "stateful dataset": (lambda: DataLoader(StatefulImages(32), batch_size=8), r"stateful \(StatefulImages\)"),
-    "own __iter__": (lambda: Resets(Images(32), batch_size=8), "Resets has an __iter__ of its own"),
+    "own __iter__": (lambda: Resets(Images(32), batch_size=8), "Resets overrides __iter__"),
     "iterator dataset": (lambda: DataLoader(UsedUp(), batch_size=8), "UsedUp is an iterator"),
     "own iterable": (Own, "is a Own, which we do not know"),
     "generator": (lambda: (batch for batch in first_batches(4)), "generator is an iterator"),

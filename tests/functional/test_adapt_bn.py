@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn import adapt_bn, find_bn, freeze_bn, mini_batch_inference, precise_bn
-from lightning_bn.core.prior import with_prior
-from lightning_bn.layers.adapted import Adapting
+from lightning_bn.functional.adapt import Adapting, mix_with_prior
 from lightning_bn.layers.behavior import Handle
 from tests.truth import in_double, recorded, rows_of
 from tests.zoo import CASES, Shared, case, cnn, images
@@ -230,6 +229,6 @@ def test_while_training_and_frozen_nothing_changes() -> None:
 
 def test_the_mixture_is_a_weighted_mean_of_each_statistic() -> None:
     source, target = torch.tensor([0.0, 1.0]), torch.tensor([8.0, 5.0])
-    assert with_prior(source, target, 0, 10) is target
-    assert torch.equal(with_prior(source, target, 16, 16), torch.tensor([4.0, 3.0]))
-    assert torch.equal(with_prior(source, target, 3, 1), torch.tensor([2.0, 2.0]))
+    assert mix_with_prior(source, target, 0, 10) is target
+    assert torch.equal(mix_with_prior(source, target, 16, 16), torch.tensor([4.0, 3.0]))
+    assert torch.equal(mix_with_prior(source, target, 3, 1), torch.tensor([2.0, 2.0]))

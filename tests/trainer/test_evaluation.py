@@ -174,7 +174,7 @@ def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_o
 
 def test_outside_of_an_evaluation_it_is_refused() -> None:
     trainer = fit(TinyNet())
-    with pytest.raises(RuntimeError, match="evaluates nothing at the moment"):
+    with pytest.raises(RuntimeError, match="does not evaluate now"):
         evaluate_isolated(nullcontext(), trainer, trainer.lightning_module, [], "other")
 
     class Predicting(Callback):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
 from lightning_bn.layers.modes import preserve_flags
-from lightning_bn.trainer.modes import set_modes
+from lightning_bn.trainer.context import set_modes
 from tests.callbacks.zoo import TinyNet, fit, train_loader
 
 
