@@ -13,7 +13,7 @@ from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
 from lightning_bn.functional.normalization_batch import normalization_batch_size
-from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
+from lightning_bn.layers.find import Layers, as_patterns, match_names, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
@@ -148,7 +148,7 @@ class BNStatsMonitor(ObservingCallback):
         keyed = (
             keys
             if self.log_layers is None
-            else chosen(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
+            else match_names(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
         )
         if self.log_layers is None and len(layers) > _MAX_KEYED:
             keyed = {}

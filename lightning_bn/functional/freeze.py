@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from lightning_bn.functional.domain.specific import AFFINE
+from lightning_bn.functional.domain.tensors import AFFINE
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import Frozen

@@ -32,7 +32,7 @@ from lightning_bn.core.ranks import (
     merge_over_ranks,
     sum_over_ranks,
 )
-from lightning_bn.functional.domain.specific import num_domains
+from lightning_bn.functional.domain.tensors import num_domains
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.modes import preserve_flags

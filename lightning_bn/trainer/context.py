@@ -107,6 +107,6 @@ def batch_domain(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Itera
     """Let the callbacks with domains set the domain of a batch that is run outside Lightning's loops."""
     with ExitStack() as stack:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "showing_batch"):
-                stack.enter_context(callback.showing_batch(batch, dataloader_idx))
+            if hasattr(callback, "use_domain_of"):
+                stack.enter_context(callback.use_domain_of(batch, dataloader_idx))
         yield

@@ -208,7 +208,7 @@ class Twice(PreciseBNCallback):
 @pytest.mark.parametrize("cls", [PreciseBNCallback, Twice, FreezeBNCallback, lightning_bn.BNStatsMonitor], ids=str)
 def test_one_class_twice_is_refused(cls: Any) -> None:
     options = {"start_epoch": 1} if cls is FreezeBNCallback else {}
-    with pytest.raises(ValueError, match=rf"Two {cls.__name__}s act on layer 'bn1' \(2 in all\).*layers="):
+    with pytest.raises(ValueError, match=rf"Two {cls.__name__}s act on layer 'bn1' \(2 in all\): .*layers="):
         fit(TinyNet(), [cls(**options), cls(**options)])
 
 

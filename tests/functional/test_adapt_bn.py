@@ -134,9 +134,9 @@ def test_a_pickle_in_between_is_a_plain_model_with_the_targets_statistics() -> N
 def test_what_would_not_work_is_refused_by_name() -> None:
     model = trained(cnn())
     before = buffers_of(model)
-    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer '5' already has AdaBN"):
+    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer .5. already has AdaBN"):
         adapt_bn(model, images(8))
-    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="'5' cannot have AdaBN, because it has mini-b"):
+    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="cannot have AdaBN, because it has mini-batch"):
         adapt_bn(model, images(8))
     for bad, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="prior_samples must be"):
