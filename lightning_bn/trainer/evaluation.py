@@ -42,14 +42,11 @@ def evaluate_isolated(
     empty. Everything is restored afterwards, see `isolate`.
 
     Args:
-        behavior: Entered meanwhile, such as a handle; ``contextlib.nullcontext()`` for the model as it is.
+        behavior: Entered meanwhile, such as a handle.
         trainer: The Trainer, while it validates or tests.
         module: Its module.
-        batches: Each batch with its index and that of its dataloader, as from `evaluation_batches`.
+        batches: From `evaluation_batches`.
         prefix: In front of each key: ``prefix/key``.
-
-    Raises:
-        RuntimeError: If the Trainer neither validates nor tests, or if a step raises StopIteration.
     """
     stage = stage_of(trainer)
     if stage == "predict":
@@ -83,11 +80,7 @@ def evaluate_isolated(
 
 
 def stage_of(trainer: Trainer) -> str:
-    """``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks.
-
-    Raises:
-        RuntimeError: While nothing is evaluated.
-    """
+    """``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks."""
     if trainer.testing or trainer.predicting:
         return "test" if trainer.testing else "predict"
     if trainer.validating or trainer.sanity_checking:

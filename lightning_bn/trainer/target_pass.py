@@ -31,19 +31,7 @@ def measure_target(
     forward: TargetForward,
     batch_size_fn: BatchSizeFn | None,
 ) -> PassResult:
-    """Measure the population statistics of one of the dataloaders that are evaluated now.
-
-    Args:
-        context: The Trainer, while it validates, tests or predicts, its module, and the layers to measure.
-        dataloader_idx: Index of the dataloader; 0 where several are combined.
-        num_samples: Samples to show, of all ranks together, in whole batches; None for the whole loader.
-        forward: How a batch reaches the model.
-        batch_size_fn: Number of samples in a batch; None infers it.
-
-    Raises:
-        ValueError: If there was no batch, all gave non-finite values, or the loader cannot be read twice.
-        RuntimeError: If the forward raises StopIteration.
-    """
+    """Measure the population statistics of one of the dataloaders that are evaluated now; of all if combined."""
     trainer, module = context.trainer, context.module
     if forward == "evaluation_step":
         check_step_takes_batch(trainer, module, "forward='forward' or a function of module and batch")
@@ -75,11 +63,7 @@ def measure_target(
 
 
 def check_step_takes_batch(trainer: Trainer, module: LightningModule, alternative: str) -> None:
-    """Raise for an evaluation step that fetches its batches itself.
-
-    Raises:
-        ValueError: Naming the step and the ``alternative``.
-    """
+    """Raise ValueError for an evaluation step that fetches its batches itself, naming the ``alternative``."""
     step = f"{stage_of(trainer)}_step"
     if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
         raise ValueError(
