@@ -19,11 +19,18 @@ from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
 from lightning_bn.trainer.context import PassContext
-from lightning_bn.trainer.evaluation import evaluate_isolated, has_batches, num_dataloaders, stage_of
+from lightning_bn.trainer.evaluation import (
+    TargetForward,
+    check_step_takes_batch,
+    evaluate_isolated,
+    has_batches,
+    measure_target,
+    num_dataloaders,
+    stage_of,
+)
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.passes import check_sharding
-from lightning_bn.trainer.target_pass import TargetForward, check_step_takes_batch, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
