@@ -12,13 +12,13 @@ from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
+from lightning_bn.functional.normalization_batch import normalization_batch_size
 from lightning_bn.layers.find import Layers, as_patterns, match_names, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
 from lightning_bn.trainer.compat import log_step, logs_at_this_batch
 from lightning_bn.trainer.logging import log_row, safe_keys
-from lightning_bn.functional.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.passes import PassResult
 
 _MAX_KEYED = 64

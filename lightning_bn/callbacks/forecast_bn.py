@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_bn.callbacks.recompute import RecomputeCallback
 from lightning_bn.layers.find import Layers
 from lightning_bn.trainer.context import PassContext
@@ -58,48 +54,7 @@ class ForecastBNCallback(RecomputeCallback):
 
     def __init__(self, every_n_validations: int = 1, *, layers: Layers = None) -> None:
         super().__init__(layers, every_n_validations)
-        self._forecast = TrainerForecast(layers, type(self).__name__, "use PreciseBNCallback for them")
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last model; a checkpoint is restored after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._forecast.reset()
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
-        super().on_fit_start(trainer, pl_module)
-        self._forecast.start(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Copy the running statistics before the step."""
-        self._forecast.before_batch()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Recover the statistics of the step's batch."""
-        self._forecast.after_batch()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write before checkpoints are saved, if no validation has evaluated the current weights."""
-        self._forecast.abandon()
-        super().on_train_epoch_end(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach from the layers."""
-        self._forecast.abandon()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach from the layers."""
-        self._forecast.abandon()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the callback, with the recovered statistics of past steps."""
-        return {**super().state_dict(), "forecast": self._forecast.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the callback state; on_fit_start continues from it."""
-        super().load_state_dict(state_dict)
-        self._forecast.load_state_dict(state_dict["forecast"])
+        self._forecast: TrainerForecast = TrainerForecast(layers, type(self).__name__, "use PreciseBNCallback for them")
 
     def _skip_reason(self, context: PassContext) -> str:
         return self._forecast.skip_reason(context)

@@ -127,13 +127,11 @@ class FreezeBNCallback(BatchNormCallback):
         return self.switch_point.reached(trainer, batch_idx)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last model; a checkpoint is restored after this."""
         if stage == "fit":
             self._state = None
             self._pass.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         check_on_error(self.on_error)
         check_with_swa(trainer, self)
@@ -174,7 +172,6 @@ class FreezeBNCallback(BatchNormCallback):
             self._freeze(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Drop the gradients of frozen weights and biases before gradient clipping."""
         if self._handle is not None:
             drop_gradients(optimizer, self._affine)
 
@@ -185,7 +182,6 @@ class FreezeBNCallback(BatchNormCallback):
             log_row(trainer, {"freeze_bn/lr_factor": warm_up.done[0] / warm_up.steps})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if training did not reach the switch."""
         if self._state is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"FreezeBNCallback never froze anything: the fit ended after epoch {trainer.current_epoch} and step "
@@ -193,11 +189,9 @@ class FreezeBNCallback(BatchNormCallback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Thaw the layers and restore the learning rates."""
         self._thaw()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Thaw the layers."""
         self._thaw()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,11 +202,9 @@ class FreezeBNCallback(BatchNormCallback):
         return {**self._state, "warmup_done": done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the callback state; on_train_start freezes."""
         self._state = dict(state_dict) or None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps the state but not the layers and optimizers."""
         return {**vars(self), "_state": self.state_dict() or None, "_handle": None, "_warm_up": None, "_affine": []}
 
     def _switch(self, trainer: Trainer, module: LightningModule) -> None:

@@ -108,98 +108,48 @@ class PreciseBNCallback(RecomputeCallback):
         super().__init__(layers, every_n_validations)
         if skip_below is not None and not (isinstance(skip_below, (int, float)) and skip_below >= 0):
             raise ValueError(f"skip_below must be a number of at least 0 or None but is {skip_below!r}.")
-        config = PassConfig(
+        owner = type(self).__name__
+        self.config = PassConfig(
             num_samples, normalization_batch_size, tolerance, memory_limit, batch_size_fn, source, forward
         )
         self.stages = as_stages("stages", stages)
         self.skip_below = skip_below
-        owner = type(self).__name__
-        self._pass = PopulationPass(config, layers, owner)
-        self._forecast = TrainerForecast(layers, owner, "leave out skip_below=") if skip_below is not None else None
-
-    @property
-    def config(self) -> PassConfig:
-        """The choices for the pass."""
-        return self._pass.config
+        self._pass = PopulationPass(self.config, layers, owner)
+        if skip_below is not None:
+            self._forecast = TrainerForecast(layers, owner, "leave out skip_below=")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last model; a checkpoint is restored after this."""
         super().setup(trainer, pl_module, stage)
         self._pass.reset(keep_replay=stage != "fit")
-        if self._forecast and stage == "fit":
-            self._forecast.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         self._pass.check(trainer, pl_module)
-        if self._forecast:
-            self._forecast.start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the train dataloader, which exists now, can be read a second time."""
-        self._pass.check_loader(trainer)
+        self._pass.check_loader(trainer)  # which exists now
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the first batch, and keep batches for a replay."""
         self._pass.on_train_batch(pl_module, batch)
-        if self._forecast:
-            self._forecast.before_batch()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Recover the statistics of the batch for a forecast."""
-        if self._forecast:
-            self._forecast.after_batch()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide whether to run before this validation."""
         super().on_validation_epoch_start(trainer, pl_module)
         if trainer.state.fn != "fit":
             self._due = "validate" in self.stages
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide whether to run before ``trainer.test``."""
         self._due = "test" in self.stages
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide whether to run before ``trainer.predict``."""
         self._due = "predict" in self.stages
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Run before the first batch."""
         self._run_if_due(trainer, pl_module)
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Run before the first batch."""
         self._run_if_due(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run before checkpoints are written, if no validation has evaluated the current weights."""
-        self._detach()
-        super().on_train_epoch_end(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach from the layers."""
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach from the layers."""
-        self._detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the callback, with that of the forecast, if there is one."""
-        return {**super().state_dict(), **({"forecast": self._forecast.state_dict()} if self._forecast else {})}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the callback state."""
-        super().load_state_dict(state_dict)
-        if self._forecast:
-            self._forecast.load_state_dict(state_dict.get("forecast", {}))
-
-    def _detach(self) -> None:
-        if self._forecast:
-            self._forecast.abandon()
 
     def _skip_reason(self, context: PassContext) -> str:
         return self._pass.skip_reason()

@@ -15,6 +15,7 @@ from lightning_bn.layers.behavior import behaviors_of
 
 FEATURES = {
     "population": "PreciseBN",
+    "forecast": "ForecastBN",
     "frozen": "FreezeBN",
     "mini-batch": "mini-batch inference",
     "adapted": "AdaBN",
@@ -45,6 +46,8 @@ PAIRS = {
         ("population", "sync", "works", "in a pass ranks do not synchronize; their moments are merged at its end"),
         ("population", "domain", "works", "a pass estimates the statistics of evaluation: per domain, or shared"),
         ("population", "row shuffle", "works", "a pass exchanges no rows"),
+        ("forecast", "frozen", "works", "a forecast until the switch, then frozen statistics"),
+        ("forecast", "population", "refused", "both write the running statistics that evaluation uses"),
         ("frozen", "mini-batch", "works", "mini-batch statistics until the switch, then frozen ones"),
         ("frozen", "ghost", "works", "ghost batches until the switch; frozen layers have none"),
         ("frozen", "sync", "works", "synchronized until the switch; frozen layers need no other rank"),

@@ -14,7 +14,14 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, MiniBatchInferenceCallback, PreciseBNCallback, adapt_bn
+from lightning_bn import (
+    AdaBNCallback,
+    FreezeBNCallback,
+    FromLoader,
+    MiniBatchInferenceCallback,
+    PreciseBNCallback,
+    adapt_bn,
+)
 from tests.callbacks.zoo import (
     Images,
     Recorder,
@@ -332,7 +339,7 @@ def test_frozen_layers_keep_their_statistics_and_it_says_so() -> None:
 
 def test_it_adapts_after_precise_bn_and_gives_that_back() -> None:
     module, plain, seen = Evaluating(), Evaluating(), Statistics()
-    precise = PreciseBNCallback(20, stages=["test"], source=source_domain)
+    precise = PreciseBNCallback(20, stages=["test"], source=FromLoader(source_domain))
     evaluate([AdaBNCallback(prior_samples=5), precise, seen], loaders=domains(1), module=module)
     together = [torch.cat(parts) for parts in zip(*list(train_loader())[:3], strict=True)]
     source, target = exact(plain, [together]), exact(plain, domains(1)[0])

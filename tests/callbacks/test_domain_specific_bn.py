@@ -246,7 +246,7 @@ class DomainMeans(Callback):
         self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
 
 
-@pytest.mark.parametrize("batch_size", [None, 1], ids=["100 together", "batch by batch"])
+@pytest.mark.parametrize("batch_size", ["auto", "loader"])
 @pytest.mark.parametrize("row", [1, 4])
 def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
     """bn1, whose inputs are not normalized before: each class's and all images' moments, in float64."""
@@ -254,7 +254,7 @@ def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(TinyNet(), [of_labels(row), PreciseBNCallback(32, normalization_batch_size=batch_size), seen], max_epochs=1)
-    assert not [w for w in caught if "batches as they come" in str(w.message)], "they went in lockstep"
+    assert not [w for w in caught if "each batch alone" in str(w.message)], "they went in lockstep"
     net = TinyNet()
     net.load_state_dict(seen.weights)
     data = Images(32)

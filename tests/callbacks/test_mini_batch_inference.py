@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import FreezeBNCallback, MiniBatchInferenceCallback, PreciseBNCallback
+from lightning_bn import FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from lightning_bn.layers.behavior import behaviors_of
 from tests.callbacks.zoo import (
     Evaluated,
@@ -110,7 +110,7 @@ def test_precise_bn_estimates_the_same_population_with_it() -> None:
         states.append(digest(statistics_of(module)))
     assert states[0] == states[1]
     module = TinyNet()
-    trainer_with([MiniBatchInferenceCallback(), PreciseBNCallback(24, stages=["test"], source=source)]).test(
+    trainer_with([MiniBatchInferenceCallback(), PreciseBNCallback(24, stages=["test"], source=FromLoader(source))]).test(
         module, val_loader(), verbose=False
     )
     for key, value in expected(TinyNet(), list(train_loader())[:3]).items():

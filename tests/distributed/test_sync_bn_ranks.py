@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import find_bn, freeze_bn, precise_bn, sync_bn
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import behaviors_of
-from lightning_bn.layers.synced import Synced
 from tests.ranks import run_on_ranks
 from tests.zoo import cnn, images
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, freeze_bn, ghost_bn, sync_bn
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Handle, behaviors_of
-from lightning_bn.layers.synced import Synced
 from tests.zoo import CASES, case, cnn, images
 
 
@@ -46,7 +46,7 @@ def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
 
 @pytest.mark.parametrize(("ranks", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_ranks_must_be_a_whole_number(ranks: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="ranks must be"):
+    with pytest.raises(error, match="group_size must be"):
         sync_bn(cnn(), group_size=ranks)
 
 

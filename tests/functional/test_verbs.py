@@ -27,8 +27,8 @@ from lightning_bn import (
     sync_bn,
 )
 from lightning_bn.functional.domain.tensors import STATISTICS
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.layers.synced import Synced
 from tests.functional.domains import EVERY, choices
 from tests.zoo import images
 
