@@ -129,7 +129,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
             self._load(self._state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         self._check_replaced(pl_module)
         weights_only = any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks)
@@ -140,7 +139,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the domain of training batches is known."""
         if self.level_modules is not None or self.domain_fn is not None:
             return
         loaders = train_loaders(trainer)
@@ -155,7 +153,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
         )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are statistics to evaluate with."""
         self._check_replaced(pl_module)
         if trainer.state.fn != "fit" and self.population_statistics == "domain" and not self._state:
             raise ValueError(
@@ -166,7 +163,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Set the current domain."""
         self._trained |= trainer.training
         if self._handle is not None and self.level_modules is None:
             domain = self._domain(batch, dataloader_idx)
@@ -175,7 +171,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 self._check_trained(trainer, domain)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Clear the current domain."""
         if self._handle is not None and self.level_modules is None:
             self._handle.set_domain(None)
 
@@ -190,7 +185,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
                 checkpoint["state_dict"] |= {f"{name}.{key}": tensors[key] for key in AFFINE if key in tensors}
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Remove the domains."""
         self._undo()
 
     on_exception = teardown
@@ -200,11 +194,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
         return self._export() if self._handle is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the statistics.
-
-        Raises:
-            ValueError: If the state is incomplete, or of a fit with other choices.
-        """
         missing = [key for key in ("statistics", "averaged") if key not in state_dict]
         if state_dict and missing:
             raise ValueError(f"The state of DomainSpecificBNCallback is incomplete: it has no {missing[0]!r}.")
