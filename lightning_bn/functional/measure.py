@@ -20,7 +20,7 @@ from lightning_bn.core.checks import check_int
 from lightning_bn.core.micro_batches import MISSING, MicroBatch, SynchronizedBatches
 from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import max_over_ranks, sum_over_ranks
-from lightning_bn.functional.domain.specific import STATISTICS, num_domains
+from lightning_bn.functional.domain.tensors import STATISTICS, num_domains
 from lightning_bn.functional.joint import JointBatches, warn_once
 from lightning_bn.layers.batch_mode import BatchMode, of_domain
 from lightning_bn.layers.behavior import attach, detach

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.functional.domain.specific import STATISTICS
+from lightning_bn.functional.domain.tensors import STATISTICS
 from lightning_bn.functional.measure import NormalizationBatchSize, PassConfig, measure
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
