@@ -1,4 +1,4 @@
-"""Copies of batches, whatever holds their tensors, on their own devices or on the host."""
+"""Copies of batches of any structure, on their own devices or on the host."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HOST = torch.device("cpu")
 
 
 def copied(batch: Any) -> Any:
-    """A deep copy of a batch.
+    """Return a deep copy of a batch.
 
-    Of each tensor what it shows only: of a part of a large one, ``copy.deepcopy`` would copy all.
+    Of a view of a large tensor only the view is copied; ``copy.deepcopy`` would copy the whole storage.
 
     Raises:
         TypeError: If something in it cannot be copied.
@@ -25,9 +25,9 @@ def copied(batch: Any) -> Any:
 
 
 def copied_with(twin_of: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """A deep copy of a batch, with what ``twin_of`` returns in the place of each tensor, wherever that is.
+    """Return a deep copy of a batch in which ``twin_of(tensor)`` replaces each tensor.
 
-    It is asked once about a tensor that is there twice, and its answer is there twice in the copy.
+    A tensor that occurs twice is replaced by the same twin twice.
 
     Raises:
         TypeError: If something in the batch cannot be copied.
@@ -37,34 +37,31 @@ def copied_with(twin_of: Callable[[Tensor], Tensor], batch: Any) -> Any:
             return copy.deepcopy(batch)
     except Exception as error:
         raise TypeError(
-            f"Cannot copy a batch of type {type(batch).__name__} ({type(error).__name__}: {error}). Leave out "
-            "of it, in the collate function, what copy.deepcopy cannot copy, or give that a __deepcopy__."
+            f"Cannot copy a batch of type {type(batch).__name__} ({type(error).__name__}: {error}). Remove what "
+            "copy.deepcopy cannot copy from it in the collate function, or give that a __deepcopy__."
         ) from error
 
 
 def bytes_of(batch: Any) -> int:
-    """What the tensors in a batch take, wherever a copy would find them."""
+    """Return the bytes of all tensors in a batch."""
     sizes: list[int] = []
 
-    def weighed(tensor: Tensor) -> Tensor:
+    def add_size(tensor: Tensor) -> Tensor:
         sizes.append(_bytes(tensor))
-        return tensor.detach()  # costs nothing, and is no copy
+        return tensor.detach()  # shares the memory
 
-    copied_with(weighed, batch)
+    copied_with(add_size, batch)
     return sum(sizes)
 
 
 class HostCopy:
-    """A copy of a batch whose tensors wait in the host's memory.
+    """A copy of a batch in the host's memory.
 
-    Not all tensors of a batch on a GPU are there (the ``batch_sizes`` of a `PackedSequence` must not be), and objects
-    may know on which device their tensors are. So each tensor goes back to where it was.
-
-    Args:
-        batch: What to copy.
+    Each tensor remembers its device: a batch on a GPU may hold tensors of the CPU (``batch_sizes`` of a
+    `PackedSequence`).
 
     Raises:
-        TypeError: If something in it cannot be copied.
+        TypeError: If something in the batch cannot be copied.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -72,7 +69,7 @@ class HostCopy:
         self._batch = copied_with(self._to_host, batch)
 
     def batch(self) -> Any:
-        """Another copy, with each tensor where it was."""
+        """Return another copy, with each tensor on its original device."""
         return copied_with(lambda tensor: _clone(tensor, self._devices.get(id(tensor), tensor.device)), self._batch)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
@@ -82,12 +79,12 @@ class HostCopy:
 
 
 class _Copying(TorchFunctionMode):
-    """Sees every tensor that ``copy.deepcopy`` comes to, however deep in objects, and puts another in its place.
+    """Replaces every tensor that ``copy.deepcopy`` reaches, however deep in objects.
 
-    No object is taken apart and built anew from parts of another type, which one that checks its parts would refuse.
+    Objects are not rebuilt from other parts, because a class may check the types of its parts.
 
     Args:
-        twin_of: The other tensor.
+        twin_of: Returns the replacement.
     """
 
     def __init__(self, twin_of: Callable[[Tensor], Tensor]) -> None:
@@ -95,8 +92,7 @@ class _Copying(TorchFunctionMode):
         self._twin_of = twin_of
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Copy a tensor in our way; all else as ever."""
-        if func is Tensor.clone:  # what subclasses do that have a copy of their own, as torchvision's
+        if func is Tensor.clone:  # called by subclasses that define __deepcopy__, as torchvision's
             return self._twin_of(args[0])
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
@@ -104,14 +100,13 @@ class _Copying(TorchFunctionMode):
         if id(tensor) not in memo:
             twin = memo[id(tensor)] = self._twin_of(tensor)
             if vars(tensor):
-                lost = {name: value for name, value in vars(tensor).items() if name not in vars(twin)}
-                with self:  # a mode is off while it answers
-                    vars(twin).update(copy.deepcopy(lost, memo))
+                missing = {name: value for name, value in vars(tensor).items() if name not in vars(twin)}
+                with self:  # a mode is inactive within its own function
+                    vars(twin).update(copy.deepcopy(missing, memo))
         return memo[id(tensor)]
 
 
 def _clone(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a device, without the graph that it came from."""
     twin = tensor.detach().to(device, copy=True)
     return twin.requires_grad_() if tensor.requires_grad else twin
 

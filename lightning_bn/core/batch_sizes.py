@@ -23,7 +23,7 @@ _CHANNELS = {1, 3, 4}
 
 
 def as_batch_size_fn(batch_size_fn: BatchSizeFn | None) -> BatchSizeFn:
-    """The function that ``batch_size_fn=`` asks for: the user's, whose answers are checked, or `infer_batch_size`.
+    """Return the user's function with a check of its results, or `infer_batch_size`.
 
     Raises:
         TypeError: If it is no function.
@@ -39,45 +39,45 @@ def as_batch_size_fn(batch_size_fn: BatchSizeFn | None) -> BatchSizeFn:
 
 @dataclass(frozen=True)
 class Checked:
-    """The user's function, and what it says if that is a number of samples; pickles where the function does.
+    """Wraps the user's function and validates its result. Picklable if the function is.
 
     Raises:
-        TypeError: If it says something that is no number.
-        ValueError: If what it says is no number of samples.
-        RuntimeError: If it raises StopIteration, which would end a loop over batches without a word.
+        TypeError: If the result is not a number.
+        ValueError: If the result is not a number of samples.
+        RuntimeError: If the function raises StopIteration, which would silently end a loop over batches.
     """
 
     batch_size_fn: BatchSizeFn
 
     def __call__(self, batch: Any) -> int:
         with NoStopIteration("batch_size_fn"):
-            said = self.batch_size_fn(batch)
-        number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
+            result = self.batch_size_fn(batch)
+        number = result.item() if isinstance(result, Tensor) and result.numel() == 1 else result
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(
-                f"batch_size_fn must return a batch's number of samples but returned {said!r} for {described(batch)}."
+                f"batch_size_fn must return a batch's number of samples but returned {result!r} for {described(batch)}."
             )
         if not math.isfinite(number) or number < 0 or number != int(number):
             raise ValueError(
-                f"batch_size_fn must return a batch's number of samples but returned {said!r} for {described(batch)}."
+                f"batch_size_fn must return a batch's number of samples but returned {result!r} for {described(batch)}."
             )
         return int(number)
 
 
 def infer_batch_size(batch: Any) -> int:
-    """Samples in a batch, as people count them.
+    """Infer the number of samples in a batch.
 
     =============================================================  ===================================================
     part of a batch                                                samples
     =============================================================  ===================================================
-    tensor, NumPy array                                            its first size; one without sizes says nothing
+    tensor, NumPy array                                            its first size; none for a scalar
     packed sequence; object with ``num_graphs``                    its sequences; its graphs
-    mapping, dataclass, named tuple; list of different things      what the first of its parts says
+    mapping, dataclass, named tuple; list of different things      those of its first part
     list of images (C, H, W) with 1, 3 or 4 channels               its length
     list of mappings, dataclasses, (tensor, label) pairs, scalars  its length
-    list of tensors with 4 and more dimensions: views of a batch   what the first of them says
-    list of other tensors, which is the batch                      what the first of them says
-    list of strings; list of objects within a batch                its length, if nothing above is there
+    list of tensors with 4 and more dimensions: views of a batch   those of the first of them
+    list of other tensors, which is the batch                      those of the first of them
+    list of strings; list of objects within a batch                its length, if there is nothing of the above
     list of other tensors within a batch                           nothing
     =============================================================  ===================================================
 
@@ -91,7 +91,7 @@ def infer_batch_size(batch: Any) -> int:
     The one exception are tensors of 3 dimensions and first size 1, 3 or 4: alone in a batch they are images.
 
     Raises:
-        ValueError: If nothing says how many there are.
+        ValueError: If the structure does not determine it.
     """
     if isinstance(batch, Tensor) and batch.ndim:
         return batch.size(0)
@@ -106,19 +106,19 @@ def infer_batch_size(batch: Any) -> int:
     lengths = [part.readings[0] for part in parts if len(part.readings) == 1]
     if any(lengths) or (lengths and len(lengths) == len(parts)):
         return next(filter(None, lengths), 0)
-    reason = "a list of tensors in it may hold a sample or a batch in each" if parts else "no part of it tells"
+    reason = "a list of tensors in it may hold a sample or a batch in each" if parts else "no part of it has a size"
     raise ValueError(
-        f"Cannot tell how many samples a batch holds that is {described(batch)}: {reason}. Pass batch_size_fn=, a function "
-        "from a batch to its number of samples, such as batch_size_fn=lambda batch: len(batch[0])."
+        f"Cannot infer the number of samples in a batch that is {described(batch)}: {reason}. Pass batch_size_fn=, a "
+        "function from a batch to its number of samples, such as batch_size_fn=lambda batch: len(batch[0])."
     )
 
 
 class _Part(NamedTuple):
-    """What a part of a batch says.
+    """A part of a batch.
 
     Attributes:
-        readings: Numbers of samples, the likeliest first.
-        certain: Whether the first part of this kind decides; else it is asked only if there is none.
+        readings: Possible numbers of samples, the likeliest first.
+        certain: Whether the first part of this kind decides; others only count if there is none.
     """
 
     readings: Sequence[int]
@@ -168,7 +168,7 @@ def _parts_of_arrays(arrays: Sequence[Any], outermost: bool) -> Iterator[_Part]:
 
 
 def _size(part: Any) -> int | None:
-    """Samples in what holds them all in one; None for all else."""
+    """Return the samples of an array, packed sequence or graph; None for all else."""
     if isinstance(part, PackedSequence):
         return int(part.batch_sizes[0])
     if isinstance(part, _ARRAYS):
@@ -179,14 +179,13 @@ def _size(part: Any) -> int | None:
 
 
 def _looks_like_a_batch(record: Any, outermost: bool) -> bool:
-    """Whether it has a tensor that no sample would; an image's boxes and labels are of equal length, as a batch is."""
+    """Return True if it has a tensor that no sample has; boxes and labels of an image have equal lengths, too."""
     arrays = [value for value in _values(record) if isinstance(value, _ARRAYS) and value.ndim]
     alike = outermost and len(arrays) > 1 and len({_size(array) for array in arrays}) == 1
     return alike or any(array.ndim > 3 for array in arrays)
 
 
 def _values(record: Any) -> Iterable[Any]:
-    """Of a mapping, dataclass, tuple or list; a field may be without a value."""
     if is_dataclass(record):
         return (getattr(record, field.name, None) for field in fields(record))
     values: Iterable[Any] = record.values() if isinstance(record, Mapping) else record
@@ -194,14 +193,13 @@ def _values(record: Any) -> Iterable[Any]:
 
 
 def _names(record: Any) -> set[Any]:
-    """Of its parts."""
     if is_dataclass(record):
         return {field.name for field in fields(record)}
     return set(record) if isinstance(record, Mapping) else set(getattr(record, "_fields", range(len(record))))
 
 
 def _is_record(part: Any) -> bool:
-    """Whether its parts have names, so that each has its own meaning."""
+    """Return True if its parts have names, so that each has its own meaning."""
     named_tuple = isinstance(part, tuple) and hasattr(part, "_fields") and not isinstance(part, PackedSequence)
     return named_tuple or isinstance(part, Mapping) or (is_dataclass(part) and not isinstance(part, type))
 
@@ -211,7 +209,7 @@ def _is_list(part: Any) -> bool:
 
 
 def _is_mixed(part: Any) -> bool:
-    """Whether it is a list of a tensor and something else."""
+    """Return True for a list of a tensor and something else."""
     return _is_list(part) and any(isinstance(p, _ARRAYS) for p in part) and len({_kind(p) for p in part}) > 1
 
 
@@ -225,7 +223,7 @@ def _is_opaque(part: Any) -> bool:
 
 
 def described(part: Any, depth: int = 3) -> str:
-    """The type and structure of a batch, for an error: ``a tuple of (a list of 2 x a tensor (13, 5, 5), an int)``."""
+    """Describe a batch for an error, such as ``a tuple of (a list of 2 x a tensor (13, 5, 5), an int)``."""
     name = type(part).__name__
     article = "an" if name[0] in "aeiouAEIOU" else "a"
     if isinstance(part, _ARRAYS):

@@ -1,8 +1,8 @@
-"""The one place that stands at a layer's ``batch_norm`` call.
+"""The one place that replaces a layer's ``batch_norm`` call.
 
-What a layer normalizes is what this call is given: a subclass may reshape, mask or unpack its own input first, and
-apply an activation afterwards (timm's `BatchNormAct2d`). So statistics are taken here, and a behavior that changes the
-computation enters here; everything else in the layer's forward stays its own.
+A layer normalizes the input of this call: a subclass may reshape, mask or unpack its own input first, and apply an
+activation afterwards (timm's `BatchNormAct2d`). So statistics are measured here, and a behavior that changes the
+computation does so here; the rest of the layer's forward is untouched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BatchNormCall(NamedTuple):
     eps: float = 1e-5
 
     def run(self) -> Tensor:
-        """Do what was asked for."""
+        """Run the call."""
         return F.batch_norm(*self)
 
     @property
@@ -39,12 +39,12 @@ class BatchNormCall(NamedTuple):
         return self.input.numel() // max(self.input.shape[1], 1)
 
     def normalize_with(self, mean: Tensor, var: Tensor) -> Tensor:
-        """Normalize the input with a given mean and biased variance; nothing is stored."""
+        """Normalize the input with a mean and a biased variance; nothing is stored."""
         x, weight, bias = self.input, self.weight, self.bias
         if weight is None or weight.element_size() > 2:
             dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
             return F.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, False, 0.0, self.eps)
-        # 16-bit parameters would have the statistics rounded to 16 bits before they are used
+        # with 16-bit parameters the kernel would round the statistics to 16 bits first
         weight, bias = (p if p is None else p.to(mean.dtype) for p in (weight, bias))
         return F.batch_norm(x.to(mean.dtype), mean, var, weight, bias, False, 0.0, self.eps).to(x.dtype)
 
@@ -54,18 +54,18 @@ class BatchNormCall(NamedTuple):
 
 
 PLAIN: frozenset[type[nn.Module]] = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
-"""Classes whose forward is known: a ``batch_norm`` call on the layer's own input, and nothing around it."""
+"""Classes whose forward is nothing but a ``batch_norm`` call on the layer's input."""
 
 OF_TORCH: frozenset[type[nn.Module]] = PLAIN | {nn.SyncBatchNorm}
-"""Classes that move their running statistics, and count their batches, as torch does."""
+"""Classes that update their running statistics and batch counter as torch does."""
 
 
 def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
-    """Whether this call would have moved the layer's running statistics in training.
+    """Return True if this call would update the layer's running statistics in training.
 
-    The layer trains, tracks, and has a momentum that is not 0, at this very call: steps switch tracking off by flag, by
-    momentum, or by ``eval()`` of the layer, the model or a teacher. A subclass that stores its running statistics
-    itself gives the call none.
+    The layer trains, tracks, and has a momentum other than 0 at this call: steps switch tracking off by flag, by
+    momentum, or by ``eval()`` of the layer, the model or a teacher. A subclass that updates its running statistics
+    itself passes none to the call.
     """
     own = vars(layer)
     return bool(
@@ -78,12 +78,12 @@ def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
 
 
 def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
-    """The call that the forward of a `PLAIN` class would make; its batch counter is left alone."""
+    """Return the call that the forward of a `PLAIN` class makes; its batch counter is not touched."""
     own, buffers, parameters = vars(layer), layer._buffers, layer._parameters
     mean, var = buffers["running_mean"], buffers["running_var"]
     training = own["training"]
     momentum = own["momentum"]
-    if momentum is None:  # the plain average of all batches; without a counter torch moves nothing
+    if momentum is None:  # the plain average of all batches; without a counter torch updates nothing
         momentum = 0.0 if buffers["num_batches_tracked"] is None else 1.0
     if training and not own["track_running_stats"]:
         mean = var = None
@@ -106,10 +106,10 @@ def replace_batch_norm(
     input: Any,
     required: bool = True,
 ) -> Any:
-    """Run a layer's own forward, with another function in the place of its ``batch_norm`` call.
+    """Run a layer's own forward, with another function instead of its ``batch_norm`` call.
 
     Args:
-        replacement: Takes the arguments of the call. What it calls itself is not replaced.
+        replacement: Takes the arguments of the call. Calls within it are not replaced.
         layer: Qualified name, for the error.
         forward: The layer's own forward.
         input: Its first argument, a tensor or whatever the layer takes.
@@ -138,7 +138,7 @@ def replace_batch_norm(
 
 
 def is_replaced() -> bool:
-    """Whether a call of ``batch_norm`` would go to a replacement: inside of the forward of a layer that has one."""
+    """Return True inside the forward of a layer whose ``batch_norm`` call is replaced."""
     depth = torch._C._len_torch_function_stack()
     return depth > 0 and isinstance(torch._C._get_function_stack_at(depth - 1), _BatchNormOverride)
 
@@ -146,13 +146,13 @@ def is_replaced() -> bool:
 def raise_not_visible(layer: str) -> NoReturn:
     """Raise for a layer that normalizes without a ``batch_norm`` call."""
     raise TypeError(
-        f"The forward of layer {layer!r} does not call torch.nn.functional.batch_norm, so what it normalizes cannot be "
-        "seen or changed. Leave it out by layers=, or have it call torch.nn.functional.batch_norm."
+        f"The forward of layer {layer!r} does not call torch.nn.functional.batch_norm, so its normalization cannot be "
+        "measured or changed. Leave it out by layers=, or have it call torch.nn.functional.batch_norm."
     )
 
 
 class _BatchNormOverride(TorchFunctionMode):
-    """While active, ``batch_norm`` is another function. It keeps no state, so that torch.compile traces through it."""
+    """Replaces ``batch_norm`` while active. It has no state, so that torch.compile traces through it."""
 
     def __init__(self, replacement: Callable[[BatchNormCall], Tensor]) -> None:
         super().__init__()

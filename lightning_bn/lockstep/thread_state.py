@@ -1,7 +1,6 @@
-"""What torch keeps for each thread, taken away from one function and given to the next.
+"""The state that torch keeps per thread, saved and restored for functions that run by turns in one thread.
 
-Functions that run by turns in one thread would leak into each other: one that waits inside ``torch.autocast`` would
-leave it on for all others.
+Otherwise a function that waits inside ``torch.autocast`` would leave it on for all others.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from torch._C import _autograd
 from torch.utils import _device, _python_dispatch
 
 _C: Any = torch._C
-"""The stacks of modes and hooks have no public way in."""
+"""The stacks of modes and hooks have no public functions."""
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""How to get and how to set one."""
+"""Getter and setter."""
 
 
 class ThreadState:
-    """That of the thread when this was made, and from then on what was made of it where this was activated.
+    """The thread's state at construction, and later the state at the end of the last `activate` block.
 
-    Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and what torch keeps for the
-    whole process though there are context managers for it: the default device and dtype, cuDNN's flags. The *cache* of
-    autocast is shared: it holds casts of weights, which are everybody's, until the last one has left.
+    Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and settings of the whole
+    process that have context managers: the default device and dtype, cuDNN's flags. The *cache* of autocast is shared,
+    as it holds casts of shared weights.
 
     Example:
         >>> import torch
@@ -45,9 +44,9 @@ class ThreadState:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Give the thread this state, and on leaving the one that it had."""
+        """Switch the thread to this state, and back on leaving."""
         before = _Snapshot.now()
-        # Inference mode has no plain setter. Leaving sets what entering found, wherever the thread has gone between.
+        # Inference mode has no setter. Leaving restores the value at entering, whatever happened between.
         with torch.inference_mode(self._own.inference):
             self._own.replace(before)
             try:
@@ -58,7 +57,7 @@ class ThreadState:
 
 
 class _Snapshot(NamedTuple):
-    """What a thread holds."""
+    """State of a thread at one time."""
 
     inference: bool
     grad: bool
@@ -81,7 +80,7 @@ class _Snapshot(NamedTuple):
         )
 
     def replace(self, other: _Snapshot) -> None:
-        """Give the thread this, where it holds the other."""
+        """Switch the thread from the other state to this one."""
         dispatch, function, hooks = (
             (lambda: _C._pop_torch_dispatch_stack(None), _C._push_on_torch_dispatch_stack),
             (_C._pop_torch_function_stack, _C._push_on_torch_function_stack),
@@ -92,8 +91,8 @@ class _Snapshot(NamedTuple):
         )
         _replace_stack(self.dispatch_modes, other.dispatch_modes, *dispatch)
         _replace_stack(self.saved_tensor_hooks, other.saved_tensor_hooks, *hooks)
-        _replace_stack((), other.function_modes, *function)  # which would see some of these settings
-        _C._set_grad_enabled(self.grad)  # whatever the other's is: changing inference mode changes it
+        _replace_stack((), other.function_modes, *function)  # they would intercept some of these setters
+        _C._set_grad_enabled(self.grad)  # always: changing inference mode changes it
         for (_, set_to), wanted, found in zip(_SETTINGS, self.settings, other.settings, strict=True):
             if wanted != found:
                 set_to(wanted)
@@ -107,7 +106,7 @@ def _listed(length: int, at: Callable[[int], Any]) -> tuple[Any, ...]:
 
 
 def _saved_tensor_hooks() -> tuple[tuple[Any, Any], ...]:
-    """The whole stack, which can only be read from its top."""
+    """Return the whole stack; only its top can be read."""
     found: list[tuple[Any, Any]] = []
     while (top := _autograd._top_saved_tensors_default_hooks(False)) is not None:
         found.insert(0, top)
@@ -138,7 +137,7 @@ def _autocast(kind: str) -> list[Setting]:
 
 
 _IN_A_MODE = [name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value in (0, 1)]
-"""What dispatch modes write down, for torch.compile, that they were entered; version by version under other names."""
+"""Flags of active dispatch modes, kept for torch.compile; their names differ between versions."""
 
 
 def _set_in_a_mode(values: tuple[bool, ...]) -> None:

@@ -143,5 +143,5 @@ def test_the_sizes_in_a_packed_sequence_stay_on_the_host(moves: list[tuple[str, 
 def test_what_cannot_be_copied_is_refused_with_the_way_out() -> None:
     batch = {"x": torch.zeros(2), "lock": threading.Lock()}
     for copy_of in (copied, HostCopy, bytes_of):
-        with pytest.raises(TypeError, match=r"Cannot copy a batch of type dict \(.*lock.*\)\. Leave out of it"):
+        with pytest.raises(TypeError, match=r"Cannot copy a batch of type dict \(.*lock.*\)\. Remove what"):
             copy_of(batch)

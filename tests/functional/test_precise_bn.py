@@ -247,7 +247,7 @@ def test_samples_are_counted_in_nested_batches_and_dataclasses() -> None:
 def test_a_batch_without_any_tensor_needs_count() -> None:
     model, (batch, *_) = case("ragged batches")
     with pytest.raises(
-        ValueError, match=r"Cannot tell how many samples a batch holds that is a str: .*Pass batch_size_fn="
+        ValueError, match=r"Cannot infer the number of samples in a batch that is a str: .*Pass batch_size_fn="
     ):
         precise_bn(model, ["a"], forward=lambda m, _: m(batch), normalization_batch_size="loader")
 

@@ -136,7 +136,7 @@ LISTED: dict[str, Callable[[int], Any]] = {
 }
 """Kind of batch -> one of n samples that stand in lists."""
 REFUSED: dict[str, tuple[Any, str]] = {
-    "object": (Opaque(), "a batch holds that is an Opaque: no part of it tells"),
+    "object": (Opaque(), "a batch that is an Opaque: no part of it has a size"),
     "two objects": ((Opaque(), Opaque()), "a tuple of 2 x an Opaque"),
     "scalar": (torch.tensor(1.0), "a Tensor ()"),
     "nothing": (None, "a NoneType"),
