@@ -218,9 +218,8 @@ class PooledForward:
             raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {ADVICE}")
         tracked = is_tracked.pop()
         self._positions.all_reduce(self._names.index(name) + (0 if tracked else len(self._names)))
-        finite = torch.stack([moments.mean + moments.m2 for moments, _ in inputs]).isfinite().all(1)
-        self._finite.append((name, finite))
         moments = [_without_values(m) if batch.is_padding else m for (m, _), batch in zip(inputs, running, strict=True)]
+        self._finite.append((name, torch.stack([m.mean + m.m2 for m in moments]).isfinite().all(1)))
         return self._merge(name, Moments.merge(moments), tracked)
 
     def _merge(self, name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:

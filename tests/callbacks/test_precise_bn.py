@@ -681,7 +681,7 @@ def test_a_batch_whose_samples_cannot_be_counted_asks_for_count() -> None:
     def collate(items: list[Any]) -> Any:
         return Moved(*torch.utils.data.default_collate(items))
 
-    with pytest.raises(ValueError, match=r"a batch holds that is a Moved.*batch_size_fn="):
+    with pytest.raises(ValueError, match=r"a batch that is a Moved.*batch_size_fn="):
         fit(OfAnyKind(), PreciseBNCallback(20), train_loader(collate_fn=collate))
 
 
