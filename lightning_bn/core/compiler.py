@@ -21,7 +21,8 @@ def disable_compile(function: F) -> F:
         if "torch._dynamo" not in sys.modules:  # nothing was compiled
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disable: Any = torch.compiler.disable  # has no types
+            disabled.append(disable(function))
         return disabled[0](*args, **kwargs)
 
     wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]  # read by Dynamo before it traces a call

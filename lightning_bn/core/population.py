@@ -245,10 +245,12 @@ class Accumulator:
             c for place, (_, calls) in zip(first_bad, self._batches, strict=True) if place == layers for c in calls
         ]
         kept = [(counts, number) for counts, number in Counter(calls).items()]
-        own = [[sum([f(c[i]) * n for c, n in kept]) for i in range(layers)] for f in (int, lambda c: c * c, bool)]
-        weights = torch.tensor(own[:2], dtype=torch.float64).to(self.device, non_blocking=True)[:, self._layers]
-        host = sum_over_ranks([*own[0], *own[2]], self.device)
-        count, weight = weights
+        counts = [sum([c[layer] * n for c, n in kept]) for layer in range(layers)]
+        squares = [sum([c[layer] ** 2 * n for c, n in kept]) for layer in range(layers)]
+        numbers = [sum([n for c, n in kept if c[layer]]) for layer in range(layers)]
+        weights = torch.tensor([counts, squares], dtype=torch.float64)
+        host = sum_over_ranks([*counts, *numbers], self.device)
+        count, weight = weights.to(self.device, non_blocking=True)[:, self._layers]
         shift = self._sum[0] / count.clamp(min=1)
         m2 = (self._sum[1] - self._sum[0] * shift).clamp_(min=0)
         values = merge_over_ranks(Moments(count, self._pivot + shift, m2))

@@ -135,13 +135,16 @@ def measure(
         raise ValueError(_ALL_FROZEN)
     profile = profile or ModelProfile()
     accumulator, size = _accumulator(layers), config.normalization_batch_size
-    mode, totals, joint = BatchMode(layers, accumulator, of_training), _Totals(), None
+    mode, totals = BatchMode(layers, accumulator, of_training), _Totals()
+    joint: JointBatches | None = None
+    advance: Callable[[int], Any] = lambda samples: None  # noqa: E731
     steps = _synchronized(batches, config, layers, accumulator.device)
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
-        advance = stack.enter_context(progress(config.num_samples)) if progress else lambda samples: None
+        if progress:
+            advance = stack.enter_context(progress(config.num_samples))
         for layer in layers.values():
             attach(layer, mode)
             stack.callback(detach, layer, mode)
