@@ -162,7 +162,7 @@ class Accumulator:
         self._row, self._sum, self._squared_weight_sum, self._square_sum = total[2:].split(2)
         self._weighted_row = torch.zeros_like(self._row)
         self._weights: tuple[tuple[int, ...], Tensor, Tensor, Tensor] | None = None
-        self._places, self._num_placed = self._layers, 0
+        self._places, self._num_placed = torch.full_like(self._layers, len(sizes)), 0
         self._no_place = torch.full((), len(sizes), device=self.device)
         self._batches: list[tuple[Tensor, list[tuple[int, ...]]]] = []  # place of the first bad layer; counts of calls
         self._scratch: list[Tensor] = []
@@ -206,8 +206,8 @@ class Accumulator:
         for scratch, sizes in zip(filled, counts, strict=True):
             mean, var = scratch.to(self.device)
             if is_new and scratch is filled[0]:
-                first = (self._places < len(layers)) & ~(known < len(layers)) if len(self._batches) else mean.isfinite()
-                self._pivot.copy_(torch.where(first & mean.isfinite(), mean.double(), self._pivot))
+                is_first = (self._places < len(layers)) & (known == len(layers)) & mean.isfinite()
+                self._pivot.copy_(torch.where(is_first, mean.double(), self._pivot))
             self._add(mean, var, sizes, None if first_bad is self._no_place else first_bad < len(layers))
             scratch.zero_()  # momentum 1 keeps a NaN that is there: 0 * NaN
         self._batches.append((first_bad, counts))
@@ -244,7 +244,7 @@ class Accumulator:
         calls = [
             c for place, (_, calls) in zip(first_bad, self._batches, strict=True) if place == layers for c in calls
         ]
-        kept = [(counts, number) for counts, number in Counter(calls).items()]
+        kept = list(Counter(calls).items())
         counts = [sum([c[layer] * n for c, n in kept]) for layer in range(layers)]
         squares = [sum([c[layer] ** 2 * n for c, n in kept]) for layer in range(layers)]
         numbers = [sum([n for c, n in kept if c[layer]]) for layer in range(layers)]

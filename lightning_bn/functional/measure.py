@@ -175,15 +175,11 @@ def measure(
 
 @dataclass
 class _Totals:
-    """Batches that were run so far.
+    """Samples, batches and normalization batches of all ranks so far; ``left_out`` ones are subtracted at the end.
 
     Attributes:
-        samples: Samples of all ranks.
-        batches: Batches of all ranks.
-        normalizations: Normalization batches of all ranks.
         merged: Number and samples of this rank's first batch in each merge.
         next_comparison: Normalization batches at which standard errors are compared with the tolerance next.
-        left_out: Batches of all ranks that gave a layer non-finite values; the other numbers are without them.
     """
 
     samples: int = 0
@@ -194,7 +190,6 @@ class _Totals:
     left_out: int = 0
 
     def add(self, group: list[MicroBatch], normalizations: int) -> None:
-        """Add batches that were merged together."""
         self.samples += sum([m.global_size for m in group])
         self.batches += sum([m.ranks for m in group])
         self.normalizations += normalizations
@@ -299,7 +294,6 @@ def _accumulator(layers: Mapping[str, _BatchNorm]) -> Accumulator:
 def _with_domains(
     statistics: Mapping[str, LayerStatistics], layers: Mapping[str, _BatchNorm]
 ) -> dict[str, LayerStatistics]:
-    """Put the statistics of domains into those of their layers."""
     merged = {}
     for name, layer in layers.items():
         domains = tuple([statistics.get(of_domain(name, domain)) for domain in range(num_domains(layer))])
