@@ -36,13 +36,11 @@ Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[
 _MIN_AUTO_BATCH_SIZE, _AUTO_BATCH_SIZE = 32, 100
 """With "auto": batches of fewer samples are normalized jointly, until there are so many (paper, Table 2)."""
 _MIN_SIZES = {"auto": _MIN_AUTO_BATCH_SIZE, "loader": 0, "population": inf}
-"""Batches of fewer samples are normalized jointly with others."""
 _ALL_FROZEN = (
     "All chosen BatchNorm layers are frozen (by freeze_bn or BaseFinetuning, or in eval mode while the model is in "
     "train mode): there are no statistics to recompute."
 )
-_MIN_BATCHES_FOR_STD_ERROR = 8
-"""Fewest normalization batches whose spread gives a standard error: to a quarter of itself."""
+_MIN_BATCHES_FOR_STD_ERROR = 8  # the spread of 8 is known to a quarter of itself
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,6 @@ def _result(
 
 
 def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
-    """Return the larger of the two standard errors of the worst layer, each the rms over its channels."""
     if any(s.calls < 2 for s in statistics.values()):
         return inf  # a single call gives no error estimate
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
@@ -281,7 +278,6 @@ def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
 
 
 def _accumulator(layers: Mapping[str, _BatchNorm]) -> Accumulator:
-    """Accumulate layers and their domains, on the device of the first layer, in its precision or float32."""
     channels = {}
     for name, layer in layers.items():
         domains = num_domains(layer) if STATISTICS[0] in layer._buffers else 0
