@@ -65,12 +65,12 @@ class PassResult:
 
     def to_metrics(self, prefix: str) -> dict[str, float]:
         """Metrics for loggers: duration, samples, and the gaps of the median layer and of the worst one."""
-        found = {"seconds": self.seconds}
+        metrics = {"seconds": self.seconds}
         if self.statistics.num_samples:
-            found |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
+            metrics |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
         for gap, values in zip(("mean_gap", "var_gap"), zip(*self.moved.values(), strict=True), strict=True):
-            found |= {f"{gap}_p50": median(values), f"{gap}_max": max(values)}
-        return {f"{prefix}/{key}": value for key, value in found.items()}
+            metrics |= {f"{gap}_p50": median(values), f"{gap}_max": max(values)}
+        return {f"{prefix}/{key}": value for key, value in metrics.items()}
 
 
 class LayerSnapshot:
@@ -93,7 +93,7 @@ class LayerSnapshot:
 
 @dataclass
 class PassState:
-    """What passes learn from one fit of one model; new for each fit.
+    """Facts that passes learn in one fit; new for each fit.
 
     Attributes:
         buffer: The kept training batches of a replay.
@@ -135,12 +135,7 @@ class PopulationPass:
         self.state = PassState(buffer=self.state.buffer if keep_replay else None)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Validate the model and module before training starts.
-
-        Raises:
-            ValueError: For a module that a pass cannot run without disturbing it.
-            RuntimeError: For a strategy that shards the model.
-        """
+        """Raise for a module or strategy that a pass cannot run."""
         self.state.at_start = LayerSnapshot(storing_layers(module, self.layers))
         check_sharding(trainer)
         check_forward(self.config.forward, module, self.owner)
@@ -152,11 +147,7 @@ class PopulationPass:
             check_loader_reiterable(loaders.flattened)
 
     def on_train_batch(self, module: LightningModule, batch: Any) -> None:
-        """Check that a pass could run the first training batch of a fit; keep batches for a replay.
-
-        Raises:
-            Exception: For the first batch: what `check_call`, counting and keeping raise, with the callback's name.
-        """
+        """Raise if a pass could not run the first training batch of a fit; keep batches for a replay."""
         is_first, self.state.saw_first_batch = not self.state.saw_first_batch, True
         if isinstance(self.config.source, FromLoader):
             return  # its batches may be of another kind
