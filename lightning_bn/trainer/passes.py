@@ -129,6 +129,7 @@ class PopulationPass:
         self.state = PassState()
         self._replay = Replay() if config.source == "replay" else config.source
         self._batch_size_fn = as_batch_size_fn(config.batch_size_fn)
+        self._of_numbered: MeasureConfig = replace(config, batch_size_fn=attrgetter("samples"))
 
     def reset(self, keep_replay: bool = False) -> None:
         """Forget the last model; a replay's batches may be kept for the evaluation after a fit."""
@@ -190,21 +191,20 @@ class PopulationPass:
             RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()
-        config = replace(self.config, batch_size_fn=attrgetter("samples"))
         with NoStopIteration("The pass over training batches"):
-            if config.normalization_batch_size != "auto":
-                statistics = self._measure(context, config)
-            else:
-                statistics = self._measure_auto(context, config)
+            statistics = self._measure_with_fallback(context)
         result = PassResult.write(context.layers, statistics, started)
         self._warn_of_unreached(context, statistics)
         return result
 
-    def _measure_auto(self, context: PassContext, config: MeasureConfig) -> PopulationStatistics:
+    def _measure_with_fallback(self, context: PassContext) -> PopulationStatistics:
+        config = self._of_numbered
         if not self.state.lockstep_failed:
             try:
                 return self._measure(context, config)
             except LockstepError as error:
+                if config.normalization_batch_size != "auto":
+                    raise
                 rank_zero_warn(
                     f"{self.owner} normalizes each batch alone, not 100 samples jointly: {error} Small normalization "
                     "batches accumulate error in depth (paper, Table 2)."
