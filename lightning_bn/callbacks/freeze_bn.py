@@ -145,9 +145,8 @@ class FreezeBNCallback(BatchNormCallback):
             self._pass.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the train dataloader and optimizers, which exist now; freeze again after a resume."""
         if self.statistics == "precise":
-            self._pass.check_loader(trainer)
+            self._pass.check_loader(trainer)  # which exists now
         if self._warmup_length(trainer) and not all(hasattr(o, "register_step_pre_hook") for o in trainer.optimizers):
             raise ValueError(
                 "FreezeBNCallback: an optimizer has no step hooks, which the learning-rate warm-up needs: pass "
@@ -156,7 +155,6 @@ class FreezeBNCallback(BatchNormCallback):
         self.freeze_again(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch, if training has reached that point."""
         if self._state is not None:
             return
         if self.statistics == "precise":
@@ -176,7 +174,6 @@ class FreezeBNCallback(BatchNormCallback):
             drop_gradients(optimizer, self._affine)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Log the factor of the (first optimizer's) learning rate during the warm-up."""
         warm_up = self._warm_up
         if warm_up is not None and 0 < warm_up.done[0] <= warm_up.steps and logs_at_this_batch(trainer):
             log_row(trainer, {"freeze_bn/lr_factor": warm_up.done[0] / warm_up.steps})
@@ -195,7 +192,6 @@ class FreezeBNCallback(BatchNormCallback):
         self._thaw()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the switch, the length of the warm-up, and each optimizer's steps in it."""
         if self._state is None:
             return {}
         done = list(self._warm_up.done) if self._warm_up else self._state["warmup_done"]
@@ -275,9 +271,9 @@ class FreezeBNCallback(BatchNormCallback):
 
     def _warn_of_large_batches(self, module: LightningModule, samples: int) -> None:
         sizes = normalization_batch_size(module, samples=samples, layers=self.layers)
-        size = max((sizes[name] for name in storing_layers(module, self.layers)), default=0)
-        if size >= _HARMFUL_SIZE:
+        harmful = [sizes[name] for name in storing_layers(module, self.layers) if sizes[name] >= _HARMFUL_SIZE]
+        if harmful:
             rank_zero_warn(
-                f"FreezeBNCallback freezes layers whose normalization batch holds {size:g} samples. In the paper "
+                f"FreezeBNCallback freezes layers whose normalization batch holds {max(harmful):g} samples. In the paper "
                 "FrozenBN helps up to 8 and costs accuracy from 16 on (Fig. 5 and 6)."
             )

@@ -18,13 +18,13 @@ from typing_extensions import Self
 
 def train_loaders(trainer: Trainer) -> CombinedLoader | None:
     """The train dataloaders of the fit; None before they exist."""
-    # trainer.train_dataloader is what the user passed: without samplers for ranks, and without the mode of combination.
+    # trainer.train_dataloader has the loaders without the mode of their combination.
     return trainer.fit_loop._combined_loader
 
 
 def evaluation_loop(trainer: Trainer) -> Any:
-    """The loop that validates, tests or predicts now; None if there is none."""
-    # There is one public loop for each stage, and a fit has another one for validation.
+    """The loop that validates, tests or predicts now, also within a fit."""
+    # The public loops are one for each stage; which one is active is not public.
     return trainer._active_loop
 
 

@@ -39,13 +39,7 @@ class TrainerForecast:
         self._forecaster, self._restored, self._warned = None, {}, set()
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Validate the configuration before training starts; begin, or continue from a restored state.
-
-        Raises:
-            ValueError: If no layer's batch statistics can be recovered, or if evaluation uses other weights than
-                training.
-            RuntimeError: For a strategy that shards the model.
-        """
+        """Raise if no forecast is possible; begin, or continue from a restored state."""
         check_sharding(trainer)
         others = [*weight_averagers(trainer), *(o for o in trainer.optimizers if callable(getattr(o, "eval", None)))]
         if others:
@@ -71,12 +65,10 @@ class TrainerForecast:
                 rank_zero_warn(f"{self._owner} begins a new forecast: {error}")
 
     def before_batch(self) -> None:
-        """Call right before a training batch."""
         if self._forecaster:
             self._forecaster.before_batch()
 
     def after_batch(self) -> None:
-        """Call right after a training batch."""
         if self._forecaster:
             self._forecaster.after_batch()
 
@@ -108,19 +100,16 @@ class TrainerForecast:
         """The largest of the layers' `ema_gaps`; infinite if a layer has no forecast or non-finite statistics."""
         assert self._forecaster is not None  # start has made it
         gaps = self._forecaster.ema_gaps()
-        found = [gaps.get(name, math.inf) for name in context.layers]
-        return max((math.inf if math.isnan(gap) else gap for gap in found), default=0.0)
+        of_layers = [gaps.get(name, math.inf) for name in context.layers]
+        return max((math.inf if math.isnan(gap) else gap for gap in of_layers), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The recovered statistics of past steps, in plain types and tensors."""
         return self._forecaster.state_dict() if self._forecaster else self._restored
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; `start` continues from it."""
-        self._restored = dict(state)
+        self._restored = dict(state)  # start continues from it
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps the state but not the layers."""
         return {**vars(self), "_forecaster": None, "_restored": self.state_dict()}
 
     def _statistics(self, context: PassContext) -> PopulationStatistics:

@@ -33,11 +33,7 @@ class NumberedBatch(NamedTuple):
 
 
 def numbered(batches: Iterator[Any], batch_size_fn: BatchSizeFn) -> Iterator[NumberedBatch]:
-    """Number the batches of a pass and count their samples.
-
-    Raises:
-        Exception: With the number of the batch that could not be read or counted.
-    """
+    """Number the batches of a pass and count their samples; an error names the batch."""
     for number in itertools.count():
         try:
             batch = next(batches)
@@ -53,15 +49,9 @@ def numbered(batches: Iterator[Any], batch_size_fn: BatchSizeFn) -> Iterator[Num
 
 @contextmanager
 def isolated_forward(forward: Forward, context: PassContext, estimate: bool) -> Iterator[Callable[[Any], None]]:
-    """Yield a function that runs the fixed model on a batch and leaves no trace; it takes number, batch, and more.
+    """Yield a function of (number, batch, ...) that runs the fixed model on a batch and leaves no trace.
 
-    Args:
-        forward: How the batch reaches the model.
-        context: The context of the pass.
-        estimate: Put the layers of the context in train mode before each forward, see `set_modes`.
-
-    Raises:
-        Exception: With the number of the batch. A RuntimeError if the training step needs gradients.
+    Its errors name the batch. With ``estimate``, the layers of the context are in train mode before each forward.
     """
     trainer, module = context.trainer, context.module
     with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
@@ -109,11 +99,7 @@ def check_forward_argument(forward: Any) -> None:
 
 
 def check_forward(forward: Forward, module: LightningModule, owner: str) -> None:
-    """Check that a pass of the callback ``owner`` can run the module, whatever the batch.
-
-    Raises:
-        ValueError: If it cannot, with an alternative.
-    """
+    """Raise ValueError, with an alternative, if a pass of the callback ``owner`` cannot run the module."""
     name = type(module).__name__
     if callable(forward):
         mismatch = _mismatch(forward, module, None)
@@ -138,11 +124,7 @@ def check_forward(forward: Forward, module: LightningModule, owner: str) -> None
 
 
 def check_call(forward: Forward, module: LightningModule, batch: Any, owner: str) -> None:
-    """Check that ``forward="forward"`` can call the module on a batch.
-
-    Raises:
-        ValueError: If it cannot, with the arguments of the call and an alternative.
-    """
+    """Raise ValueError, with an alternative, if ``forward="forward"`` cannot call the module on a batch."""
     if forward != "forward":
         return
     if isinstance(batch, Mapping):

@@ -249,7 +249,7 @@ def is_lightning_module(o: Any) -> bool:
 
 def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
     """Objects with state, generators among them, from ``roots`` down some attributes and through short containers."""
-    found: list[Any] = []
+    objects: list[Any] = []
     seen: set[int] = set()
     level = list(roots)
     for _ in range(depth + 1):
@@ -267,10 +267,10 @@ def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
             elif isinstance(o, (*CONTAINERS, tuple)):
                 level += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()
             elif isinstance(o, GENERATORS) or hasattr(o, "__dict__"):
-                found.append(o)
+                objects.append(o)
                 attributes += getattr(o, "__dict__", {}).values()
         level = attributes
-    return found
+    return objects
 
 
 def snapshot_state(o: Any) -> Callable[[], Any]:

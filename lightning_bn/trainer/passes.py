@@ -65,12 +65,12 @@ class PassResult:
 
     def to_metrics(self, prefix: str) -> dict[str, float]:
         """Metrics for loggers: duration, samples, and the gaps of the median layer and of the worst one."""
-        found = {"seconds": self.seconds}
+        metrics = {"seconds": self.seconds}
         if self.statistics.num_samples:
-            found |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
+            metrics |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
         for gap, values in zip(("mean_gap", "var_gap"), zip(*self.moved.values(), strict=True), strict=True):
-            found |= {f"{gap}_p50": median(values), f"{gap}_max": max(values)}
-        return {f"{prefix}/{key}": value for key, value in found.items()}
+            metrics |= {f"{gap}_p50": median(values), f"{gap}_max": max(values)}
+        return {f"{prefix}/{key}": value for key, value in metrics.items()}
 
 
 class LayerSnapshot:
@@ -93,7 +93,7 @@ class LayerSnapshot:
 
 @dataclass
 class PassState:
-    """What passes learn from one fit of one model; new for each fit.
+    """Facts that passes learn in one fit; new for each fit.
 
     Attributes:
         buffer: The kept training batches of a replay.
@@ -129,18 +129,14 @@ class PopulationPass:
         self.state = PassState()
         self._replay = Replay() if config.source == "replay" else config.source
         self._batch_size_fn = as_batch_size_fn(config.batch_size_fn)
+        self._of_numbered: MeasureConfig = replace(config, batch_size_fn=attrgetter("samples"))
 
     def reset(self, keep_replay: bool = False) -> None:
         """Forget the last model; a replay's batches may be kept for the evaluation after a fit."""
         self.state = PassState(buffer=self.state.buffer if keep_replay else None)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Validate the model and module before training starts.
-
-        Raises:
-            ValueError: For a module that a pass cannot run without disturbing it.
-            RuntimeError: For a strategy that shards the model.
-        """
+        """Raise for a module or strategy that a pass cannot run."""
         self.state.at_start = LayerSnapshot(storing_layers(module, self.layers))
         check_sharding(trainer)
         check_forward(self.config.forward, module, self.owner)
@@ -152,11 +148,7 @@ class PopulationPass:
             check_loader_reiterable(loaders.flattened)
 
     def on_train_batch(self, module: LightningModule, batch: Any) -> None:
-        """Check that a pass could run the first training batch of a fit; keep batches for a replay.
-
-        Raises:
-            Exception: For the first batch: what `check_call`, counting and keeping raise, with the callback's name.
-        """
+        """Raise if a pass could not run the first training batch of a fit; keep batches for a replay."""
         is_first, self.state.saw_first_batch = not self.state.saw_first_batch, True
         if isinstance(self.config.source, FromLoader):
             return  # its batches may be of another kind
@@ -199,21 +191,20 @@ class PopulationPass:
             RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()
-        config = replace(self.config, batch_size_fn=attrgetter("samples"))
         with NoStopIteration("The pass over training batches"):
-            if config.normalization_batch_size != "auto":
-                statistics = self._measure(context, config)
-            else:
-                statistics = self._measure_auto(context, config)
+            statistics = self._measure_with_fallback(context)
         result = PassResult.write(context.layers, statistics, started)
         self._warn_of_unreached(context, statistics)
         return result
 
-    def _measure_auto(self, context: PassContext, config: MeasureConfig) -> PopulationStatistics:
+    def _measure_with_fallback(self, context: PassContext) -> PopulationStatistics:
+        config = self._of_numbered
         if not self.state.lockstep_failed:
             try:
                 return self._measure(context, config)
             except LockstepError as error:
+                if config.normalization_batch_size != "auto":
+                    raise
                 rank_zero_warn(
                     f"{self.owner} normalizes each batch alone, not 100 samples jointly: {error} Small normalization "
                     "batches accumulate error in depth (paper, Table 2)."

@@ -647,6 +647,15 @@ def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warne
     assert all(f"holds {size} samples" in message for message in found)
 
 
+def test_it_warns_of_large_batches_also_behind_a_layer_in_eval_mode() -> None:
+    module = TinyNet()
+    module.bn1.eval()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        fit(module, freeze(), train=train_loader(64, 32))
+    assert len(messages(record, "holds 32 samples")) == 1
+
+
 def test_batches_that_cannot_be_counted_do_not_end_a_fit_without_a_pass() -> None:
     class FromLists(TinyNet):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

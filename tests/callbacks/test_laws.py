@@ -640,15 +640,12 @@ def left_by(module: TinyNet, callbacks: list[Any]) -> list[Any]:
 
 
 @every_callback
-def test_nothing_is_left_after_the_end(make: Callable[[], Any]) -> None:
-    assert left_by(TinyNet(), [make()]) == left_by(TinyNet(), [])
-
-
-@every_callback
-def test_nothing_is_left_after_an_exception_in_training(make: Callable[[], Any]) -> None:
-    """In the third batch of the second epoch, after a pass of three batches."""
+@pytest.mark.parametrize("fails", [False, True], ids=["end", "exception"])
+def test_nothing_is_left_after_a_fit(make: Callable[[], Any], fails: bool) -> None:
+    """The exception comes in the third batch of the second epoch, after a pass of three batches."""
     in_a_pass = 3 if make in WITH_A_PASS.values() else 0
-    assert left_by(Fuse(Blown(), n=4 + in_a_pass + 3), [make()]) == left_by(Fuse(Blown(), n=4 + 3), [])
+    ours, plain = (Fuse(Blown(), n=4 + more + 3 if fails else -1) for more in (in_a_pass, 0))
+    assert left_by(ours, [make()]) == left_by(plain, [])
 
 
 # ------------------------------------------------------------------------------------------------------------- law 4

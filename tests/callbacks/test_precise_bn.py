@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import functools
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -464,20 +463,6 @@ def test_the_forward_function_gets_module_and_batch() -> None:
 
 
 # ------------------------------------------------------------------------------ refused, with an alternative
-class Manual(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = super().training_step(batch, batch_idx)
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
-
-
 class FetchesItself(TinyNet):
     def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
         batch, batch_idx, _ = next(dataloader_iter)
@@ -491,7 +476,6 @@ class NeedsGradients(TinyNet):
 
 
 WITH_OTHER_FORWARD = {
-    Manual: "Manual optimizes manually.*forward='forward' or a function",
     FetchesItself: r"FetchesItself\.training_step takes a dataloader_iter.*forward='forward' or a function",
     NeedsGradients: r"NeedsGradients\.training_step needs gradients itself.*forward='forward' or a function",
 }
@@ -627,9 +611,6 @@ def test_several_train_loaders_come_as_in_training(mode: Any, batches: int, kind
     assert_close(statistics_of(module), expected(module, shown), rtol=1e-5, atol=1e-5)
 
 
-Pair = namedtuple("Pair", ["x", "y"])
-
-
 @dataclass
 class Scene:
     x: Tensor
@@ -660,7 +641,6 @@ class OfAnyKind(TinyNet):
     ("kind", "source"),
     [
         (as_dict, "train_dataloader"),
-        (lambda b: Pair(*b), "replay"),
         (lambda b: Scene(*b), "replay"),
         (lambda b: Moved(*b), "train_dataloader"),
         (lambda b: Moved(*b), "replay"),

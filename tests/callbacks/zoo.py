@@ -1,7 +1,6 @@
 """Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
 
-`fit` trains a module with the plainest Trainer there is; `Recorder` is a callback that writes down everything that must
-not depend on whether another callback is there (law 2).
+`fit` trains a module with a plain Trainer. `Recorder` records everything that no other callback may change (law 2).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CLASSES = 3
 
 
 class TinyNet(LightningModule):
-    """A classifier of 3 x 6 x 6 images with two BatchNorm layers, ``bn1`` and ``bn2``, and all that a pass may disturb.
+    """A classifier of 3 x 6 x 6 images with BatchNorm layers ``bn1`` and ``bn2``, and all that a pass may disturb.
 
     A queue buffer that the training step fills (as MoCo's), a list and a counter that it appends to, torchmetrics,
     dropout, and several kinds of logging.
@@ -72,7 +71,7 @@ class TinyNet(LightningModule):
         return loss
 
     def remember(self, features: Tensor, loss: Tensor) -> None:
-        """State in all the places where modules keep state."""
+        """Change state in all places where modules keep state."""
         rows = [(self.queue_end + i) % len(self.queue) for i in range(min(len(features), len(self.queue)))]
         self.queue[rows] = features[: len(rows)].to(self.queue.dtype)
         self.queue_end = (rows[-1] + 1) % len(self.queue)
@@ -180,7 +179,7 @@ def val_loader(size: int = 12, batch_size: int = 6, **kwargs: Any) -> DataLoader
 
 
 class TinyData(LightningDataModule):
-    """The loaders above, for what reads a data module."""
+    """A data module of the loaders above."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return train_loader(shuffle=True)
@@ -196,7 +195,7 @@ class TinyData(LightningDataModule):
 
 
 class InMemory(DummyLogger):
-    """Keeps the rows it is given, and writes nothing."""
+    """Keeps the logged rows in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +215,7 @@ def in_a_pass(module: LightningModule) -> bool:
 
 
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
-    """The plainest Trainer: two epochs on the CPU, nothing on screen or disk, an `InMemory` logger, no sanity check."""
+    """A plain Trainer: two epochs on the CPU, no output but an `InMemory` logger, no sanity check."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -265,7 +264,7 @@ def fit(
 
 
 class Recorder(Callback):
-    """Writes down, as ``trace``, all that an observing callback must leave as it is; compare two runs with ``==``."""
+    """Records, as ``trace``, everything that an observing callback must not change; compare two runs with ``==``."""
 
     def __init__(self) -> None:
         self.trace: list[tuple[str, Any]] = []
@@ -358,7 +357,7 @@ def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
 
 
 class Passes(Callback):
-    """Notes at which moment after which optimizer step a pass was run; stands behind the callback that it watches."""
+    """Records the moment and optimizer step of each pass; place it after the callback."""
 
     def __init__(self, callback: Any) -> None:
         self.callback, self.last, self.seen = callback, None, []
@@ -368,26 +367,17 @@ class Passes(Callback):
             self.last = self.callback.result
             self.seen.append((moment, trainer.global_step))
 
-    def on_sanity_check_end(self, trainer: Trainer, *_: Any) -> None:
-        self.look("sanity check", trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.look("training", trainer)
-
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.look("validation", trainer)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.look("too late in the validation", trainer)
-
-    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.look("test", trainer)
-
-    def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.look("predict", trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.look("epoch end", trainer)
+for _hook, _moment in {
+    "on_sanity_check_end": "sanity check",
+    "on_train_batch_start": "training",
+    "on_validation_batch_start": "validation",
+    "on_validation_batch_end": "too late in the validation",
+    "on_test_batch_start": "test",
+    "on_predict_batch_start": "predict",
+    "on_train_epoch_end": "epoch end",
+}.items():
+    setattr(Passes, _hook, lambda self, trainer, *_, moment=_moment: self.look(moment, trainer))
 
 
 class Evaluated(Callback):
@@ -415,7 +405,7 @@ def loaded(state: dict[str, Tensor]) -> TinyNet:
 
 
 def validation_loss(module: TinyNet) -> float:
-    """What `trainer.validate` would report for a plain module."""
+    """The loss that `trainer.validate` would report for a plain module."""
     images = val_loader(batch_size=12)
     with torch.no_grad():
         return next(F.cross_entropy(module.eval()(x), y).item() for x, y in images)

@@ -42,7 +42,7 @@ class Named(NamedTuple):
 
 
 class Graphs:
-    """As torch-geometric's: no collection, moves by a method of its own, more rows than graphs."""
+    """As torch-geometric's: no collection, has a `to` method, and more rows than graphs."""
 
     def __init__(self, image: Tensor, label: Tensor) -> None:
         self.store = {"nodes": torch.zeros(99, 2), "image": image, "label": label}

@@ -1,4 +1,4 @@
-"""After isolation everything is as before, whatever the forwards in it have changed."""
+"""After isolation everything that forwards have changed is as before."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.callbacks.zoo import TinyNet, fit, train_loader
 
 
 def by_hand() -> nn.Module:
-    """Dropout, a layer with children (timm's, with dropout and activation of its own), attention, nested containers."""
+    """Dropout, a layer with children (timm's, with dropout and activation), attention, nested containers."""
     from timm.layers import BatchNormAct2d
 
     inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), BatchNormAct2d(4))
