@@ -7,7 +7,6 @@ copied back, and an exception leaves nothing half restored.
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,6 +21,8 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from lightning_bn.core.rng import GENERATORS, preserve_rng_state, save_generator
 
 FixedModel: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Enter its result for each forward: every forward then begins with the same parameters."""
@@ -226,22 +227,7 @@ def _clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 CONTAINERS = (list, dict, set, deque)
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _STATELESS = (Tensor, np.ndarray, ModuleType, Iterator, type)
-
-
-@contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """Restore the global random number generators on leaving."""
-    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager
@@ -289,10 +275,6 @@ def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
 
 def snapshot_state(o: Any) -> Callable[[], Any]:
     """A function that restores the state that an object has now."""
-    if isinstance(o, (torch.Generator, np.random.RandomState)):
-        return partial(o.set_state, o.get_state())
-    if isinstance(o, random.Random):
-        return partial(o.setstate, o.getstate())
-    if isinstance(o, np.random.Generator):
-        return partial(setattr, o.bit_generator, "state", o.bit_generator.state)
+    if isinstance(o, GENERATORS):
+        return save_generator(o)
     return partial(vars(o).update, vars(o).copy())
