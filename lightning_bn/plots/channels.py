@@ -41,13 +41,6 @@ def channels_over_steps(traces: Sequence[ChannelTrace], *, title: str = "") -> F
 
     An accurate EMA runs through the middle of the dots. An EMA beside the dots is stale. Dots that scatter more than
     the EMA is off mean a small normalization batch.
-
-    Args:
-        traces: The channels.
-        title: Printed above all panels.
-
-    Raises:
-        ValueError: `traces` is empty.
     """
     if not traces:
         raise ValueError("channels_over_steps needs at least one ChannelTrace, but traces is empty.")

@@ -65,12 +65,9 @@ def gap_heatmap(
     Args:
         steps: Steps of the measurements, increasing.
         layers: Layer names in the model's order; the first is on top.
-        gaps: ``(len(steps), len(layers))``.
+        gaps: ``(len(steps), len(layers))``; another shape is a ValueError.
         quantity: Label of the color scale.
         title: Printed above the axes.
-
-    Raises:
-        ValueError: `gaps` has another shape, or is empty.
     """
     figure = new_figure(8.0, float(np.clip(1.5 + 0.16 * len(layers), 2.8, 11.0)))
     axes = figure.add_subplot()
@@ -95,20 +92,9 @@ def drift_overview(
 ) -> Figure:
     """Draws a run in one figure: mean gap over steps, variance gap by layer, lag against noise, the ten worst layers.
 
-    Args:
-        steps: Steps of the measurements, increasing.
-        layers: Layer names in the model's order.
-        mean_gap: ``(len(steps), len(layers))``, in sigma. NaN: not measured.
-        var_gap: ``(len(steps), len(layers))``, log ratio.
-        lag: As in `lag_against_noise`.
-        noise: As in `lag_against_noise`.
-        precise_gap: ``(len(layers),)``, in sigma: how far PreciseBN moved the mean of each layer.
-        dead: ``(len(layers),)``, number of channels without variance.
-        marked: As in `lag_against_noise`.
-        title: Printed above all panels.
-
-    Raises:
-        ValueError: An array has another shape, or is empty.
+    `mean_gap` (in sigma; NaN: not measured) and `var_gap` (log ratio) are ``(len(steps), len(layers))``. `precise_gap`
+    (how far PreciseBN moved each mean, in sigma) and `dead` (channels without variance) have one number per layer. The
+    other arguments are as in `lag_against_noise`. An array of another shape is a ValueError.
     """
     mean_gap, var_gap = _table("mean_gap", mean_gap, steps, layers), _table("var_gap", var_gap, steps, layers)
     figure = new_figure(15.0, 10.5)
@@ -138,12 +124,7 @@ def drift_overview(
 def aggregates_over_steps(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str = "") -> Figure:
     """Draws over steps what `BNStatsMonitor` logs for all layers together (`bn_agg/...`).
 
-    Args:
-        series: Name, such as ``mean_gap_p95``, -> steps and values. Unknown names and ``worst_layer`` are ignored.
-        title: Printed above all panels.
-
-    Raises:
-        ValueError: None of the names is known.
+    `series` has steps and values by name, such as ``mean_gap_p95``. Unknown names and ``worst_layer`` are ignored.
     """
     panels = [(label, [name for name in names if name in series]) for label, names in _PANELS]
     panels = [(label, names) for label, names in panels if names]

@@ -34,9 +34,6 @@ def lag_against_noise(
         noise: Spread of the batch means, in sigma; ``(len(layers),)``.
         marked: Layers that were measured directly or are frozen; drawn as diamonds.
         title: Printed above the axes.
-
-    Raises:
-        ValueError: `lag` or `noise` has another shape.
     """
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
@@ -111,11 +108,7 @@ def _name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
 
 
 def check_row(name: str, values: npt.ArrayLike, layers: Sequence[str]) -> Array:
-    """Converts one number per layer to an array.
-
-    Raises:
-        ValueError: The shape is another one.
-    """
+    """Converts one number per layer to an array, and checks its shape."""
     row = np.asarray(values, dtype=np.float64)
     if row.shape != (len(layers),):
         raise ValueError(f"{name} needs one number for each of {len(layers)} layers; its shape is {row.shape}.")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -51,22 +52,29 @@ _SHEETS: list[Any] = ["default", STYLE]
 Arguments = ParamSpec("Arguments")
 
 
+class StyledFigure(Figure):
+    """A figure that is always drawn in the project's style, since matplotlib creates ticks only while drawing."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        with matplotlib.style.context(_SHEETS):
+            super().draw(renderer)
+        self.set_layout_engine("none")  # else the next drawing would move the axes a little
+
+
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """Makes a figure function use the project's style, whatever the user's matplotlib settings."""
 
     @functools.wraps(draw)
     def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with matplotlib.style.context(_SHEETS):
-            figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()  # ticks are created while drawing, so draw while the style is active
-        return figure
+            return draw(*args, **kwargs)
 
     return drawn
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Creates an empty figure with an Agg canvas; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = StyledFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -123,16 +131,14 @@ def legend_above(figure: Figure, handles: Mapping[str, Artist]) -> None:
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:
     """Renders the figure to pixels, `(height, width, 3)`."""
     canvas = FigureCanvasAgg(figure)
-    with matplotlib.style.context(_SHEETS):  # the number of ticks depends on the font size while drawing
-        canvas.draw()
+    canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def to_png(figure: Figure) -> bytes:
     """Renders the figure to the contents of a PNG file."""
     buffer = io.BytesIO()
-    with matplotlib.style.context(_SHEETS):
-        FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 

@@ -71,6 +71,7 @@ def test_a_long_run_is_shown_by_the_largest_gap_of_every_group_of_steps() -> Non
 def test_names_beside_a_heatmap_do_not_overlap(layers: int) -> None:
     names = [f"backbone.layer{i}.bn" for i in range(layers)]
     figure = plots.gap_heatmap([1, 2], layers=names, gaps=np.ones((2, layers)))
+    plots.to_rgb(figure)
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_yticklabels()]
     assert all(lower.y1 <= upper.y0 + 1.0 for upper, lower in pairwise(boxes))
@@ -102,6 +103,7 @@ def test_the_names_of_the_worst_layers_do_not_overlap() -> None:
     figure = plots.lag_against_noise(LONG, lag=lag, noise=np.full(60, 0.1))
     names = [text for text in figure.axes[0].texts if text.get_text() in short_names(LONG)]
     assert [text.get_text() for text in names] == short_names(LONG)[:53:-1]
+    plots.to_rgb(figure)
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     boxes = sorted((Text.get_window_extent(text, renderer) for text in names), key=lambda box: box.y0)  # no arrows
     assert all(upper.y0 >= lower.y1 for lower, upper in pairwise(boxes))

@@ -33,12 +33,9 @@ def test_eight_orientations_of_a_digit_are_eight_different_images_and_classes() 
     assert torch.stack(labels).tolist() == list(range(8 * int(digits[3][1]), 8 * int(digits[3][1]) + 8))
 
 
-def test_labels_are_those_of_the_images() -> None:
+def test_labels_are_read_without_the_images_and_an_image_folder_is_an_error() -> None:
     images = ImageData(train_images=30, shift=0).train_set
     assert labels_of(images).tolist() == [int(images[i][1]) for i in range(30)]
-
-
-def test_an_image_folder_is_an_error_that_names_other_data() -> None:
     with pytest.raises(TypeError, match="CIFAR-10"):
         labels_of(torch.utils.data.TensorDataset(torch.zeros(1)))  # type: ignore[arg-type]
 

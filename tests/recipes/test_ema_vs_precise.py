@@ -103,6 +103,7 @@ def test_its_config_repeats_the_run_and_takes_further_settings(
     command: tuple[Path, Any], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tolerance.NUM_IMAGES", 100)
+    monkeypatch.setattr("lightning_bn.plots.any_logs", lambda loggers: False)  # the monitor's figures take seconds
     settings = ["--seeds", "[0,4]", "--draws", "3", "--samples", "[20]", "--tolerances", "[0.1]"]
     main(["--config", str(command[0] / "config.yaml"), *settings, "--out", str(tmp_path)])
     again = json.loads((tmp_path / "report.json").read_text())

@@ -23,7 +23,6 @@ from recipes.run import start
 from recipes.scenes import SceneData, as_lists
 from tests.ranks import in_a_fresh_process
 
-SCHEDULE = Path(__file__).parents[2] / "recipes" / "roi_head_leakage" / "coco.yaml"
 TINY = ["--preset", "smoke", "--data.train_images", "8", "--data.val_images", "2", "--model.regions", "8"]
 TINY += ["--model.regions_in_evaluation", "8"]
 BOX = {cell: box for cell, (box, _) in PAPER.items()}
@@ -128,9 +127,3 @@ def test_claims_are_about_rows_of_the_tables_and_every_row_is_trained() -> None:
 def test_impossible_settings_are_errors_before_any_training(settings: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         measure(start(RoIHeadLeakage(), [*TINY, *settings, "--out", str(tmp_path)]))
-
-
-def test_the_config_of_the_papers_schedule_can_be_parsed() -> None:
-    config = RoIHeadLeakage().parser("demo").parse_args(["--config", str(SCHEDULE), "--data-root", "coco"])
-    assert config.data.root == Path("coco") and config.model.masks and config.images_per_step == 16
-    assert config.trainer.max_steps == 270_000

@@ -57,3 +57,10 @@ def test_data_root_chooses_the_data_and_the_models_input(tmp_path: Path) -> None
 def test_no_seed_is_an_error_with_an_example(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--seeds \[0\]"):
         start(EMAVsPrecise(), ["--seeds", "[]", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("recipe", [RoIHeadLeakage(), SharedHead()], ids=lambda recipe: recipe.name)
+def test_the_config_of_the_papers_schedule_can_be_parsed(recipe: Recipe[Any]) -> None:
+    schedule = Path(__file__).parents[2] / "recipes" / recipe.name / "coco.yaml"
+    config = recipe.parser("demo").parse_args(["--config", str(schedule), "--data-root", "coco"])
+    assert config.data.root == Path("coco") and config.images_per_step == 16 and config.trainer.max_steps == 270_000

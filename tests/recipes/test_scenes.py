@@ -37,11 +37,14 @@ def test_boxes_are_those_of_the_masks_and_do_not_overlap(data: SceneData) -> Non
             assert abs(columns.max() + 1 - columns.min() - (right - left)) <= 6
 
 
-def test_scenes_are_of_a_single_class_unless_asked_otherwise(data: SceneData) -> None:
+def test_scenes_have_one_class_and_the_default_sizes_unless_set_otherwise(data: SceneData) -> None:
     kinds = {index: len(set(data.train_set[index][1]["labels"].tolist())) for index in range(40)}
     assert set(kinds.values()) == {1}
-    mixed = SceneData(train_images=40, val_images=10, single_class=False).train_set
+    mixed = SceneData(train_images=40, val_images=10, single_class=False, object_sizes=(0.1, 0.75)).train_set
     assert max(len(set(mixed[index][1]["labels"].tolist())) for index in range(40)) > 2
+    boxes = torch.cat([mixed[index][1]["boxes"] for index in range(40)])
+    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 128
+    assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76, "as large as object_sizes"
 
 
 def test_validation_has_other_cut_outs(data: SceneData) -> None:
@@ -74,13 +77,6 @@ def test_missing_stamps_are_an_error_that_names_the_package(tmp_path: Path) -> N
     if not STAMPS.exists():
         with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
             stamps(STAMPS)
-
-
-def test_objects_are_as_large_as_asked_for() -> None:
-    scenes = SceneData(train_images=40, val_images=10, object_sizes=(0.1, 0.75)).train_set
-    boxes = torch.cat([scenes[index][1]["boxes"] for index in range(40)])
-    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 128
-    assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from recipes.shared_head.claims import ORDERINGS, PAPER, judge
 from recipes.shared_head.detector import HEADS, Detector
 from recipes.shared_head.experiment import ROWS, TRAININGS, Results, Row, measure
 
-SCHEDULE = Path(__file__).parents[2] / "recipes" / "shared_head" / "coco.yaml"
 TINY = ["--preset", "smoke", "--data.train_images", "8", "--data.val_images", "1", "--model.warmup_steps", "1"]
 TINY += ["--rows", "[1,2,3,4,5,6]", "--parts", "1"]
 
@@ -64,7 +63,7 @@ def test_two_rows_are_one_training_with_the_statistics_of_each_row(command: Path
         assert digest == Recorded.seen[row - 1 + row % 2][2], "one training"
     assert len({digest for _, _, digest in Recorded.seen}) == 3
     mean = Recorded.seen[1][0]["domain_mean"]
-    assert mean.shape[0] == 4 and (mean[0] - mean[2]).abs().max() > 0.01, "levels differ"
+    assert mean.shape[0] == 4 and (mean[0] - mean[2]).abs().max() > 0.5 * mean.abs().max(), "levels differ"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -147,13 +146,6 @@ def test_claims_need_only_their_rows_and_every_row_has_one() -> None:
 def test_impossible_settings_are_errors_before_any_training(settings: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         measure(start(SharedHead(), [*TINY, *settings, "--out", str(tmp_path)]))
-
-
-def test_the_config_of_the_papers_schedule_can_be_parsed() -> None:
-    config = SharedHead().parser("demo").parse_args(["--config", str(SCHEDULE), "--data-root", "coco"])
-    assert config.data.root == Path("coco") and config.trainer.max_steps == 270_000
-    assert config.images_per_step == 16 == config.ranks * config.data.images_per_gpu
-    assert Detector(**{**config.model.as_dict(), "pretrained": False}).levels == 5
 
 
 def test_weights_that_cannot_be_downloaded_are_an_error_with_the_way_out(
