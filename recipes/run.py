@@ -88,7 +88,7 @@ class Session:
         """
         print(f"\nTraining: {job}, seed {seed}")
         L.seed_everything(seed, workers=True, verbose=False)
-        made = self.parser.instantiate(self.config)
+        made: Namespace = self.parser.instantiate(self.config)
         settings = made.trainer.as_dict()
         callbacks = [*(settings.get("callbacks") or []), *prepare(made)]
         logger = [self.wandb_logger(job, f"{job}, seed {seed}"), *loggers]

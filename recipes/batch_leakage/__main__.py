@@ -81,9 +81,9 @@ class BatchLeakageRecipe(Recipe[Results]):
         panels = []
         for arm in ARMS:
             trainings = results.of(arm)
-            errors = [[training.errors[statistics] for training in trainings] for statistics in STATISTICS]
+            errors = {key: [training.errors[key] for training in trainings] for key in STATISTICS}
             alarms = [training.alarm for training in trainings if training.alarm is not None]
-            panels.append(figures.LeakageCurves(arm, *errors, alarms))
+            panels.append(figures.LeakageCurves(arm, **errors, alarms=alarms))
         return {"batch_leakage": figures.leakage_curves(panels)}
 
     def table(self, results: Results) -> list[str]:

@@ -6,6 +6,7 @@ Ghost BN divides the training batch if the NBS is smaller. All estimates of a dr
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
@@ -128,7 +129,7 @@ def estimates_by_b(
         for b in sizes:
             model.load_state_dict(state)
             micro_batches = [(part,) for part in pixels.split(micro_batch_size(b, data.batch_size))]
-            size = "population" if b == images else b
+            size: Literal["population"] | int = "population" if b == images else b
             started = time.perf_counter()
             found[b] = lbn.precise_bn(model, micro_batches, forward=on_its_device, normalization_batch_size=size)
             seconds[b].append(time.perf_counter() - started)
