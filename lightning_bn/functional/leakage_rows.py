@@ -13,9 +13,9 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import get_rank, get_world_size
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Behavior, behaviors_of
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
-from lightning_bn.layers.synced import Synced
 
 _MAX_ROWS_OF_A_CALL = 256
 """Of a head that is given a thousand regions an image, a random part says as much."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.domain.specific import DomainSpecific
 from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
@@ -116,7 +115,7 @@ class Recovery:
         self.abandon()
         layers = self.layers.values() if closely else self._witnessed
         self._witness.begin()
-        self._handle = Handle([layer for layer in layers if not has_behavior(layer, DomainSpecific)], self._witness)
+        self._handle = Handle([layer for layer in layers if not has_behavior(layer, "domain")], self._witness)
         self._before = self._read()
         self._momenta = self._momenta_now()
 
@@ -146,7 +145,7 @@ class Recovery:
             if noted is None:  # within a compiled region, or not called
                 if before != now:  # which says nothing of the one with which the batch was taken in
                     self._witnessed.add(layer)
-                ours = has_behavior(layer, DomainSpecific)
+                ours = has_behavior(layer, "domain")
                 calls.append(0 if before != now else _BY_COUNTER if ours else _ONE_BY_COUNTER)
                 momenta.append(before)
                 continue

@@ -88,7 +88,7 @@ class NoteNBS(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if args[-1] == 0:
-            sizes = set(lbn.normalization_batch_size(trainer, pl_module, samples=20).values())
+            sizes = set(lbn.normalization_batch_size(pl_module, samples=20).values())
             self.notes.append(
                 (sizes, torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()]))
             )
