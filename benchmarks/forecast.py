@@ -188,7 +188,8 @@ def train(case: Case, seed: int, device: str, epochs: int) -> Run:
         watching += time.perf_counter() - begun
         write_running_stats(layers, forecast.statistics())
         run.forecast.append(error(model, *validation))
-        precise_bn(model, batches(train_set, torch.randperm(images)[:PASS_SAMPLES], case.batch, device))
+        pass_batches = batches(train_set, torch.randperm(images)[:PASS_SAMPLES], case.batch, device)
+        precise_bn(model, pass_batches, normalization_batch_size="loader")
         run.precise.append(error(model, *validation))
         model.load_state_dict(state)
     run.microseconds = 1e6 * watching / run.steps

@@ -62,7 +62,8 @@ def sweep_tolerances(
         for draw in range(draws):
             images = data.training_sample(NUM_IMAGES, torch.Generator().manual_seed(draw), BATCH)
             model.load_state_dict(state)
-            statistics = lbn.precise_bn(model, images, forward=on_its_device, tolerance=tolerance)
+            options: dict[str, Any] = {"normalization_batch_size": "loader", "tolerance": tolerance}
+            statistics = lbn.precise_bn(model, images, forward=on_its_device, **options)
             taken.append(statistics.num_samples)
             errors.append(100 * wrong_images(model, validation).mean())
         line = f"{sum(taken) / draws:7,.0f} images, validation error {torch.stack(errors).mean():.2f} %"

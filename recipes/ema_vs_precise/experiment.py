@@ -184,7 +184,7 @@ def sweep_samples(
         for draw in range(draws if n < population else 1):  # there is one draw of the whole population
             model.load_state_dict(training.states[index])
             images = data.training_sample(n, torch.Generator().manual_seed(draw))
-            lbn.precise_bn(model, images, forward=on_its_device)
+            lbn.precise_bn(model, images, forward=on_its_device, normalization_batch_size="loader")
             wrong.append(wrong_images(model, validation))
         precise[n] = torch.stack(wrong)
         print(f"  N = {n:<7,} validation error {mean_and_spread(precise[n])} %")
@@ -202,7 +202,7 @@ def batch_mean_cloud(model: nn.Module, data: ImageData, training: Training, trac
         model.load_state_dict(state)
         # The population of a single batch is that batch.
         layers = [
-            lbn.precise_bn(model, [batch], forward=on_its_device).values()
+            lbn.precise_bn(model, [batch], forward=on_its_device, normalization_batch_size="loader").values()
             for batch in islice(data.train_dataloader(), batches)
         ]
         means = torch.stack([torch.cat([layer.mean for layer in of_batch]) for of_batch in layers]).cpu()
