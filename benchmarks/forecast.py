@@ -247,7 +247,7 @@ def report(device: str, quick: bool) -> str:
     method = (
         "**Method.** SGD with momentum 0.9; cosine rate, or a tenth of it at 45 and at 75 % of the steps; "
         f"{len(seeds)} seeds. Errors are means over epochs and seeds. The share is (EMA - forecast) / "
-        f"(EMA - PreciseBN) of these means, where that gain is at least {LEAST_GAIN} points; beside it that of each "
+        f"(EMA - PreciseBN) of these means, where that gain is at least {LEAST_GAIN} points; followed by that of each "
         "seed. Noise is two standard errors of a difference of two independent errors on the validation images (500 "
         "digits, 2,000 of the others); in a few of many epochs the difference exceeds it by chance. Microseconds are "
         "those of "

@@ -17,7 +17,7 @@ import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 from lightning_bn.functional.ghost import Grouping
 
-TITLE = "Ghost BN costs what plain BatchNorm costs"
+TITLE = "Ghost BN takes as long as plain BatchNorm"
 CLAIM = (
     "Forward and backward of interleaved groups of one size in an NCHW batch take at most 1.15 times as long as those "
     "of plain BatchNorm, and less time than a loop over groups. Other batches have no such view; they have no target."

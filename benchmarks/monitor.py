@@ -147,17 +147,17 @@ class Row:
 
     case: str
     name: str
-    own: Spread
+    hooks: Spread
     whole: Spread
     milliseconds: float
 
     def missed(self) -> bool:
         """Whether the printed median is not below the target."""
-        return round(self.own.median, 3) >= UNDER[self.name]
+        return round(self.hooks.median, 3) >= UNDER[self.name]
 
     def __str__(self) -> str:
-        own = f"{self.own}{' **missed**' if self.missed() else ''}" if self.name in UNDER else "-"
-        return f"| {self.case} | {self.name} | {own} | {self.whole} | {self.milliseconds:.1f} |"
+        hooks = f"{self.hooks}{' **missed**' if self.missed() else ''}" if self.name in UNDER else "-"
+        return f"| {self.case} | {self.name} | {hooks} | {self.whole} | {self.milliseconds:.1f} |"
 
 
 def report(device: str, quick: bool) -> str:
@@ -174,12 +174,12 @@ def report(device: str, quick: bool) -> str:
     watch = max(row.whole.median for row in rows if row.name == WATCH)
     return "\n".join(
         [
-            "| network | batch | with | in its own hooks, % of a step | whole step, % more than plain | ms per step |",
+            "| network | batch | with | in its hooks, % of a step | whole step, % more than plain | ms per step |",
             "|---|---|---|---|---|---|",
             *map(str, rows),
             "",
             *[_verdict(rows, name) for name in UNDER],
-            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %; at its own default, "
+            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %; at its default, "
             f"`log_freq=1000`, a 200th of that, {watch / 200:.2f} %, for a 200th of the histograms.",
             *further,
             "",
@@ -315,6 +315,6 @@ def _wandb_logger(folder: str) -> Iterator[WandbLogger]:
 def _verdict(rows: Sequence[Row], name: str) -> str:
     chosen = [row for row in rows if row.name == name]
     missed = [row for row in chosen if row.missed()]
-    worst = max(row.own.median for row in chosen)
-    verdict = f"- Under {UNDER[name]:.0f} % in its own hooks, {name}: {len(chosen) - len(missed)} of {len(chosen)}"
+    worst = max(row.hooks.median for row in chosen)
+    verdict = f"- Under {UNDER[name]:.0f} % in its hooks, {name}: {len(chosen) - len(missed)} of {len(chosen)}"
     return f"{verdict}; at most {worst:.3f} %."

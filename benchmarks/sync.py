@@ -138,7 +138,7 @@ def _step(model: nn.Module, images: torch.Tensor) -> None:
 
 def _exchanges(channels: list[int]) -> None:
     for c in channels:
-        own = torch.zeros(3, c, dtype=torch.float64)
-        dist.all_gather([torch.empty_like(own) for _ in range(RANKS)], own)
+        statistics = torch.zeros(3, c, dtype=torch.float64)
+        dist.all_gather([torch.empty_like(statistics) for _ in range(RANKS)], statistics)
     for c in reversed(channels):
         dist.all_reduce(torch.zeros(2, c, dtype=torch.float64))

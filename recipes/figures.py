@@ -1,4 +1,4 @@
-"""The figures that recipes draw. Each recipe's own numbers come in; colors are those of `lightning_bn.plots`."""
+"""The figures of recipes, in the style of `lightning_bn.plots`."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

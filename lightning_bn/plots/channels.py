@@ -39,7 +39,7 @@ class ChannelTrace(NamedTuple):
 def channels_over_steps(traces: Sequence[ChannelTrace], *, title: str = "") -> Figure:
     """Draws the running mean of channels over training, one panel each, with a dot for each batch mean.
 
-    An accurate EMA runs through the middle of the dots. An EMA beside the dots is stale. Dots that scatter more than
+    An accurate EMA runs through the middle of the dots. An EMA outside of the dots is stale. Dots that scatter more than
     the EMA is off mean a small normalization batch.
     """
     if not traces:

@@ -137,7 +137,7 @@ def summarize_by_max(loggers: Any, keys: Iterable[str]) -> None:
     """Adds the maximum of each key to W&B's summary of the run; other loggers have no summary."""
     for kind, logger in _each(loggers):
         if kind == "WandbLogger":
-            for key in keys:  # one by one: of a pattern and WandbLogger's own `*`, W&B applies either
+            for key in keys:  # full names, because W&B may apply WandbLogger's `*` instead of another pattern
                 logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="max,last")
 
 
