@@ -184,34 +184,19 @@ def start(recipe: Recipe[Any], arguments: Sequence[str] | None = None) -> Sessio
 def run(recipe: Recipe[Results], arguments: Sequence[str] | None = None) -> Path:
     """Runs a recipe; returns the folder with its report."""
     session = start(recipe, arguments)
-    config, folder = session.config, session.folder
     print(f"{recipe.listing.paper}: {recipe.listing.shows}. On {machine()}.")
     started = time.perf_counter()
     results = recipe.measure(session)
     claims, figures = recipe.claims(results), recipe.figures(results)
     about = {
-        "preset": config.preset,
-        "setting": recipe.setting(results, config),
+        "preset": session.config.preset,
+        "setting": recipe.setting(results, session.config),
         "seconds": time.perf_counter() - started,
         "machine": machine(),
         "versions": f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}",
     }
-    n = len(config.seeds)
-    markdown = REPORT.format(
-        **about,
-        recipe=recipe.name,
-        title=recipe.title,
-        unit=recipe.unit,
-        seeds=f"means of {n} seeds" if n > 1 else "1 seed; another seed may change the verdicts",
-        claims="\n".join(claims_table(claims)),
-        sections=recipe.sections(results, config).strip(),
-    )
-    plain = {"recipe": recipe.name, "about": about, "claims": [asdict(claim) for claim in claims]}
-    paths = [folder / "report.md", folder / "report.json"]
-    paths[0].write_text(markdown, encoding="utf-8")
-    paths[1].write_text(json.dumps({**plain, **recipe.as_json(results)}, indent=1), encoding="utf-8")
-    paths += [plots.save_png(figure, folder / f"{name}.png") for name, figure in figures.items()]
-
+    paths = write_report(recipe, session, results, claims, about)
+    paths += [plots.save_png(figure, session.folder / f"{name}.png") for name, figure in figures.items()]
     logger = session.wandb_logger("report", "report")
     recipe.log(logger, results)
     tracking.log_report(logger, claims, figures)
@@ -219,13 +204,39 @@ def run(recipe: Recipe[Results], arguments: Sequence[str] | None = None) -> Path
     for claim in claims:
         print(f"\n{claim.verdict.upper()}: {claim.claim}\n  paper: {claim.paper}\n  here:  {claim.measured}")
     print("", *paths, sep="\n")
-    wandb = tracking.wandb_command()
+    print_commands(session)
+    return session.folder
+
+
+def write_report(
+    recipe: Recipe[Results], session: Session, results: Results, claims: Sequence[Claim], about: Mapping[str, Any]
+) -> list[Path]:
+    """Writes `report.md` and `report.json`; returns their paths."""
+    n = len(session.config.seeds)
+    markdown = REPORT.format(
+        **about,
+        recipe=recipe.name,
+        title=recipe.title,
+        unit=recipe.unit,
+        seeds=f"means of {n} seeds" if n > 1 else "1 seed; another seed may change the verdicts",
+        claims="\n".join(claims_table(claims)),
+        sections=recipe.sections(results, session.config).strip(),
+    )
+    head = {"recipe": recipe.name, "about": dict(about), "claims": [asdict(claim) for claim in claims]}
+    paths = [session.folder / "report.md", session.folder / "report.json"]
+    paths[0].write_text(markdown, encoding="utf-8")
+    paths[1].write_text(json.dumps({**head, **recipe.as_json(results)}, indent=1), encoding="utf-8")
+    return paths
+
+
+def print_commands(session: Session) -> None:
+    """Prints how to view the W&B runs without a login."""
+    wandb, folders = tracking.wandb_command(), session.wandb_folders
     print("\nIn W&B, without a login: all runs (space overlays another one), or the report (3 shows its figures)")
-    print(f"  {wandb} leet {session.wandb_folders[-1].parent}\n  {wandb} leet {session.wandb_folders[-1]}")
-    if "monitor" in config:
+    print(f"  {wandb} leet {folders[-1].parent}\n  {wandb} leet {folders[-1]}")
+    if "monitor" in session.config:
         print("\nWhat BNStatsMonitor logged in the first training, as an HTML page")
-        print(f"  {os.path.relpath(sys.executable)} -m lightning_bn.report {session.wandb_folders[0]}")
-    return folder
+        print(f"  {os.path.relpath(sys.executable)} -m lightning_bn.report {folders[0]}")
 
 
 def quiet_lightning() -> None:

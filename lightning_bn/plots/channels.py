@@ -39,8 +39,8 @@ class ChannelTrace(NamedTuple):
 def channels_over_steps(traces: Sequence[ChannelTrace], *, title: str = "") -> Figure:
     """Draws the running mean of channels over training, one panel each, with a dot for each batch mean.
 
-    An accurate EMA runs through the middle of the dots. An EMA outside of the dots is stale. Dots that scatter more than
-    the EMA is off mean a small normalization batch.
+    An accurate EMA runs through the middle of the dots. An EMA outside of the dots is stale. Dots that scatter more
+    than the EMA is off mean a small normalization batch.
     """
     if not traces:
         raise ValueError("channels_over_steps needs at least one ChannelTrace, but traces is empty.")

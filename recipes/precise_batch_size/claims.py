@@ -50,7 +50,7 @@ def errors_add_up(rows: list[Row]) -> Iterator[Claim]:
     growth = interval(100 * (last - first)[:, 0], at_least=0.0 if len(gaps) > 1 else math.inf)  # one has no spread
     yield Claim(
         f"NBS {rows[0].nbs}: the error of small B grows with depth",
-        "stated, beside Table 2",
+        "stated next to Table 2",
         f"B = 2, first and last third of the layers: mean gap {100 * first[:, 0].mean():.2f} and "
         f"{100 * last[:, 0].mean():.2f} % of sigma (difference {growth.mean:+.2f} ± {growth.half:.2f}), variance gap "
         f"{first[:, 1].mean():.3f} and {last[:, 1].mean():.3f}",
