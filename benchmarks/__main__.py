@@ -26,30 +26,34 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 def main() -> None:
-    """Run the chosen benchmarks on every device there is."""
+    """Runs the chosen benchmarks on every device."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    there_are = [f"{name}.{device}" for name in BENCHMARKS for device in devices]
+    names = [f"{name}.{device}" for name in BENCHMARKS for device in devices]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=there_are, default=there_are, help="what to measure; default: all")
-    parser.add_argument("--quick", action="store_true", help="check in a minute that it runs; writes no results")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to measure; default: all")
+    parser.add_argument("--quick", action="store_true", help="run each with few rounds, to check it; writes no results")
     arguments = parser.parse_args()
+    minutes: dict[str, float] = {}
     for chosen in arguments.only:
         name, device = chosen.split(".")
         benchmark = BENCHMARKS[name]
         print(f"{chosen}: {benchmark.CLAIM}", flush=True)
         started = time.perf_counter()
         report = benchmark.report(device, arguments.quick)
-        minutes = (time.perf_counter() - started) / 60
+        minutes[chosen] = (time.perf_counter() - started) / 60
         if arguments.quick:
             print(report)
             continue
         measured = (
-            f"**Measured** on {date.today()} in {minutes:.0f} minutes by `python -m benchmarks --only {chosen}` on "
+            f"**Measured** on {date.today()} in {minutes[chosen]:.0f} minutes by `python -m benchmarks --only "
+            f"{chosen}` on "
             f"{machine(device)}; {versions('torch', 'torchvision', 'fvcore')}, {torch.get_num_threads()} threads."
         )
         title = f"## {benchmark.TITLE} ({'CPU' if device == 'cpu' else 'CUDA'})"
         update(RESULTS, {chosen: "\n\n".join([title, f"**Claim.** {benchmark.CLAIM}", measured, report])})
         print(f"written to {RESULTS}")
+    slowest = max(minutes, key=lambda name: minutes[name])
+    print(f"Slowest: {slowest}, {minutes[slowest]:.1f} of {sum(minutes.values()):.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Claim: the statistics of all samples as one batch cost little more than one pass, whatever the size of the batches.
+"""Claim: the statistics of all samples as one batch take little longer than one pass, for any size of batches.
 
-Against the one-pass estimate, the paper's layer-by-layer algorithm (App. A.3), and what others offer: each one's error
-against the truth, a float64 forward of all samples as one batch, and its time.
+Compared with the one-pass estimate, the paper's layer-by-layer algorithm (App. A.3) and other packages: the error
+against a float64 forward of all samples as one batch, and the time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lightning_bn.core.gaps import mean_gap, var_gap
 from tests.layer_by_layer import layer_by_layer
 
 TITLE = "Exact population statistics cost little more than one pass"
-MOST = {"cpu": 2.0, "cuda": 1.5}
-LEAST = 10.0
+MAX_TIME = {"cpu": 2.0, "cuda": 1.5}
+MIN_SPEEDUP = 10.0
 CLAIM = (
     '`precise_bn(normalization_batch_size="population")`, which is exact, takes at micro-batches of 2 to 32 at most '
-    f"{MOST['cpu']:.0f} times as long as one pass on a CPU and {MOST['cuda']} times on a GPU, and is at least "
-    f"{LEAST:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
+    f"{MAX_TIME['cpu']:.0f} times as long as one pass on a CPU and {MAX_TIME['cuda']} times on a GPU, and is at least "
+    f"{MIN_SPEEDUP:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
 )
 THREADS = 2
 CLAIMED = (2, 8, 32)
-"""Micro-batches of the claim; one of 128 is there to be compared with."""
+"""Micro-batch sizes of the claim; 128 is for comparison."""
 
 Batches = list[Tensor]
 Truth = Mapping[str, tuple[Tensor, Tensor]]
@@ -43,7 +43,7 @@ Truth = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, its images, and how often a pass is timed."""
+    """A network, its images, and the number of rounds."""
 
     network: str
     samples: int
@@ -72,7 +72,7 @@ def _fvcore(model: nn.Module, batches: Batches) -> None:
 
 @torch.no_grad()
 def _mean_of_variances(model: nn.Module, batches: Batches) -> None:
-    """As pycls: the average over batches of their means, and of their variances."""
+    """Averages the means and the variances of batches, as pycls does."""
     layers = list(lbn.find_bn(model).values())
     momenta = [layer.momentum for layer in layers]
     sums = [[torch.zeros_like(buffer) for buffer in _statistics(layer)] for layer in layers]
@@ -81,12 +81,12 @@ def _mean_of_variances(model: nn.Module, batches: Batches) -> None:
     for batch in batches:
         model(batch)
         for layer, total in zip(layers, sums, strict=True):
-            for own, buffer in zip(total, _statistics(layer), strict=True):
-                own += buffer / len(batches)
+            for sum_, buffer in zip(total, _statistics(layer), strict=True):
+                sum_ += buffer / len(batches)
     for layer, total, momentum in zip(layers, sums, momenta, strict=True):
         layer.momentum = momentum
-        for own, buffer in zip(total, _statistics(layer), strict=True):
-            buffer.copy_(own)
+        for mean, buffer in zip(total, _statistics(layer), strict=True):
+            buffer.copy_(mean)
 
 
 def _layer_by_layer(model: nn.Module, batches: Batches) -> None:
@@ -98,8 +98,8 @@ def _layer_by_layer(model: nn.Module, batches: Batches) -> None:
 
 ESTIMATES: dict[str, Callable[[nn.Module, Batches], object]] = {
     "one pass": _precise(),
-    "B = 128": _precise(batch_size=128),
-    "exact": _precise(batch_size="population"),
+    "B = 128": _precise(normalization_batch_size=128),
+    "exact": _precise(normalization_batch_size="population"),
     "fvcore": _fvcore,
     "swa_utils.update_bn": lambda model, batches: update_bn(batches, model),
     "mean of variances (pycls)": _mean_of_variances,
@@ -108,19 +108,19 @@ ESTIMATES: dict[str, Callable[[nn.Module, Batches], object]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One estimate from micro-batches of one size: the worst layer's gaps to the truth, and time to one pass."""
+    """One estimate from micro-batches of one size: the worst layer's gaps to the truth, and its time / one pass."""
 
     setting: Setting
     micro_batch: int
     estimate: str
     gaps: tuple[float, float]
     to_one_pass: Spread
-    most: float
+    max_time: float
 
     @property
     def missed(self) -> bool:
-        """Whether this is what the claim is about, and it is not so."""
-        return self.estimate == "exact" and self.micro_batch in CLAIMED and self.to_one_pass.median > self.most
+        """Whether the claim is about this row, and is false."""
+        return self.estimate == "exact" and self.micro_batch in CLAIMED and self.to_one_pass.median > self.max_time
 
     def __str__(self) -> str:
         mean, var = self.gaps
@@ -129,7 +129,7 @@ class Row:
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on a device; the table, what was missed, and how it was measured, as Markdown."""
+    """Measures on a device; returns table, verdicts and method in Markdown."""
     torch.set_num_threads(THREADS)
     settings = QUICK if quick else SETTINGS[device]
     rows: list[Row] = []
@@ -152,12 +152,14 @@ def report(device: str, quick: bool) -> str:
             *_verdicts(rows),
             "",
             "**Method.** torchvision networks with random weights on random images of different brightness and "
-            f"contrast, float32, {THREADS} CPU threads. The truth is what the layers are given in a float64 forward of "
-            "all images as one batch; a gap is that of the worst layer: the rms over channels of the mean's error in "
-            "sigma, and of the log of the ratio of variances. Estimates take turns in every round, in rotating order; "
-            "the median of the ratios within a round is given with, in brackets, the quartiles "
-            f"({', '.join(str(s.rounds) for s in settings)} rounds). Layer by layer is timed once, against one pass "
-            "timed beside it; it is run as far as the layer in question each time, which halves its time.",
+            f"contrast, float32, {THREADS} CPU threads. The truth are the statistics of the layers' inputs in a "
+            "float64 "
+            "forward of all images as one batch. A gap is that of the worst layer: the rms over channels of the mean's "
+            "error in sigma, and of the log of the ratio of variances. Estimates take turns in every round, in "
+            "rotating "
+            "order. Times are medians of the ratios within a round, with quartiles in brackets "
+            f"({', '.join(str(s.rounds) for s in settings)} rounds). Layer by layer is timed once, with one pass timed "
+            "next to it. Each of its forwards ends at the layer in question, which halves its time.",
         ]
     )
 
@@ -170,7 +172,7 @@ def _measure(setting: Setting, model: nn.Module, batches: Batches, truth: Truth,
     )
 
     def row(name: str, to_one_pass: Spread) -> Row:
-        return Row(setting, len(batches[0]), name, _worst(model, truth), to_one_pass, MOST[device])
+        return Row(setting, len(batches[0]), name, _worst(model, truth), to_one_pass, MAX_TIME[device])
 
     rows = []
     for name, estimate in ESTIMATES.items():
@@ -183,7 +185,7 @@ def _measure(setting: Setting, model: nn.Module, batches: Batches, truth: Truth,
 
 
 def _worst(model: nn.Module, truth: Truth) -> tuple[float, float]:
-    """The largest mean gap and variance gap of what a model's layers store."""
+    """Largest mean gap and variance gap of a model's running statistics."""
     gaps = []
     for name, layer in lbn.find_bn(model).items():
         (mean, var), (true_mean, true_var) = (v.double() for v in _statistics(layer)), truth[name]
@@ -194,7 +196,7 @@ def _worst(model: nn.Module, truth: Truth) -> tuple[float, float]:
 
 @torch.no_grad()
 def _truth(model: nn.Module, x: Tensor) -> Truth:
-    """Mean and biased variance of what every layer is given by a float64 forward of all images as one batch."""
+    """Mean and biased variance of every layer's inputs in a float64 forward of all images as one batch."""
     model = copy.deepcopy(model).double()
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -232,15 +234,14 @@ def _verdicts(rows: list[Row]) -> list[str]:
     missed = [row for row in claimed if row.missed]
     most = max(row.to_one_pass.median for row in claimed)
     kept = f"{len(claimed) - len(missed)} of {len(claimed)}"
-    first = f"- Exact in at most {claimed[0].most} passes: {kept}; {most:.2f} at most."
+    first = f"- Exact in at most {claimed[0].max_time} passes: {kept}; {most:.2f} at most."
     exact = {(r.setting, r.micro_batch): r.to_one_pass.median for r in claimed}
     faster = [
         row.to_one_pass.median / exact[row.setting, row.micro_batch]
         for row, claim in product(rows, claimed)
         if row.estimate == "layer by layer" and (row.setting, row.micro_batch) == (claim.setting, claim.micro_batch)
     ]
-    fast = sum(times >= LEAST for times in faster)
-    second = (
-        f"- At least {LEAST:.0f} times faster than layer by layer: {fast} of {len(faster)}; {min(faster):.0f} at least."
-    )
+    fast = sum(times >= MIN_SPEEDUP for times in faster)
+    share = f"{fast} of {len(faster)}"
+    second = f"- At least {MIN_SPEEDUP:.0f} times faster than layer by layer: {share}; {min(faster):.0f} at least."
     return [first, second]

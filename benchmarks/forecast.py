@@ -1,7 +1,7 @@
-"""Claim: statistics forecast from training steps recover most of what PreciseBN gains over the EMA, without a pass.
+"""Claim: statistics forecast from training steps recover most of PreciseBN's gain over the EMA, without a pass.
 
-Trainings on real images, in which validation error is measured after every epoch three times with the same weights:
-with the EMA, with the forecast, and with a PreciseBN pass over 1,000 training images in the batches of the training.
+Trainings on real images. After every epoch, validation error is measured three times with the same weights: with the
+EMA, with the forecast, and with a PreciseBN pass over 1,000 training images in batches of the training's size.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, Shi
 
 TITLE = "A forecast from training steps recovers most of PreciseBN's gain"
 CLAIM = (
-    "`ForecastBNCallback` recovers at least 90 % of what a PreciseBN pass takes off the validation "
-    "error with the EMA, and is at no epoch worse than the EMA by more than noise."
+    "`ForecastBNCallback` recovers at least 90 % of the decrease in validation error from the EMA to a PreciseBN "
+    "pass, and "
+    "is in no epoch worse than the EMA by more than noise."
 )
 PASS_SAMPLES = 1000
 LEAST_GAIN = 0.5
-"""Points of validation error below which there is no gain of which a share could be recovered."""
+"""In points of validation error; no share is reported for a smaller gain."""
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
 
 
 def conv(in_channels: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution and BN."""
+    """Creates a convolution and BN."""
     layer = nn.Conv2d(in_channels, channels, size, stride, size // 2, groups=groups, bias=False)
     return [layer, nn.BatchNorm2d(channels)]
 
 
 class Inverted(nn.Module):
-    """MobileNetV2's block: 1x1 up, 3x3 depthwise, 1x1 down, added to its input where shapes allow."""
+    """MobileNetV2's block: 1x1 up, 3x3 depthwise, 1x1 down, added to its input if shapes are equal."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -52,13 +53,12 @@ class Inverted(nn.Module):
         self.adds = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block."""
         y: Tensor = self.body(x)
         return x + y if self.adds else y
 
 
 def small_mobilenet() -> nn.Module:
-    """17 BN layers, most of them depthwise or linear bottlenecks."""
+    """Creates a network of 17 BN layers, most of them depthwise or linear bottlenecks."""
     shapes = ((8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 24, 2), (24, 24, 1))
     blocks = [Inverted(*shape) for shape in shapes]
     head = [*conv(24, 64, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
@@ -66,14 +66,14 @@ def small_mobilenet() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """Four hidden layers of 96, each with BatchNorm1d: the normalization batch is the batch."""
+    """Creates four hidden layers of 96, each with BatchNorm1d."""
     widths = [(64, 96), (96, 96), (96, 96), (96, 96)]
     hidden = [m for i, o in widths for m in (nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(96, 10))
 
 
 def mnist() -> tuple[LabelledImages, LabelledImages]:
-    """MNIST-5k; validation images are shifted as well, each in two ways."""
+    """MNIST-5k, with each validation image shifted in two ways."""
     data = ImageData()
     train, val = data.train_set, data.val_set
     assert isinstance(train, ShiftedImages) and isinstance(val, ShiftedImages)
@@ -82,13 +82,13 @@ def mnist() -> tuple[LabelledImages, LabelledImages]:
 
 
 def fashion() -> tuple[LabelledImages, LabelledImages]:
-    """Some of Fashion-MNIST."""
+    """2,000 training and 2,000 validation images of Fashion-MNIST."""
     data = ImageData(FASHION_MNIST, train_images=2000, val_images=2000, shift=2)
     return data.train_set, data.val_set
 
 
 def digits() -> tuple[LabelledImages, LabelledImages]:
-    """scikit-learn's digits of 8x8."""
+    """scikit-learn's 8x8 digits."""
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
@@ -101,7 +101,7 @@ def digits() -> tuple[LabelledImages, LabelledImages]:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train."""
+    """Data, network and hyperparameters of a training."""
 
     name: str
     data: Callable[[], tuple[LabelledImages, LabelledImages]]
@@ -141,17 +141,17 @@ class Run:
 
     @property
     def gain(self) -> float:
-        """What PreciseBN takes off the error, in points, mean over epochs."""
+        """Error with the EMA minus error with PreciseBN, mean over epochs."""
         return mean(self.ema) - mean(self.precise)
 
     @property
     def recovered(self) -> float:
-        """What the forecast does."""
+        """Error with the EMA minus error with the forecast, mean over epochs."""
         return mean(self.ema) - mean(self.forecast)
 
 
 def train(case: Case, seed: int, device: str, epochs: int) -> Run:
-    """Train once and measure; the weights that are trained do not depend on it."""
+    """Trains once and measures; measuring does not change the weights."""
     train_set, val_set = case.data()
     torch.manual_seed(1)
     val_images = len(cast(Sized, val_set))
@@ -188,7 +188,8 @@ def train(case: Case, seed: int, device: str, epochs: int) -> Run:
         watching += time.perf_counter() - begun
         write_running_stats(layers, forecast.statistics())
         run.forecast.append(error(model, *validation))
-        precise_bn(model, batches(train_set, torch.randperm(images)[:PASS_SAMPLES], case.batch, device))
+        pass_batches = batches(train_set, torch.randperm(images)[:PASS_SAMPLES], case.batch, device)
+        precise_bn(model, pass_batches, normalization_batch_size="loader")
         run.precise.append(error(model, *validation))
         model.load_state_dict(state)
     run.microseconds = 1e6 * watching / run.steps
@@ -197,7 +198,7 @@ def train(case: Case, seed: int, device: str, epochs: int) -> Run:
 
 
 def batches(images: LabelledImages, order: Tensor, size: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches of images in that order."""
+    """Yields whole batches of images in the given order."""
     for part in order.split(size):
         if len(part) == size:
             x, y = zip(*(images[i] for i in part.tolist()), strict=True)
@@ -206,7 +207,7 @@ def batches(images: LabelledImages, order: Tensor, size: int, device: str) -> It
 
 @torch.no_grad()
 def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Of the model with the running statistics it has, in percent."""
+    """Error in percent with the current running statistics."""
     model.eval()
     wrong = 100 * float((model(x).argmax(1) != y).double().mean())
     model.train()
@@ -214,18 +215,17 @@ def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def mean(values: list[float]) -> float:
-    """The mean."""
     return sum(values) / len(values)
 
 
 def noise(run: Run, epoch: int) -> float:
-    """Two standard errors, in points, of the difference of two validation errors about that of the EMA."""
+    """Two standard errors, in points, of the difference of two validation errors of about the EMA's size."""
     p = min(max(run.ema[epoch], 1.0), 99.0) / 100
     return float(200 * (2 * p * (1 - p) / run.validation_images) ** 0.5)
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on a device; the tables, what was missed, and how it was measured, as Markdown."""
+    """Measures on a device; returns tables, verdicts and method in Markdown."""
     torch.set_num_threads(1)
     seeds = (0,) if quick else (0, 1, 2)
     rows, needed = [], []
@@ -238,7 +238,7 @@ def report(device: str, quick: bool) -> str:
         needed.append(f"| {case} | {' | '.join(_needed(runs))} |")
     columns = ["images, network", "batch", "schedule"]
     measured = ["error with EMA, %", "forecast", "PreciseBN", "share recovered, at least 90 %", "its seeds"]
-    measured += ["worst epoch against EMA, points", "epochs worse by more than noise", "µs a step", "of the step"]
+    measured += ["worst epoch against EMA, points", "epochs worse by more than noise", "µs per step", "of the step"]
     head = _head([*columns, *measured])
     passes = _head([*columns, *(f"skip_below={t}" for t in THRESHOLDS)])
     gain, recovered = (sum(getattr(run, name) for run in everything) for name in ("gain", "recovered"))
@@ -247,13 +247,14 @@ def report(device: str, quick: bool) -> str:
     method = (
         "**Method.** SGD with momentum 0.9; cosine rate, or a tenth of it at 45 and at 75 % of the steps; "
         f"{len(seeds)} seeds. Errors are means over epochs and seeds. The share is (EMA - forecast) / "
-        f"(EMA - PreciseBN) of these means, where that gain is at least {LEAST_GAIN} points; beside it that of each "
+        f"(EMA - PreciseBN) of these means, where that gain is at least {LEAST_GAIN} points; followed by that of each "
         "seed. Noise is two standard errors of a difference of two independent errors on the validation images (500 "
-        "digits, 2,000 of the others): of many epochs a few are beyond it by chance. Microseconds are those of "
-        "watching a step, in 1 thread: the mean over all steps, the forecast after every epoch included. In the second "
+        "digits, 2,000 of the others); in a few of many epochs the difference exceeds it by chance. Microseconds are "
+        "those of "
+        "watching a step, in 1 thread: the mean over all steps, including the forecast after every epoch. In the "
+        "second "
         "table a pass is run after an epoch only if the forecast says that the EMA is off by more than `skip_below` "
-        "in some layer: passes saved, and the mean error in points above "
-        "that with a pass after every epoch."
+        "in some layer: passes saved, and the increase of the mean error in points."
     )
     lines = [
         f"- Recovered of the gain, all trainings together: {100 * recovered / gain:.1f} %.",
@@ -285,12 +286,12 @@ def _row(case: Case, runs: list[Run]) -> str:
 
 
 def _worse(run: Run) -> list[int]:
-    """Epochs at which the forecast is worse than the EMA by more than noise."""
+    """Epochs in which the forecast is worse than the EMA by more than noise."""
     return [i for i in range(len(run.ema)) if run.forecast[i] - run.ema[i] > noise(run, i)]
 
 
 def _needed(runs: list[Run]) -> list[str]:
-    """For each threshold the passes saved, and the error that this costs."""
+    """Passes saved for each threshold, and the resulting increase of the error."""
     cells = []
     epochs = [each for r in runs for each in zip(r.gap, r.ema, r.precise, strict=True)]
     for threshold in THRESHOLDS:

@@ -1,7 +1,7 @@
-"""Claim: ghosts of a contiguous batch cost what plain BatchNorm costs, because they are a view of it.
+"""Claim: Ghost BN takes as long as plain BatchNorm if groups are a view of the batch.
 
-Against (a) plain BatchNorm of the whole batch, (b) the loop over groups that everyone writes, and (c) MosaicML
-Composer's `GhostBatchNorm`, which is such a loop, where Composer can be imported.
+Compared with (a) plain BatchNorm of the whole batch, (b) the usual loop over groups, and (c) MosaicML Composer's
+`GhostBatchNorm`, which is such a loop, if Composer can be imported.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 from lightning_bn.functional.ghost import Grouping
 
-TITLE = "Ghost BN costs what plain BatchNorm costs"
+TITLE = "Ghost BN takes as long as plain BatchNorm"
 CLAIM = (
-    "Forward and backward of interleaved ghosts of one size in an NCHW batch take at most 1.15 times as long as those "
-    "of plain BatchNorm, and less long than a loop over groups. Other batches have no such view: what they cost is "
-    "reported, without a target."
+    "Forward and backward of interleaved groups of one size in an NCHW batch take at most 1.15 times as long as those "
+    "of plain BatchNorm, and less time than a loop over groups. Other batches have no such view; they have no target."
 )
 GHOST, CHANNELS, PIXELS = 32, 64, 32
 THREADS = 2
@@ -30,7 +29,7 @@ ROUNDS, QUICK_ROUNDS = 21, 3
 
 @dataclass(frozen=True)
 class Case:
-    """A batch, how it lies in memory, and how it is grouped."""
+    """A batch, its memory layout and its grouping."""
 
     samples: int
     layout: str
@@ -42,7 +41,7 @@ class Case:
         return self.layout == "NCHW" and self.grouping == "interleaved" and self.samples % GHOST == 0
 
     def missed(self, other: str, spread: Spread) -> bool:
-        """Whether the median of our time, as a ratio to another's and as it is printed, is over the most it may be."""
+        """Whether the printed ratio of our time to another's is above the target."""
         return self.free and round(spread.median, 3) > (1.15 if other == "plain" else 1.0)
 
     def __str__(self) -> str:
@@ -60,19 +59,19 @@ CASES = (
 
 
 class Loop(nn.Module):
-    """Ghost BN as it is usually written; its running statistics are updated once a group."""
+    """The usual Ghost BN; it updates the running statistics once per group."""
 
     def __init__(self, bn: nn.BatchNorm2d) -> None:
         super().__init__()
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize runs of samples one after the other."""
+        """Normalizes contiguous groups one after the other."""
         return torch.cat([self.bn(chunk) for chunk in x.split(GHOST)])
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on a device; the table, what was missed, and how it was measured, as Markdown."""
+    """Measures on a device; returns table, verdicts and method in Markdown."""
     torch.set_num_threads(THREADS)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     names = list(_contestants("interleaved", device))
@@ -94,11 +93,10 @@ def report(device: str, quick: bool) -> str:
             *rows,
             "",
             f"**Method.** One BatchNorm2d of {CHANNELS} channels, {PIXELS} x {PIXELS} px, groups of {GHOST}, float32, "
-            f"{THREADS} CPU threads; forward, and backward to input, weight and bias. The loop, and Composer's, take "
-            "runs of samples whatever the groups are. In each round all run one after the other, in rotating order; a "
-            "ratio is taken within a round. The median over rounds is given with, in brackets, the quartiles; "
-            "**missed** marks a median over 1.15 to plain, or over 1.00 to a loop, where the groups are a view. "
-            f"{rounds} rounds; one unmeasured round first.{composer}",
+            f"{THREADS} CPU threads; forward, and backward to input, weight and bias. Both loops use contiguous groups "
+            "in all rows. In each round all run one after the other, in rotating order; ratios are taken within a "
+            "round. Medians over rounds, with quartiles in brackets. **missed** marks a median above 1.15 (plain) or "
+            f"1.00 (loops) if the groups are a view. {rounds} rounds, after an unmeasured one.{composer}",
         ]
     )
 

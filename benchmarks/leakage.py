@@ -1,4 +1,4 @@
-"""What BatchLeakageMonitor adds to an epoch: the copies, the pass over kept batches, and the test of all layers."""
+"""Measures what BatchLeakageMonitor adds to an epoch: copies, the pass over kept batches, the test of all layers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_bn import BatchLeakageMonitor
 
 TITLE = "What BatchLeakageMonitor costs"
 CLAIM = (
-    "An epoch takes longer by one forward without gradients over num_samples samples, and by the test. Reported, "
-    "without a target: its share falls with the size of the epoch."
+    "An epoch takes longer by one forward without gradients over num_samples samples, and by the test. There is no "
+    "target, because the share falls with the size of the epoch."
 )
 BATCHES, SAMPLES, PIXELS, EPOCHS = 16, 32, 32, 3
 
 
 class Timed(Callback):
-    """Seconds of each epoch, and of those what a monitor took in its hooks."""
+    """Measures the seconds of each epoch, and of the monitor's hooks in it."""
 
     def __init__(self, monitor: BatchLeakageMonitor) -> None:
         self.monitor = monitor
@@ -53,7 +53,7 @@ class Timed(Callback):
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure, as Markdown."""
+    """Measures on a device; returns table and method in Markdown."""
     torch.set_num_threads(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     lines = [
@@ -76,9 +76,10 @@ def report(device: str, quick: bool) -> str:
             *lines,
             "",
             f"**Method.** Random images and weights, SGD at rate 0, {EPOCHS} epochs of {epoch} samples, of which "
-            "the first is not counted; the monitor's hooks by a clock around them, against the rest of the same epoch. "
-            "Median and quartiles. Data without leakage: the test stops early, as it does in most epochs. The share of "
-            f"an epoch of n samples is that above times {epoch} / n.",
+            "the first is not counted. Time in the monitor's hooks, relative to the rest of the same epoch; median and "
+            "quartiles. The data have no leakage, so the test stops early, as in most epochs. For an epoch of n "
+            "samples, "
+            f"multiply by {epoch} / n.",
         ]
     )
 

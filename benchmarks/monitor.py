@@ -1,6 +1,6 @@
-"""Claim: BNStatsMonitor can stay on: at its default cadence it takes little of the time, of the disk and of memory.
+"""Claim: BNStatsMonitor can stay on: with its defaults it needs little time, disk and memory.
 
-In one fit a network, plain training, the monitor, and `wandb.watch`, which logs gradients, take turns.
+In one fit, plain training, the monitor and `wandb.watch`, which logs gradients, take turns.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ PIXELS = {"cpu": (32,), "cuda": (32, 224)}  # the smaller the images, the more a
 MINUTES = {"cpu": 3.5, "cuda": 1.0}
 THREADS = 2
 CYCLE = 50
-"""Batches of a turn: the Trainer's default ``log_every_n_steps``, so that every turn logs one row."""
+"""Batches per turn: the Trainer's default ``log_every_n_steps``, so every turn logs one row."""
 FIRST_DRAWN = 32 * CYCLE
-"""Steps before the first set of pictures; the next one comes after twice as many."""
+"""Steps before the first set of figures; the next set follows after twice as many."""
 LAYERS, STEPS = (10, 60, 200), 1000
 
 
 class Classifier(LightningModule):
-    """Trains a network and logs its loss: plain training has rows to log, too."""
+    """Trains a network and logs its loss."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # a step costs the same at rate 0, and no gradient fades into denormal numbers, which are slow
+        # A step takes the same time at rate 0, and no gradient becomes denormal, which would be slow.
         return torch.optim.SGD(self.parameters(), 0.0, momentum=0.9)
 
 
@@ -85,11 +85,11 @@ class Watch(Callback):
 
 
 class Turns(Callback):
-    """Hands a fit's batches to one contestant after the other, a cycle each, and keeps the time.
+    """Gives each contestant a cycle of batches in turn, and measures the time.
 
-    The order rotates. A turn of plain training warms up; no round begins after ``minutes``, but two are run.
-    ``seconds`` are those of each contestant's turns, ``hooks`` the part spent in its hooks. A GPU is waited for at
-    both ends of every hook, those of plain training (which do nothing) included.
+    The order rotates, after a turn of plain training. No round begins after ``minutes``, but there are at least two.
+    ``seconds`` has the time of each contestant's turns, ``hooks`` the part in its hooks. A GPU is synchronized at both
+    ends of every hook, including the empty ones of plain training.
     """
 
     def __init__(self, contestants: Mapping[str, Callback], minutes: float, device: str) -> None:
@@ -147,21 +147,21 @@ class Row:
 
     case: str
     name: str
-    own: Spread
+    hooks: Spread
     whole: Spread
     milliseconds: float
 
     def missed(self) -> bool:
-        """Whether the median, as it is printed, is not under what it should be."""
-        return round(self.own.median, 3) >= UNDER[self.name]
+        """Whether the printed median is not below the target."""
+        return round(self.hooks.median, 3) >= UNDER[self.name]
 
     def __str__(self) -> str:
-        own = f"{self.own}{' **missed**' if self.missed() else ''}" if self.name in UNDER else "-"
-        return f"| {self.case} | {self.name} | {own} | {self.whole} | {self.milliseconds:.1f} |"
+        hooks = f"{self.hooks}{' **missed**' if self.missed() else ''}" if self.name in UNDER else "-"
+        return f"| {self.case} | {self.name} | {hooks} | {self.whole} | {self.milliseconds:.1f} |"
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on a device; tables, what was missed, and how it was measured, as Markdown."""
+    """Measures on a device; returns tables, verdicts and method in Markdown."""
     torch.set_num_threads(THREADS)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows: list[Row] = []
@@ -174,31 +174,32 @@ def report(device: str, quick: bool) -> str:
     watch = max(row.whole.median for row in rows if row.name == WATCH)
     return "\n".join(
         [
-            "| network | batch | with | in its own hooks, % of a step | whole step, % more than plain | ms a step |",
+            "| network | batch | with | in its hooks, % of a step | whole step, % more than plain | ms per step |",
             "|---|---|---|---|---|---|",
             *map(str, rows),
             "",
             *[_verdict(rows, name) for name in UNDER],
-            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %; at its own default, "
+            f"- `wandb.watch` at the cadence of the monitor's defaults: up to {watch:.1f} %; at its default, "
             f"`log_freq=1000`, a 200th of that, {watch / 200:.2f} %, for a 200th of the histograms.",
             *further,
             "",
-            f"| BatchNorm layers | figures a row | rows in {steps} steps | metrics.csv, KiB | W&B run file, KiB "
-            "| pictures at the end | tables at the end |",
+            f"| BatchNorm layers | values per row | rows in {steps} steps | metrics.csv, KiB | W&B run file, KiB "
+            "| figures at the end | tables at the end |",
             "|---|---|---|---|---|---|---|",
             *[_on_disk(number, steps) for number in layers],
             "",
             "**Method.** torchvision networks with random weights on random images, float32, SGD at rate 0, "
             f"{THREADS} CPU threads, one `Trainer.fit` with an offline `WandbLogger`. In it plain training, the "
-            f"monitor and `wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. Own "
-            "hooks are timed by a clock around them (a GPU is waited for there), whole steps against the plain ones "
-            "of the same round. Median and, in brackets, quartiles. **The claim is about own hooks**: they are all "
-            "that the monitor does in training (where it reads no inputs, as here), and one percent of a whole step "
-            "is less than the noise, whose size the other column shows beside what hooks cannot show, W&B's own "
-            "process. `wandb.watch` works inside backward and cannot be told apart; it logs histograms of gradients, "
-            "and of its ten looks a turn W&B keeps the last. Pictures are timed, and memory is counted, for a full "
-            "history. The second table is what the monitor adds to a fit that logs its loss, in files of a CSVLogger "
-            "and an offline W&B run, where every picture and table is one more row.",
+            f"monitor and `wandb.watch` take turns of {CYCLE} batches, in rotating order; each turn logs one row. "
+            "Hooks "
+            "are timed directly (a GPU is synchronized), whole steps relative to the plain ones of the same round. "
+            "Medians, with quartiles in brackets. **The claim is about the hooks.** The monitor does nothing outside "
+            "of "
+            "them (it reads no inputs here), and one percent of a whole step is less than the noise. The column of "
+            "whole steps shows that noise, and W&B's process. `wandb.watch` works inside backward and cannot be "
+            "separated. It logs histograms of gradients ten times per turn, of which W&B keeps the last. Figures are "
+            "timed, and memory is counted, for a full history. The second table is what the monitor adds to a fit that "
+            "logs its loss: files of a CSVLogger and an offline W&B run, where every figure and table is another row.",
         ]
     )
 
@@ -224,14 +225,14 @@ def _measure(network: str, samples: int, pixels: int, device: str, minutes: floa
         rows.append(Row(case, name, Spread.of(inside), Spread.of(more), 1000 * Spread.of(seconds).median / CYCLE))
     until_drawn = FIRST_DRAWN * Spread.of(plain).median / CYCLE
     return rows, (
-        f"- {network}, {samples} of {pixels} px, {len(plain)} rounds: a set of pictures takes {drawn:.1f} s. Drawn "
-        f"after {FIRST_DRAWN} steps and whenever they have doubled, that is at most {100 * drawn / until_drawn:.2f} % "
-        f"of a run. The monitor holds at most {held / 2**20:.1f} MiB, of which {bytes_a_channel:.0f} bytes a channel."
+        f"- {network}, {samples} of {pixels} px, {len(plain)} rounds: a set of figures takes {drawn:.1f} s. Drawn "
+        f"after {FIRST_DRAWN} steps and whenever they have doubled, it takes at most {100 * drawn / until_drawn:.2f} % "
+        f"of a run. The monitor holds at most {held / 2**20:.1f} MiB, of which {bytes_a_channel:.0f} bytes per channel."
     )
 
 
 def _fill(record: DriftRecord) -> tuple[int, float]:
-    """Repeat the last row until the history is full; the bytes of all tensors held then, and those a channel."""
+    """Fills the history with the last row; returns the bytes of all tensors, and of those per channel."""
     assert record.last is not None
     for row in range(4 * MAX_ROWS):
         record.traces.add(row, record.observer.traced)
@@ -265,7 +266,7 @@ def _on_disk(layers: int, steps: int) -> str:
 
 
 def _files(layers: int, steps: int, callback: Callback) -> list[int]:
-    """Columns and rows of metrics.csv; bytes of it and of the W&B run file; number and bytes of pictures, of tables."""
+    """Columns and rows of metrics.csv; bytes of it and of the W&B file; number and bytes of figures and of tables."""
     torch.manual_seed(0)
     module = Classifier(nn.Sequential(*[nn.BatchNorm1d(10) for _ in range(layers)]))
     with TemporaryDirectory() as folder:
@@ -300,7 +301,7 @@ def _fit(
 
 @contextmanager
 def _wandb_logger(folder: str) -> Iterator[WandbLogger]:
-    """Of an offline run that writes to no other place, and that is over in the end, with everything on the disk."""
+    """Opens an offline run that writes only to `folder`, and finishes it, so that all files are complete."""
     places = {f"WANDB_{kind}_DIR": folder for kind in ("ARTIFACT", "CACHE", "CONFIG", "DATA")}
     quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True)
     with patch.dict(os.environ, {"WANDB_MODE": "offline", **places}):
@@ -314,6 +315,6 @@ def _wandb_logger(folder: str) -> Iterator[WandbLogger]:
 def _verdict(rows: Sequence[Row], name: str) -> str:
     chosen = [row for row in rows if row.name == name]
     missed = [row for row in chosen if row.missed()]
-    worst = max(row.own.median for row in chosen)
-    verdict = f"- Under {UNDER[name]:.0f} % in its own hooks, {name}: {len(chosen) - len(missed)} of {len(chosen)}"
+    worst = max(row.hooks.median for row in chosen)
+    verdict = f"- Under {UNDER[name]:.0f} % in its hooks, {name}: {len(chosen) - len(missed)} of {len(chosen)}"
     return f"{verdict}; at most {worst:.3f} %."

@@ -1,4 +1,4 @@
-"""Claim: a PreciseBN pass costs what the forward costs, because no activation is read a second time.
+"""Claim: a PreciseBN pass takes as long as its forward, because it reads no activation twice.
 
 Against (a) a bare train-mode forward without gradients over the same batches, the least any estimate must do, and
 (b) fvcore's `update_bn_stats`, the estimate everyone uses.
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 
-TITLE = "A PreciseBN pass costs what the forward costs"
+TITLE = "A PreciseBN pass takes as long as its forward"
 CLAIM = (
     "`lightning_bn.precise_bn` takes at most 1.05 times as long as a bare train-mode forward without gradients over "
     "the same batches, and never longer than fvcore's `update_bn_stats`."
 )
-MOST = {"bare": 1.05, "fvcore": 1.0}
+MAX_RATIO = {"bare": 1.05, "fvcore": 1.0}
 
 NETWORKS = ("resnet50", "mobilenet_v2", "densenet121")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -31,7 +31,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The batches of a pass, and how often it is timed."""
+    """The batches of a pass, and the number of rounds."""
 
     samples: int
     pixels: int
@@ -59,8 +59,8 @@ class Row:
     milliseconds: dict[str, float]
 
     def missed(self, other: str) -> bool:
-        """Whether the median, as it is printed, is over the most it may be."""
-        return round(self.to[other].median, 3) > MOST[other]
+        """Whether the printed median is above the target."""
+        return round(self.to[other].median, 3) > MAX_RATIO[other]
 
     def __str__(self) -> str:
         ratios = [f"{spread}{' **missed**' if self.missed(other) else ''}" for other, spread in self.to.items()]
@@ -69,7 +69,7 @@ class Row:
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on a device; the table, what was missed, and how it was measured, as Markdown."""
+    """Measures on a device; returns table, verdicts and method in Markdown."""
     torch.set_num_threads(THREADS)
     shapes = QUICK if quick else SHAPES[device]
     rows = []
@@ -84,12 +84,12 @@ def report(device: str, quick: bool) -> str:
             "|---|---|---|---|---|---|---|---|",
             *map(str, rows),
             "",
-            *[_verdict(rows, other) for other in MOST],
+            *[_verdict(rows, other) for other in MAX_RATIO],
             "",
             f"**Method.** torchvision networks with random weights on random images, float32, {THREADS} CPU threads. "
-            "In each round the three run one after the other, in rotating order; a ratio is taken within a round. The "
-            "median over rounds is given with, in brackets, the quartiles; **missed** marks a median over the target. "
-            f"Milliseconds are medians and only there for scale. {cases}; one unmeasured round first.",
+            "In each round the three run one after the other, in rotating order; ratios are taken within a round. "
+            "Medians over rounds, with quartiles in brackets; **missed** marks a median above the target. Milliseconds "
+            f"are medians, for scale only. {cases}, after an unmeasured round.",
         ]
     )
 
@@ -111,7 +111,7 @@ def _measure(network: str, shape: Shape, layout: str, device: str) -> Row:
     )
     return Row(
         f"{network} | {shape} | {layout}",
-        {other: ratio(seconds, "pass", other) for other in MOST},
+        {other: ratio(seconds, "pass", other) for other in MAX_RATIO},
         {name: 1000 * Spread.of(values).median / shape.batches for name, values in seconds.items()},
     )
 
@@ -125,5 +125,5 @@ def _bare_forward(model: nn.Module, batches: list[Tensor]) -> None:
 def _verdict(rows: list[Row], other: str) -> str:
     missed = [row for row in rows if row.missed(other)]
     name = {"bare": "a bare forward", "fvcore": "fvcore"}[other]
-    verdict = f"- At most {MOST[other]:.2f} times {name}: {len(rows) - len(missed)} of {len(rows)}"
+    verdict = f"- At most {MAX_RATIO[other]:.2f} times {name}: {len(rows) - len(missed)} of {len(rows)}"
     return verdict + (f"; missed by up to {max(row.to[other].median for row in missed):.3f}." if missed else ".")

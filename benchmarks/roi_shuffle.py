@@ -1,7 +1,7 @@
-"""Claim: exchanging rows moves fewer bytes than gathering all rows on every rank, as the paper's own code does.
+"""Claim: exchanging rows moves fewer bytes than gathering all rows on every rank, as the paper's code does.
 
-The reference is that of detectron2 (projects/Rethinking-BatchNorm, `mask_rcnn_BNhead_shuffle.py`): every rank's rows,
-padded to the most that a rank has, are gathered on all ranks, of which each takes its share; so are the outputs.
+The reference is detectron2's (projects/Rethinking-BatchNorm, `mask_rcnn_BNhead_shuffle.py`): rows are padded to the
+largest rank's number and gathered on all ranks, and each rank takes its share. Outputs are gathered in the same way.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from lightning_bn import exchange_rows, restore_rows
 
 TITLE = "RoI shuffle moves only the rows that change ranks"
 CLAIM = (
-    "In forward and backward of a shuffled box head each of k ranks receives at most 1 / k of the bytes that the "
-    "all-gather of the reference implementation brings it."
+    "In forward and backward of a shuffled box head, each of k ranks receives at most 1 / k of the bytes that it "
+    "receives in the all-gather of the reference implementation."
 )
 RANKS = (2, 4, 8)
 FEATURES, OUTPUTS = (256, 7, 7), 1024
 UNEVEN = (128, 40, 96, 0, 128, 64, 16, 112)
-"""Rows of each rank; the first so many."""
+"""Rows of each rank, for up to eight ranks."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ranks."""
+    """The measurements for one number of ranks."""
 
     ranks: int
     rows: str
@@ -56,9 +56,9 @@ class Row:
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on the CPU; the table and how it was measured, as Markdown."""
+    """Measures on the CPU; returns table and method in Markdown."""
     if device == "cuda":
-        return "Not measured: one GPU is one rank, which has nobody to exchange rows with."
+        return "Not measured: one GPU is one rank, and there is no other to exchange rows with."
     rows = []
     for ranks, even in product(RANKS[:1] if quick else RANKS, (True, False)):
         counts = [64] * ranks if even else list(UNEVEN[:ranks])
@@ -66,25 +66,28 @@ def report(device: str, quick: bool) -> str:
         print(rows[-1], flush=True)
     return "\n".join(
         [
-            "| ranks | rows of each | MiB a rank, exchanged | MiB a rank, gathered | exchanged / gathered | time, "
+            "| ranks | rows of each | MiB per rank, exchanged | MiB per rank, gathered | exchanged / gathered | time, "
             "exchanged / gathered |",
             "|---|---|---|---|---|---|",
             *map(str, rows),
             "",
             f"**Method.** gloo processes of one thread each on one machine. Rows of {' x '.join(map(str, FEATURES))} "
-            f"float32 go into a linear layer of {OUTPUTS} outputs, which come back; forward and backward. The "
-            "reference is detectron2's, with fvcore's differentiable all-gather. Bytes are those that a rank receives, "
-            "the mean over ranks: of an all-to-all what comes from others; of an all-gather the padded rows of all "
-            "others; of an all-reduce of n bytes 2 (k - 1) / k n, the least there can be. In each round both run one "
-            "after the other, in rotating order; the time is the ratio within a round, on rank 0, its median with "
-            "quartiles. More processes than cores share them.",
+            f"float32 go into a linear layer of {OUTPUTS} outputs, which are restored; forward and backward. The "
+            "reference is detectron2's, with fvcore's differentiable all-gather. Bytes received by a rank, mean over "
+            "ranks: in an all-to-all those from other ranks; in an all-gather the padded rows of all other ranks; in "
+            "an "
+            "all-reduce of n bytes 2 (k - 1) / k n, which is the minimum. In each round both run one after the "
+            "other, in "
+            "rotating order; the time is the ratio within a round, on rank 0: median with quartiles. Processes share "
+            "the "
+            "cores.",
         ]
     )
 
 
 def _measure(counts: list[int], rounds: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        # forked: eight ranks that import everything anew would take a gigabyte each
+        # Fork, because eight ranks with imports of their own would take a gigabyte each.
         start_processes(_rank, (counts, rounds, folder), nprocs=len(counts), start_method="fork")
         received, seconds = torch.load(Path(folder) / "measured")
     ours, reference = (2.0**-20 * received[name] / len(counts) for name in ("exchanged", "gathered"))
@@ -105,8 +108,8 @@ def _rank(rank: int, counts: list[int], rounds: int, folder: str) -> None:
         restore_rows(head(moved), exchange=exchange).sum().backward()
 
     def gathered() -> None:
-        moved, home = _shuffled(rows)
-        torch.cat(_all_rows(head(moved)))[home].sum().backward()
+        moved, inverse = _shuffled(rows)
+        torch.cat(_all_rows(head(moved)))[inverse].sum().backward()
 
     contestants = {"exchanged": exchanged, "gathered": gathered}
     received = {}
@@ -124,7 +127,7 @@ def _rank(rank: int, counts: list[int], rounds: int, folder: str) -> None:
 
 
 def _all_rows(x: Tensor) -> list[Tensor]:
-    """The rows of every rank, on every rank, as detectron2 does it."""
+    """Gathers the rows of every rank on every rank, as detectron2 does."""
     size = torch.tensor([len(x)])
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
@@ -134,7 +137,7 @@ def _all_rows(x: Tensor) -> list[Tensor]:
 
 
 def _shuffled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's share of all rows in a random order, and where in that order its own are."""
+    """Returns this rank's share of all shuffled rows, and the places of its original rows in the shuffled order."""
     parts = _all_rows(x)
     total, before = sum(map(len, parts)), sum(map(len, parts[: dist.get_rank()]))
     order = torch.randperm(total)
@@ -146,7 +149,7 @@ def _shuffled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _bytes_received() -> Iterator[list[float]]:
-    """What collectives bring this rank from the others meanwhile."""
+    """Counts the bytes that this rank receives in collectives."""
     ranks, counted = dist.get_world_size(), list[float]()
     kept = dist.all_to_all_single, dist.all_gather, dist.all_reduce, dist.broadcast
 

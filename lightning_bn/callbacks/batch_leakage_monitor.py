@@ -235,8 +235,8 @@ class BatchLeakageMonitor(ObservingCallback):
         with self._spared("could not send its alert"):
             plots.alert(
                 trainer,
-                "Batches leak information" if alike else "Batches are balanced",
-                f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalizes together are "
+                title="Batches leak information" if alike else "Batches are balanced",
+                text=f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalizes together are "
                 f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {found.icc[worst]:.2g} "
                 f"(noise {found.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
                 + (f"{', or '.join(['Shuffle', *ways_out])}. " if alike else "")
@@ -246,5 +246,5 @@ class BatchLeakageMonitor(ObservingCallback):
     def _draw(self, trainer: Trainer, found: BatchLeakage) -> None:
         if plots.any_logs(trainer):
             with self._spared("could not draw"):
-                figure = plots.leakage_by_layer(found.icc, found.noise, p_value=self.p_value)
-                plots.log_figure(trainer, "batch_leakage/layers", figure, log_step(trainer))
+                figure = plots.leakage_by_layer(found.icc, noise=found.noise, p_value=self.p_value)
+                plots.log_figure(trainer, key="batch_leakage/layers", figure=figure, step=log_step(trainer))

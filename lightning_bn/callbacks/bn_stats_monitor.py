@@ -166,7 +166,7 @@ class BNStatsMonitor(ObservingCallback):
                 rank_zero_warn(f"BNStatsMonitor begins a new record: {error}")
         names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
         with self._spared("could not log the names of layers"):
-            plots.log_layer_names(trainer, f"{prefix}_layers", names)
+            plots.log_layer_names(trainer, key=f"{prefix}_layers", names=names)
             plots.summarize_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -250,8 +250,8 @@ class BNStatsMonitor(ObservingCallback):
             with self._spared("could not send its alert"):
                 plots.alert(
                     trainer,
-                    "BatchNorm statistics drift",
-                    f"At step {step} the {'frozen statistics' if frozen else 'EMA'} of layer {name!r} is "
+                    title="BatchNorm statistics drift",
+                    text=f"At step {step} the {'frozen statistics' if frozen else 'EMA'} of layer {name!r} is "
                     f"{float(lag[worst]):.2g} sigma off its batches. "
                     + ("The data have moved." if frozen else self._advice_on_drift(trainer, name)),
                 )
@@ -278,7 +278,7 @@ class BNStatsMonitor(ObservingCallback):
     def _draw(self, trainer: Trainer, record: DriftRecord) -> None:
         with self._spared(_NO_PICTURE):
             for name, figure in plots.pictures_of(record).items() if plots.any_logs(trainer) else ():
-                plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
+                plots.log_figure(trainer, key=f"{record.prefix}/{name}", figure=figure, step=log_step(trainer))
 
     def _conclude(self, trainer: Trainer, record: DriftRecord) -> None:
         if record.observer.batches > 1:
@@ -289,11 +289,11 @@ class BNStatsMonitor(ObservingCallback):
         self._draw(trainer, record)
         with self._spared(_NO_PICTURE):
             step, history = log_step(trainer), record.history
-            plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
-            plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
+            plots.log_figure(trainer, key=f"{record.prefix}/overview", figure=plots.overview_of(record), step=step)
+            plots.log_table(trainer, key=f"{record.prefix}/layers", columns=COLUMNS, rows=record.table(), step=step)
             lines = dict(zip(record.names, history["mean_gap"].T.tolist(), strict=True))
-            title = "Mean gap of all layers (sigma)"
-            plots.log_line_chart(trainer, f"{record.prefix}/all_layers", history.steps, lines, step, title=title)
+            key, title = f"{record.prefix}/all_layers", "Mean gap of all layers (sigma)"
+            plots.log_line_chart(trainer, key=key, steps=history.steps, lines=lines, step=step, title=title)
 
     def _abandon(self) -> None:
         if self._record:

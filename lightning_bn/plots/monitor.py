@@ -1,4 +1,4 @@
-"""The pictures of a monitored run, made from its record."""
+"""The figures of `BNStatsMonitor`, drawn from its record."""
 
 from collections.abc import Mapping
 
@@ -6,40 +6,39 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_bn.plots.channels import ChannelTrace, channels_over_steps
-from lightning_bn.plots.drift import drift_overview, gap_heatmap, lag_against_noise
+from lightning_bn.plots.drift import drift_overview, gap_heatmap
+from lightning_bn.plots.lag import lag_against_noise
 from lightning_bn.tracking.record import DriftRecord
 
 
 def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:
-    """The gap by layer and step, the traced channels, and lag against noise; by the last part of their keys."""
+    """Draws the mean gap by layer and step, the traced channels, and lag against noise; by the last part of the key."""
     assert record.last is not None
-    history, last = record.history, record.last
+    steps, gaps, means = record.history.steps, record.history["mean_gap"].numpy(), record.last.means
     return {
-        "heatmap": gap_heatmap(
-            history.steps, record.names, history["mean_gap"].numpy(), title="How far the EMA is from the batches"
-        ),
+        "heatmap": gap_heatmap(steps, layers=record.names, gaps=gaps, title="How far the EMA is from the batches"),
         "channels": channels_over_steps(_traces(record), title="EMA and batch means"),
         "lag_noise": lag_against_noise(
-            record.names, last.means.lag.numpy(), last.means.noise.numpy(), marked=last.direct, title="Why"
+            record.names, lag=means.lag.numpy(), noise=means.noise.numpy(), marked=record.last.direct, title="Why"
         ),
     }
 
 
 def overview_of(record: DriftRecord) -> Figure:
-    """The whole run in one picture."""
+    """Draws the whole run in one figure."""
     assert record.last is not None
-    history, last = record.history, record.last
+    history = record.history
     sizes = np.array([layer.num_features for layer in record.layers.values()])
     return drift_overview(
         history.steps,
-        record.names,
-        history["mean_gap"].numpy(),
-        history["var_gap"].numpy(),
-        history.overall("lag").numpy(),
-        history.overall("noise").numpy(),
+        layers=record.names,
+        mean_gap=history["mean_gap"].numpy(),
+        var_gap=history["var_gap"].numpy(),
+        lag=history.overall("lag").numpy(),
+        noise=history.overall("noise").numpy(),
         precise_gap=record.precise_gaps()[0].numpy() if record.moved else None,
-        dead=np.round(last.dead.numpy() * sizes),
-        marked=last.direct,
+        dead=np.round(record.last.dead.numpy() * sizes),
+        marked=record.last.direct,
         title="EMA against batch statistics",
     )
 

@@ -1,6 +1,6 @@
-"""Many classes out of few, and batches of some classes x some images.
+"""80 classes of images, and batches of some classes x some images.
 
-Leakage needs many classes. Turned and mirrored in 8 ways, 10 classes of images are 80: class c in orientation k is
+Leakage needs many classes. In 8 orientations (rotated and mirrored), 10 classes are 80: class c in orientation k is
 class 8 c + k.
 """
 
@@ -19,7 +19,7 @@ ORIENTATIONS = 8
 
 
 class OrientedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Every image in 8 orientations; number 8 i + k is image i in orientation k."""
+    """Every image in 8 orientations; index 8 i + k is image i in orientation k."""
 
     def __init__(self, images: LabelledImages) -> None:
         self.images = images
@@ -37,31 +37,31 @@ class OrientedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def labels_of(images: LabelledImages) -> Tensor:
-    """Labels without reading the images."""
+    """Returns the labels without reading the images."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[torch.as_tensor(images.indices)]
     if isinstance(images, ShiftedImages):
         return images.labels
     raise TypeError(
-        "This recipe needs square images in memory, which an ImageNet-style folder does not give: take CIFAR-10, MNIST "
-        "or Fashion-MNIST."
+        "batch_leakage needs square images in memory, and cannot use an ImageNet-style folder: use CIFAR-10, MNIST or "
+        "Fashion-MNIST."
     )
 
 
 class BatchSampler(Sampler[list[int]]):
-    """Batches of `classes` classes x `each` images, c0, c0, c1, c1, ...; or of as many images at random.
+    """Batches of `classes` classes x `each` images in the order c0, c0, c1, c1, ...; or random batches of that size.
 
     Args:
-        labels: Of all images.
-        classes: Classes of a batch, drawn without replacement.
-        each: Images of each class, drawn without replacement within the batch.
-        batches: Batches of an epoch.
-        pattern: Without, the batches are random: images drawn without replacement from the whole epoch on.
-        seed: Every epoch has the same batches; by default (None) they are drawn anew from torch's random numbers.
+        labels: Labels of all images.
+        classes: Classes per batch, drawn without replacement.
+        each: Images per class, drawn without replacement within the batch.
+        batches: Batches per epoch.
+        pattern: False for random batches, drawn without replacement within the epoch.
+        seed: If given, every epoch has the same batches; by default they depend on torch's random numbers.
     """
 
     def __init__(
-        self, labels: Tensor, classes: int, each: int, batches: int, pattern: bool, seed: int | None = None
+        self, labels: Tensor, *, classes: int, each: int, batches: int, pattern: bool, seed: int | None = None
     ) -> None:
         self.of_class = [(labels == c).nonzero()[:, 0] for c in range(int(labels.max()) + 1)]
         self.labels, self.classes, self.each, self.batches = labels, classes, each, batches
@@ -69,8 +69,8 @@ class BatchSampler(Sampler[list[int]]):
         fewest = min(map(len, self.of_class))
         if pattern and (len(self.of_class) < classes or fewest < each):
             raise ValueError(
-                f"{classes} classes x {each} images cannot be drawn from {len(self.of_class)} classes, of which the "
-                f"smallest holds {fewest} images."
+                f"{classes} classes x {each} images cannot be drawn from {len(self.of_class)} classes of at least "
+                f"{fewest} images."
             )
         if not pattern and batches * classes * each > len(labels):
             raise ValueError(
@@ -91,23 +91,23 @@ class BatchSampler(Sampler[list[int]]):
         for _ in range(self.batches):
             chosen = torch.randperm(len(self.of_class), generator=generator)[: self.classes].tolist()
             members = [self.of_class[c] for c in chosen]
-            drawn = [own[torch.randperm(len(own), generator=generator)[: self.each]] for own in members]
+            drawn = [of_class[torch.randperm(len(of_class), generator=generator)[: self.each]] for of_class in members]
             yield torch.cat(drawn).tolist()
 
 
 class LeakyData(L.LightningDataModule):
     """80 classes of images, in training batches that are random or follow the pattern of Fig. 8.
 
-    An epoch has as many batches as the images fill, each in one of its orientations on average. Validation batches are
-    random, as many and always the same ones; `same_pattern` gives as many of the pattern.
+    An epoch has as many images as the data, each in one orientation on average. Validation batches are random and
+    always the same. `same_pattern` returns as many validation batches of the pattern.
 
     Args:
-        root: Folder with the data, as `ImageData` takes it.
-        train_images: Use only so many training images; by default all.
-        val_images: Likewise for validation.
-        shift: Each training image moves by up to so many pixels in both directions.
-        classes: Classes of a batch.
-        each: Images of each class in a batch.
+        root: Folder with the data, as in `ImageData`.
+        train_images: Number of training images; by default all.
+        val_images: Number of validation images; by default all.
+        shift: Augmentation: each training image moves by up to this many pixels in both directions.
+        classes: Classes per batch.
+        each: Images per class in a batch.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class LeakyData(L.LightningDataModule):
         self.num_workers = images.num_workers
         self.classes, self.each = classes, each
         self.pattern = False
-        """Whether training batches follow the pattern; an arm of the experiment says so."""
+        """Whether training batches follow the pattern; set by the experiment."""
 
     @property
     def batch_size(self) -> int:
@@ -141,7 +141,7 @@ class LeakyData(L.LightningDataModule):
 
     @property
     def num_validation_images(self) -> int:
-        """Images, each in one orientation, that a validation error is measured on."""
+        """Number of images of a validation error, each in one orientation."""
         return len(self.val_dataloader()) * self.batch_size
 
     def train_dataloader(self) -> Batches:
@@ -151,12 +151,14 @@ class LeakyData(L.LightningDataModule):
         return self._loader(self.val_set, pattern=False, seed=0)
 
     def same_pattern(self, trainer: L.Trainer) -> Batches:
-        """Validation images in batches of the pattern, as `BatchLeakageMonitor` asks for them."""
+        """Validation images in batches of the pattern, for `BatchLeakageMonitor(same_pattern=)`."""
         return self._loader(self.val_set, pattern=True, seed=0)
 
     def _loader(self, images: OrientedImages, pattern: bool, seed: int | None = None) -> Batches:
         batches = len(images) // ORIENTATIONS // self.batch_size
         if not batches:
             raise ValueError(f"{len(images) // ORIENTATIONS} images do not fill a batch of {self.batch_size}.")
-        sampler = BatchSampler(images.labels, self.classes, self.each, batches, pattern, seed)
+        sampler = BatchSampler(
+            images.labels, classes=self.classes, each=self.each, batches=batches, pattern=pattern, seed=seed
+        )
         return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers)

@@ -1,65 +1,88 @@
-"""The experiment itself: train each arm, with BatchLeakageMonitor taking the errors of Fig. 8.
+"""The experiment: train on each kind of batches, while BatchLeakageMonitor measures the three errors of Fig. 8."""
 
-Numbers only: `claims.py` judges them, `output.py` draws and writes them.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
+from jsonargparse import Namespace  # type: ignore[attr-defined, unused-ignore]
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 import lightning_bn as lbn
-from recipes.batch_leakage.data import LeakyData
+from recipes.run import Session
 
-Say = Callable[[str], None]
 Arm = Literal["random", "pattern", "pattern, Ghost BN"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 Statistics = Literal["population", "mini_batch", "same_pattern"]
-STATISTICS: tuple[Statistics, ...] = get_args(Statistics)
+STATISTICS: dict[Statistics, str] = {
+    "population": "population",
+    "mini_batch": "mini-batch, random",
+    "same_pattern": "mini-batch, same pattern",
+}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What one training run is made of; made anew for every arm."""
-
-    model: L.LightningModule
-    data: LeakyData
-    trainer: dict[str, Any]  # arguments of the Trainer
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: errors (%) after every epoch, and what the monitor said."""
+class Training:
+    """One training: errors (%) after every epoch, and the monitor's results."""
 
     arm: Arm
     seed: int
     errors: dict[Statistics, list[float]]
-    icc: list[float]  # of the most conspicuous layer, an epoch that was tested
-    p_value: float  # of the run
-    alarm: int | None  # the epoch, counted from 1; None if it stayed silent
+    icc: list[float]  # of the worst layer, for every epoch that was tested
+    p_value: float  # of the whole training
+    alarm: int | None  # epoch of the alarm, counted from 1
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured."""
+    """All measurements."""
 
     data: str
     classes: int
     pattern: str
     training_images: int
     validation_images: int
-    level: float  # share of runs without leakage that may alarm
-    runs: list[Run]
+    trainings: list[Training]
 
-    def of(self, arm: Arm) -> list[Run]:
-        return [run for run in self.runs if run.arm == arm]
+    def of(self, arm: Arm) -> list[Training]:
+        return [training for training in self.trainings if training.arm == arm]
+
+
+def measure(session: Session) -> Results:
+    """Trains every seed on each kind of batches."""
+    trainings = []
+    for seed in session.config.seeds:
+        for arm in ARMS:
+            training, data = train(session, arm, seed)
+            trainings.append(training)
+    counts = data.num_training_images, data.num_validation_images
+    return Results(data.source, data.num_classes, f"{data.classes} classes x {data.each}", *counts, trainings)
+
+
+def train(session: Session, arm: Arm, seed: int) -> tuple[Training, Any]:
+    """Trains once. The trainings of a seed have the same first weights."""
+    rows = Rows(session.folder / "monitor" / f"{arm}, seed {seed}")
+    callbacks: list[Any] = []
+
+    def prepare(made: Namespace) -> Sequence[Callback]:
+        data = made.data
+        data.pattern = arm != "random"
+        monitor = lbn.BatchLeakageMonitor(alpha=session.config.alpha, log_errors=True, same_pattern=data.same_pattern)
+        # Interleaved groups of as many images as classes: neighbors, which are of one class, are in different groups.
+        ghost = [lbn.GhostBNCallback(size=data.classes)] if arm == "pattern, Ghost BN" else []
+        callbacks.extend([*ghost, monitor, Progress(monitor, rows)])
+        return callbacks
+
+    made = session.train(arm, seed, prepare, [rows])
+    monitor, progress = callbacks[-2:]
+    errors = {key: rows.column(f"{key}/val/error") for key in STATISTICS}
+    return Training(arm, seed, errors, rows.column("icc_worst"), monitor.p_value, progress.alarm), made.data
 
 
 class Rows(Logger):
-    """Keeps what the monitor logs; its pictures go to a folder."""
+    """Keeps the metrics of the monitor; its figures are saved in a folder."""
 
     name, version = "rows", 0
 
@@ -76,85 +99,25 @@ class Rows(Logger):
         self.rows.append(dict(metrics))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to keep."""
+        pass
 
     def column(self, key: str) -> list[float]:
-        """Every value logged under a key."""
         return [row[f"batch_leakage/{key}"] for row in self.rows if f"batch_leakage/{key}" in row]
 
 
-class _Progress(L.Callback):
-    """Says the errors of each epoch, and notes the epoch of the alarm."""
+class Progress(L.Callback):
+    """Prints the errors of each epoch, and records the epoch of the alarm."""
 
-    def __init__(self, monitor: lbn.BatchLeakageMonitor, rows: Rows, say: Say) -> None:
-        self.monitor, self.rows, self.say = monitor, rows, say
+    def __init__(self, monitor: lbn.BatchLeakageMonitor, rows: Rows) -> None:
+        self.monitor, self.rows = monitor, rows
         self.alarm: int | None = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        said = ""
+        text = ", ".join(
+            f"{name} {self.rows.column(f'{key}/val/error')[-1]:5.1f} %" for key, name in STATISTICS.items()
+        )
         if self.monitor.alarmed and self.alarm is None:
-            self.alarm, said = epoch, "   ALARM"
-        errors = [f"{words} {self.rows.column(f'{key}/val/error')[-1]:5.1f} %" for key, words in NAMES.items()]
-        self.say(f"  epoch {epoch:<4} {', '.join(errors)}{said}")
-
-
-NAMES: dict[Statistics, str] = {
-    "population": "population",
-    "mini_batch": "mini-batch, random",
-    "same_pattern": "mini-batch, same pattern",
-}
-
-
-def batch_leakage(
-    make: Callable[[], Parts],
-    make_logger: Callable[[Arm, int], Logger | None],
-    folder: Path,
-    *,
-    seeds: Sequence[int] = (0,),
-    level: float = 0.01,
-    say: Say = print,
-) -> Results:
-    """Trains every arm with every seed.
-
-    Args:
-        make: Makes the parts of one training run.
-        make_logger: Makes the logger of one training run, from its arm and seed; None for no logger.
-        folder: Where the monitor's pictures go.
-        seeds: A model of each arm for each.
-        level: The monitor's.
-        say: Takes a line of progress.
-    """
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
-    data = make().data
-    runs = [train(arm, seed, make, make_logger, level, folder, say) for seed in seeds for arm in ARMS]
-    counts = data.num_training_images, data.num_validation_images
-    return Results(data.source, data.num_classes, f"{data.classes} classes x {data.each}", *counts, level, runs)
-
-
-def train(
-    arm: Arm,
-    seed: int,
-    make: Callable[[], Parts],
-    make_logger: Callable[[Arm, int], Logger | None],
-    level: float,
-    folder: Path,
-    say: Say,
-) -> Run:
-    """Trains once. The arms of a seed start from the same weights."""
-    say(f"\nTraining: {arm}, seed {seed}")
-    L.seed_everything(seed, workers=True, verbose=False)
-    parts = make()
-    parts.data.pattern = arm != "random"
-    monitor = lbn.BatchLeakageMonitor(alpha=level, log_errors=True, same_pattern=parts.data.same_pattern)
-    rows = Rows(folder / f"{arm}, seed {seed}")
-    progress = _Progress(monitor, rows, say)
-    # As many images as classes: each is of another class, since interleaved groups separate neighbors.
-    ghosts = [lbn.GhostBNCallback(size=parts.data.classes)] if arm == "pattern, Ghost BN" else []
-    loggers = [logger for logger in (make_logger(arm, seed), rows) if logger]
-    callbacks = [*(parts.trainer.get("callbacks") or []), *ghosts, monitor, progress]
-    trainer = L.Trainer(**{**parts.trainer, "callbacks": callbacks, "logger": loggers})
-    trainer.fit(parts.model, datamodule=parts.data)
-    errors = {key: rows.column(f"{key}/val/error") for key in STATISTICS}
-    return Run(arm, seed, errors, rows.column("icc_worst"), monitor.p_value, progress.alarm)
+            self.alarm = epoch
+            text += "   ALARM"
+        print(f"  epoch {epoch:<4} {text}")

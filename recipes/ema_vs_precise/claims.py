@@ -1,4 +1,4 @@
-"""The paper's claims about EMA and PreciseBN beside what was measured, judged by the rules of `recipes/claims.py`."""
+"""The paper's claims about EMA and PreciseBN, judged by the rules of `recipes/claims.py`."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,19 +6,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from recipes.claims import MARGIN, Claim, equal, interval, larger, mean_error, paired
+from recipes.claims import MARGIN, Claim, equal, interval, larger, mean_error, paired, unpaired
 from recipes.ema_vs_precise.experiment import Cloud, Results, Sweep, unconverged_and_final
 
 
-def claims(results: Results) -> list[Claim]:
-    """Every claim that these results can speak to."""
+def judge(results: Results) -> list[Claim]:
+    """Judges every claim that these results can decide."""
     found = [same_weights(results), unconverged(results), unstable(results)]
-    first, last = (min(s.epoch for s in results.sweeps), max(s.epoch for s in results.sweeps))
-    early = [sweep for sweep in results.sweeps if sweep.epoch == first]
-    final = [sweep for sweep in results.sweeps if sweep.epoch == last]
+    by_epoch = list(results.sweeps_by_epoch().values())
+    early, final = by_epoch[0], by_epoch[-1]
     found += converged(final)
     found += few_images_beat_ema(early)
-    if first < last:
+    if len(by_epoch) > 1:
         found += thousand_suffice(early, "unconverged", "39.44 at 1e3, 39.42 at 1e4")
         found += ten_are_too_few(early, "unconverged", "45.5 at 10, 39.4 at 1e3")
     found += thousand_suffice(final, "at the end", "23.77 at 1e3, 23.73 at 1e4")
@@ -31,7 +30,7 @@ def same_weights(results: Results) -> Claim:
     pairs = list(zip(results.of("EMA"), results.of("PreciseBN"), strict=True))
     compared = [a == b for ema, precise in pairs for a, b in zip(ema.weights, precise.weights, strict=True)]
     return Claim(
-        "PreciseBN changes the statistics only: both arms go through the same weights",
+        "PreciseBN changes the statistics only: both trainings have the same weights",
         "two ways to train the statistics of one model (Sec. 3)",
         f"parameters bit-identical at {sum(compared)} of {len(compared)} validations",
         "holds" if all(compared) else "does not hold",
@@ -42,7 +41,7 @@ def unconverged(results: Results) -> Claim:
     ema, precise = _errors(results)
     half = ema.shape[1] // 2 + ema.shape[1] % 2
     a, b = ema[:, :half].mean(1), precise[:, :half].mean(1)
-    gap = interval(a - b, _sampling(a.mean(), b.mean(), results.validation_images))
+    gap = interval(a - b, at_least=unpaired(float(a.mean()), float(b.mean()), results.validation_images))
     return Claim(
         "Large batches, before convergence: EMA's error is far above PreciseBN's on the same weights",
         "batch 8192, mean of epochs 5, 10, 20, 30: 60.8 against 47.1 (Fig. 4)",
@@ -54,9 +53,9 @@ def unconverged(results: Results) -> Claim:
 def unstable(results: Results) -> Claim:
     ema, precise = _errors(results)
     a, b = (errors.diff(dim=1).clamp(min=0).sum(1) for errors in (ema, precise))
-    # Chance alone makes a flat curve rise, too: one sampling error an epoch, adding up like independent ones.
-    chance = _sampling(ema.mean(), precise.mean(), results.validation_images) * math.sqrt(ema.shape[1])
-    gap = interval(a - b, chance)
+    # Sampling errors make a flat curve rise, too: one per epoch, and they add up like independent ones.
+    chance = unpaired(float(ema.mean()), float(precise.mean()), results.validation_images) * math.sqrt(ema.shape[1])
+    gap = interval(a - b, at_least=chance)
     return Claim(
         "EMA's validation error jumps up and down, PreciseBN's falls steadily",
         "batch 8192, epoch 20 to 30: EMA 50.3 to 52.8, PreciseBN 40.5 to 39.4 (Fig. 4)",
@@ -129,8 +128,8 @@ def ema_leaves_the_cloud(cloud: Cloud) -> Iterator[Claim]:
     outside = {step: _outside(cloud, step) for step in (early, final)}
     layers = [layer for layer, _ in cloud.channels]
     of_layer = {layer: torch.tensor([name == layer for name in layers]) for layer in dict.fromkeys(layers)}
-    gaps = [float((outside[early][own] - outside[final][own]).mean()) * 100 for own in of_layer.values()]
-    gap = interval(gaps, 0.0)
+    gaps = [float((outside[early][columns] - outside[final][columns]).mean()) * 100 for columns in of_layer.values()]
+    gap = interval(gaps, at_least=0.0)
     shares = [100 * float(outside[step].mean()) for step in (early, final)]
     yield Claim(
         "Before convergence the EMA lies outside the whole cloud of batch means, at the end inside it",
@@ -155,11 +154,6 @@ def _errors(results: Results) -> tuple[Tensor, Tensor]:
 
 
 def _thousand(sweeps: Sequence[Sweep]) -> int | None:
-    """1,000, or the whole population where that is smaller; None where neither was measured."""
+    """1,000, or the whole population if it is smaller; None if neither was measured."""
     n = min(1000, max(sweeps[0].precise))
     return n if all(n in sweep.precise for sweep in sweeps) else None
-
-
-def _sampling(a: float | Tensor, b: float | Tensor, images: int) -> float:
-    """Half-width of the difference of two error rates (%), each measured on so many images of its own."""
-    return 1.96 * math.sqrt(sum(float(p) * (100 - float(p)) for p in (a, b)) / images)

@@ -1,4 +1,4 @@
-"""The command, with LightningCLI's conventions for every setting.
+"""The command and its report.
 
     python -m recipes.precise_batch_size --preset demo
     python -m recipes.precise_batch_size --preset demo --batch_sizes [2,4,8,100] --tolerances [0.05,0.01]
@@ -6,33 +6,32 @@
     python -m recipes.precise_batch_size --preset demo --print_config > mine.yaml
     python -m recipes.precise_batch_size --config mine.yaml
 
-The pictures in docs/assets are the demo's:
+The figures in docs/assets are the demo's:
     for name in batch_size depth; do cp runs/precise_batch_size/demo/$name.png docs/assets/precise_$name.png; done
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch.loggers import Logger
+import torch
+from jsonargparse import ArgumentParser, Namespace  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
 
-from recipes import report
-from recipes.classifier import ImageClassifier
-from recipes.command import TRAINER, quiet_lightning, read_arguments
+from recipes import classifier, figures
+from recipes.evaluation import mean_and_spread
 from recipes.images import FASHION_MNIST, ImageData
-from recipes.precise_batch_size import RECIPE, output
-from recipes.precise_batch_size.claims import claims
-from recipes.precise_batch_size.experiment import Parts, precise_batch_size
-from recipes.tolerance import TOLERANCES
+from recipes.precise_batch_size import LISTING
+from recipes.precise_batch_size.claims import judge
+from recipes.precise_batch_size.experiment import Estimate, Results, Row, measure
+from recipes.run import Recipe, quiet_lightning, run
+from recipes.tolerance import TOLERANCES, tolerance_section
 
-EVERY_PRESET = {
-    **TRAINER,
+DEFAULTS: dict[str, Any] = {
+    **classifier.TRAINER,
     "data.batch_size": 32,
-    "model.network": "plain20",  # with shortcuts the errors hardly add up over so few layers
+    "model.network": "plain20",  # with shortcuts, errors hardly accumulate over so few layers
     "model.width": 8,
     "model.lr": 0.1,
 }
@@ -45,84 +44,144 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_sizes": [2, 100],
         "draws": 2,
     },
-    "demo": {
-        "trainer.max_epochs": 4,
-        "images": 2000,
-        "batch_sizes": [2, 10, 100, 1000],
-        "draws": 3,
-    },
+    "demo": {"trainer.max_epochs": 4},
     "full": {
         "data_root": FASHION_MNIST,
         "data.train_images": 30_000,
         "trainer.max_epochs": 3,
         "seeds": [0, 1, 2],
         "images": 20_000,
-        "batch_sizes": [2, 10, 100, 1000],
         "draws": 2,
         "tolerances": list(TOLERANCES),
     },
 }
+SECTIONS = """\
+## Validation error by B (Table 2)
+
+{errors}
+
+![Validation error against B](batch_size.png)
+
+Every B sees the same {images:,} training images. The last column is all of them as one batch, which is exact. ± is the
+standard deviation over {draws} draws of the images. The models differ only in how many images of a training batch were
+normalized jointly (Ghost BN); first weights, batches and steps are the same.
+
+## Seconds per pass
+
+{times}
+
+Up to the size of a training batch, B images are one micro-batch; larger B are several micro-batches in lockstep. On a
+busy machine these times say little.
+
+## By depth
+
+![Distance from the exact statistics, by layer](depth.png)
+
+Distances from the exact statistics of the same images. Mean gap: root mean square over channels of the difference of
+means, in sigma. Variance gap: that of the log ratio of variances. The network has {layers} BN layers.
+{tolerances}"""
 
 
-def make_parser(preset: str) -> ArgumentParser:
-    """All arguments of data, model and Trainer, with the preset's values as defaults."""
-    parser = ArgumentParser(prog="python -m recipes.precise_batch_size", description=RECIPE.shows)
-    parser.add_argument("--config", action=ActionConfigFile, help="a file of settings, as --print_config prints them")
-    parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
-    parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
-    parser.add_argument("--out", type=Path | None, default=None, help="default: runs/precise_batch_size/<preset>")
-    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a model of each kind for each")
-    parser.add_argument("--nbs", type=list[PositiveInt], default=[32, 2], help="images normalized together in training")
-    parser.add_argument("--batch_sizes", type=list[PositiveInt], default=[2, 10, 100, 1000], help="the B of Table 2")
-    parser.add_argument("--images", type=PositiveInt, default=2000, help="training images of every estimate")
-    parser.add_argument("--draws", type=PositiveInt, default=3, help="draws of so many images, for the spread")
-    parser.add_argument("--tolerances", type=list[float], default=[], help="see where precise_bn(tolerance=) stops")
-    parser.add_class_arguments(ImageData, "data")
-    parser.add_class_arguments(ImageClassifier, "model")
-    parser.add_class_arguments(L.Trainer, "trainer", skip={"logger"}, instantiate=False, fail_untyped=False)
-    parser.link_arguments("data_root", "data.root")
-    parser.link_arguments("data.num_channels", "model.in_channels", apply_on="instantiate")
-    parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-    parser.set_defaults({**EVERY_PRESET, **PRESETS[preset]})
-    return parser
+class PreciseBatchSize(Recipe[Results]):
+    """Estimates the statistics of trained models with normalization batches of several sizes B."""
+
+    name, listing = "precise_batch_size", LISTING
+    title = "PreciseBN's normalization batch B"
+    unit = "Errors are validation errors in percent."
+    defaults, presets = DEFAULTS, PRESETS
+    measure = staticmethod(measure)
+    claims = staticmethod(judge)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--nbs", type=list[PositiveInt], default=[32, 2], help="images normalized jointly in training"
+        )
+        parser.add_argument(
+            "--batch_sizes", type=list[PositiveInt], default=[2, 10, 100, 1000], help="the B of Table 2"
+        )
+        parser.add_argument("--images", type=PositiveInt, default=2000, help="training images of every estimate")
+        parser.add_argument("--draws", type=PositiveInt, default=3, help="draws of these images, for the spread")
+        parser.add_argument(
+            "--tolerances", type=list[float], default=[], help="show where precise_bn(tolerance=) stops"
+        )
+        classifier.add_arguments(parser, ImageData)
+
+    def setting(self, results: Results, config: Namespace) -> str:
+        images = f"{results.training_images:,} training and {results.validation_images:,} validation images"
+        return f"{results.data}, {images}; {classifier.training(config, config.data.batch_size)}"
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        sweeps, depths = [], []
+        for nbs in results.trained:
+            rows, title = results.of(nbs), f"trained with NBS {nbs}"
+            sizes = list(rows[0].precise)
+            errors = {b: [error for row in rows for error in row.precise[b].errors()] for b in sizes}
+            ema = 100 * float(torch.cat([row.ema.wrong for row in rows]).mean())
+            sweeps.append(figures.SampleSweep(title, ema, errors))
+            gaps = {f"B = {b:,}": _gaps([row.precise[b] for row in rows]) for b in sizes if b != results.images}
+            depths.append(figures.DepthProfile(title, gaps, _gaps([row.ema for row in rows])))
+        return {
+            "batch_size": figures.error_against_samples(sweeps, xlabel="normalization batch B of PreciseBN"),
+            "depth": figures.gaps_in_depth(depths),
+        }
+
+    def table(self, results: Results) -> list[str]:
+        """Table 2."""
+        lines = _header(results, "| trained with | EMA |")
+        for nbs in results.trained:
+            rows = results.of(nbs)
+            ema = mean_and_spread(*(row.ema.wrong for row in rows))
+            cells = [mean_and_spread(*(row.precise[b].wrong for row in rows)) for b in rows[0].precise]
+            lines.append(f"| NBS {nbs} | {ema} | {' | '.join(cells)} |")
+        return lines
+
+    def sections(self, results: Results, config: Namespace) -> str:
+        return SECTIONS.format(
+            errors="\n".join(self.table(results)),
+            images=results.images,
+            draws=config.draws,
+            times="\n".join(_times_table(results)),
+            layers=len(results.layers),
+            tolerances=tolerance_section(results.stops),
+        )
+
+    def as_json(self, results: Results) -> dict[str, Any]:
+        rows = [_plain(row) for row in results.rows]
+        return {**vars(results), "rows": rows, "stops": [stop.as_json() for stop in results.stops]}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    sizes = {
+        str(b): {"errors": estimate.errors(), "seconds": estimate.seconds, "gaps": estimate.gaps.mean(0).tolist()}
+        for b, estimate in row.precise.items()
+    }
+    ema = {"ema_error": row.ema.errors()[0], "ema_gaps": row.ema.gaps.mean(0).tolist()}
+    return {"nbs": row.nbs, "seed": row.seed, **ema, "batch_sizes": sizes}
+
+
+def _times_table(results: Results) -> list[str]:
+    lines = _header(results, "| trained with |")
+    for nbs in results.trained:
+        rows = results.of(nbs)
+        seconds = [torch.tensor([s for row in rows for s in row.precise[b].seconds]) for b in rows[0].precise]
+        lines.append(f"| NBS {nbs} | {' | '.join(f'{float(s.mean()):.1f}' for s in seconds)} |")
+    return lines
+
+
+def _header(results: Results, start: str) -> list[str]:
+    columns = [f"B={b:,}" for b in results.rows[0].precise]
+    columns[-1] = f"N={results.images:,}"
+    return [f"{start} {' | '.join(columns)} |", "|---" * (start.count("|") - 1 + len(columns)) + "|"]
+
+
+def _gaps(estimates: Sequence[Estimate]) -> list[tuple[float, float]]:
+    """Mean over seeds and draws, by layer."""
+    mean = torch.cat([estimate.gaps for estimate in estimates]).mean(0)
+    return [(float(of_mean), float(of_var)) for of_mean, of_var in mean]
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Runs the command; returns the folder it wrote to."""
-    parser, config, folder = read_arguments(RECIPE.name, PRESETS, make_parser, arguments)
-
-    def make() -> Parts:
-        made = parser.instantiate(config)
-        return Parts(made.model, made.data, made.trainer.as_dict())
-
-    def make_logger(job: str, name: str) -> Any:
-        return report.wandb_logger(RECIPE.name, config.preset, job, name, folder, config.as_dict())
-
-    def logger_of(nbs: int, seed: int) -> Logger:
-        logger: Logger = make_logger(f"NBS {nbs}", f"NBS {nbs}, seed {seed}")
-        return logger
-
-    print(f"{RECIPE.paper}: {RECIPE.shows}. On {report.machine()}.")
-    started = time.perf_counter()
-    results = precise_batch_size(
-        make,
-        logger_of,
-        seeds=config.seeds,
-        nbs=config.nbs,
-        batch_sizes=config.batch_sizes,
-        images=config.images,
-        draws=config.draws,
-        tolerances=config.tolerances,
-    )
-    verdicts, figures = claims(results), output.draw(results)
-    training = (
-        f"{config.model.network} of width {config.model.width}, SGD, batch {config.data.batch_size:,}, "
-        f"learning rate {config.model.lr:g} on a cosine, {config.trainer.max_epochs} epochs"
-    )
-    about = report.about(config.preset, training, started)
-    paths = output.write(folder, results, verdicts, figures, about)
-    report.conclude(make_logger("report", "report"), verdicts, figures, output.errors_table(results), paths)
-    return folder
+    return run(PreciseBatchSize(), arguments)
 
 
 if __name__ == "__main__":

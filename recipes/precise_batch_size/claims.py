@@ -1,4 +1,4 @@
-"""The paper's claims about B beside what was measured, judged by the rules of `recipes/claims.py`."""
+"""The paper's claims about B, judged by the rules of `recipes/claims.py`."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ PAPER: dict[int, dict[str, float]] = {
 }
 
 
-def claims(results: Results) -> list[Claim]:
-    """Every claim that these results can speak to."""
+def judge(results: Results) -> list[Claim]:
+    """Judges every claim that these results can decide."""
     found: list[Claim] = []
     for nbs in results.trained:
         if nbs in PAPER:
@@ -47,10 +47,10 @@ def errors_add_up(rows: list[Row]) -> Iterator[Claim]:
     gaps = torch.cat([row.precise[2].gaps for row in rows])  # (seeds x draws, layers, 2)
     third = max(1, gaps.shape[1] // 3)
     first, last = gaps[:, :third].mean(1), gaps[:, -third:].mean(1)
-    growth = interval(100 * (last - first)[:, 0], 0.0 if len(gaps) > 1 else math.inf)  # one has no spread
+    growth = interval(100 * (last - first)[:, 0], at_least=0.0 if len(gaps) > 1 else math.inf)  # one has no spread
     yield Claim(
-        f"NBS {rows[0].nbs}: the error of small B grows in depth",
-        "stated, beside Table 2",
+        f"NBS {rows[0].nbs}: the error of small B grows with depth",
+        "stated next to Table 2",
         f"B = 2, first and last third of the layers: mean gap {100 * first[:, 0].mean():.2f} and "
         f"{100 * last[:, 0].mean():.2f} % of sigma (difference {growth.mean:+.2f} ± {growth.half:.2f}), variance gap "
         f"{first[:, 1].mean():.3f} and {last[:, 1].mean():.3f}",
@@ -59,7 +59,6 @@ def errors_add_up(rows: list[Row]) -> Iterator[Claim]:
 
 
 def b_is_free_of_training(results: Results) -> Iterator[Claim]:
-    """A model trained at NBS 2 wants no B of 2."""
     rows = results.of(2)
     b = 100
     if not rows or b not in rows[0].precise:
@@ -67,7 +66,7 @@ def b_is_free_of_training(results: Results) -> Iterator[Claim]:
     gap = paired([(row.ema.wrong, row.precise[b].wrong) for row in rows])
     ema, precise = mean_error(row.ema.wrong for row in rows), mean_error(row.precise[b].wrong for row in rows)
     yield Claim(
-        f"NBS 2: PreciseBN with B = {b} beats the EMA, whose batches are the training's",
+        f"NBS 2: PreciseBN with B = {b} beats the EMA, which averages batches of 2",
         "EMA 35.5, B = 100 32.0",
         f"EMA {ema:.1f}, B = {b} {precise:.1f} (difference {gap})",
         larger(gap),
@@ -82,7 +81,7 @@ def small_training_batches_cost(results: Results) -> Iterator[Claim]:
     pairs = [(a.precise[n].wrong, b.precise[n].wrong) for a, b in zip(small, usual, strict=True)]
     gap = paired(pairs)
     yield Claim(
-        "With exact statistics, too, the NBS 2 model is worse than the NBS 32 one",
+        "With exact statistics, the NBS 2 model is still worse than the NBS 32 model",
         "32.0 and 23.5",
         f"{mean_error(a for a, _ in pairs):.1f} and {mean_error(b for _, b in pairs):.1f} (difference {gap})",
         larger(gap),

@@ -1,4 +1,4 @@
-"""The command, with LightningCLI's conventions for every setting.
+"""The command and its report.
 
     python -m recipes.roi_head_leakage --preset demo
     python -m recipes.roi_head_leakage --preset demo --trainings [bn-1,shuffle-1] --ranks 4 --data.single_class false
@@ -6,106 +6,116 @@
     python -m recipes.roi_head_leakage --config recipes/roi_head_leakage/coco.yaml --data-root ~/data/coco
     python -m recipes.roi_head_leakage --preset demo --print_config > mine.yaml
 
-The picture in docs/assets is the demo's:
+The figure in docs/assets is the demo's:
     cp runs/roi_head_leakage/demo/ap.png docs/assets/roi_head_leakage.png
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse import ArgumentParser, Namespace  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 
-from recipes import report
-from recipes.command import quiet_lightning, read_arguments
-from recipes.detection import TRAINER, Parts
-from recipes.roi_head_leakage import RECIPE, output
-from recipes.roi_head_leakage.claims import claims
-from recipes.roi_head_leakage.detector import Detector, Norm
-from recipes.roi_head_leakage.experiment import TRAININGS, roi_head_leakage
-from recipes.scenes import STAMPS, SceneData
+from recipes import detection, figures
+from recipes.average_precision import Measured
+from recipes.roi_head_leakage import LISTING
+from recipes.roi_head_leakage.claims import PAPER, Cell, judge, measured
+from recipes.roi_head_leakage.detector import Detector
+from recipes.roi_head_leakage.experiment import TRAININGS, Results, measure
+from recipes.run import Recipe, quiet_lightning, run
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "data.train_images": 16,
-        "data.val_images": 6,
-        "model.pretrained": False,
-        "model.warmup_steps": 2,
-        "trainings": ["bn-1", "shuffle-1"],
-        "parts": 2,
-    },
+    "smoke": {**detection.SMOKE, "trainings": ["bn-1", "shuffle-1"]},
     "demo": {},
-    "full": {
-        "data.cut_outs": STAMPS,
-        "data.train_images": 16_000,
-        "data.val_images": 500,
-        "data.size": 160,
-        "model.image_size": 160,
-        "model.max_image_size": 160,
-        "model.masks": True,
-        "seeds": [0, 1, 2],
-    },
+    "full": {**detection.FULL, "model.masks": True},
 }
+SECTIONS = """\
+## Tables 3 and 6
+
+{table}
+
+![Box AP by row, beside the paper's](ap.png)
+
+All trainings of a seed see the same images in the same order and take the same steps. With one image per rank,
+gradients are accumulated. Mini-batch statistics are those of the evaluated image. The paper shuffled among more GPUs
+than the {ranks} ranks here.
+"""
 
 
-def make_parser(preset: str) -> ArgumentParser:
-    """All arguments of data, model and Trainer, with the preset's values as defaults."""
-    parser = ArgumentParser(prog="python -m recipes.roi_head_leakage", description=RECIPE.shows)
-    parser.add_argument("--config", action=ActionConfigFile, help="a file of settings, as --print_config prints them")
-    parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
-    parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
-    parser.add_argument("--out", type=Path | None, default=None, help="default: runs/roi_head_leakage/<preset>")
-    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="a training of each kind for each")
-    parser.add_argument("--trainings", type=list[str], default=list(TRAININGS), help="of " + ", ".join(TRAININGS))
-    parser.add_argument("--ranks", type=PositiveInt, default=2, help="processes of a training, each on a GPU if any")
-    parser.add_argument("--images_per_step", type=PositiveInt, default=4, help="images of a step, on all ranks")
-    parser.add_argument("--parts", type=PositiveInt, default=5, help="parts of the validation images, for the spread")
-    parser.add_class_arguments(SceneData, "data", skip={"images_per_gpu"}, instantiate=False)
-    parser.add_class_arguments(Detector, "model", skip={"num_classes", "head_norm"}, instantiate=False)
-    skip = {"logger", "devices", "strategy", "callbacks", "accumulate_grad_batches", "limit_val_batches"}
-    parser.add_class_arguments(L.Trainer, "trainer", skip=skip, instantiate=False, fail_untyped=False)
-    parser.link_arguments("data_root", "data.root")
-    parser.set_defaults({**TRAINER, **PRESETS[preset]})
-    return parser
+class RoIHeadLeakage(Recipe[Results]):
+    """Trains an R-CNN with each kind of head, and evaluates it with population and mini-batch statistics."""
+
+    name, listing = "roi_head_leakage", LISTING
+    title = "BatchNorm in an R-CNN head"
+    unit = detection.UNIT
+    defaults, presets = detection.TRAINER, PRESETS
+    measure = staticmethod(measure)
+    claims = staticmethod(judge)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--trainings", type=list[str], default=list(TRAININGS), help="of " + ", ".join(TRAININGS))
+        parser.add_argument(
+            "--ranks", type=PositiveInt, default=2, help="processes of a training, each on a GPU if any"
+        )
+        skip_model = {"num_classes", "head_norm"}
+        detection.add_arguments(parser, Detector, skip_data={"images_per_gpu"}, skip_model=skip_model)
+
+    def setting(self, results: Results, config: Namespace) -> str:
+        weights = "ImageNet weights" if config.model.pretrained else "no weights"
+        model = f"{'Mask' if config.model.masks else 'Faster'} R-CNN on {config.model.backbone} ({weights})"
+        steps = f"{results.steps:,} steps of {results.images_per_step} images on {results.ranks} ranks"
+        return f"{results.data}; {model}; {steps}; {results.validation_images:,} validation images"
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        rows = {}
+        for (key, inference), row in _cells(results):
+            training = TRAININGS[key]
+            statistics = f", {inference}" if training.norm == "BN" else ""
+            name = f"{training.name}, {training.images_per_gpu} per GPU{statistics}"
+            rows[name] = ([ap.all_images for ap in row.aps], row.paper)
+        return {"ap": figures.ap_by_row(rows)}
+
+    def table(self, results: Results) -> list[str]:
+        """Tables 3 and 6."""
+        lines = ["| head norm | images per GPU | inference | paper | box AP | mask AP |", "|---" * 6 + "|"]
+        for (key, inference), row in _cells(results):
+            training = TRAININGS[key]
+            statistics = inference if training.norm == "BN" else "-"
+            paper = "{} / {}".format(*PAPER[key, inference])
+            masks = Measured([r.mask for r in results.of(key, inference) if r.mask is not None], 0.0)
+            mask = f"{masks.mean():.1f}" if masks.aps else "-"
+            cells = [training.name, str(training.images_per_gpu), statistics, paper, f"{row.mean():.1f}", mask]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def sections(self, results: Results, config: Namespace) -> str:
+        return SECTIONS.format(table="\n".join(self.table(results)), ranks=results.ranks)
+
+    def as_json(self, results: Results) -> dict[str, Any]:
+        return asdict(results)
+
+    def log(self, logger: WandbLogger, results: Results) -> None:
+        aps = {f"box_AP/{key}/{inference}": row.mean() for (key, inference), row in _cells(results)}
+        logger.experiment.summary.update(aps)
+
+
+def _cells(results: Results) -> Iterator[tuple[Cell, Measured]]:
+    """Yields what was measured, in the order of the tables."""
+    for cell in PAPER:
+        if results.of(*cell):
+            yield cell, measured(results, cell)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Runs the command; returns the folder it wrote to."""
-    _, config, folder = read_arguments(RECIPE.name, PRESETS, make_parser, arguments)
-
-    def make(norm: Norm, images_per_gpu: int) -> Parts[Detector]:
-        data = SceneData(**config.data.as_dict(), images_per_gpu=images_per_gpu)
-        model = Detector(data.num_classes, norm, **config.model.as_dict())
-        return Parts(model, data, config.trainer.as_dict())
-
-    print(f"{RECIPE.paper}: {RECIPE.shows}. On {report.machine()}.")
-    started = time.perf_counter()
-    results = roi_head_leakage(
-        make,
-        seeds=config.seeds,
-        trainings=config.trainings,
-        ranks=config.ranks,
-        images_per_step=config.images_per_step,
-        parts=config.parts,
-    )
-    verdicts, figures = claims(results), output.draw(results)
-    training = (
-        f"{'Mask' if config.model.masks else 'Faster'} R-CNN on {config.model.backbone} "
-        f"({'ImageNet weights, ' if config.model.pretrained else 'no weights, '}FrozenBatchNorm) with an FPN"
-    )
-    about = report.about(config.preset, training, started)
-    paths = output.write(folder, results, verdicts, figures, about)
-    logger = report.wandb_logger(RECIPE.name, config.preset, "report", "report", folder, config.as_dict())
-    logger.experiment.summary.update(output.summary(results))
-    report.conclude(logger, verdicts, figures, output.ap_table(results), paths)
-    return folder
+    return run(RoIHeadLeakage(), arguments)
 
 
 if __name__ == "__main__":
     quiet_lightning()
-    torch.set_num_threads(1)  # a rank on a core; OpenMP's threads would not be there after a fork
+    torch.set_num_threads(1)  # one core per rank; OpenMP's threads do not survive a fork
     main()

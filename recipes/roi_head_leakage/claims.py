@@ -1,11 +1,11 @@
-"""The paper's claims about R-CNN heads beside what was measured, judged by the rules of `recipes/claims.py`.
+"""The paper's claims about R-CNN heads judged by the rules of `recipes/claims.py`.
 
-Of differences in box AP: over seeds, and over parts of the validation images.
+Intervals are of differences in box AP, over seeds and over parts of the validation images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
-from recipes.average_precision import Measured, interval_of, ordering, table
+from recipes.average_precision import Measured, interval_of, ordering
 from recipes.claims import Claim, Interval, Verdict, equal, larger
 from recipes.roi_head_leakage.experiment import Inference, Results
 
@@ -22,30 +22,30 @@ PAPER: dict[Cell, tuple[float, float]] = {
     ("none", "population"): (41.1, 36.9),
     ("gn", "population"): (41.4, 37.7),
 }
-# (claim, the cell that ought to be larger or equal, the other, the rule)
+# (claim, the cell that should be larger or equal, the other, the rule)
 ORDERINGS: Sequence[tuple[str, Cell, Cell, Callable[[Interval], Verdict]]] = (
     (
-        "1 image a GPU: mini-batch statistics in evaluation beat the population's",
+        "1 image per GPU: mini-batch statistics in evaluation beat the population's",
         ("bn-1", "mini-batch"),
         ("bn-1", "population"),
         larger,
     ),
     (
-        "2 images a GPU: mini-batch statistics in evaluation beat the population's",
+        "2 images per GPU: mini-batch statistics in evaluation beat the population's",
         ("bn-2", "mini-batch"),
         ("bn-2", "population"),
         larger,
     ),
     (
-        "Population statistics: 2 images a GPU beat 1",
+        "Population statistics: 2 images per GPU beat 1",
         ("bn-2", "population"),
         ("bn-1", "population"),
         larger,
     ),
-    ("1 image a GPU: shuffling beats not shuffling", ("shuffle-1", "population"), ("bn-1", "population"), larger),
-    ("2 images a GPU: shuffling beats not shuffling", ("shuffle-2", "population"), ("bn-2", "population"), larger),
+    ("1 image per GPU: shuffling beats not shuffling", ("shuffle-1", "population"), ("bn-1", "population"), larger),
+    ("2 images per GPU: shuffling beats not shuffling", ("shuffle-2", "population"), ("bn-2", "population"), larger),
     (
-        "With shuffling, 1 image a GPU is as good as 2",
+        "With shuffling, 1 image per GPU is as good as 2",
         ("shuffle-1", "population"),
         ("shuffle-2", "population"),
         equal,
@@ -57,35 +57,33 @@ ORDERINGS: Sequence[tuple[str, Cell, Cell, Callable[[Interval], Verdict]]] = (
 )
 
 
-def claims(results: Results) -> list[Claim]:
-    """Every claim that these results can speak to."""
+def judge(results: Results) -> list[Claim]:
+    """Judges every claim that these results can decide."""
     found = [
-        ordering(claim, measured(results, a), measured(results, b), judge)
-        for claim, a, b, judge in ORDERINGS
+        ordering(claim, measured(results, a), measured(results, b), rule)
+        for claim, a, b, rule in ORDERINGS
         if results.of(*a) and results.of(*b)
     ]
     return [*found, *leak_fades(results)]
 
 
 def leak_fades(results: Results) -> Iterator[Claim]:
-    """More images in the batch say less about each."""
-    rows = [measured(results, (training, inference)) for training in ("bn-1", "bn-2") for inference in _BOTH]
+    """With more images in the batch, its statistics reveal less about each."""
+    both: tuple[Inference, Inference] = ("population", "mini-batch")
+    rows = [measured(results, (training, inference)) for training in ("bn-1", "bn-2") for inference in both]
     if not all(row.aps for row in rows):
         return
-    one = table(rows[1].aps) - table(rows[0].aps)
-    two = table(rows[3].aps) - table(rows[2].aps)
+    one = rows[1].as_tensor() - rows[0].as_tensor()
+    two = rows[3].as_tensor() - rows[2].as_tensor()
     gap = interval_of(one - two)
     yield Claim(
-        "Mini-batch statistics gain more at 1 image a GPU than at 2",
+        "Mini-batch statistics gain more at 1 image per GPU than at 2",
         "+10.8 and +1.2",
         f"{one[:, 0].mean():+.1f} and {two[:, 0].mean():+.1f} (difference {gap})",
         larger(gap),
     )
 
 
-_BOTH: tuple[Inference, Inference] = ("population", "mini-batch")
-
-
 def measured(results: Results, cell: Cell) -> Measured:
-    """Box AP of a row of the tables."""
+    """Returns the box AP of a row of the tables."""
     return Measured([row.box for row in results.of(*cell)], PAPER[cell][0])

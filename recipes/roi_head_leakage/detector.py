@@ -1,6 +1,6 @@
-"""The detector: torchvision's Faster or Mask R-CNN, its own head classes with BN, GN or nothing in them.
+"""The detector: torchvision's Faster or Mask R-CNN, with BN, GN or no norm in its heads.
 
-The backbone is frozen or fine-tuned with FrozenBatchNorm, so the head is the only place where norms differ.
+The backbone has FrozenBatchNorm, so norms differ in the heads only.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from recipes.detection import Backbone, Detection, fpn
 
 Norm = Literal["BN", "GN", "none"]
-HEADS = "model.roi_heads.*_head"  # modules of this LightningModule: the box head, and the mask head if there is one
+HEADS = "model.roi_heads.*_head"  # the box head, and the mask head if there is one
 
 
 class Detector(Detection):
@@ -24,19 +24,19 @@ class Detector(Detection):
 
     Args:
         num_classes: Classes, the background included (linked to the data on the command line).
-        head_norm: What the convolutions of the heads are followed by (set by the experiment).
+        head_norm: Norm after the convolutions of the heads (set by the recipe).
         backbone: `mobilenet_v2`, `resnet18` or `resnet50`, with an FPN and FrozenBatchNorm.
-        pretrained: ImageNet's weights, from torchvision's cache or the net.
-        masks: A mask head, too: Mask R-CNN.
-        head_width: Channels of the heads' four convolutions.
-        regions: Regions of an image that the heads are trained on.
-        regions_in_evaluation: Regions of an image that the box head is given in evaluation.
-        image_size: To which the shorter side of an image is brought.
-        max_image_size: What the longer side is kept below.
-        smallest_anchor: Side of the smallest anchor in pixels; that of the next level is twice as long.
+        pretrained: Use ImageNet weights, from torchvision's cache or the network.
+        masks: Add a mask head: Mask R-CNN.
+        head_width: Channels of the four convolutions of each head.
+        regions: Regions per image in training.
+        regions_in_evaluation: Regions per image in evaluation.
+        image_size: Shorter side of resized images.
+        max_image_size: Largest longer side of resized images.
+        smallest_anchor: Side of the smallest anchor in pixels; it doubles with each level.
         lr: Learning rate.
-        warmup_steps: Steps over which it rises at the start.
-        lr_falls: Shares of all steps after each of which it is a tenth of what it was.
+        warmup_steps: Steps over which the learning rate rises at the start.
+        lr_falls: Fractions of all steps after which the learning rate is divided by ten.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Detector(Detection):
     ) -> None:
         body = fpn(backbone, pretrained)
         levels = len(body.fpn.inner_blocks)
-        anchors = tuple((smallest_anchor * 2**level,) for level in range(levels + 1))  # and one of the pooled level
+        anchors = tuple((smallest_anchor * 2**level,) for level in range(levels + 1))  # and one for the pooled level
         norm = norm_layer(head_norm)
         box_head = FastRCNNConvFCHead((body.out_channels, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=norm)
         options: dict[str, Any] = {
@@ -82,7 +82,7 @@ class Detector(Detection):
 
 
 def norm_layer(norm: Norm) -> Callable[..., nn.Module] | None:
-    """GroupNorm has eight channels a group: 32 groups of 256 channels, as usual."""
+    """GroupNorm has eight channels per group, which are the usual 32 groups of 256 channels."""
     if norm == "GN":
         return lambda channels: nn.GroupNorm(channels // 8, channels)
     return nn.BatchNorm2d if norm == "BN" else None

@@ -1,11 +1,10 @@
-"""The experiment itself: one training for every kind of head, evaluated once or twice for the rows of the tables.
+"""The experiment: one training for every kind of head, evaluated with one or two kinds of statistics.
 
-Trainings of a seed see the same images in the same order, and take the same steps: with one image a rank, gradients of
-two batches are accumulated. Numbers only: `claims.py` judges them, `output.py` draws and writes them.
+Trainings of a seed see the same images in the same order, and take the same steps. With one image per rank, gradients
+of two batches are accumulated.
 """
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +13,17 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_bn as lbn
 from recipes.average_precision import AP
-from recipes.detection import Parts, check_ragged_steps, evaluate, number_of_images, train
+from recipes.detection import Parts, check_images_per_step, evaluate, number_of_images, train
 from recipes.roi_head_leakage.detector import HEADS, Detector, Norm
+from recipes.run import Session
+from recipes.scenes import SceneData
 
-Say = Callable[[str], None]
 Inference = Literal["population", "mini-batch"]
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a head is trained with."""
+    """A kind of head, and how it is trained."""
 
     name: str
     norm: Norm
@@ -37,7 +37,7 @@ class Training:
 
     @property
     def inferences(self) -> tuple[Inference, ...]:
-        """The statistics that the tables evaluate it with; a head without BN has no choice."""
+        """The statistics of its evaluations in the tables; a head without BN has no choice."""
         return ("population", "mini-batch") if self.norm == "BN" and self.callback is None else ("population",)
 
 
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured."""
+    """All measurements."""
 
     data: str
     ranks: int
@@ -80,59 +80,37 @@ class Results:
         return [row for row in self.rows if (row.training, row.inference) == (training, inference)]
 
 
-def roi_head_leakage(
-    make: Callable[[Norm, int], Parts[Detector]],
-    *,
-    seeds: Sequence[int] = (0,),
-    trainings: Sequence[str] = tuple(TRAININGS),
-    ranks: int = 2,
-    images_per_step: int = 4,
-    parts: int = 5,
-    say: Say = print,
-) -> Results:
-    """Trains every seed with every kind of head, and fills Tables 3 and 6.
-
-    Args:
-        make: Makes the parts of one training run, from the norm of its head and the images of a rank's batch.
-        seeds: A training of each kind for each.
-        trainings: Keys of `TRAININGS`.
-        ranks: Processes of a training.
-        images_per_step: Images of an optimizer step, on all ranks, accumulated if need be.
-        parts: Equal parts of the validation images, each with an AP of its own, for the spread.
-        say: Takes a line of progress.
-    """
-    _check_impossible(seeds, trainings, ranks, images_per_step)
+def measure(session: Session) -> Results:
+    """Trains every seed with every kind of head, and fills Tables 3 and 6."""
+    config = session.config
+    unknown = [key for key in config.trainings if key not in TRAININGS]
+    if unknown or not config.trainings:
+        raise ValueError(f"trainings must be some of {', '.join(TRAININGS)}; got {unknown or 'none'}.")
+    for key in config.trainings:
+        batch = {"images_per_gpu": TRAININGS[key].images_per_gpu, "images_per_step": config.images_per_step}
+        check_images_per_step(f"training {key}", ranks=config.ranks, **batch)
     rows: list[Row] = []
-    for seed in seeds:
-        for key in trainings:
+    for seed in config.seeds:
+        for key in config.trainings:
             training = TRAININGS[key]
-            L.seed_everything(seed, verbose=False)  # first weights, order of images, and every rank's regions
-            made = make(training.norm, training.images_per_gpu)
+            L.seed_everything(seed, verbose=False)  # first weights, order of images, and the regions of every rank
+            data = SceneData(**config.data.as_dict(), images_per_gpu=training.images_per_gpu)
+            model = Detector(data.num_classes, training.norm, **config.model.as_dict())
+            made = Parts(model, data, config.trainer.as_dict())
             started = time.perf_counter()
-            steps = train(made, training.callbacks(), ranks, images_per_step)
+            steps = train(made, training.callbacks(), config.ranks, config.images_per_step)
             seconds = time.perf_counter() - started
             for inference in training.inferences:
-                ap = evaluate(made, evaluation(inference), parts)
+                ap = evaluate(made, evaluation(inference), config.parts)
                 rows.append(Row(key, inference, seed, ap["bbox"], ap.get("segm"), seconds))
-                say(
-                    f"seed {seed}  {training.name}, {training.images_per_gpu} a rank, {inference}: "
-                    f"box AP {ap['bbox'].of_all:.1f}   ({seconds:.0f} s of training)"
-                )
-    return Results(made.data.source, ranks, steps, images_per_step, len(made.model.found), rows)
+                job = f"{training.name}, {training.images_per_gpu} per rank, {inference}"
+                print(f"seed {seed}  {job}: box AP {ap['bbox'].all_images:.1f}   ({seconds:.0f} s of training)")
+    images = len(made.model.detections)
+    return Results(made.data.source, config.ranks, steps, config.images_per_step, images, rows)
 
 
 def evaluation(inference: Inference) -> list[Callback]:
-    """Callbacks of an evaluation, image by image."""
+    """Returns the callbacks of an evaluation image by image."""
     if inference == "population":
         return []
     return [lbn.MiniBatchInferenceCallback(["validate"], layers=f"{HEADS}.*", batch_size_fn=number_of_images)]
-
-
-def _check_impossible(seeds: Sequence[int], trainings: Sequence[str], ranks: int, images_per_step: int) -> None:
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
-    unknown = [key for key in trainings if key not in TRAININGS]
-    if unknown or not trainings:
-        raise ValueError(f"trainings must be some of {', '.join(TRAININGS)}; got {unknown or 'none'}.")
-    for key in trainings:
-        check_ragged_steps(f"training {key}", ranks, TRAININGS[key].images_per_gpu, images_per_step)

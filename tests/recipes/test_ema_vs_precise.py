@@ -1,4 +1,4 @@
-"""The recipe's command: what it writes, what it logs, and that its settings arrive where they should."""
+"""The recipe of Fig. 2 to 4 and Table 1: its measurements, and what its command writes and logs."""
 
 import json
 import os
@@ -8,18 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
+from torch import nn
 
-from recipes.ema_vs_precise.__main__ import PRESETS, main, make_parser
-from recipes.registry import all_recipes, as_markdown
-from tests.recipes.offline import offline, wandb_runs  # noqa: F401
+import lightning_bn as lbn
+from recipes.classifier import ImageClassifier
+from recipes.ema_vs_precise.__main__ import main
+from recipes.ema_vs_precise.experiment import (
+    EMATrace,
+    Training,
+    batch_mean_cloud,
+    hash_of_parameters,
+    sweep_samples,
+    unconverged_and_final,
+)
+from recipes.evaluation import copy_of_state, mean_and_spread
+from recipes.images import ImageData
 
 TINY = ["--preset", "smoke", "--data.train_images", "200", "--data.val_images", "60", "--data.batch_size", "50"]
+TINY += ["--model.width", "8", "--cloud_batches", "2", "--monitor.window", "2"]
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder of the real command, and how it ended."""
+    """Runs the command; returns its folder, and how it ended."""
     out = tmp_path_factory.mktemp("smoke")
     command = [sys.executable, "-m", "recipes.ema_vs_precise", *TINY, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -27,52 +40,48 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
 
 
 @pytest.fixture(scope="module")
-def smoke(command: tuple[Path, Any]) -> Path:
-    return command[0]
-
-
-@pytest.fixture(scope="module")
-def report(smoke: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((smoke / "report.json").read_text(encoding="utf-8"))
+def report(command: tuple[Path, Any]) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((command[0] / "report.json").read_text(encoding="utf-8"))
     return read
 
 
-def test_both_arms_share_one_weight_trajectory_and_differ_in_their_error(report: dict[str, Any]) -> None:
+def test_both_trainings_have_the_same_weights_and_differ_in_their_errors(report: dict[str, Any]) -> None:
     ema, precise = report["runs"]
     assert (ema["arm"], precise["arm"]) == ("EMA", "PreciseBN")
     assert ema["weights"] == precise["weights"] and len(set(ema["weights"])) == 2
     assert ema["errors"] != precise["errors"]
 
 
-def test_the_ema_error_of_table_1_is_the_one_that_was_logged(report: dict[str, Any]) -> None:
+def test_table_1_has_the_logged_ema_error_and_every_draw(report: dict[str, Any]) -> None:
     logged = dict(zip(report["runs"][0]["epochs"], report["runs"][0]["errors"], strict=True))
     for row in report["samples"]:
         assert row["ema_error"] == pytest.approx(logged[row["epoch"]], abs=1e-3)
-
-
-def test_table_1_has_as_many_draws_as_asked_for_and_one_of_the_whole_population(report: dict[str, Any]) -> None:
-    for row in report["samples"]:
         assert {n: len(errors) for n, errors in row["errors"].items()} == {"10": 2, "100": 2, "200": 1}
 
 
-def test_every_claim_has_the_papers_number_and_a_verdict(report: dict[str, Any], smoke: Path) -> None:
+def test_the_report_has_every_claim_with_a_verdict_and_figures(
+    command: tuple[Path, Any], report: dict[str, Any]
+) -> None:
+    markdown = (command[0] / "report.md").read_text(encoding="utf-8")
     assert len(report["claims"]) >= 8
-    markdown = (smoke / "report.md").read_text(encoding="utf-8")
     for claim in report["claims"]:
         assert claim["verdict"] in ("holds", "does not hold", "within noise")
         line = next(line for line in markdown.splitlines() if line.startswith(f"| {claim['claim']} "))
         assert claim["paper"] in line and claim["measured"] in line and f"**{claim['verdict']}**" in line
-
-
-def test_the_report_shows_figures_that_exist(smoke: Path) -> None:
-    markdown = (smoke / "report.md").read_text(encoding="utf-8")
     for name in ("ema_vs_precise.png", "samples.png", "ema_cloud.png"):
         assert f"({name})" in markdown
-        assert imread(smoke / name).std() > 0.05, "an empty picture"
+        assert imread(command[0] / name).std() > 0.05, "an empty picture"
 
 
-def test_wandb_holds_a_run_an_arm_with_the_same_keys_and_a_report_with_the_figures(smoke: Path) -> None:
-    runs = wandb_runs(smoke)
+def test_wandb_has_a_run_per_training_with_the_same_keys_and_a_report_with_the_figures(
+    command: tuple[Path, Any],
+) -> None:
+    runs = {}
+    for folder in (command[0] / "wandb").glob("offline-run-*"):
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        text = subprocess.check_output(inspect, text=True)
+        names = {r["run"].get("display_name") for r in map(json.loads, text.splitlines()) if "run" in r}
+        runs[str(max(filter(None, names)))] = text
     assert set(runs) == {"EMA, seed 0", "PreciseBN, seed 0", "report"}
     for arm in ("EMA, seed 0", "PreciseBN, seed 0"):
         assert "val/error" in runs[arm] and "train/loss" in runs[arm]
@@ -82,80 +91,93 @@ def test_wandb_holds_a_run_an_arm_with_the_same_keys_and_a_report_with_the_figur
     assert all('"ema_vs_precise/smoke"' in text for text in runs.values()), "one group"
 
 
-def test_nothing_warns_on_the_way(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_command_warns_of_nothing_and_prints_commands_that_read_its_runs(command: tuple[Path, Any]) -> None:
     assert command[1].stderr == ""
-    assert "lightning_bn.report" in command[1].stdout.splitlines()[-1]
-
-
-def test_the_printed_command_reads_the_report_run(command: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    commands = [line.split() for line in command[1].stdout.splitlines() if " leet " in line]
-    program, leet, folder = commands[-1]
+    lines = command[1].stdout.splitlines()
+    assert "lightning_bn.report" in lines[-1]
+    program, leet, folder = [line.split() for line in lines if " leet " in line][-1]
     assert "report" in subprocess.check_output([program, leet, "inspect", "--summary", folder], text=True)
 
 
-def test_overrides_arrive_and_weights_are_those_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.tolerance.MOST", 100)
-    overrides = ["--trainer.max_epochs", "1", "--model.lr", "0.05", "--seeds", "[3,4]", "--samples", "[20]"]
-    overrides += ["--tolerances", "[0.1]"]
-    main([*TINY, *overrides, "--precise_bn.num_samples", "150", "--draws", "3", "--out", str(tmp_path)])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [(run["seed"], len(run["errors"])) for run in report["runs"]] == [(3, 1), (3, 1), (4, 1), (4, 1)]
-    assert not set(report["runs"][0]["weights"]) & set(report["runs"][2]["weights"])
-    assert report["runs"][0]["steps"] == [4], "200 images in batches of 50"
-    assert {n: len(errors) for n, errors in report["samples"][0]["errors"].items()} == {"20": 3, "200": 1}
-    assert report["about"]["pass_images"] == 150
-    assert "0.05" in report["about"]["training"]
-    assert [stops["model"] for stops in report["samples_needed"]] == ["epoch 1, seed 3", "epoch 1, seed 4"]
+def test_its_config_repeats_the_run_and_takes_further_settings(
+    command: tuple[Path, Any], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.tolerance.NUM_IMAGES", 100)
+    monkeypatch.setattr("lightning_bn.plots.any_logs", lambda loggers: False)  # the monitor's figures take seconds
+    settings = ["--seeds", "[0,4]", "--draws", "3", "--samples", "[20]", "--tolerances", "[0.1]"]
+    main(["--config", str(command[0] / "config.yaml"), *settings, "--out", str(tmp_path)])
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert [run["errors"] for run in again["runs"][:2]] == [run["errors"] for run in report["runs"]]
+    assert [run["seed"] for run in again["runs"]] == [0, 0, 4, 4]
+    assert not set(again["runs"][0]["weights"]) & set(again["runs"][2]["weights"])
+    assert again["runs"][0]["steps"] == [4, 8], "200 images in batches of 50"
+    assert {n: len(errors) for n, errors in again["samples"][0]["errors"].items()} == {"20": 3, "200": 1}
+    assert [stops["model"] for stops in again["samples_needed"]][::2] == ["epoch 1, seed 0", "epoch 1, seed 4"]
     assert "How many images are needed" in (tmp_path / "report.md").read_text()
+    assert again["about"]["preset"] == "smoke"
 
 
-def test_the_config_it_writes_repeats_the_run(tmp_path: Path, smoke: Path) -> None:
-    main(["--config", str(smoke / "config.yaml"), "--out", str(tmp_path)])
-    a, b = (json.loads((folder / "report.json").read_text()) for folder in (smoke, tmp_path))
-    assert a["claims"] == b["claims"]
-    assert [run["errors"] for run in a["runs"]] == [run["errors"] for run in b["runs"]]
-    assert b["about"]["preset"] == "smoke"
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return ImageData(train_images=60, val_images=30, batch_size=20, shift=0)
 
 
-def test_data_root_chooses_the_data_and_the_models_input(tmp_path: Path) -> None:
-    from tests.recipes.test_images import write_idx
-
-    write_idx(tmp_path)
-    parser = make_parser("smoke")
-    part = ["--data.train_images", "null", "--data.val_images", "null"]
-    made = parser.instantiate(parser.parse_args(["--data-root", str(tmp_path), *part]))
-    assert made.data.num_training_images == 40
-    assert made.model.network.head.out_features == 10
+def untrained() -> tuple[ImageClassifier, Training]:
+    model = ImageClassifier(width=8)
+    return model, Training("EMA", 0, [1.0], errors=[90.0], weights=["-"], states=[copy_of_state(model)], steps=[1])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_prints_its_settings_as_a_config_that_parses(preset: str, tmp_path: Path) -> None:
-    parser = make_parser(preset)
-    config = tmp_path / "config.yaml"
-    config.write_text(parser.dump(parser.parse_args(["--preset", preset]), skip_link_targets=True))
-    again = make_parser("demo").parse_args(["--config", str(config)])
-    for key, value in PRESETS[preset].items():
-        assert again[key] == value, key
+@pytest.mark.parametrize(("network", "layers"), [("resnet8", 9), ("resnet20", 21), ("plain20", 19)])
+def test_networks_have_as_many_bn_layers_as_documented(network: str, layers: int) -> None:
+    assert len(lbn.find_bn(ImageClassifier(network=network, width=8))) == layers
 
 
-def test_the_full_preset_has_three_seeds() -> None:
-    assert len(PRESETS["full"]["seeds"]) >= 3
+def test_a_width_that_corrupts_the_heap_on_some_cpus_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must be at least 8 but is 7"):
+        ImageClassifier(width=7)
 
 
-def test_no_seed_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--seeds \[0\]"):
-        main([*TINY, "--seeds", "[]", "--out", str(tmp_path)])
+def test_the_hash_depends_on_every_bit_of_weights_of_any_type_and_on_no_buffer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = hash_of_parameters(model)
+    model[1].running_mean.add_(1)
+    assert hash_of_parameters(model) == before
+    assert hash_of_parameters(model.to(memory_format=torch.channels_last)) == before
+    weight = model[0].weight.data.view(-1)
+    weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
+    assert hash_of_parameters(model) != before
+    assert len({hash_of_parameters(nn.Linear(2, 2).to(dtype)) for dtype in (torch.float64, torch.bfloat16)}) == 2
 
 
-def test_the_list_of_recipes_knows_every_preset_with_its_duration() -> None:
-    (recipe,) = (recipe for recipe in all_recipes() if recipe.name == "ema_vs_precise")
-    assert {preset.name for preset in recipe.presets} == set(PRESETS)
-    assert all(any(digit.isdigit() for digit in preset.duration) for preset in recipe.presets)
-    assert as_markdown(all_recipes()).count("\n") >= 1 + len(PRESETS)
+def test_the_spread_is_that_of_the_draws_not_of_the_seeds() -> None:
+    steady_seeds = [torch.tensor([[1.0, 0, 0, 0]] * 3), torch.tensor([[1.0, 1, 1, 0]] * 3)]
+    assert mean_and_spread(*steady_seeds) == "50.0 ± 0.0"
+    assert mean_and_spread(torch.tensor([[1.0, 0], [0, 0]])) == "25.0 ± 35.4"
+    assert mean_and_spread(torch.tensor([[1.0, 0]])) == "50.0"
 
 
-def test_python_m_recipes_lists_them_without_importing_torch() -> None:
-    code = "import sys, runpy; runpy.run_module('recipes', run_name='__main__'); assert 'torch' not in sys.modules"
-    listed = subprocess.check_output([sys.executable, "-c", code], text=True)
-    for preset in PRESETS:
-        assert f"python -m recipes.ema_vs_precise --preset {preset}" in listed
+def test_a_cloud_has_the_means_of_batches_with_the_weights_of_its_step(data: ImageData) -> None:
+    model, training = untrained()
+    trace = EMATrace()
+    trace.means = [torch.zeros(60)]
+    cloud = batch_mean_cloud(model, data, training, trace, batches=3)
+    assert cloud.batch_means[1].shape == (3, len(cloud.channels))
+    assert cloud.channels[8] == ("network.block1.bn1", 0)
+    images = torch.cat([images for images, _ in data.training_sample(60, torch.Generator())])
+    stem = model.get_submodule("network.conv")(images).transpose(0, 1).flatten(1)
+    assert cloud.batch_means[1][:, :8].mean(0) == pytest.approx(stem.mean(1).detach().numpy(), abs=1e-5)
+    assert cloud.std[1][:8] == pytest.approx(stem.std(1).detach().numpy(), rel=1e-3)
+    assert cloud.batch_means[1][:, :8].std(0).min() > 0, "three batches, three different means"
+
+
+def test_a_sweep_starts_every_draw_from_the_checkpoint(data: ImageData) -> None:
+    model, training = untrained()
+    sweep = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
+    assert {n: tuple(wrong.shape) for n, wrong in sweep.precise.items()} == {20: (2, 30), 60: (1, 30)}
+    again = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
+    assert torch.equal(sweep.ema, again.ema)
+    assert all(torch.equal(sweep.precise[n], again.precise[n]) for n in sweep.precise)
+
+
+def test_table_1_uses_the_checkpoints_at_thirty_percent_and_at_the_end() -> None:
+    assert [unconverged_and_final(n) for n in (100, 10, 2, 1)] == [[29, 99], [2, 9], [0, 1], [0]]

@@ -1,4 +1,4 @@
-"""Scenes are what they say, the same in every training, and COCO's are read as its authors wrote them."""
+"""Scenes are the same in every training, with boxes of their masks; COCO is read from its own files."""
 
 import json
 from pathlib import Path
@@ -37,14 +37,17 @@ def test_boxes_are_those_of_the_masks_and_do_not_overlap(data: SceneData) -> Non
             assert abs(columns.max() + 1 - columns.min() - (right - left)) <= 6
 
 
-def test_scenes_are_of_a_single_class_unless_asked_otherwise(data: SceneData) -> None:
+def test_scenes_have_one_class_and_the_default_sizes_unless_set_otherwise(data: SceneData) -> None:
     kinds = {index: len(set(data.train_set[index][1]["labels"].tolist())) for index in range(40)}
     assert set(kinds.values()) == {1}
-    mixed = SceneData(train_images=40, val_images=10, single_class=False).train_set
+    mixed = SceneData(train_images=40, val_images=10, single_class=False, object_sizes=(0.1, 0.75)).train_set
     assert max(len(set(mixed[index][1]["labels"].tolist())) for index in range(40)) > 2
+    boxes = torch.cat([mixed[index][1]["boxes"] for index in range(40)])
+    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 128
+    assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76, "as large as object_sizes"
 
 
-def test_validation_has_cut_outs_of_its_own(data: SceneData) -> None:
+def test_validation_has_other_cut_outs(data: SceneData) -> None:
     def contents(scenes: Any) -> set[bytes]:
         assert isinstance(scenes, ComposedScenes)
         return {one[..., 3].tobytes() for of_class in scenes.cut_outs for one in of_class}
@@ -53,7 +56,7 @@ def test_validation_has_cut_outs_of_its_own(data: SceneData) -> None:
     assert len(train) > 3900 and len(val) > 900 and not train & val
 
 
-def test_a_folder_of_transparent_pngs_gives_its_folders_as_classes(tmp_path: Path) -> None:
+def test_folders_of_transparent_pngs_are_classes(tmp_path: Path) -> None:
     pixels = np.zeros((20, 30, 4), dtype=np.uint8)
     pixels[5:15, 10:22] = 255
     for kind, count in (("animals", 16), ("few", 3)):
@@ -65,22 +68,15 @@ def test_a_folder_of_transparent_pngs_gives_its_folders_as_classes(tmp_path: Pat
     found = stamps(tmp_path)
     assert found.classes == ["animals"]
     assert (len(found.train[0]), len(found.val[0])) == (12, 4)
-    assert found.train[0][0].shape == (10, 12, 4), "trimmed to what is opaque"
+    assert found.train[0][0].shape == (10, 12, 4), "trimmed to the opaque part"
 
 
-def test_missing_stamps_say_which_package_brings_them(tmp_path: Path) -> None:
+def test_missing_stamps_are_an_error_that_names_the_package(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         stamps(tmp_path / "none")
     if not STAMPS.exists():
         with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
             stamps(STAMPS)
-
-
-def test_objects_are_as_large_as_asked_for() -> None:
-    scenes = SceneData(train_images=40, val_images=10, object_sizes=(0.1, 0.75)).train_set
-    boxes = torch.cat([scenes[index][1]["boxes"] for index in range(40)])
-    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) / 128
-    assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76
 
 
 @pytest.fixture
@@ -98,7 +94,7 @@ def coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_coco_gives_corners_labels_without_holes_and_masks_and_leaves_out_crowds(coco: Path) -> None:
+def test_coco_has_corners_labels_without_gaps_and_masks_but_no_crowds(coco: Path) -> None:
     data = SceneData(root=coco)
     assert data.num_classes == 3 and len(data.train_set) == 1  # type: ignore[arg-type]
     image, target = data.train_set[0]
@@ -107,8 +103,8 @@ def test_coco_gives_corners_labels_without_holes_and_masks_and_leaves_out_crowds
     assert target["masks"].shape == (1, 30, 40) and target["masks"].sum() == 10 * 12
 
 
-def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="the folder that COCO 2017 was unpacked in"):
+def test_a_folder_that_is_not_coco_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder of the unpacked COCO 2017"):
         Coco(tmp_path, "train")
 
 
@@ -118,9 +114,9 @@ def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
         ({"train_images": 0}, "data.train_images must be at least 1"),
         ({"val_images": -5}, "data.val_images must be at least 1"),
         ({"images_per_gpu": 0}, "data.images_per_gpu must be at least 1"),
-        ({"object_sizes": (-1, 0.2)}, "data.object_sizes must be parts of a scene's side"),
+        ({"object_sizes": (-1, 0.2)}, "data.object_sizes must be fractions"),
     ],
 )
-def test_impossible_amounts_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
+def test_impossible_amounts_are_errors_that_name_them(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SceneData(**settings)

@@ -1,4 +1,4 @@
-"""A saved W&B workspace whose first section shows where BN statistics drift."""
+"""A saved W&B workspace with the panels of `BNStatsMonitor` first."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ if TYPE_CHECKING:
 IMAGES = ("bn/heatmap", "bn/channels", "bn/lag_noise", "bn/overview")
 
 
-def wandb_workspace(entity: str, project: str) -> str:
-    """Saves a view of the project with the panels of `BNStatsMonitor` on top, and everything else below.
+def wandb_workspace(entity: str, *, project: str) -> str:
+    """Saves a view of a W&B project whose first section shows where BatchNorm statistics drift.
 
-    W&B's automatic workspace sorts panels by name and shows ten lines of one key each; this view puts the figures of
-    all layers together first, then all layers' gaps in one panel each, then the pictures with a slider over steps.
-    Every call saves another view of the same name. Needs a login (`wandb login`) and the extra `workspace`.
+    Each call saves another view of the same name. Needs `wandb login` and the extra `workspace`.
 
     Args:
         entity: The W&B user or team.
-        project: The project, as given to `WandbLogger(project=...)`.
+        project: The project, as in `WandbLogger(project=...)`.
 
     Returns:
-        The view's address.
+        The address of the view.
 
     Raises:
         ImportError: `wandb-workspaces` is not installed.
@@ -33,7 +31,7 @@ def wandb_workspace(entity: str, project: str) -> str:
 
 
 def drift_workspace(entity: str, project: str) -> Workspace:
-    """The view of `wandb_workspace`, not saved: nothing here needs a login or a network."""
+    """Builds the view of `wandb_workspace` without login or network."""
     try:
         from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser
         from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace
@@ -59,13 +57,7 @@ def drift_workspace(entity: str, project: str) -> Workspace:
         layers("variance gap of each layer (log ratio)", "bn_var_gap"),
         *(MediaBrowser(title=key, media_keys=[key], mode="gallery", gallery_axis="step") for key in IMAGES),
     ]
-    section = Section(
-        name="BatchNorm drift",
-        panels=panels,
-        is_open=True,
-        pinned=True,
-        layout_settings=SectionLayoutSettings(columns=3, rows=4),
-    )
-    return Workspace(
-        entity=entity, project=project, name="BatchNorm drift", sections=[section], auto_generate_panels=True
-    )
+    layout = SectionLayoutSettings(columns=3, rows=4)
+    name = "BatchNorm drift"
+    section = Section(name=name, panels=panels, is_open=True, pinned=True, layout_settings=layout)
+    return Workspace(entity=entity, project=project, name=name, sections=[section], auto_generate_panels=True)

@@ -1,4 +1,4 @@
-"""Reading back what `BNStatsMonitor` logged, from an offline W&B run, a TensorBoard log or a CSVLogger's folder."""
+"""Reads what `BNStatsMonitor` logged to an offline W&B run, a TensorBoard log or a CSVLogger's folder."""
 
 import csv
 import json
@@ -15,13 +15,12 @@ from typing import Any
 
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 
-PREFIX = "bn"
-"""What all keys of a monitor start with; whatever else the run logged is not read."""
+_RUN_KEYS = {"name": "display_name", "project": "project", "id": "run_id", "host": "host", "start": "start_time"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A logged table, or the names of the layers: then its first column is called ``index``."""
+    """A logged table. The first column of a table of layer names is ``index``."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -29,16 +28,16 @@ class Table:
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run as it was logged: the keys that start with ``bn``, under the names they were logged by."""
+    """What a monitor logged in a run, by key; lists are in the order of logging."""
 
     about: dict[str, str]
-    """What run it is, to be shown."""
+    """Label -> text, printed at the top of the page."""
     scalars: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Key -> (step, value), in the order they were logged."""
+    """Key -> (step, value)."""
     images: dict[str, list[tuple[int, bytes]]] = field(default_factory=lambda: defaultdict(list))
-    """Key -> (step, contents of a PNG file), in the order they were logged."""
+    """Key -> (step, contents of a PNG file)."""
     tables: dict[str, Table] = field(default_factory=dict)
-    """Key -> the table that was logged last."""
+    """Key -> the last table."""
 
 
 def read_run(path: str | PathLike[str]) -> LoggedRun:
@@ -50,7 +49,7 @@ def read_run(path: str | PathLike[str]) -> LoggedRun:
 
     Raises:
         ValueError: `path` is none of the three, or W&B cannot read its run.
-        ImportError: It is a TensorBoard log, and `tensorboard` is not installed.
+        ImportError: `path` is a TensorBoard log, and `tensorboard` is not installed.
     """
     folder = Path(path)
     kinds: tuple[tuple[str, str, Callable[[Path], LoggedRun]], ...] = (
@@ -60,10 +59,10 @@ def read_run(path: str | PathLike[str]) -> LoggedRun:
     )
     for _, pattern, read in kinds:
         if any(folder.glob(pattern)):
-            return _of_monitors(read(folder))
-    looked_for = ", ".join(f"{pattern} ({kind})" for kind, pattern, _ in kinds)
-    there = "no such folder" if not folder.is_dir() else ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-    raise ValueError(f"No run at {folder}: looked there for {looked_for}, and found: {there or 'an empty folder'}.")
+            return _only_monitors(read(folder))
+    patterns = ", ".join(f"{pattern} ({kind})" for kind, pattern, _ in kinds)
+    files = "no such folder" if not folder.is_dir() else ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+    raise ValueError(f"No run at {folder}: looked for {patterns}, but found: {files or 'an empty folder'}.")
 
 
 def _read_wandb(folder: Path) -> LoggedRun:
@@ -71,36 +70,34 @@ def _read_wandb(folder: Path) -> LoggedRun:
     for record in _wandb_records(folder):
         if "exit" in record:
             run.about["state"] = "finished"
-        if "run" in record:
-            known = {
-                "name": "display_name",
-                "project": "project",
-                "id": "run_id",
-                "host": "host",
-                "start": "start_time",
-            }
-            run.about.update({label: str(record["run"][key]) for label, key in known.items() if record["run"].get(key)})
-        config = (record.get("run") or {}).get("config") or record.get("config") or {}
+        settings = record.get("run") or {}
+        run.about.update({label: str(settings[key]) for label, key in _RUN_KEYS.items() if settings.get(key)})
+        config = settings.get("config") or record.get("config") or {}
         for key, value in (config.get("update") or {}).items():
-            if _ours(key) and isinstance(value, dict) and all(isinstance(about, dict) for about in value.values()):
-                run.tables[key] = _names(value)
-        item = record.get("history", {}).get("item", {})
-        step = int(item.get("trainer/global_step", item.get("_step", 0)))
-        for key, value in item.items():
-            name, _, part = key.rpartition("._")
-            if _ours(key) and part == "type" and value in ("images/separated", "image-file"):
-                files = item.get(f"{name}.filenames") or [item[f"{name}.path"]]
-                run.images[name] += [(step, (folder / "files" / file).read_bytes()) for file in files]
-            elif _ours(key) and part == "type" and value == "table-file":
-                table = json.loads((folder / "files" / item[f"{name}.path"]).read_text(encoding="utf-8"))
-                run.tables[name] = Table(table["columns"], table["data"])
-            elif _ours(key) and _is_number(value) and f"{key.rpartition('.')[0]}._type" not in item:  # not of a picture
-                run.scalars[key].append((step, float(value)))
+            if _is_ours(key) and isinstance(value, dict) and all(isinstance(about, dict) for about in value.values()):
+                run.tables[key] = _names_table(value)
+        _read_wandb_row(run, folder / "files", record.get("history", {}).get("item", {}))
     return run
 
 
+def _read_wandb_row(run: LoggedRun, files: Path, item: Mapping[str, Any]) -> None:
+    step = int(item.get("trainer/global_step", item.get("_step", 0)))
+    for key, value in item.items():
+        if not _is_ours(key):
+            continue
+        name, _, part = key.rpartition("._")  # a file is logged as several keys: its type, path, size, ...
+        if part == "type" and value in ("images/separated", "image-file"):
+            names = item.get(f"{name}.filenames") or [item[f"{name}.path"]]
+            run.images[name] += [(step, (files / file).read_bytes()) for file in names]
+        elif part == "type" and value == "table-file":
+            table = json.loads((files / item[f"{name}.path"]).read_text(encoding="utf-8"))
+            run.tables[name] = Table(table["columns"], table["data"])
+        elif _is_number(value) and f"{key.rpartition('.')[0]}._type" not in item:
+            run.scalars[key].append((step, float(value)))
+
+
 def _wandb_records(folder: Path) -> Iterator[dict[str, Any]]:
-    # A command of W&B's, because the Python reader of its files was removed in 0.31.
+    # Use W&B's command, because W&B 0.31 removed the Python reader of its files.
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     empty = True
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
@@ -109,13 +106,13 @@ def _wandb_records(folder: Path) -> Iterator[dict[str, Any]]:
             empty = False
             if '"type":"summary"' not in line[:60]:  # repeats every row of the history
                 yield json.loads(line)
-        said = process.stderr.read().strip()[-500:]
+        message = process.stderr.read().strip()[-500:]
     if process.returncode or empty:
-        raise ValueError(f"W&B cannot read the run at {folder}: {said or 'it holds nothing yet; is it still running?'}")
+        raise ValueError(f"W&B cannot read the run at {folder}: {message or 'it is empty; is it still running?'}")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether W&B's JSON holds a number here; those that JSON lacks are texts."""
+    # W&B writes the numbers that JSON lacks as texts.
     return (isinstance(value, int | float) and not isinstance(value, bool)) or value in ("NaN", "Infinity", "-Infinity")
 
 
@@ -126,16 +123,15 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
         raise ImportError(
             f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
         ) from error
-    keep_all = dict.fromkeys(("scalars", "images", "tensors"), 0)
-    events = EventAccumulator(str(folder), size_guidance=keep_all).Reload()
+    events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)).Reload()
     tags = events.Tags()
     start = datetime.fromtimestamp(events.FirstEventTimestamp(), timezone.utc)
     run = LoggedRun({"logger": "TensorBoard", "name": _name_of(folder), "start": f"{start:%Y-%m-%dT%H:%M:%SZ}"})
-    for key in filter(_ours, tags["scalars"]):
+    for key in filter(_is_ours, tags["scalars"]):
         run.scalars[key] = [(event.step, event.value) for event in events.Scalars(key)]
-    for key in filter(_ours, tags["images"]):
+    for key in filter(_is_ours, tags["images"]):
         run.images[key] = [(event.step, event.encoded_image_string) for event in events.Images(key)]
-    for key in filter(_ours, tags["tensors"]):
+    for key in filter(_is_ours, tags["tensors"]):
         text = events.Tensors(key)[-1].tensor_proto.string_val
         if key.endswith("/text_summary") and text and text[0].startswith(b"|"):
             lines = [_cells(line) for line in text[0].decode().splitlines()]
@@ -144,7 +140,6 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
 
 
 def _cells(line: str) -> list[str]:
-    """A line of a table in Markdown; `|` inside a cell is written with a backslash."""
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
@@ -152,35 +147,30 @@ def _read_csv(folder: Path) -> LoggedRun:
     run = LoggedRun({"logger": "CSVLogger", "name": _name_of(folder)})
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            for key in filter(_ours, row):
+            for key in filter(_is_ours, row):
                 if row[key]:
                     run.scalars[key].append((int(row["step"]), float(row[key])))
-    pictures = [
-        (path.relative_to(folder / "figures"), path)
-        for path in (folder / "figures").rglob("*.png")
-        if re.fullmatch(r".*-\d+", path.stem)
-    ]
-    for relative, path in sorted(pictures, key=lambda pair: int(pair[0].stem.rpartition("-")[2])):
-        key = (relative.parent / relative.stem.rpartition("-")[0]).as_posix()
-        if _ours(key):
-            run.images[key].append((int(relative.stem.rpartition("-")[2]), path.read_bytes()))
-    for path in sorted((folder / "figures").rglob("*_layers.json")):
-        key = path.relative_to(folder / "figures").with_suffix("").as_posix()
-        if _ours(key):
-            run.tables[key] = _names(json.loads(path.read_text(encoding="utf-8")))
+    for path in (folder / "figures").rglob("*.png"):
+        key, _, number = path.relative_to(folder / "figures").with_suffix("").as_posix().rpartition("-")
+        if _is_ours(key) and number.isdigit():
+            run.images[key].append((int(number), path.read_bytes()))
+    for images in run.images.values():
+        images.sort()
+    for path in sorted((folder / "figures").rglob("bn*_layers.json")):
+        run.tables[path.stem] = _names_table(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(folder.rglob("*.csv")):
         key = path.relative_to(folder).with_suffix("").as_posix()
-        if _ours(key):
+        if _is_ours(key):
             with path.open(newline="", encoding="utf-8") as file:
                 columns, *rows = [*csv.reader(file)] or [[]]
             run.tables[key] = Table(columns, rows)
     return run
 
 
-def _of_monitors(run: LoggedRun) -> LoggedRun:
-    """Without what others logged under keys that only look alike."""
+def _only_monitors(run: LoggedRun) -> LoggedRun:
+    """Removes what others logged under similar keys: a monitor's prefix is one under which aggregates were logged."""
     aggregates = re.compile(rf"(bn\w*)_agg/({'|'.join(AGGREGATES)})")
-    prefixes = "|".join({found[1] for key in run.scalars if (found := aggregates.fullmatch(key))})
+    prefixes = "|".join({match[1] for key in run.scalars if (match := aggregates.fullmatch(key))})
     ours = re.compile(rf"({prefixes})(_({'|'.join(('agg', *QUANTITIES))})/.+|/\w+|_layers)" if prefixes else r"(?!)")
     for part in (run.scalars, run.images, run.tables):
         for key in [key for key in part if not ours.fullmatch(key)]:
@@ -188,15 +178,15 @@ def _of_monitors(run: LoggedRun) -> LoggedRun:
     return run
 
 
-def _ours(key: str | None) -> bool:
-    return key is not None and key.startswith(PREFIX)
+def _is_ours(key: str | None) -> bool:
+    return key is not None and key.startswith("bn")
 
 
 def _name_of(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-2:])
 
 
-def _names(names: Mapping[str, Mapping[str, Any]]) -> Table:
+def _names_table(names: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = list(dict.fromkeys(column for about in names.values() for column in about))
-    ordered = sorted(names, key=lambda index: (len(index), index))
+    ordered = sorted(names, key=lambda index: (len(index), index))  # as numbers, if they are some
     return Table(["index", *columns], [[index, *(names[index].get(c, "") for c in columns)] for index in ordered])
