@@ -1,4 +1,4 @@
-"""Heads and truths for domain-specific BN: torchvision's heads, and each row of Table 5 written out by hand."""
+"""References for domain-specific BN: torchvision's heads, and each row of Table 5 written out by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, 
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 CHANNELS = 4
-OWNERS = ["classification_head", "regression_head"]
+LEVEL_MODULES = ["classification_head", "regression_head"]
 ROWS = {
     1: ("shared", "shared", "shared"),
     2: ("shared", "domain", "shared"),
@@ -33,7 +33,7 @@ def choices(row: int) -> dict[str, Any]:
 
 
 def retinanet_head() -> RetinaNetHead:
-    return _wakened(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
+    return _with_large_weights(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
 
 
 def fcos_head() -> FCOSHead:
@@ -41,14 +41,14 @@ def fcos_head() -> FCOSHead:
     kwargs = {"num_convs": 2, "norm_layer": nn.BatchNorm2d}
     head.classification_head = FCOSClassificationHead(CHANNELS, 2, 3, **kwargs)
     head.regression_head = FCOSRegressionHead(CHANNELS, 2, **kwargs)
-    return _wakened(head)
+    return _with_large_weights(head)
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {"RetinaNet": retinanet_head, "FCOS": fcos_head}
 
 
-def _wakened(head: nn.Module) -> Any:
-    """In float64, with weights large enough that something happens."""
+def _with_large_weights(head: nn.Module) -> Any:
+    """In float64, with random weights and statistics."""
     torch.manual_seed(0)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -129,7 +129,7 @@ class Unrolled(nn.Module):
         super().__init__()
         self.head = copy.deepcopy(head)
         self.by_hand: dict[str, ByHand] = {}
-        for name in OWNERS:
+        for name in LEVEL_MODULES:
             tower = self.head.get_submodule(name).conv
             self.by_hand[name] = ByHand(tower, row, number)
 
