@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bn import find_bn, precise_bn
 from tests.functional.domains import HEADS, LEVEL_MODULES, ROWS, levels
-from tests.functional.test_domain_bn import given
+from tests.functional.test_domain_bn import add_domains
 
 
 def batches() -> list[list[Tensor]]:
@@ -67,7 +67,7 @@ def truth(head: nn.Module, row: int, shown: list[list[list[Tensor]]]) -> dict[st
 @torch.no_grad()
 def test_levels_are_measured_as_they_are_trained(head: Any, row: int, together: bool) -> None:
     head = HEADS[head]()
-    handle = given(head, row)
+    handle = add_domains(head, row)
     for layer in find_bn(head).values():
         for p in layer.parameters():
             p += 0.1 * torch.randn(p.shape, dtype=p.dtype)
