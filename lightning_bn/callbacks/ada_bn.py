@@ -19,11 +19,18 @@ from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
 from lightning_bn.trainer.context import PassContext
-from lightning_bn.trainer.evaluation import evaluate_isolated, has_batches, num_dataloaders, stage_of
+from lightning_bn.trainer.evaluation import (
+    TargetForward,
+    check_step_takes_batch,
+    evaluate_isolated,
+    has_batches,
+    measure_target,
+    num_dataloaders,
+    stage_of,
+)
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
 from lightning_bn.trainer.passes import check_sharding
-from lightning_bn.trainer.target_pass import TargetForward, check_step_takes_batch, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
@@ -34,8 +41,8 @@ class AdaBNCallback(BatchNormCallback):
     for bit. Inside a fit nothing happens.
 
     When it helps: the inputs have shifted since training and the classes have not (error 40.8 -> 33.1 % at a contrast
-    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples, and after
-    training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
+    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples,
+    and after training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
 
     Args:
         num_samples: Samples of each dataloader, of all ranks together, in whole batches from its start; None for all,
@@ -116,17 +123,14 @@ class AdaBNCallback(BatchNormCallback):
         self._adapting: Adapting | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move behind PreciseBNCallback in the list, whose statistics are the source's."""
-        if stage != "fit":
+        if stage != "fit":  # PreciseBNCallback's statistics are the source's
             self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         storing_layers(pl_module, self.layers)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration, and find the layers to adapt."""
         if trainer.state.fn not in self.stages:  # as "fit" is not
             return
         self._check_overlap(trainer, pl_module)
@@ -142,7 +146,6 @@ class AdaBNCallback(BatchNormCallback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Adapt the layers before the first batch of each dataloader."""
         if self._context is None:
             return
         self._measure_once(self._context)
@@ -152,7 +155,6 @@ class AdaBNCallback(BatchNormCallback):
             self._adapting.samples += self._batch_size_fn(batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the original statistics."""
         if self._context is not None:
             self._measure_once(self._context)  # a rank without batches takes part in the collectives here
         self._undo()
@@ -162,15 +164,12 @@ class AdaBNCallback(BatchNormCallback):
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the original statistics."""
         self._undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the original statistics, should another callback have raised."""
         self._undo()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no handle."""
         return {**vars(self), "_context": None, "_dataloader_idx": None, "_handle": None, "_adapting": None}
 
     def _measure_once(self, context: PassContext) -> None:

@@ -80,16 +80,13 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         self._warned: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the one-time warnings."""
         self._warned = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         storing_layers(pl_module, self.layers)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the behavior to the chosen layers."""
         stage = "validate" if trainer.state.fn == "fit" else trainer.state.fn
         if stage not in self.stages or trainer.sanity_checking:
             return
@@ -126,7 +123,6 @@ class MiniBatchInferenceCallback(BatchNormCallback):
             )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach the behavior, and report inputs that were too small."""
         if self._handle is None:
             return
         self.fallbacks, *_ = sum_over_ranks([self._handle.fallbacks], pl_module.device)
@@ -144,15 +140,12 @@ class MiniBatchInferenceCallback(BatchNormCallback):
     on_validation_end = on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach the behavior."""
         self._undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach the behavior, should another callback have raised."""
         self._undo()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no handle."""
         return {**vars(self), "_handle": None}
 
     def _warn_once(self, message: str, key: str = "") -> None:

@@ -64,6 +64,7 @@ class PreciseBNCallback(RecomputeCallback):
 
     Attributes:
         result: The statistics of the last pass, or None.
+        config: The arguments of the pass, as a `PassConfig`.
         on_error: ``"warn"``: if a pass fails after a first one has succeeded, warn, keep the running statistics, count
             it as ``precise_bn/failed`` and continue. ``"raise"`` ends the fit. Set it on the callback.
 

@@ -27,7 +27,7 @@ def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers =
     | BatchNorm | the samples of one device's batch |
     | under `sync_bn`, or torch's SyncBatchNorm | these, times the ranks that share statistics |
     | under `ghost_bn` | the samples of the largest group |
-    | under `domain_bn` with ``train_statistics="domain"`` and domains per sample | those of the batch's largest domain |
+    | under `domain_bn` with ``train_statistics="domain"`` and domains per sample | its largest domain's |
     | frozen by `freeze_bn`, or in eval mode | NaN: it uses the population statistics |
 
     Gradient accumulation and the number of devices do not change it. It counts samples: a layer in a detector's head

@@ -33,7 +33,7 @@ class Frozen(Behavior):
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Whether statistics are frozen by `freeze_bn`, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
+    """Whether statistics are frozen by `freeze_bn`, or by `BaseFinetuning`, which switches tracking off."""
     return has_behavior(layer, "frozen") or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

@@ -11,11 +11,7 @@ from lightning_bn.trainer.compat import averaged_model, swap_averaged_model, wei
 
 
 def check_before_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Raise if ``callback`` is before a WeightAveraging callback in the list.
-
-    Raises:
-        ValueError: Naming the two to swap.
-    """
+    """Raise ValueError if ``callback`` is before a WeightAveraging callback in the list."""
     order = trainer.callbacks  # type: ignore[attr-defined]
     for averager in weight_averagers(trainer):
         if order.index(averager) > order.index(callback):
@@ -27,11 +23,7 @@ def check_before_averaging(trainer: Trainer, callback: Callback) -> None:
 
 
 def check_with_swa(trainer: Trainer, callback: Callback) -> None:
-    """Raise if there is a StochasticWeightAveraging, which resets all running statistics at the end of the fit.
-
-    Raises:
-        ValueError: Naming the alternative.
-    """
+    """Raise ValueError if there is a StochasticWeightAveraging."""
     kinds = {c.__name__ for other in trainer.callbacks for c in type(other).__mro__}  # type: ignore[attr-defined]
     if "StochasticWeightAveraging" in kinds:
         raise ValueError(

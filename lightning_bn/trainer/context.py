@@ -37,11 +37,7 @@ class PassContext:
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule, layers: Layers) -> PassContext:
-        """The context of a pass that begins now, over the layers that the patterns match.
-
-        Raises:
-            ValueError: If no such layer stores statistics.
-        """
+        """The context of a pass that begins now, over the layers that the patterns match."""
         modes = modes_of_training(trainer, module)
         return cls(trainer, module, modes, estimable_layers(module, layers, modes.__getitem__))
 
@@ -80,7 +76,7 @@ def set_modes(
         estimated: Layers whose statistics are estimated.
 
     Yields:
-        A function to call before each forward: it undoes what the forward before has set.
+        A function to call before each forward, because steps set modes.
     """
     estimated = set(estimated)
     wanted = {m: m in estimated or (mode and like_training and _mode_may_change_output(m)) for m, mode in modes.items()}

@@ -1,15 +1,20 @@
-"""Evaluation under a behavior: what the module would log if its layers did something else, without a trace of it."""
+"""Second readings of the dataloaders that are evaluated now, to measure statistics or to evaluate under a behavior."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
+from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import NoStopIteration
+from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.precise import call_model
 from lightning_bn.trainer.compat import (
     MetricsCollector,
     combination_mode,
@@ -19,8 +24,14 @@ from lightning_bn.trainer.compat import (
     run_hook,
     step_arguments,
 )
-from lightning_bn.trainer.context import batch_domain
+from lightning_bn.trainer.context import PassContext, batch_domain, set_modes
 from lightning_bn.trainer.isolation import isolate
+from lightning_bn.trainer.loaders import evaluation_batches
+from lightning_bn.trainer.logging import progress_of
+from lightning_bn.trainer.passes import PassResult, gaps_from_running_stats
+
+TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
+"""How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
 
 _STEP_CONTEXTS = {
     "validation": "val_step_context",
@@ -42,14 +53,11 @@ def evaluate_isolated(
     empty. Everything is restored afterwards, see `isolate`.
 
     Args:
-        behavior: Entered meanwhile, such as a handle; ``contextlib.nullcontext()`` for the model as it is.
+        behavior: Entered meanwhile, such as a handle.
         trainer: The Trainer, while it validates or tests.
         module: Its module.
-        batches: Each batch with its index and that of its dataloader, as from `evaluation_batches`.
+        batches: From `evaluation_batches`.
         prefix: In front of each key: ``prefix/key``.
-
-    Raises:
-        RuntimeError: If the Trainer neither validates nor tests, or if a step raises StopIteration.
     """
     stage = stage_of(trainer)
     if stage == "predict":
@@ -72,7 +80,7 @@ def evaluate_isolated(
             arguments = _hook_arguments(trainer, batch, batch_idx, dataloader_idx).values()
             collector.start_batch(batch, dataloader_idx if num_dataloaders(trainer) > 1 else None)
             run_hook(trainer, module, f"on_{stage}_batch_start", *arguments)
-            output = run_step(trainer, module, batch, batch_idx, dataloader_idx)
+            output = _run_step(trainer, module, batch, batch_idx, dataloader_idx)
             run_hook(trainer, module, f"on_{stage}_batch_end", output, *arguments)
             collector.end_batch()
         collector.end_dataloader()
@@ -82,12 +90,55 @@ def evaluate_isolated(
         return {f"{prefix}/{key}": float(value) for key, value in collector.metrics.items()}
 
 
-def stage_of(trainer: Trainer) -> str:
-    """``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks.
+def measure_target(
+    context: PassContext,
+    dataloader_idx: int,
+    num_samples: int | None,
+    forward: TargetForward,
+    batch_size_fn: BatchSizeFn | None,
+) -> PassResult:
+    """Measure the population statistics of one of the dataloaders that are evaluated now; of all if combined."""
+    trainer, module = context.trainer, context.module
+    if forward == "evaluation_step":
+        check_step_takes_batch(trainer, module, "forward='forward' or a function of module and batch")
+    samples = as_batch_size_fn(batch_size_fn)
 
-    Raises:
-        RuntimeError: While nothing is evaluated.
-    """
+    def run(item: tuple[Any, int, int]) -> None:
+        batch, _, loader = item
+        begin()
+        with fixed():
+            if forward == "evaluation_step":
+                _run_step(trainer, module, *item)
+            else:
+                with trainer.precision_plugin.forward_context(), batch_domain(trainer, batch, loader):
+                    (forward if callable(forward) else call_model)(module, batch)
+
+    assert trainer.state.stage is not None
+    started = time.perf_counter()
+    with (
+        isolate(trainer, module, trainer.state.stage) as fixed,
+        set_modes(dict.fromkeys(module.modules(), False), False, estimated=()) as begin,
+        evaluation_batches(trainer, module, dataloader_idx) as batches,
+        NoStopIteration("The forward over target batches"),
+    ):
+        config = PassConfig(num_samples, "loader", batch_size_fn=lambda item: samples(item[0]))
+        progress = progress_of(trainer, "AdaBN")
+        statistics = measure(context.layers, batches, run, config, of_training=False, progress=progress)
+    moved = {name: gaps_from_running_stats(context.layers[name], new) for name, new in statistics.items()}
+    return PassResult(statistics, moved, time.perf_counter() - started)
+
+
+def check_step_takes_batch(trainer: Trainer, module: LightningModule, alternative: str) -> None:
+    """Raise ValueError for an evaluation step that fetches its batches itself, naming the ``alternative``."""
+    step = f"{stage_of(trainer)}_step"
+    if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{type(module).__name__}.{step} takes a dataloader_iter and fetches batches itself: pass {alternative}."
+        )
+
+
+def stage_of(trainer: Trainer) -> str:
+    """``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks."""
     if trainer.testing or trainer.predicting:
         return "test" if trainer.testing else "predict"
     if trainer.validating or trainer.sanity_checking:
@@ -106,8 +157,7 @@ def has_batches(trainer: Trainer, dataloader_idx: int) -> bool:
     return bool(evaluation_loop(trainer).max_batches[dataloader_idx] > 0)
 
 
-def run_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-    """Run the module's evaluation step as the loop does."""
+def _run_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
     stage = stage_of(trainer)
     arguments = step_arguments(trainer, f"{stage}_step", _hook_arguments(trainer, batch, batch_idx, dataloader_idx))
     with getattr(trainer.precision_plugin, _STEP_CONTEXTS[stage])(), batch_domain(trainer, batch, dataloader_idx):

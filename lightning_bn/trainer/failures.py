@@ -20,11 +20,7 @@ OnError: TypeAlias = Literal["warn", "raise"]
 
 
 def check_on_error(on_error: Any) -> None:
-    """Raise for a value that is not in `OnError`.
-
-    Raises:
-        ValueError: Naming it.
-    """
+    """Raise ValueError for a value that is not in `OnError`."""
     if on_error not in ("warn", "raise"):
         raise ValueError(f"on_error must be 'warn' or 'raise' but is {on_error!r}.")
 
@@ -52,21 +48,13 @@ class Failures:
 
     Once a pass has succeeded, a failed one warns, once for each cause. Out of memory, Ctrl-C and exits are always
     raised.
-
-    Attributes:
-        owner: Class name of the callback.
-        key: Metric key of the number of failed passes.
-        consequence: What happens to the statistics after a failure, for the warning.
-        on_error: Whether to warn or to raise.
-        succeeded: Whether a pass has succeeded; True from the start if the first one may fail, too.
-        count: Failed passes so far.
     """
 
-    owner: str
-    key: str
-    consequence: str
+    owner: str  # class name of the callback
+    key: str  # metric key of the number of failed passes
+    consequence: str  # what happens to the statistics after a failure, for the warning
     on_error: OnError
-    succeeded: bool = False
+    succeeded: bool = False  # a pass has succeeded; True from the start if the first one may fail, too
     count: int = 0
     _warned: set[str] = field(default_factory=set)
 

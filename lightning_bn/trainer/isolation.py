@@ -39,13 +39,8 @@ def isolate(
 
     Restored are parameters and their gradients, modes, buffers, submodules, hooks, torchmetrics states, other
     attributes of every module (containers one level deep), and random number generators: Python's, NumPy's, torch's on
-    every device, and those that module and data module hold. Loggers and `self.log` are muted.
-
-    Args:
-        trainer: The Trainer.
-        module: Its module.
-        stage: The stage that the Trainer reports. Augmentation on the device asks for training, the default.
-        may_log: Leave `self.log` alone, for a `MetricsCollector`.
+    every device, and those that module and data module hold. Loggers are muted, and so is `self.log` unless
+    ``may_log``. The Trainer reports ``stage``: augmentation on the device asks for training.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_rng_state())
@@ -56,9 +51,6 @@ def isolate(
         fixed = stack.enter_context(_preserve_parameters(module))
         stack.enter_context(_preserve_modules(module, may_log))
         yield fixed
-
-
-# --- Loggers ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -83,9 +75,6 @@ class _MutedLogger(DummyLogger):
     log_dir: Any = property(lambda self: self._logger.log_dir)
     name: Any = property(lambda self: self._logger.name)
     version: Any = property(lambda self: self._logger.version)
-
-
-# --- Modules ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -140,16 +129,11 @@ def _noop(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-# --- Parameters ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _preserve_parameters(module: nn.Module) -> Iterator[FixedModel]:
-    """Point parameters to copies of their values meanwhile: a momentum encoder's step changes them, for instance.
-
-    The objects stay the same, since optimizers and DDP hold them. The original values are not written to, since an
-    autograd graph may need them. The price is a second copy of the weights during a pass.
-    """
+    """Point parameters to copies of their values meanwhile: a momentum encoder's step changes them, for instance."""
+    # The objects stay the same, since optimizers and DDP hold them. The original values are not written to, since an
+    # autograd graph may need them. The price is a second copy of the weights during a pass.
     parameters = [*module.parameters(), *filter(is_lazy, module.buffers())]
     before = [(p, type(p), p.data, p.grad, p.requires_grad) for p in parameters]
     try:
@@ -240,8 +224,6 @@ def _clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
             copies.append(twin.set_(shared[storage._cdata], t.storage_offset(), t.shape, t.stride()))
     return copies
 
-
-# --- Random number generators and other stateful objects -------------------------------------------------------------
 
 CONTAINERS = (list, dict, set, deque)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)

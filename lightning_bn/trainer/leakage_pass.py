@@ -29,9 +29,7 @@ _MIN_BATCHES = 4
 class BatchReservoir:
     """A random sample of the batches of an epoch, copied to the CPU (reservoir sampling).
 
-    Args:
-        num_batches: Number of batches to hold.
-        seed: Ranks with the same seed hold batches of the same steps.
+    Ranks with the same seed hold batches of the same steps.
     """
 
     def __init__(self, num_batches: int, seed: int) -> None:
@@ -46,11 +44,7 @@ class BatchReservoir:
         return len(self._batches)
 
     def keep(self, batch: Any) -> None:
-        """Keep a copy of a batch, in place of another, or ignore it. Call before the training step can change it.
-
-        Raises:
-            TypeError: If the batch cannot be copied.
-        """
+        """Keep a copy of a batch, in place of another, or ignore it. Call before the training step can change it."""
         place = self._num_seen if self.held < self.num_batches else self._random.randrange(self._num_seen + 1)
         self._num_seen += 1
         if place < self.num_batches:
@@ -64,12 +58,7 @@ class BatchReservoir:
 class LeakagePass:
     """Keeps batches of an epoch, and tests at its end whether they were composed at random.
 
-    Args:
-        num_samples: Samples to keep of an epoch, of all ranks together, in four batches or more.
-        forward: How a batch reaches the model.
-        layers: Glob patterns over the layers to test.
-        batch_size_fn: Number of samples in a batch; None infers it.
-        max_bytes: Maximum size of the kept batches on each rank.
+    It keeps ``num_samples`` of all ranks, in four batches or more, and at most ``max_bytes`` on each rank.
     """
 
     def __init__(
@@ -87,12 +76,7 @@ class LeakagePass:
         self._error: Exception | None = None
 
     def check(self, module: LightningModule, trainer: Trainer) -> None:
-        """Validate model and strategy before training starts.
-
-        Raises:
-            ValueError: For a module that cannot be run in isolation, or without layers to test.
-            RuntimeError: For a strategy that shards the model.
-        """
+        """Validate model and strategy before training starts."""
         storing_layers(module, self.layers)
         check_sharding(trainer)
         check_forward(self.forward, module, "BatchLeakageMonitor")
@@ -133,11 +117,7 @@ class LeakagePass:
         reservoir.keep(batch)
 
     def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage:
-        """Test the kept batches on the current model. All ranks do, or all raise.
-
-        Raises:
-            Exception: Whatever prevents it, on this rank or another.
-        """
+        """Test the kept batches on the current model. All ranks do, or all raise."""
         with agreed(module.device):
             if self._error is not None:
                 raise self._error
@@ -162,16 +142,8 @@ def compare_statistics(
 ) -> dict[str, float]:
     """Validation metrics with population and with mini-batch statistics, and with the latter in training's pattern.
 
-    Args:
-        trainer: The Trainer, while it validates.
-        module: Its module.
-        layers: Glob patterns over the layers that use mini-batch statistics.
-        same_pattern: From the Trainer to a loader of validation samples, batched as in training; None for none.
-        prefix: In front of ``/population/key``, ``/mini_batch/key`` and ``/same_pattern/key``.
-
-    Raises:
-        ValueError: If that loader has no batches.
-        RuntimeError: If another rank met an error.
+    ``same_pattern`` returns, from the Trainer, a loader of validation samples that are batched as in training. The keys
+    begin with ``prefix`` and ``/population``, ``/mini_batch`` or ``/same_pattern``.
     """
     metrics: dict[str, float] = {}
     with agreed(module.device):

@@ -37,9 +37,6 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
 
     In a fit the Trainer's own loader is read, with its sampler and limits; otherwise the loader of module or data
     module, sharded over ranks.
-
-    Raises:
-        ValueError: If reading the loader would disturb the training, or if there is none.
     """
     if trainer.state.fn != "fit":
         with loader_batches(trainer, module, own_train_dataloader(trainer, module), shard=True) as batches:
@@ -63,11 +60,7 @@ def evaluation_batches(
 ) -> Iterator[Iterator[tuple[Any, int, int]]]:
     """This rank's batches of the evaluated loaders, or of one of them, from fresh iterators, on the device.
 
-    Yields:
-        An iterator of each batch, its index in its loader, and the index of the loader (0 for combined loaders).
-
-    Raises:
-        ValueError: If reading a loader a second time would disturb the evaluation.
+    Each comes with its index in its loader, and the index of the loader, which is 0 for combined loaders.
     """
     live = evaluation_loaders(trainer)
     sequential = combination_mode(live) == "sequential"
@@ -100,13 +93,9 @@ def evaluation_batches(
 def loader_batches(
     trainer: Trainer, module: LightningModule, loader: Iterable[Any], shard: bool
 ) -> Iterator[Iterator[Any]]:
-    """This rank's batches of a loader of the user, on the device.
+    """This rank's batches of a loader of the user, on the device; with ``shard``, every n-th batch.
 
-    Args:
-        trainer: The Trainer, whose ranks share the batches.
-        module: Its module, whose batch transfer hooks run.
-        loader: Any iterable of batches, or a mapping of them, which is combined as Lightning does.
-        shard: Whether each rank takes every n-th batch, or all of them.
+    A mapping of loaders is combined as Lightning does.
     """
     ranks = get_world_size() if shard else 1
     if ranks > 1:  # all ranks must shuffle alike
@@ -122,11 +111,7 @@ def loader_batches(
 
 
 def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-    """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``.
-
-    Raises:
-        ValueError: If there is none, or if it fails in that stage.
-    """
+    """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``."""
     assert trainer.state.fn is not None
     verb = trainer.state.fn.value
     for owner in (getattr(trainer, "datamodule", None), module):
@@ -149,12 +134,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
 
 
 class ReplayBuffer:
-    """The last training batches, on the CPU, as many as hold a number of samples.
-
-    Args:
-        num_samples: Samples to hold on this rank.
-        max_bytes: Maximum size of the held batches.
-    """
+    """The last training batches of this rank, on the CPU, as many as hold ``num_samples``."""
 
     def __init__(self, num_samples: int, max_bytes: int) -> None:
         self.num_samples = num_samples
@@ -167,12 +147,7 @@ class ReplayBuffer:
         return sum(samples for _, samples in self._batches)
 
     def keep(self, batch: Any, samples: int) -> None:
-        """Keep a copy of a batch, before the training step can change it, and drop the oldest that is not needed.
-
-        Raises:
-            ValueError: If so many samples of this size do not fit.
-            TypeError: If the batch cannot be copied.
-        """
+        """Keep a copy of a batch, before the training step can change it; drop the oldest that is not needed."""
         if samples < 1:
             return
         num_bytes = bytes_of(batch)
@@ -195,13 +170,9 @@ class ReplayBuffer:
 def check_loader_reiterable(
     loaders: Sequence[Any],
     kind: str = "train dataloader",
-    alternative: str = "Use source='replay', or source=FromLoader(fn), with a function from the Trainer to another loader.",
+    alternative: str = "Use source='replay', or source=FromLoader(fn) with a function from the Trainer to a loader.",
 ) -> None:
-    """Raise for a loader that cannot be read a second time while it is being read.
-
-    Raises:
-        ValueError: Naming the loader, the reason, and the ``alternative``.
-    """
+    """Raise ValueError for a loader that cannot be read a second time while it is being read."""
     for loader in loaders:
         name = type(loader).__name__
         parts = [getattr(loader, "sampler", None), unwrap_batch_sampler(loader)[0], getattr(loader, "dataset", None)]

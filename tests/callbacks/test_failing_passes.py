@@ -20,12 +20,8 @@ from torch import Tensor
 
 from lightning_bn import FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
 from tests.callbacks.test_laws import BeforeAndAfter
-from tests.callbacks.zoo import TinyNet, digest, fit, statistics_of, train_loader
+from tests.callbacks.zoo import TinyNet, digest, fit, in_a_pass, statistics_of, train_loader
 from tests.ranks import run_on_ranks
-
-
-def in_a_pass(module: TinyNet) -> bool:
-    return any(type(logger).__name__ == "_Muted" for logger in module.trainer.loggers)
 
 
 class Blows(TinyNet):

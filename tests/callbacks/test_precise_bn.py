@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -22,13 +22,13 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core import rank_zero
 from schedulefree import SGDScheduleFree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_bn import FromLoader, PreciseBNCallback, Replay, freeze_bn
 from tests.callbacks.zoo import (
@@ -150,13 +150,6 @@ def test_outside_of_a_fit_a_layer_in_eval_counts_as_frozen_unless_the_whole_mode
     assert list(precise.result) == (["bn1", "bn2"] if whole else ["bn2"])
 
 
-def test_after_a_pass_before_validate_training_goes_on() -> None:
-    """Buffers written under inference mode could not be updated by a later fit."""
-    module = TinyNet()
-    trainer_with(PreciseBNCallback(20, stages=["validate"])).validate(module, datamodule=Sequential(), verbose=False)
-    fit(module, PreciseBNCallback(20))
-
-
 @pytest.mark.parametrize("verb", ["validate", "predict"])
 def test_without_training_data_a_pass_before_a_verb_is_refused_with_an_alternative(verb: str) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.{verb} has no training data.*train_dataloader.*source="):
@@ -186,11 +179,6 @@ def test_before_validate_a_loader_of_the_user_supplies_the_batches() -> None:
     )
     trainer_with(precise).validate(module, val_loader(), verbose=False)
     assert_close(statistics_of(module), expected(module, first_batches(2)), rtol=1e-5, atol=1e-5)
-
-
-def test_before_validate_manual_optimization_is_refused_with_an_alternative() -> None:
-    with pytest.raises(ValueError, match=r"Manual optimizes manually.*forward='forward'"):
-        trainer_with(PreciseBNCallback(stages=["validate"])).validate(Manual(), datamodule=TinyData(), verbose=False)
 
 
 # ------------------------------------------------------------------------------- which weights, and what is written
@@ -246,45 +234,6 @@ def test_frozen_layers_keep_their_statistics(freeze: Callable[[TinyNet], Any], f
     assert digest(after["bn2.running_mean"]) != digest(before["bn2.running_mean"])
 
 
-@pytest.mark.parametrize("forward", ["training_step", "forward", lambda module, batch: module(batch[0])])
-def test_dropout_is_off_in_a_pass(forward: Any) -> None:
-    module = TinyNet(dropout=0.9)
-    module.bn2, module.drop = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(6)), nn.Identity()
-    plain = TinyNet()
-    fit(module, PreciseBNCallback(20, forward=forward))
-    state = {k.replace("bn2.1", "bn2"): v for k, v in module.state_dict().items()}
-    plain.load_state_dict(state)
-    assert_close(statistics_of(plain), expected(plain, first_batches(3)), rtol=1e-5, atol=1e-5)
-
-
-class Switches(TinyNet):
-    """Returns other things in eval mode, as detectors do."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        assert self.training, "a training step needs training mode"
-        return super().training_step(batch, batch_idx)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.modes.append(self.training)
-        return super().forward(x)
-
-
-def test_a_training_step_sees_training_mode_and_a_forward_eval_mode() -> None:
-    module = Switches()
-    module.modes = Modes()
-    fit(module, PreciseBNCallback(20), val=None)
-    assert not module.modes  # neither training nor the pass called forward
-    fit(module, PreciseBNCallback(20, forward="forward", normalization_batch_size="loader"), val=None)
-    assert module.modes == [False] * 6
-
-
-class Modes(list[bool]):
-    """A list that a pass does not take a copy of."""
-
-    def __copy__(self) -> Modes:
-        return self
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_statistics_are_those_of_a_forward_in_the_trainers_precision(precision: str) -> None:
     module, plain = TinyNet(), TinyNet()
@@ -319,14 +268,6 @@ def test_best_and_last_checkpoints_reproduce_the_logged_metric_in_the_plain_mode
         assert validation_loss(loaded(state)) == pytest.approx(score.item(), abs=1e-6)
     last = torch.load(saving.last_model_path, weights_only=True)["state_dict"]
     assert validation_loss(loaded(last)) == pytest.approx(logged[-1], abs=1e-6)
-
-
-def test_without_validation_the_checkpoint_of_an_epoch_holds_exact_statistics(tmp_path: Path) -> None:
-    saving = ModelCheckpoint(tmp_path, save_top_k=-1)
-    fit(TinyNet(), [PreciseBNCallback(20), saving], val=None, enable_checkpointing=True)
-    for path in tmp_path.glob("*.ckpt"):
-        module = loaded(torch.load(path, weights_only=True)["state_dict"])
-        assert_close(statistics_of(module), expected(module, first_batches(3)), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- averaged weights
@@ -396,17 +337,12 @@ class SwitchedWithTheModel(ScheduleFree):
         self.optimizers().optimizer.eval()
 
 
-class SwitchedAtTheStart(ScheduleFree):
-    def on_validation_start(self) -> None:
-        self.optimizers().optimizer.eval()
-
-
 class SwitchedAtTheEpochsStart(ScheduleFree):
     def on_validation_epoch_start(self) -> None:
         self.optimizers().optimizer.eval()
 
 
-@pytest.mark.parametrize("module", [SwitchedWithTheModel, SwitchedAtTheStart, SwitchedAtTheEpochsStart])
+@pytest.mark.parametrize("module", [SwitchedWithTheModel, SwitchedAtTheEpochsStart])
 def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(module: type[ScheduleFree]) -> None:
     evaluated, trained = Evaluated(), Evaluated()
     fit(module(), [PreciseBNCallback(20), evaluated])
@@ -767,18 +703,6 @@ def test_a_pass_reads_no_more_batches_than_an_epoch_may() -> None:
     assert precise.result.num_batches == 2
 
 
-def test_transfer_hooks_see_training() -> None:
-    class Augments(TinyNet):
-        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return (batch[0] + 5 if self.trainer.training else batch[0]), batch[1]
-
-    module = Augments()
-    fit(module, PreciseBNCallback(20))
-    assert_close(
-        statistics_of(module), expected(module, [(x + 5, y) for x, y in first_batches(3)]), rtol=1e-5, atol=1e-5
-    )
-
-
 def test_compiled_modules_are_shown_batches_eagerly() -> None:
     compiled: list[int] = []
 
@@ -891,103 +815,6 @@ def test_the_gaps_are_those_from_the_ema_to_the_new_statistics(tmp_path: Path) -
     for gap, of_layers in gaps.items():
         assert rows(tmp_path, f"precise_bn/{gap}_max") == {3: pytest.approx(max(of_layers), rel=1e-3)}
         assert rows(tmp_path, f"precise_bn/{gap}_p50") == {3: pytest.approx(sum(of_layers) / 2, rel=1e-3)}
-
-
-def test_every_logger_gets_the_metrics(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    loggers = [CSVLogger(tmp_path / "a"), CSVLogger(tmp_path / "b"), TensorBoardLogger(tmp_path / "c")]
-    fit(TinyNet(), PreciseBNCallback(20), logger=loggers)
-    steps = list(rows(tmp_path / "a", "val_loss"))
-    assert list(rows(tmp_path / "b", "precise_bn/seconds")) == steps
-    events = EventAccumulator(loggers[2].log_dir).Reload()
-    assert [e.step for e in events.Scalars("precise_bn/mean_gap_p50")] == steps
-    assert [e.step for e in events.Scalars("precise_bn/seconds")] == [e.step for e in events.Scalars("val_loss")]
-
-
-# ------------------------------------------------------------------------------------------------------- detectors
-class Scenes(Dataset[Any]):
-    """One bright box on noise, made on the fly."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> Any:
-        own = torch.Generator().manual_seed(index)
-        image = torch.rand(3, 48, 48 + 8 * (index % 2), generator=own)
-        x, y = torch.randint(0, 20, (2,), generator=own).tolist()
-        image[:, y : y + 20, x : x + 20] += 1
-        boxes = torch.tensor([[x, y, x + 20, y + 20]], dtype=torch.float32)
-        return image, {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)}
-
-
-class Detector(LightningModule):
-    """torchvision's Faster R-CNN on a two-layer backbone, the first BatchNorm frozen by its user."""
-
-    def __init__(self) -> None:
-        from torchvision.models.detection import FasterRCNN
-        from torchvision.models.detection.rpn import AnchorGenerator
-
-        super().__init__()
-        torch.manual_seed(0)
-        conv = functools.partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
-        layers = [m for width in (3, 8) for m in (conv(width, 8), nn.BatchNorm2d(8), nn.ReLU())]
-        backbone: Any = nn.Sequential(*layers)
-        backbone.out_channels = 8
-        self.net = FasterRCNN(
-            backbone,
-            min_size=48,
-            max_size=64,
-            rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
-            box_head=nn.Sequential(nn.Flatten(), nn.Linear(8 * 7 * 7, 16), nn.BatchNorm1d(16), nn.ReLU()),
-            box_predictor=BoxPredictor(),
-            box_batch_size_per_image=16,
-        )
-        backbone[1].eval()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return sum(self.net(*batch).values())
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        images, _ = batch
-        self.log("val_boxes", float(sum(len(found["boxes"]) for found in self.net(images))), batch_size=len(images))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-class BoxPredictor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores, self.boxes = nn.Linear(16, 2), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scores(x), self.boxes(x)
-
-
-def scenes() -> DataLoader[Any]:
-    return DataLoader(Scenes(), batch_size=2, collate_fn=lambda items: tuple(zip(*items, strict=True)))
-
-
-def count_images(batch: Any) -> int:
-    return len(batch[0])
-
-
-@pytest.mark.parametrize("source", ["train_dataloader", "replay"])
-def test_a_detector_is_shown_images_and_targets_and_its_frozen_layer_is_left_alone(source: Any) -> None:
-    recorders, modules, precise = (Recorder(), Recorder()), (Detector(), Detector()), None
-    for module, recorder in zip(modules, recorders, strict=True):
-        callbacks = [recorder] if precise is None else [precise, recorder]
-        fit(module, callbacks, scenes(), scenes())
-        precise = PreciseBNCallback(6, source=source, batch_size_fn=count_images)
-    assert recorders[0].trace == recorders[1].trace
-    precise = callbacks[0]
-    assert (precise.result.num_samples, precise.result.num_batches) == (6, 3)
-    assert list(precise.result) == ["net.backbone.4", "net.roi_heads.box_head.2"]
-    assert precise.result["net.roi_heads.box_head.2"].count > 6, "the head sees boxes, not images"
-    ema, ours = (statistics_of(m) for m in modules)
-    assert digest(ours["net.backbone.1.running_mean"]) == digest(torch.zeros(8))
-    assert digest(ours["net.backbone.4.running_mean"]) != digest(ema["net.backbone.4.running_mean"])
 
 
 # ------------------------------------------------------------------------------------------------------ many ranks

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
@@ -235,22 +235,6 @@ def test_after_undo_nothing_is_scaled() -> None:
     assert warm_up.done == [0]
     for a, b in zip(ours, truth, strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_closure_computes_its_loss_at_the_scaled_rate_once() -> None:
-    (ours,) = (weights()[0],)
-    optimizer = SGD([ours], lr=1.0)
-    WarmUp([optimizer], 2)
-    start = ours.detach().clone()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = ours.sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert torch.equal(ours.detach(), start - 0.5)
 
 
 def test_zero_steps_scale_nothing() -> None:
