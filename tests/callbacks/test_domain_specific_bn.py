@@ -138,9 +138,9 @@ def test_inconsistent_rows_warn_with_the_papers_numbers(row: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Pyramid(), of_levels(row), max_epochs=1)
-    said = [str(w.message) for w in caught if "inconsistent" in str(w.message)]
-    assert len(said) == (row not in CONSISTENT)
-    assert all(f"{ap[row]} AP" in s and "39.1" in s for s in said)
+    messages = [str(w.message) for w in caught if "inconsistent" in str(w.message)]
+    assert len(messages) == (row not in CONSISTENT)
+    assert all(f"{ap[row]} AP" in s and "39.1" in s for s in messages)
 
 
 @BOTH
@@ -391,8 +391,8 @@ def test_a_domain_that_is_validated_in_a_fit_before_it_was_trained_on_warns_once
         warnings.simplefilter("always")
         two = [val_loader(), val_loader()]
         fit(Validated(), DomainSpecificBNCallback(2), val=two, num_sanity_val_steps=1)
-    said = [str(w.message) for w in caught if "never trained on" in str(w.message)]
-    assert len(said) == 1 and "Domain 1 is" in said[0] and "domain_fn=" in said[0]
+    messages = [str(w.message) for w in caught if "never trained on" in str(w.message)]
+    assert len(messages) == 1 and "Domain 1 is" in messages[0] and "domain_fn=" in messages[0]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(TinyNet(), of_labels(), num_sanity_val_steps=1)

@@ -320,7 +320,7 @@ class Final(nn.Identity):
 def test_where_one_module_cannot_follow_the_model_is_left_as_it_was(row: int) -> None:
     model, before = Model(), Model()
     model.head.last = Final()  # comes after all layers
-    for _ in range(2):  # and nothing stands in the way of another attempt
+    for _ in range(2):  # another attempt fails in the same way
         with pytest.raises(TypeError, match="Final is final"):
             add_levels(model, row)
     assert [type(m) for m in model.head.tower.modules()] == [type(m) for m in before.head.tower.modules()]
