@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from lightning_bn.functional.domain.tensors import AFFINE
 from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import Frozen
 
@@ -51,6 +52,7 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
         True
     """
     chosen = storing_layers(model, layers)
+    check_conflicts(chosen, "frozen")
     also = [register_optimizer_step_pre_hook(_gradient_dropper(chosen.values())).remove] if affine else []
     return Handle(chosen.values(), Frozen(), also)
 

@@ -115,7 +115,7 @@ def test_verbs_ask_the_table_too() -> None:
     """One in each order; which verbs ask is tested with each of them."""
     model = TinyNet()
     with lbn.freeze_bn(model), lbn.ghost_bn(model, size=2, layers="bn1"):
-        with pytest.raises(ValueError, match="cannot have SyncBN, because it has Ghost BN: one makes .*layers="):
+        with pytest.raises(ValueError, match=r"cannot have SyncBN, because it has Ghost BN: one makes .*layers="):
             lbn.sync_bn(model)
         check_conflicts({"bn2": model.bn2}, "ghost", model)
         with pytest.raises(ValueError, match=r"Layer 'bn1' already has Ghost BN: undo\(\) its handle"):

@@ -1,4 +1,4 @@
-"""Heads and truths for domain-specific BN: torchvision's heads, and each row of Table 5 written out by hand."""
+"""References for domain-specific BN: torchvision's heads, and each row of Table 5 written out by hand."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 CHANNELS = 4
-OWNERS = ["classification_head", "regression_head"]
+LEVEL_MODULES = ["classification_head", "regression_head"]
 ROWS = {
     1: ("shared", "shared", "shared"),
     2: ("shared", "domain", "shared"),
@@ -33,7 +32,7 @@ def choices(row: int) -> dict[str, Any]:
 
 
 def retinanet_head() -> RetinaNetHead:
-    return _wakened(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
+    return _with_large_weights(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
 
 
 def fcos_head() -> FCOSHead:
@@ -41,14 +40,14 @@ def fcos_head() -> FCOSHead:
     kwargs = {"num_convs": 2, "norm_layer": nn.BatchNorm2d}
     head.classification_head = FCOSClassificationHead(CHANNELS, 2, 3, **kwargs)
     head.regression_head = FCOSRegressionHead(CHANNELS, 2, **kwargs)
-    return _wakened(head)
+    return _with_large_weights(head)
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {"RetinaNet": retinanet_head, "FCOS": fcos_head}
 
 
-def _wakened(head: nn.Module) -> Any:
-    """In float64, with weights large enough that something happens."""
+def _with_large_weights(head: nn.Module) -> Any:
+    """In float64, with random weights and statistics."""
     torch.manual_seed(0)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -80,63 +79,65 @@ def outputs_and_gradients(run: Callable[[list[Tensor]], Any], model: nn.Module, 
     return [*found, *torch.autograd.grad(loss, [*inputs, *parameters])]
 
 
-class ByHand:
-    """A tower run layer by layer over all levels, with its BatchNorm written out for a row of the table.
+class ReferenceBN:
+    """BatchNorm with domains as in a row of Table 5, written out, on one tensor ``(n, C)`` per domain."""
 
-    The affine of domains, and statistics of domains, are kept here.
-    """
-
-    def __init__(self, tower: nn.Module, row: int, number: int) -> None:
-        self.sgd, self.population, self.affine = EVERY[row]
-        self.modules = [m for m in tower.modules() if not list(m.children())]
-        layers = [m for m in self.modules if isinstance(m, nn.BatchNorm2d)]
+    def __init__(self, model: nn.Module, row: int, number: int) -> None:
+        self.train, self.population, self.affine = EVERY[row]
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.running = {m: (m.running_mean.clone(), m.running_var.clone()) for m in layers}
         self.means = {m: m.running_mean.expand(number, -1).clone() for m in layers}
         self.variances = {m: m.running_var.expand(number, -1).clone() for m in layers}
 
-    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        for m in self.modules:
-            inputs = self.normalized(m, inputs) if isinstance(m, nn.BatchNorm2d) else [m(x) for x in inputs]
-        return inputs
-
-    def normalized(self, bn: nn.BatchNorm2d, inputs: list[Tensor]) -> list[Tensor]:
-        rows = [x.movedim(1, -1).flatten(0, -2) for x in inputs]
+    def __call__(self, bn: nn.BatchNorm2d, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        whole, outputs = torch.cat(list(rows.values())), {}
+        for d, x in rows.items():
+            if bn.training:
+                source = x if self.train == "domain" else whole
+                mean, var = source.mean(0), source.var(0, correction=0)
+                self._update(self.means[bn][d], self.variances[bn][d], x)
+            elif self.population == "domain":
+                mean, var = self.means[bn][d], self.variances[bn][d]
+            else:
+                mean, var = self.running[bn]
+            weight, bias = (bn.weight, bn.bias) if self.affine == "shared" else (bn.domain_weight[d], bn.domain_bias[d])
+            outputs[d] = (x - mean) / (var + bn.eps).sqrt() * weight + bias
         if bn.training:
-            apart = [F.batch_norm(r, None, None, None, None, True) for r in rows]
-            together = F.batch_norm(torch.cat(rows), None, None, None, None, True).split([len(r) for r in rows])
-            normal = apart if self.sgd == "domain" else together
-            for d, r in enumerate(rows):
-                self.means[bn][d].lerp_(r.detach().mean(0), 0.1)
-                self.variances[bn][d].lerp_(r.detach().var(0), 0.1)
-            bn.running_mean.lerp_(torch.cat(rows).detach().mean(0), 0.1)
-            bn.running_var.lerp_(torch.cat(rows).detach().var(0), 0.1)
-        else:
-            own = self.population == "domain"
-            mean = self.means[bn] if own else bn.running_mean.expand(len(rows), -1)
-            var = self.variances[bn] if own else bn.running_var.expand(len(rows), -1)
-            normal = [(r - mean[d]) / (var[d] + bn.eps).sqrt() for d, r in enumerate(rows)]
-        weights = getattr(bn, "domain_weight", None)
-        biases = getattr(bn, "domain_bias", None)
-        weights = bn.weight.expand(len(rows), -1) if weights is None else weights
-        biases = bn.bias.expand(len(rows), -1) if biases is None else biases
-        normal = [n * weights[d] + biases[d] for d, n in enumerate(normal)]
-        return [n.view(len(x), *x.shape[2:], -1).movedim(-1, 1) for n, x in zip(normal, inputs, strict=True)]
+            self._update(*self.running[bn], whole)
+        return outputs
+
+    @staticmethod
+    def _update(mean: Tensor, var: Tensor, x: Tensor) -> None:
+        mean.lerp_(x.detach().mean(0), 0.1)
+        var.lerp_(x.detach().var(0), 0.1)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``(N, C, ...)`` -> ``(n, C)``."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def as_images(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(len(like), *like.shape[2:], -1).movedim(-1, 1)
 
 
 class Unrolled(nn.Module):
-    """A copy of a head whose owners run their tower by hand, before their own loop asks for it."""
+    """A copy of a head whose towers run layer by layer over all levels, before the head calls them."""
 
     def __init__(self, head: nn.Module, row: int, number: int) -> None:
         super().__init__()
         self.head = copy.deepcopy(head)
-        self.by_hand: dict[str, ByHand] = {}
-        for name in OWNERS:
-            tower = self.head.get_submodule(name).conv
-            self.by_hand[name] = ByHand(tower, row, number)
+        self.bn = ReferenceBN(self.head, row, number)
 
     def forward(self, inputs: list[Tensor]) -> Any:
-        for name, by_hand in self.by_hand.items():
-            owner = self.head.get_submodule(name)
-            results = by_hand(inputs)
-            answers = {id(x): r for x, r in zip(inputs, results, strict=True)}
-            owner.conv.forward = lambda x, answers=answers: answers[id(x)]
+        for name in LEVEL_MODULES:
+            tower, x = self.head.get_submodule(name).conv, inputs
+            for m in (m for m in tower.modules() if not list(m.children())):
+                if isinstance(m, nn.BatchNorm2d):
+                    rows = self.bn(m, {d: as_rows(level) for d, level in enumerate(x)})
+                    x = [as_images(rows[d], level) for d, level in enumerate(x)]
+                else:
+                    x = [m(level) for level in x]
+            results = {id(level): result for level, result in zip(inputs, x, strict=True)}
+            tower.forward = lambda level, results=results: results[id(level)]
         return self.head(inputs)

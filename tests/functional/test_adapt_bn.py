@@ -136,7 +136,10 @@ def test_what_would_not_work_is_refused_by_name() -> None:
     before = buffers_of(model)
     with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer .5. already has AdaBN"):
         adapt_bn(model, images(8))
-    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="cannot have AdaBN, because it has mini-batch"):
+    with (
+        mini_batch_inference(model, layers="5"),
+        pytest.raises(ValueError, match="cannot have AdaBN, because it has mini-batch"),
+    ):
         adapt_bn(model, images(8))
     for bad, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="prior_samples must be"):

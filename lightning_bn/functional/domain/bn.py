@@ -110,6 +110,9 @@ def domain_bn(
 
     *Datasets*: without ``level_modules``, set the domain by ``handle.use_domain(domain)``.
 
+    When it helps: a head shared by levels (box AP 34.1 for the straightforward code, 39.1 if training and evaluation
+    agree; Table 5), or datasets whose inputs differ. When it does not: with one domain.
+
     Each domain's statistics are buffers that no state dict holds (``handle.state()`` does). Its affine are new
     parameters, ``domain_weight`` and ``domain_bias``: create the optimizer afterwards. A deep copy is a plain model,
     and warns: call ``domain_bn`` on it to use the copied statistics.

@@ -26,22 +26,14 @@ _PART: ContextVar[DomainAssignment | None] = ContextVar("assignment of the part 
 
 
 class Datasets:
-    """Knows which dataset the model's current input is from.
-
-    Args:
-        number: Number of datasets.
-
-    Attributes:
-        current: The current domain, unless `use_domain` sets another.
-    """
+    """Knows which of ``number`` datasets the model's current input is from."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.current: Domain | None = None
+        self.current: Domain | None = None  # unless `use_domain` sets another
 
     @contextmanager
     def use_domain(self, domain: Domain) -> Iterator[None]:
-        """Set the current domain within a ``with`` block."""
         token = _USED.set((*_USED.get(()), (self, self.validate(domain))))
         try:
             yield
@@ -66,16 +58,10 @@ class Datasets:
         return domain.long() if isinstance(domain, Tensor) else int(domain)
 
     def current_or_none(self) -> Domain | None:
-        """The current domain; None if it is not set."""
         used = [domain for datasets, domain in _USED.get(()) if datasets is self]
         return used[-1] if used else self.current
 
     def require_current(self) -> Domain:
-        """The current domain.
-
-        Raises:
-            RuntimeError: If it is not set.
-        """
         domain = self.current_or_none()
         if domain is None:
             raise RuntimeError(
@@ -85,19 +71,11 @@ class Datasets:
         return domain
 
     def assignment(self, layer: _BatchNorm) -> DomainAssignment:
-        """The domains of a layer's current input."""
         return _PART.get() or DomainAssignment(self.require_current())
 
 
 class SplitByDomain(Behavior):
-    """Splits a batch of several domains, so that the layer's other behaviors run once per domain.
-
-    Args:
-        names: Layer -> qualified name, for errors.
-        datasets: Knows the current domain.
-        specific: The behavior that normalizes the parts.
-        train_statistics: ``"shared"`` does not split in training.
-    """
+    """Runs the layer's other behaviors on each domain's part of a batch; training with shared statistics does not."""
 
     name = ""
     outermost = True
@@ -109,7 +87,6 @@ class SplitByDomain(Behavior):
         self._train_statistics = train_statistics
 
     def normalization_batch(self, samples: float) -> float:
-        """Those of the largest domain, if the batch has several and each is normalized separately."""
         domain = self._datasets.current_or_none()
         if self._train_statistics == "shared" or not isinstance(domain, Tensor) or not len(domain):
             return samples
@@ -117,7 +94,6 @@ class SplitByDomain(Behavior):
 
     @disable_compile
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Run the layer's forward on each part of ``input`` that is normalized separately."""
         by_batch = uses_batch_stats(layer)
         if not by_batch and self._specific.population == self._specific.affine == "shared":
             return forward(input)

@@ -58,15 +58,7 @@ set_current_forward = _CURRENT_FORWARD.set
 
 
 class Levels:
-    """Knows the level of a layer's input.
-
-    Args:
-        name: Qualified name of the level module.
-        module: The module whose forward runs a tower once for each level.
-        layers: Layer within it -> qualified name.
-        number: Number of levels.
-        train_statistics: ``"domain"`` normalizes each level separately.
-    """
+    """Knows the level of the inputs of ``layers``, which are in the level module ``module``."""
 
     def __init__(
         self, name: str, module: nn.Module, layers: dict[_BatchNorm, str], number: int, train_statistics: Choice
@@ -84,11 +76,6 @@ class Levels:
         return [(self.module, _LevelModule(self)), *((module, _CallCounter(self)) for module in inner)]
 
     def assignment(self, layer: _BatchNorm) -> DomainAssignment:
-        """The domains of a layer's current input.
-
-        Raises:
-            RuntimeError: If the layer runs outside of its level module, or once too often.
-        """
         current = self.current_forward()
         if current is None:
             level = self.recomputed_level if is_recomputing() else None
@@ -117,7 +104,6 @@ class Levels:
         return current
 
     def outside_error(self, module: nn.Module) -> RuntimeError:
-        """The error for a module that is run outside of the level module."""
         message = f"{self.names[module]!r} was run outside of a forward of {self.name!r}, so its level is unknown. "
         if not is_recomputing():
             advice = "Pass as level_modules= the module whose forward runs it once for each level."

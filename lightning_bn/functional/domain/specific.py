@@ -1,4 +1,4 @@
-"""The behavior of a layer with domains: it normalizes with the statistics, or the affine, of its input's domain (Sec. 5.2).
+"""The behavior of a layer with domains: it uses the statistics, or the affine, of its input's domain (Sec. 5.2).
 
 The layer's own running statistics are updated as if there were one domain: an EMA over the batches of all domains.
 """
@@ -47,15 +47,7 @@ class DomainSource(Protocol):
 
 
 class DomainSpecific(Behavior):
-    """Keeps population statistics, or an affine, per domain; `Levels` and `SplitByDomain` group the inputs.
-
-    Args:
-        names: Layer -> qualified name, for errors.
-        num_domains: Number of domains.
-        population: Whether each domain has population statistics.
-        affine: Whether each domain has a weight and a bias.
-        source: Tells the domain of a layer's input.
-    """
+    """Keeps population statistics, or an affine, per domain; `Levels` and `SplitByDomain` group the inputs."""
 
     kind = "domain"
 
@@ -77,12 +69,10 @@ class DomainSpecific(Behavior):
         self._names, self._source = names, source
 
     def domain(self, layer: _BatchNorm) -> int | None:
-        """The domain of the current input, if each domain has statistics and the input has one domain."""
         domain = self._source.assignment(layer).domain if self.population == "domain" else None
         return domain if isinstance(domain, int) else None
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Run the layer's forward with the statistics and the affine of the input's domain."""
         assignment = self._source.assignment(layer)
         tracks = layer.track_running_stats or not layer.training
         by_batch = uses_batch_stats(layer)
