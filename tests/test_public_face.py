@@ -48,7 +48,7 @@ def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def signatures() -> str:
-    lines = {name: "" for name in PUBLIC} | {name: inspect.signature(function) for name, function in functions()}
+    lines = dict.fromkeys(PUBLIC, "") | {name: inspect.signature(function) for name, function in functions()}
     return "".join(f"{name}{signature}\n" for name, signature in sorted(lines.items()))
 
 
