@@ -36,6 +36,7 @@ _MODULES = {
     "functional.sync": ["sync_bn"],
     "layers.behavior": ["Handle"],
     "layers.find": ["find_bn"],
+    "lockstep.pooled": ["NotEnoughMemoryError"],
     "lockstep.scheduler": ["LockstepError"],
     "tracking.metrics": ["DeadChannels", "MeanGap", "NonFiniteChannels", "VarGap"],
     "trainer.normalization_batch": ["normalization_batch_size"],
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from lightning_bn.functional.sync import sync_bn as sync_bn
     from lightning_bn.layers.behavior import Handle as Handle
     from lightning_bn.layers.find import find_bn as find_bn
+    from lightning_bn.lockstep.pooled import NotEnoughMemoryError as NotEnoughMemoryError
     from lightning_bn.lockstep.scheduler import LockstepError as LockstepError
     from lightning_bn.tracking.metrics import DeadChannels as DeadChannels
     from lightning_bn.tracking.metrics import MeanGap as MeanGap
