@@ -15,6 +15,7 @@ _MODULES = {
     "callbacks.batch_leakage_monitor": ["BatchLeakageMonitor"],
     "callbacks.bn_stats_monitor": ["BNStatsMonitor"],
     "callbacks.domain_specific_bn": ["DomainSpecificBNCallback"],
+    "callbacks.forecast_bn": ["ForecastBNCallback"],
     "callbacks.freeze_bn": ["FreezeBNCallback"],
     "callbacks.ghost_bn": ["GhostBNCallback"],
     "callbacks.mini_batch_inference": ["MiniBatchInferenceCallback"],
@@ -31,6 +32,7 @@ _MODULES = {
     "functional.ghost": ["ghost_bn"],
     "functional.leakage": ["BatchLeakage", "batch_leakage"],
     "functional.mini_batch": ["MiniBatchHandle", "mini_batch_inference"],
+    "functional.normalization_batch": ["normalization_batch_size"],
     "functional.precise": ["precise_bn"],
     "functional.roi_shuffle": ["Shuffle", "roi_shuffle"],
     "functional.sync": ["sync_bn"],
@@ -39,7 +41,7 @@ _MODULES = {
     "lockstep.pooled": ["NotEnoughMemoryError"],
     "lockstep.scheduler": ["LockstepError"],
     "tracking.metrics": ["DeadChannels", "MeanGap", "NonFiniteChannels", "VarGap"],
-    "trainer.normalization_batch": ["normalization_batch_size"],
+    "trainer.pass_config": ["FromLoader", "PassConfig", "Replay"],
     "plots": ["plots"],
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor as BatchLeakageMonitor
     from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor as BNStatsMonitor
     from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback as DomainSpecificBNCallback
+    from lightning_bn.callbacks.forecast_bn import ForecastBNCallback as ForecastBNCallback
     from lightning_bn.callbacks.freeze_bn import FreezeBNCallback as FreezeBNCallback
     from lightning_bn.callbacks.ghost_bn import GhostBNCallback as GhostBNCallback
     from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback as MiniBatchInferenceCallback
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from lightning_bn.functional.leakage import batch_leakage as batch_leakage
     from lightning_bn.functional.mini_batch import MiniBatchHandle as MiniBatchHandle
     from lightning_bn.functional.mini_batch import mini_batch_inference as mini_batch_inference
+    from lightning_bn.functional.normalization_batch import normalization_batch_size as normalization_batch_size
     from lightning_bn.functional.precise import precise_bn as precise_bn
     from lightning_bn.functional.roi_shuffle import Shuffle as Shuffle
     from lightning_bn.functional.roi_shuffle import roi_shuffle as roi_shuffle
@@ -85,6 +89,8 @@ if TYPE_CHECKING:
     from lightning_bn.tracking.metrics import MeanGap as MeanGap
     from lightning_bn.tracking.metrics import NonFiniteChannels as NonFiniteChannels
     from lightning_bn.tracking.metrics import VarGap as VarGap
-    from lightning_bn.trainer.normalization_batch import normalization_batch_size as normalization_batch_size
+    from lightning_bn.trainer.pass_config import FromLoader as FromLoader
+    from lightning_bn.trainer.pass_config import PassConfig as PassConfig
+    from lightning_bn.trainer.pass_config import Replay as Replay
 else:  # type checkers would take any name from a module that has a __getattr__
     __getattr__, __dir__ = lazily(__name__, {name: module for module, names in _MODULES.items() for name in names})

@@ -17,9 +17,10 @@ from lightning_bn.core.checks import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, said_of
 from lightning_bn.functional.leakage_test import EProcess
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.trainer.compat import log_step
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.leakage_pass import LeakagePass, compare_statistics
-from lightning_bn.trainer.logging import log_row, log_step, safe_keys
+from lightning_bn.trainer.logging import log_row, safe_keys
 
 _MAX_KEYED = 64
 """Layers that get keys of their own, as of `BNStatsMonitor`."""

@@ -12,12 +12,13 @@ from lightning_bn import plots
 from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
-from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
+from lightning_bn.functional.normalization_batch import normalization_batch_size
+from lightning_bn.layers.find import Layers, as_patterns, match_names, storing_layers
 from lightning_bn.tracking.alarm import Alarm
 from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord, check_channels
-from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.trainer.compat import log_step, logs_at_this_batch
+from lightning_bn.trainer.logging import log_row, safe_keys
 from lightning_bn.trainer.passes import PassResult
 
 _MAX_KEYED = 64
@@ -147,7 +148,7 @@ class BNStatsMonitor(ObservingCallback):
         keyed = (
             keys
             if self.log_layers is None
-            else chosen(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
+            else match_names(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
         )
         if self.log_layers is None and len(layers) > _MAX_KEYED:
             keyed = {}
@@ -183,7 +184,7 @@ class BNStatsMonitor(ObservingCallback):
         if self._record:
             with self._spared("cannot measure a batch"):
                 self._record.after_batch(log_step(trainer))
-            if self._record.observer.batches >= self.window and may_log(trainer):
+            if self._record.observer.batches >= self.window and logs_at_this_batch(trainer):
                 with self._spared("could not log"):
                     self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
@@ -238,7 +239,7 @@ class BNStatsMonitor(ObservingCallback):
     def _log(self, trainer: Trainer, record: DriftRecord) -> None:
         step, module = log_step(trainer), trainer.lightning_module
         if self._samples is not None:
-            record.nbs = normalization_batch_size(trainer, module, samples=self._samples, layers=self.layers)
+            record.nbs = normalization_batch_size(module, samples=self._samples, layers=self.layers)
         row = record.take_row(step)
         assert record.last is not None
         lag = record.last.means.lag.nan_to_num(0.0)

@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.callbacks.base import FitScopedCallback
 from lightning_bn.core.batch_sizes import infer_batch_size
 from lightning_bn.functional.ghost import Grouping, check_grouping, ghost_bn
+from lightning_bn.functional.normalization_batch import normalization_batch_size
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, as_patterns
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
 
 
 class GhostBNCallback(FitScopedCallback):
@@ -81,13 +81,13 @@ class GhostBNCallback(FitScopedCallback):
         if not self._checked_first_batch:
             self._checked_first_batch = True
             with suppress(ValueError):  # the batch size cannot be inferred
-                self._warn_without_effect(trainer, pl_module, infer_batch_size(batch))
+                self._warn_without_effect(pl_module, infer_batch_size(batch))
 
-    def _give(self, module: LightningModule) -> Handle:
+    def _attach(self, module: LightningModule) -> Handle:
         return ghost_bn(module, size=self.size, splits=self.splits, grouping=self.grouping, layers=self.layers)
 
-    def _warn_without_effect(self, trainer: Trainer, module: LightningModule, samples: int) -> None:
-        sizes = normalization_batch_size(trainer, module, samples=samples, layers=self.layers).values()
+    def _warn_without_effect(self, module: LightningModule, samples: int) -> None:
+        sizes = normalization_batch_size(module, samples=samples, layers=self.layers).values()
         if any(size < samples for size in sizes):
             return
         reason = "all of its layers are frozen, or in eval mode"

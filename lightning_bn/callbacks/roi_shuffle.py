@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.callbacks.base import FitScopedCallback
 from lightning_bn.core.checks import check_int
 from lightning_bn.functional.roi_shuffle import Shuffle, roi_shuffle
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import as_patterns, find_bn, find_modules
+from lightning_bn.trainer.compat import state_key
 
 
 class RoIShuffleCallback(FitScopedCallback):
@@ -75,7 +76,7 @@ class RoIShuffleCallback(FitScopedCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(modules=as_patterns(self.modules, "modules"))
+        return state_key(self, modules=as_patterns(self.modules, "modules"))
 
     @property
     def unshuffled(self) -> int:
@@ -106,9 +107,9 @@ class RoIShuffleCallback(FitScopedCallback):
         generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
         self.__dict__.update(state, _generator=generator)
 
-    def _give(self, module: LightningModule) -> Handle:
+    def _attach(self, module: LightningModule) -> Handle:
         return roi_shuffle(module, modules=self.modules, generator=self._generator)
 
-    def _take_back(self) -> None:
+    def _detach(self) -> None:
         self._unshuffled_before = self.unshuffled
-        super()._take_back()
+        super()._detach()

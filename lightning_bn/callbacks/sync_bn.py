@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
-from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.callbacks.base import FitScopedCallback
 from lightning_bn.core.checks import check_int
 from lightning_bn.functional.sync import sync_bn
 from lightning_bn.layers.behavior import Handle
@@ -66,5 +66,5 @@ class SyncBNCallback(FitScopedCallback):
         self.group_size = group_size
         self.layers = layers
 
-    def _give(self, module: LightningModule) -> Handle:
+    def _attach(self, module: LightningModule) -> Handle:
         return sync_bn(module, group_size=self.group_size, layers=self.layers)

@@ -122,8 +122,11 @@ class Handle:
     def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
         self._undo: list[Callable[[], Any]] = list(also)
         for layer in layers:
-            attach(layer, behavior)
-            self._undo.append(functools.partial(detach, layer, behavior))
+            self._attach(layer, behavior)
+
+    def _attach(self, layer: nn.Module, behavior: Behavior) -> None:
+        attach(layer, behavior)
+        self._undo.append(functools.partial(detach, layer, behavior))
 
     def undo(self) -> None:
         """Detach the behavior."""

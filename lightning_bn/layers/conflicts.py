@@ -15,6 +15,7 @@ from lightning_bn.layers.behavior import behaviors_of
 
 FEATURES = {
     "population": "PreciseBN",
+    "forecast": "ForecastBN",
     "frozen": "FreezeBN",
     "mini-batch": "mini-batch inference",
     "adapted": "AdaBN",
@@ -38,49 +39,21 @@ class Pair(NamedTuple):
 PAIRS = {
     frozenset(kinds): Pair(verdict, reason)
     for *kinds, verdict, reason in (
-        (
-            "population",
-            "frozen",
-            "works",
-            "PreciseBN until the switch; then the statistics are frozen and no pass runs",
-        ),
-        (
-            "population",
-            "mini-batch",
-            "works",
-            "batch statistics in the stages of mini-batch inference, else PreciseBN's",
-        ),
+        ("population", "frozen", "works", "PreciseBN until the switch, then frozen statistics and no passes"),
+        ("population", "mini-batch", "works", "batch statistics only in the stages of mini-batch inference"),
         ("population", "adapted", "works", "AdaBN starts from PreciseBN's statistics and restores them"),
-        (
-            "population",
-            "ghost",
-            "works",
-            "a pass normalizes whole batches, because estimates need large ones (Table 2)",
-        ),
+        ("population", "ghost", "works", "a pass normalizes whole batches: estimates need large ones (Table 2)"),
         ("population", "sync", "works", "in a pass ranks do not synchronize; their moments are merged at its end"),
-        (
-            "population",
-            "domain",
-            "works",
-            "a pass estimates the statistics that evaluation uses: per domain, or shared",
-        ),
+        ("population", "domain", "works", "a pass estimates the statistics of evaluation: per domain, or shared"),
         ("population", "row shuffle", "works", "a pass exchanges no rows"),
-        (
-            "frozen",
-            "mini-batch",
-            "works",
-            "mini-batch statistics until the switch; a frozen layer uses its frozen ones",
-        ),
+        ("forecast", "frozen", "works", "a forecast until the switch, then frozen statistics"),
+        ("forecast", "population", "refused", "both write the running statistics that evaluation uses"),
+        ("frozen", "mini-batch", "works", "mini-batch statistics until the switch, then frozen ones"),
         ("frozen", "ghost", "works", "ghost batches until the switch; frozen layers have none"),
         ("frozen", "sync", "works", "synchronized until the switch; frozen layers need no other rank"),
-        ("frozen", "domain", "works", "a frozen layer uses the statistics that evaluation uses: per domain, or shared"),
+        ("frozen", "domain", "works", "a frozen layer uses the statistics of evaluation: per domain, or shared"),
         ("frozen", "row shuffle", "works", "rows are exchanged until the switch"),
-        (
-            "frozen",
-            "adapted",
-            "warns",
-            "weights trained with frozen statistics fit only those: accuracy 77.9 -> 48.5 %",
-        ),
+        ("frozen", "adapted", "warns", "weights trained with frozen statistics need those: accuracy 77.9 -> 48.5 %"),
         ("ghost", "row shuffle", "works", "ghost batches are groups of the exchanged rows"),
         ("leakage monitor", "mini-batch", "works", "`log_errors=True` is refused if validation uses batch statistics"),
         ("leakage monitor", "row shuffle", "works", "its pass exchanges no rows, so it tests each rank's own rows"),

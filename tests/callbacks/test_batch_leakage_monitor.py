@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
-from lightning_bn.trainer.loaders import Reservoir
+from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
@@ -239,7 +239,7 @@ TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
         "batch_size_fn raised StopIteration",
     ),
     "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
-    "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise replay_bytes, or lower"),
+    "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise max_bytes, or lower"),
     "too large, as counted": (
         TinyNet,
         {"num_samples": 20, "batch_size_fn": len, "max_bytes": 4000},
@@ -387,7 +387,7 @@ def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
 def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
     kept: Counter[int] = Counter()
     for seed in range(2000):
-        reservoir = Reservoir(3, seed)
+        reservoir = BatchReservoir(3, seed)
         for number in range(10):
             reservoir.keep(torch.tensor(number))
         assert reservoir.held == 3
@@ -396,7 +396,7 @@ def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
 
 
 def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
-    reservoir, batch = Reservoir(1, 0), torch.zeros(2)
+    reservoir, batch = BatchReservoir(1, 0), torch.zeros(2)
     reservoir.keep(batch)
     batch += 1
     for shown in (next(reservoir.batches()) for _ in range(2)):

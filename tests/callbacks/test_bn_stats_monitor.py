@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
+from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PassConfig, PreciseBNCallback, find_bn
 from tests.callbacks.zoo import Images, InMemory, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
@@ -215,7 +215,7 @@ def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: 
 
 @pytest.mark.parametrize("first", ["monitor", "FreezeBN"])
 def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(first: str, tmp_path: Path) -> None:
-    monitor, freeze = BNStatsMonitor(1, 4), FreezeBNCallback(start_epoch=1, num_samples=20, warmup_epochs=0)
+    monitor, freeze = BNStatsMonitor(1, 4), FreezeBNCallback(start_epoch=1, precise=PassConfig(20), warmup_epochs=0)
     module = TinyNet()
     logger = CSVLogger(tmp_path)
     fit(module, [monitor, freeze] if first == "monitor" else [freeze, monitor], logger=logger)

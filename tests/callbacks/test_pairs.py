@@ -22,7 +22,10 @@ from tests.ranks import run_on_ranks
 
 MAKE: dict[str, Callable[[], Any]] = {
     "PreciseBNCallback": functools.partial(lbn.PreciseBNCallback, 20),
-    "FreezeBNCallback": functools.partial(lbn.FreezeBNCallback, start_epoch=1, num_samples=20, warmup_epochs=0),
+    "ForecastBNCallback": lbn.ForecastBNCallback,
+    "FreezeBNCallback": functools.partial(
+        lbn.FreezeBNCallback, start_epoch=1, precise=lbn.PassConfig(20), warmup_epochs=0
+    ),
     "MiniBatchInferenceCallback": lbn.MiniBatchInferenceCallback,
     "AdaBNCallback": lbn.AdaBNCallback,
     "GhostBNCallback": functools.partial(lbn.GhostBNCallback, size=4),
