@@ -26,7 +26,7 @@ RESULTS = (tuple, Handle, Mapping)
 """What users are given and do not construct; dataclasses, too."""
 POSITIONAL = {"AdaBNCallback", "BNStatsMonitor", "BatchLeakageMonitor", "DomainSpecificBNCallback", "FreezeBNCallback"}
 POSITIONAL |= {"MeanGap", "MiniBatchInferenceCallback", "PreciseBNCallback", "VarGap", "find_bn"}
-POSITIONAL |= {"DomainSpecificBNCallback.showing_batch", "Moments.empty"}
+POSITIONAL |= {"DomainSpecificBNCallback.use_domain_of", "Moments.empty"}
 """Exceptions from the rule for arguments: to be emptied."""
 
 
