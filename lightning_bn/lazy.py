@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562)."""
+"""Names of a package that are imported on first access (PEP 562)."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -7,22 +7,19 @@ from typing import Any
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's ``__getattr__`` and ``__dir__``.
+    """Return ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
         package: Its ``__name__``.
-        modules: Name -> module in the package that defines it, or that it is the name of.
+        modules: Name -> the submodule that defines it, or the submodule of that name.
     """
-    own = vars(sys.modules[package])
+    namespace = vars(sys.modules[package])
 
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = import_module(f"{package}.{modules[name]}")
-        own[name] = module if name == modules[name] else getattr(module, name)  # next time it is found there
-        return own[name]
+        namespace[name] = module if name == modules[name] else getattr(module, name)
+        return namespace[name]
 
-    def names() -> list[str]:
-        return list({*own, *modules})
-
-    return get, names
+    return get, lambda: list({*namespace, *modules})

@@ -1,8 +1,7 @@
-"""Run a function on several gloo ranks: real processes, in a process group of their own, and no test that hangs.
+"""Run a function on several gloo ranks: real processes with a process group, and a timeout.
 
-The ranks stay for the next call, which finds a new process group and the state that a test begins with. They are
-forked from a server process that has imported all of lightning_bn once (8 seconds) and keeps the environment it was
-started with.
+The ranks stay alive for the next call, which gets a new process group and fresh global state. They are forked from a
+server process that has imported all of lightning_bn once (8 seconds).
 """
 
 from __future__ import annotations
@@ -41,28 +40,28 @@ class _Rank(NamedTuple):
     pipe: Connection
 
 
-_ranks: list[_Rank] = []  # those that live, the first is rank 0
+_ranks: list[_Rank] = []  # live processes; the first is rank 0
 
 
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call ``fn(*args)`` on ``world_size`` ranks at once and return what each returned, in the order of ranks.
+    """Call ``fn(*args)`` on ``world_size`` ranks and return the results in the order of ranks.
 
-    ``dist.get_rank()`` tells a rank who it is. A Trainer in ``fn`` finds the process group ready and starts nothing:
+    A Trainer in ``fn`` uses the existing process group:
     ``Trainer(accelerator="cpu", devices=world_size, strategy="ddp")``.
 
     Args:
-        fn: A function that can be pickled: of a module, not of a function.
+        fn: A picklable function.
         world_size: Number of ranks.
-        args: Arguments, pickled; every rank gets the same.
+        args: Picklable arguments, the same on every rank.
         timeout: Seconds until the ranks are killed.
 
     Raises:
-        RuntimeError: If a rank raised, died, or had nothing to say in time; with the tracebacks of those that raised.
+        RuntimeError: If a rank raised, died, or timed out; with the tracebacks.
     """
     while len(_ranks) < world_size:
         _ranks.append(_start(len(_ranks)))
     pipes = [rank.pipe for rank in _ranks[:world_size]]
-    task = pickle.dumps((fn, args))  # plainly: the ranks' own pickler would share tensors' memory
+    task = pickle.dumps((fn, args))  # multiprocessing's own pickler would share the memory of tensors
     deadline = time.monotonic() + timeout
     complete = False
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +71,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
             outcomes = _collect(pipes, deadline)
             complete = not any(error for error, _ in outcomes)
         finally:
-            if not complete:  # some of them may wait for one that is gone
+            if not complete:  # some ranks may wait for one that died
                 end_ranks(max(deadline - time.monotonic(), 1))
     if not complete:
         raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error))
@@ -80,7 +79,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
 
 def end_ranks(timeout: float = 10) -> None:
-    """End all ranks, by force those that still run after ``timeout`` seconds. The next call starts new ones."""
+    """End all ranks, and kill those that still run after ``timeout`` seconds. The next call starts new ones."""
     deadline = time.monotonic() + timeout
     for rank in _ranks:
         rank.pipe.close()
@@ -92,12 +91,12 @@ def end_ranks(timeout: float = 10) -> None:
 
 
 def processes() -> set[BaseProcess]:
-    """Those of the ranks that wait for a next call."""
+    """The processes of the live ranks."""
     return {rank.process for rank in _ranks}
 
 
 def start_anew() -> None:
-    """What every test begins with, in whichever process: one thread, a seed."""
+    """Set the global state that every test begins with, in any process."""
     torch.set_num_threads(1)  # the suite runs on two cores, ranks included
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:  # all compiled models of one process share a limit of recompilations
@@ -105,7 +104,7 @@ def start_anew() -> None:
 
 
 def _start(rank: int) -> _Rank:
-    _CONTEXT.set_forkserver_preload(PRELOADED)  # what the first call says is what counts
+    _CONTEXT.set_forkserver_preload(PRELOADED)  # only the first call has an effect
     pipe, of_rank = _CONTEXT.Pipe()
     process = _CONTEXT.Process(target=_serve, args=(rank, of_rank))
     process.start()
@@ -114,7 +113,7 @@ def _start(rank: int) -> _Rank:
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[tuple[str | None, Any]]:
-    """What each rank reports: an error or a result."""
+    """Receive an error or a result from each rank."""
     outcomes: dict[Connection, tuple[str | None, Any]] = {}
     while missing := [pipe for pipe in pipes if pipe not in outcomes]:
         ready = wait(missing, max(deadline - time.monotonic(), 0))
@@ -128,9 +127,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[str | None,
 
 # ------------------------------------------------------------------------------------------------------ on the ranks
 def _serve(rank: int, pipe: Connection) -> None:
-    """Call what is sent until nothing comes any more or a call fails: the end of this process tells other ranks."""
+    """Run tasks until the pipe closes or one fails; then this process ends, which other ranks notice."""
     Thread(target=_end_with_the_tests, daemon=True).start()
-    os.environ["LOCAL_RANK"] = str(rank)  # what tells Lightning that the processes are there already
+    os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes
     environment, error = dict(os.environ), None
     while error is None:
         try:
@@ -151,7 +150,7 @@ def _end_with_the_tests() -> None:
 
 
 def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) -> tuple[str | None, bytes]:
-    """An error, or what is to be reported."""
+    """Return an error, or the pickled result."""
     start_anew()
     random.seed(0)
     np.random.seed(0)
@@ -159,7 +158,7 @@ def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) 
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
     try:
-        with warnings.catch_warnings():  # which also forgets those that were shown once
+        with warnings.catch_warnings():  # also resets the warnings that are shown once
             dist.init_process_group(
                 "gloo",
                 init_method=(Path(folder) / "store").as_uri(),
@@ -169,7 +168,7 @@ def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) 
             )
             fn, args = pickle.loads(task)
             outcome = pickle.dumps((None, fn(*args)))
-            dist.barrier()  # whoever is done first must not take the store away from the others
+            dist.barrier()  # the store must exist until all ranks are done
             dist.destroy_process_group()
             return None, outcome
     except BaseException:
@@ -177,9 +176,9 @@ def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) 
 
 
 def in_a_fresh_process(fn: Callable[[], Any], timeout: float = 120) -> Any:
-    """What ``fn`` returns in a process that no test has run in: one that forks must not come from a used one.
+    """Call ``fn`` in a process that no test has run in.
 
-    torch refuses a backward in a fork of a process whose autograd has threads, as some tests leave it with.
+    torch refuses a backward in a fork of a process whose autograd has threads.
     """
     with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
         return pool.submit(fn).result(timeout)

@@ -41,16 +41,16 @@ def left(folder: Path) -> list[int]:
 
 def test_a_run_that_hangs_is_killed_with_all_its_processes(tmp_path: Path) -> None:
     run = start(tmp_path, "wait", limit="2s")
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 137 and "killed after 2 s. A whole run may take 2s" in said
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 137 and "killed after 2 s. A whole run may take 2s" in output
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_run_that_ends_leaves_no_process_behind_and_keeps_its_status(tmp_path: Path, status: int) -> None:
     run = start(tmp_path, f"exit {status}", limit="60s")
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == status and "killed after" not in said
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == status and "killed after" not in output
     assert left(tmp_path) == []
 
 

@@ -47,6 +47,74 @@ def folder_of(file: str) -> str:
     return file.split("/")[0].removesuffix(".py")
 
 
+def functions_of(file: str) -> Iterator[tuple[str, ast.FunctionDef, str]]:
+    """Qualified name, definition and source of every function, those within functions excluded."""
+    source = FILES[file].read_text(encoding="utf-8")
+
+    def within(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef, str]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from within(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                yield f"{prefix}{node.name}", node, source
+
+    return within(ast.parse(source).body, "")
+
+
+def lines_of_code(function: ast.FunctionDef, source: str) -> int:
+    """Lines of a function without decorators, docstring, comments and blank lines."""
+    lines = source.splitlines()
+    rows = set(range(function.lineno, (function.end_lineno or 0) + 1))
+    if ast.get_docstring(function):
+        rows -= set(range(function.body[0].lineno, (function.body[0].end_lineno or 0) + 1))
+    return sum(bool(lines[row - 1].strip()) and not lines[row - 1].strip().startswith("#") for row in rows)
+
+
+def number_of_parameters(function: ast.FunctionDef) -> int:
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len(set(names) - {"self", "cls", "ctx"})
+
+
+TOO_LONG = {
+    "callbacks/bn_stats_monitor.py",
+    "functional/domain/bn.py:domain_bn",
+    "functional/measure.py",
+    "functional/measure.py:measure",
+    "lockstep/pooled.py",
+    "plots/drift.py",
+    "plots/drift.py:_draw_lag_against_noise",
+}
+"""Files of more than 300 lines, and functions of more than 40 lines of code: to be emptied."""
+TOO_MANY_PARAMETERS = {
+    "functional/measure.py:measure",
+    "functional/precise.py:measure_model",
+    "layers/batch_mode.py:forward_with_buffers",
+    "layers/override.py:_of_torch",
+    "lockstep/pooled.py:PooledForward.__init__",
+    "plots/drift.py:drift_overview",
+    "tracking/trusted.py:_differs",
+}
+"""Private functions of more than 6 parameters: to be emptied. Public ones have their rule in test_public_face.py."""
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_and_functions_are_short(file: str) -> None:
+    length = len(FILES[file].read_text(encoding="utf-8").splitlines())
+    assert length <= 300 or file in TOO_LONG, f"{length} lines"
+    long = {name: lines_of_code(*function) for name, *function in functions_of(file)}
+    assert not {n: lines for n, lines in long.items() if lines > 40 and f"{file}:{n}" not in TOO_LONG}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_private_functions_have_few_parameters(file: str) -> None:
+    public = {name for name in lightning_bn.__all__ if name in FILES[file].read_text(encoding="utf-8")}
+    many = {name: number_of_parameters(function) for name, function, _ in functions_of(file)}
+    for name, number in many.items():
+        if name.removesuffix(".__init__") not in public and f"{file}:{name}" not in TOO_MANY_PARAMETERS:
+            assert number <= 6, name
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_imports_from_its_own_folder_and_lower_floors(file: str) -> None:
     own = folder_of(file)

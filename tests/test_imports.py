@@ -1,4 +1,4 @@
-"""A name is imported when it is asked for, with what it needs and no more: what that is, counted in new processes."""
+"""Names are imported lazily: each step of a new process imports only the optional packages that it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_bn import plots
 
 OPTIONAL = {"lightning", "pytorch_lightning", "lightning_utilities", "lightning_fabric", "torchmetrics"}
 OPTIONAL |= {"matplotlib", "wandb", "greenlet", "psutil", "tqdm"}
-"""What costs time to import, or that not all need."""
+"""Packages that are slow to import, or that few users need."""
 
 PLAIN = {
     "torch": "import torch; sys.modules.pop('tqdm', None)  # which torch has imported for itself",
@@ -60,17 +60,17 @@ lbn.plots.any_logs([])
 
 
 def modules_of(steps: dict[str, str]) -> dict[str, set[str]]:
-    """What each step of a new Python process imports."""
+    """The modules that each step of a new Python process imports."""
     program = """
 import json, sys
-imported, found, own = set(sys.modules), {}, {'sys': sys}
+imported, found, scope = set(sys.modules), {}, {'sys': sys}
 for name, step in json.loads(sys.argv[1]).items():
-    exec(step, own)
+    exec(step, scope)
     found[name], imported = sorted(set(sys.modules) - imported), set(sys.modules)
 print("\\n" + json.dumps(found))
 """
-    said = subprocess.check_output([sys.executable, "-c", program, json.dumps(steps)], text=True, timeout=240)
-    return {name: set(modules) for name, modules in json.loads(said.splitlines()[-1]).items()}
+    output = subprocess.check_output([sys.executable, "-c", program, json.dumps(steps)], text=True, timeout=240)
+    return {name: set(modules) for name, modules in json.loads(output.splitlines()[-1]).items()}
 
 
 def optional(modules: set[str]) -> set[str]:

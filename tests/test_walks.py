@@ -1,11 +1,11 @@
-"""Short walks: few frames, functions and files between a verb and its arithmetic."""
+"""Short walks: few frames, functions and files between a call and its arithmetic."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from lightning_bn import precise_bn
+from lightning_bn import ghost_bn, precise_bn
 from tests.walks import walk
 
 
@@ -16,3 +16,10 @@ def test_precise_bn_reaches_the_kernel_in_five_frames_and_forty_functions() -> N
     found = walk(lambda: precise_bn(model, batches))
     assert len(found.stack) <= 5, found.stack
     assert len(found.functions) <= 40, sorted(code.co_qualname for code in found.functions)
+
+
+def test_ghost_bn_calls_the_kernel_in_four_frames() -> None:
+    layer, x = nn.BatchNorm1d(8), torch.randn(64, 8)
+    with ghost_bn(layer, size=16):
+        walked = walk(lambda: layer(x))
+    assert len(walked.stack) <= 4 and len(walked.functions) <= 11, walked.stack

@@ -63,13 +63,7 @@ class Route:
 
 @dataclass
 class Exchange:
-    """State of one exchange, from `exchange_rows` to `restore_rows`.
-
-    Attributes:
-        route: Route of this rank's rows; None if no rows were exchanged.
-        group: The ranks; None for all.
-        anchor: Scalar that the backward of the exchange passes through; None without gradients.
-    """
+    """State of one exchange, from `exchange_rows` to `restore_rows`; ``route`` is None if no rows were exchanged."""
 
     route: Route | None
     group: dist.ProcessGroup | None
@@ -297,6 +291,5 @@ def _all_to_all(route: Route, group: dist.ProcessGroup | None, tensors: Sequence
 
 
 def _as_bytes(rows: Tensor) -> Tensor:
-    """Rows as ``(rows, bytes of a row)``: a view if they are contiguous."""
     flat = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
     return flat.contiguous().view(torch.uint8)

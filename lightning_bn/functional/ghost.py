@@ -120,7 +120,8 @@ class Ghost(Behavior):
 
     def normalization_groups(self, input: Tensor) -> Tensor:
         """The group number of each row."""
-        samples, groups = len(input), self._groups_of(input)
+        samples = len(input)
+        groups = self._number_of_groups(samples, input.numel() // input.shape[1])
         rows, larger = divmod(samples, groups)
         numbers = torch.arange(samples, device=input.device)
         if self._grouping == "interleaved":
@@ -129,31 +130,28 @@ class Ghost(Behavior):
         return torch.maximum(numbers // (rows + 1), (numbers - larger) // rows)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
-        groups = self._groups_of(call.input) if call.training else 1
+        x, values = call.input, call.values
+        samples = len(range(len(x)))  # range: torch.compile then takes the number for a constant, not for a symbol
+        groups = self._number_of_groups(samples, values) if call.training else 1
         if groups == 1:
             return call.run()
-        x, running_mean, running_var = call[:3]
-        rows, larger = divmod(len(x), groups)
+        rows, larger = divmod(samples, groups)
         if self._grouping == "interleaved" and not larger and x.is_contiguous():
-            counts = x.new_full((groups, 1), call.values / groups, dtype=_wide(x))
-            output, mean, var = _batch_norm_of_view(call, groups)
+            counts = x.new_full((groups, 1), values // groups, dtype=_wide(x))
+            output, mean, var = _batch_norm_of_view(call, counts)
         else:
             sizes = rows + (torch.arange(groups, device=x.device) < larger)
-            counts = (sizes * (call.values // len(x))).to(_wide(x)).unsqueeze(1)
+            counts = (sizes * (values // samples)).to(_wide(x)).unsqueeze(1)
             function = _differentiable if torch.compiler.is_compiling() else _GroupedBatchNorm.apply
             output, mean, var = function(x, call.weight, call.bias, self.normalization_groups(x), counts, call.eps)
-        if running_mean is not None and running_var is not None:
+        if call.running_mean is not None and call.running_var is not None:
             with torch.no_grad():
-                share = (counts / call.values).to(mean.dtype).flatten()
+                share = counts.T / values
                 whole_mean = share @ mean
-                whole_var = share @ (var + (mean - whole_mean).square()) * (call.values / (call.values - 1))
-                for running, new in ((running_mean, whole_mean), (running_var, whole_var)):
-                    running.copy_(running.to(new.dtype).lerp(new, call.momentum))
+                whole_var = share @ (var + (mean - whole_mean).square()) * (values / (values - 1))
+                for running, whole in ((call.running_mean, whole_mean), (call.running_var, whole_var)):
+                    running.copy_(running.to(whole.dtype).lerp(whole[0], call.momentum))
         return output
-
-    def _groups_of(self, input: Tensor) -> int:
-        samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
-        return self._number_of_groups(samples, input.numel() // input.shape[1])
 
     def _number_of_groups(self, samples: int, values: int) -> int:
         """As few as the size allows, with at least two of the ``values`` per channel in each: one has no variance."""
@@ -161,10 +159,10 @@ class Ghost(Behavior):
         return max(1, min(wanted, samples, values // 2))
 
 
-def _batch_norm_of_view(call: BatchNormCall, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_of_view(call: BatchNormCall, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Interleaved groups of equal size as channels of a view: one call of torch's kernel normalizes all of them."""
     x, _, _, weight, bias, *_ = call
-    channels, dtype = x.shape[1], _wide(x)
+    groups, channels, dtype = len(counts), x.shape[1], counts.dtype
     # 16-bit statistics would be rounded for each group; the kernel takes float32 ones with any input
     mean, var = x.new_zeros(2, groups * channels, dtype=dtype).unbind()
     scale, shift = (p if p is None else p.to(dtype).repeat(groups) for p in (weight, bias))
@@ -172,7 +170,7 @@ def _batch_norm_of_view(call: BatchNormCall, groups: int) -> tuple[Tensor, Tenso
     y = F.batch_norm(view, mean, var, scale, shift, True, 1.0, call.eps)
     # no view for autograd: behind one, an activation that works in place would copy gradients
     y = torch.ops.aten._unsafe_view(y, x.shape)
-    count = call.values / groups
+    count = x.numel() / mean.numel()
     return y, mean.view(groups, channels), var.view(groups, channels) * ((count - 1) / count)
 
 
@@ -251,4 +249,4 @@ def _expand(statistics: Tensor, group: Tensor, like: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.dtype.itemsize > 2 else torch.float32

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback, SyncBNCallback
+from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback
 from tests.callbacks.zoo import (
     Evaluated,
     TinyNet,
@@ -112,10 +112,6 @@ def test_evaluation_is_that_of_the_plain_model() -> None:
     ("options", "error", "words"),
     [
         ({}, ValueError, "either size= or splits="),
-        ({"size": 4, "splits": 2}, ValueError, "either size= or splits="),
-        ({"size": 0}, ValueError, "size must be"),
-        ({"splits": 1.5}, TypeError, "splits must be"),
-        ({"size": 4, "grouping": "random"}, ValueError, "'interleaved', 'contiguous'"),
         ({"size": 4, "layers": 3}, TypeError, "glob pattern"),
     ],
 )
@@ -132,15 +128,7 @@ def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
     assert type(module.bn1) is nn.BatchNorm2d
 
 
-def test_layers_with_ghosts_are_refused_to_sync_bn_and_given_back() -> None:
-    module = TinyNet()
-    with pytest.raises(ValueError, match=r"SyncBNCallback act on layer 'bn1' .*smaller than the device's"):
-        fit(module, [GhostBNCallback(size=4), SyncBNCallback()])
-    assert type(module.bn1) is nn.BatchNorm2d
-
-
-@pytest.mark.parametrize("batch_size", [4, 3])
-@pytest.mark.parametrize("options", [{"size": 4}, {"splits": 1}])
+@pytest.mark.parametrize(("batch_size", "options"), [(4, {"size": 4}), (3, {"splits": 1})])
 def test_it_warns_once_where_a_batch_is_no_larger_than_a_ghost(batch_size: int, options: Any) -> None:
     loader = train_loader(12, batch_size)
     (message,) = said(GhostBNCallback(**options), "changes nothing", train=loader, accumulate_grad_batches=4)

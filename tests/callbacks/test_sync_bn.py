@@ -110,7 +110,7 @@ def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> Non
     for first, second, third, fourth in run_on_ranks(refusals, 2):
         assert "SyncBNCallback and GhostBNCallback act on layer 'bn1'" in first
         assert "GhostBNCallback and SyncBNCallback act on layer 'bn1'" in second
-        assert "ranks=3, but there are 2 ranks" in third
+        assert "group_size=3, but there are 2 ranks" in third
         assert "act on layer 'bn1'" in fourth
 
 
@@ -168,7 +168,7 @@ def test_torchs_own_layers_are_left_to_torch_unless_groups_are_asked_for() -> No
         fit(module, SyncBNCallback(group_size=2))
 
 
-@pytest.mark.parametrize(("options", "error"), [({"ranks": 0}, ValueError), ({"layers": 3}, TypeError)])
+@pytest.mark.parametrize(("options", "error"), [({"group_size": 0}, ValueError), ({"layers": 3}, TypeError)])
 def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(options)) + " must be"):
         SyncBNCallback(**options)

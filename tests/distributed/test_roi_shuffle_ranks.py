@@ -1,4 +1,4 @@
-"""Modules whose rows change ranks: what they see, what comes home, and that no rank waits for ever."""
+"""Modules whose rows change ranks: their inputs, outputs and gradients, and that no rank waits forever."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def with_and_without(counts: tuple[int, int]) -> tuple[State, State]:
     return found, without
 
 
-@pytest.mark.parametrize("counts", [(7, 5), (0, 9), (12, 1), (1, 1)])
+@pytest.mark.parametrize("counts", [(0, 9), (12, 1), (1, 1)])
 def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle(counts: tuple[int, int]) -> None:
     for found, without in run_on_ranks(with_and_without, 2, counts):
         assert_equal(found, without)
@@ -159,17 +159,19 @@ def ignoring(counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: 
     return found
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
+EVERY_OUTPUT = ("trunk", "boxes", "masks")
+
+
 @pytest.mark.parametrize(
-    "uses",
+    ("counts", "uses", "find_unused"),
     [
-        [("trunk", "boxes", "masks"), ("trunk",)],
-        [("trunk",), ("masks", "boxes")],
-        [("trunk", "masks"), ("boxes",)],
-        [("boxes", "masks", "trunk"), ("masks", "trunk", "boxes")],
+        ((8, 6), [EVERY_OUTPUT, ("trunk",)], False),
+        ((0, 11), [EVERY_OUTPUT, ("trunk",)], True),
+        ((0, 11), [("trunk",), ("masks", "boxes")], False),
+        ((8, 6), [("trunk", "masks"), ("boxes",)], True),
+        ((8, 6), [("boxes", "masks", "trunk"), ("masks", "trunk", "boxes")], False),
     ],
 )
-@pytest.mark.parametrize("counts", [(8, 6), (0, 11)])
 def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
     counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool
 ) -> None:
@@ -415,10 +417,9 @@ def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: s
         pass
 
 
-@pytest.mark.parametrize("generator", [0, False, "gen"])
-def test_a_generator_that_is_none_is_refused(generator: Any) -> None:
+def test_another_object_than_a_generator_is_refused() -> None:
     with pytest.raises(TypeError, match="generator must be"):
-        roi_shuffle(Heads(), modules="heads.0", generator=generator)
+        roi_shuffle(Heads(), modules="heads.0", generator=0)  # type: ignore[arg-type]
 
 
 def with_datasets() -> None:

@@ -168,7 +168,7 @@ def groups(model: nn.Module, shards: list[list[Tensor]]) -> tuple[Outcome, dict[
     made = dist.distributed_c10d._world.pg_names
     there_were, seen = len(made), {}
     second = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="ranks=3, but there are 4 ranks"):
+    with pytest.raises(ValueError, match="group_size=3, but there are 4 ranks"):
         sync_bn(model, group_size=3)
     with sync_bn(model, group_size=2, layers="1"):
         with_one = len(made)

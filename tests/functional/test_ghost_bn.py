@@ -71,7 +71,7 @@ def assert_ghosts(bn: Any, x: Tensor, groups: list[list[int]], **tolerance: floa
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     samples=st.integers(2, 23),
     size=st.integers(1, 25),
@@ -96,7 +96,7 @@ def test_size_is_the_most_samples_in_a_group_and_every_group_is_plain_batchnorm(
         assert_ghosts(bn, x, expected, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(samples=st.integers(2, 17), splits=st.integers(1, 20), grouping=st.sampled_from(GROUPINGS))
 def test_splits_is_the_number_of_groups(samples: int, splits: int, grouping: str) -> None:
     bn = layer()
@@ -105,25 +105,14 @@ def test_splits_is_the_number_of_groups(samples: int, splits: int, grouping: str
         assert_ghosts(bn, x, members(samples, min(splits, samples), grouping), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("samples", [8, 7])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"affine": False},
-        {"track_running_stats": False},
-        {"affine": False, "track_running_stats": False},
-        {"bias": False},
-    ],
-)
-def test_layers_may_lack_weight_bias_or_statistics(how: dict[str, bool], samples: int, grouping: str) -> None:
-    if how.pop("bias", True):
-        bn = layer(**how)
-    else:
-        bn = layer()
+@pytest.mark.parametrize("samples", [9, 7])
+@pytest.mark.parametrize("lacks", ["affine", "track_running_stats", "bias"])
+def test_layers_may_lack_weight_bias_or_statistics(lacks: str, samples: int) -> None:
+    bn = layer(**({} if lacks == "bias" else {lacks: False}))
+    if lacks == "bias":
         bn.bias = None
-    with ghost_bn(bn, splits=3, grouping=grouping):
-        assert_ghosts(bn, torch.randn(samples, 3, 4, 4, dtype=torch.float64), members(samples, 3, grouping))
+    with ghost_bn(bn, splits=3):
+        assert_ghosts(bn, torch.randn(samples, 3, 4, 4, dtype=torch.float64), members(samples, 3, "interleaved"))
 
 
 def test_momentum_none_is_the_mean_over_batches_as_without_ghosts() -> None:
@@ -139,7 +128,6 @@ def test_momentum_none_is_the_mean_over_batches_as_without_ghosts() -> None:
 
 def test_the_variance_between_groups_is_in_the_running_variance() -> None:
     """Groups of constant samples have none within, so averaging theirs would store 0."""
-    bn = layer(momentum=1.0)
     x = torch.arange(4.0, dtype=torch.float64).repeat_interleave(3 * 5).view(4, 3, 5)
     bn = layer(1, momentum=1.0)
     with ghost_bn(bn, splits=4):
@@ -147,8 +135,7 @@ def test_the_variance_between_groups_is_in_the_running_variance() -> None:
     torch.testing.assert_close(bn.running_var, torch.full((3,), x[:, 0].var().item(), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("samples", [8, 7])
+@pytest.mark.parametrize(("samples", "grouping"), [(9, "interleaved"), (7, "contiguous")])
 @pytest.mark.parametrize("space", [2, 3])
 def test_channels_last_stays_channels_last(space: int, samples: int, grouping: str) -> None:
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[space]
@@ -171,7 +158,7 @@ def test_an_activation_in_place_is_as_cheap_as_behind_plain_batchnorm(
     assert type(y.grad_fn).__name__ == "ReluBackward0" and not y._is_view()
 
 
-@pytest.mark.parametrize("samples", [8, 7])
+@pytest.mark.parametrize("samples", [9, 7])
 def test_an_input_with_gaps_in_memory_is_normalized_like_any(samples: int) -> None:
     bn = layer()
     with ghost_bn(bn, splits=3):
@@ -312,8 +299,10 @@ def test_undoing_ends_it_and_only_chosen_layers_have_it() -> None:
     torch.testing.assert_close(model[1](x), F.batch_norm(x, None, None, training=True))
 
 
-@pytest.mark.parametrize("make", [nn.BatchNorm2d, lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU)])
-@pytest.mark.parametrize("samples", [6, 5])
+@pytest.mark.parametrize(
+    ("make", "samples"),
+    [(nn.BatchNorm2d, 6), (nn.BatchNorm2d, 5), (lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU), 5)],
+)
 def test_a_compiled_model_is_one_graph_and_has_ghosts_too(make: Callable[[int], nn.Module], samples: int) -> None:
     model, x = cnn(make(8)), images(samples)[0]
     model[3].p = 0.0

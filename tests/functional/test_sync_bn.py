@@ -13,9 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bn import find_bn, freeze_bn, ghost_bn, sync_bn
+from lightning_bn import Handle, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.sync import Synced
-from lightning_bn.layers.behavior import Handle, behaviors_of
 from tests.zoo import CASES, case, cnn, images
 
 
@@ -33,15 +32,12 @@ def synced(model: nn.Module) -> Handle:
     return Handle(layers.values(), Synced(layers, None))
 
 
-@pytest.mark.parametrize("ranks", [None, 1, 8])
-def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_one_process_changes_nothing_and_warns(group_size: int | None) -> None:
     model = cnn()
-    with (
-        pytest.warns(UserWarning, match="changes nothing: there is one process") as said,
-        sync_bn(model, group_size=ranks),
-    ):
-        assert not any(behaviors_of(layer) for layer in find_bn(model).values())
-    assert len(said) == 1
+    with pytest.warns(UserWarning, match="changes nothing: there is one process") as warned:
+        sync_bn(model, group_size=group_size)
+    assert type(model[1]) is nn.BatchNorm2d and len(warned) == 1
 
 
 @pytest.mark.parametrize(("ranks", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
@@ -136,7 +132,7 @@ def test_16_bit_inputs_are_computed_in_float32_and_rounded_once(
 
 
 def test_gradients_agree_with_finite_differences(one_rank: None) -> None:
-    for shape in ((5, 3), (4, 3, 2), (2, 3, 2, 2)):
+    for shape in ((5, 3), (2, 3, 2, 2)):
         bn = nn.BatchNorm2d(3).double() if len(shape) == 4 else nn.BatchNorm1d(3).double()
         nn.init.uniform_(bn.weight)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -144,8 +140,10 @@ def test_gradients_agree_with_finite_differences(one_rank: None) -> None:
             assert torch.autograd.gradcheck(lambda x, *_, bn=bn: bn(x), (x, bn.weight, bn.bias))
 
 
-@pytest.mark.parametrize("affine", ["weight and bias", "weight", ""])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (2, 3, 2, 2)])
+@pytest.mark.parametrize(
+    ("shape", "affine"),
+    [((5, 3), "weight and bias"), ((4, 3, 2), "weight"), ((2, 3, 2, 2), ""), ((2, 3, 2, 2), "weight")],
+)
 def test_second_derivatives_agree_with_finite_differences(one_rank: None, shape: tuple[int, ...], affine: str) -> None:
     bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3, affine=bool(affine)).double()
     if affine == "weight":
