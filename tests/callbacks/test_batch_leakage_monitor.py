@@ -239,7 +239,7 @@ TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
         "batch_size_fn raised StopIteration",
     ),
     "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
-    "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise replay_bytes, or lower"),
+    "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise max_bytes, or lower"),
     "too large, as counted": (
         TinyNet,
         {"num_samples": 20, "batch_size_fn": len, "max_bytes": 4000},

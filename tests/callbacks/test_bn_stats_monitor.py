@@ -72,7 +72,7 @@ class TruthOfBatches(Callback):
 @pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
 def test_the_gap_is_that_of_every_batch_from_the_ema_before_it(trainer: dict[str, Any]) -> None:
     truth = TruthOfBatches()
-    logger = fit_with(BNStatsMonitor(1, 1), truth, **trainer)
+    logger = fit_with(BNStatsMonitor(1, window=1), truth, **trainer)
     together = trainer.get("accumulate_grad_batches", 1)
     for name, gaps in truth.gaps.items():
         windows = torch.tensor(gaps).view(-1, together).square().mean(1).sqrt()
@@ -81,7 +81,7 @@ def test_the_gap_is_that_of_every_batch_from_the_ema_before_it(trainer: dict[str
 
 
 def test_each_row_holds_all_keys_always_the_same_and_few_enough() -> None:
-    logger = fit_with(BNStatsMonitor(1, 2), max_epochs=4)
+    logger = fit_with(BNStatsMonitor(1, window=2), max_epochs=4)
     found = rows(logger)
     assert len(found) == 8
     per_layer = {f"bn_{gap}/{bn}" for gap in ("mean_gap", "var_gap") for bn in ("bn1", "bn2")}
@@ -92,7 +92,7 @@ def test_each_row_holds_all_keys_always_the_same_and_few_enough() -> None:
 
 @pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"log_every_n_steps": 3}], ids=str)
 def test_a_row_stands_at_a_step_of_the_modules_own_log(trainer: dict[str, Any]) -> None:
-    logger = fit_with(BNStatsMonitor(1, 1), max_epochs=4, **trainer)
+    logger = fit_with(BNStatsMonitor(1, window=1), max_epochs=4, **trainer)
     own = list(logger.logged("train_loss_step"))
     found = [step for step, _ in rows(logger)]
     assert found[: len(own)] == own and len(set(found)) == len(found)
@@ -104,7 +104,7 @@ def test_only_every_nth_batch_is_measured_and_a_window_waits_until_it_is_full() 
 
 
 def test_a_short_fit_logs_what_it_has_at_its_end() -> None:
-    assert [step for step, _ in rows(fit_with(BNStatsMonitor(2, 100)))] == [7]
+    assert [step for step, _ in rows(fit_with(BNStatsMonitor(2, window=100)))] == [7]
 
 
 def test_a_fit_that_is_too_short_says_so() -> None:
@@ -136,14 +136,14 @@ class Deep(TinyNet):
     ids=str,
 )
 def test_many_layers_make_few_keys(layers: int, options: dict[str, Any], keys: int) -> None:
-    logger = fit_with(BNStatsMonitor(1, 2, **options), module=Deep(layers), max_epochs=1)
+    logger = fit_with(BNStatsMonitor(1, window=2, **options), module=Deep(layers), max_epochs=1)
     for _, row in rows(logger):
         assert len([key for key in row if key.startswith("bn_") and not key.startswith("bn_agg/")]) == keys
 
 
 def test_names_are_safe_and_the_worst_layer_is_an_index_into_the_map(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    fit(Deep(3), BNStatsMonitor(1, 2), logger=logger)
+    fit(Deep(3), BNStatsMonitor(1, window=2), logger=logger)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         found = [row for row in csv.DictReader(file) if row.get("bn_agg/worst_layer")]
     names = json.loads((Path(logger.log_dir) / "figures" / "bn_layers.json").read_text())
@@ -154,7 +154,7 @@ def test_names_are_safe_and_the_worst_layer_is_an_index_into_the_map(tmp_path: P
 
 
 def test_two_monitors_do_not_write_into_each_others_keys() -> None:
-    logger = fit_with(BNStatsMonitor(1, 2, layers="bn1"), BNStatsMonitor(1, 2, layers="bn2"))
+    logger = fit_with(BNStatsMonitor(1, window=2, layers="bn1"), BNStatsMonitor(1, window=2, layers="bn2"))
     assert rows(logger, "bn_bn1_agg/") and rows(logger, "bn_bn2_agg/") and not rows(logger, "bn_agg/")
 
 
@@ -203,7 +203,7 @@ def test_senseless_arguments_are_refused_at_once(options: dict[str, Any], error:
 @pytest.mark.parametrize("first", ["monitor", "PreciseBN"])
 def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: str, tmp_path: Path) -> None:
     module, stale = TinyNet(), TinyNet()
-    callbacks = [BNStatsMonitor(1, 2), PreciseBNCallback(20)]
+    callbacks = [BNStatsMonitor(1, window=2), PreciseBNCallback(20)]
     fit(module, callbacks if first == "monitor" else callbacks[::-1], max_epochs=1, logger=CSVLogger(tmp_path))
     fit(stale, max_epochs=1)
     new, old = statistics_of(module), statistics_of(stale)
@@ -215,7 +215,7 @@ def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: 
 
 @pytest.mark.parametrize("first", ["monitor", "FreezeBN"])
 def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(first: str, tmp_path: Path) -> None:
-    monitor, freeze = BNStatsMonitor(1, 4), FreezeBNCallback(start_epoch=1, num_samples=20, warmup_epochs=0)
+    monitor, freeze = BNStatsMonitor(1, window=4), FreezeBNCallback(start_epoch=1, num_samples=20, warmup_epochs=0)
     module = TinyNet()
     logger = CSVLogger(tmp_path)
     fit(module, [monitor, freeze] if first == "monitor" else [freeze, monitor], logger=logger)
@@ -238,7 +238,7 @@ class NanFrom(TinyNet):
 def test_nan_statistics_are_counted_and_named_and_break_nothing(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     with pytest.warns(UserWarning, match=r"2 layers have seen NaN or infinite statistics up to step 3, 'bn1' first"):
-        fit(NanFrom(), BNStatsMonitor(1, 2), logger=logger)
+        fit(NanFrom(), BNStatsMonitor(1, window=2), logger=logger)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         counted = [
             float(row["bn_agg/nonfinite_layers"]) for row in csv.DictReader(file) if row["bn_agg/nonfinite_layers"]
@@ -247,20 +247,20 @@ def test_nan_statistics_are_counted_and_named_and_break_nothing(tmp_path: Path) 
 
 
 def test_drift_is_said_once_until_it_has_gone() -> None:
-    monitor = BNStatsMonitor(1, 1, alert_threshold=0.05)
+    monitor = BNStatsMonitor(1, window=1, alert_threshold=0.05)
     with pytest.warns(
         UserWarning, match=r"BatchNorm statistics drift: At step 0 the EMA of layer 'bn\d' is .* sigma off"
     ):
         fit(TinyNet(), monitor, max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(TinyNet(lr=0.0), BNStatsMonitor(1, 1, alert_threshold=1e-6), max_epochs=4)
+        fit(TinyNet(lr=0.0), BNStatsMonitor(1, window=1, alert_threshold=1e-6), max_epochs=4)
     assert len([w for w in caught if "statistics drift" in str(w.message)]) == 1
 
 
 def advice(*others: Any, alert_threshold: float = 0.05, module: Any = None) -> str:
     """What the alert says to do."""
-    monitor = BNStatsMonitor(1, 1, alert_threshold=alert_threshold)
+    monitor = BNStatsMonitor(1, window=1, alert_threshold=alert_threshold)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module or TinyNet(), [*others, monitor], max_epochs=1)
@@ -318,7 +318,7 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, l
     module, plain = TinyNet(), TinyNet()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(module, BNStatsMonitor(1, 1, alert_threshold=None, **options), logger=logger())
+        trainer = fit(module, BNStatsMonitor(1, window=1, alert_threshold=None, **options), logger=logger())
     said = [str(w.message) for w in caught if "BNStatsMonitor" in str(w.message)]
     assert trainer.global_step == 8 and len(said) == 1 and message in said[0]
     fit(plain)
@@ -329,7 +329,7 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, l
 def test_whatever_a_logger_or_a_picture_raises_costs_a_warning(where: str, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(f"lightning_bn.plots.{where}", raising(OSError("disk full")))
     with pytest.warns(UserWarning, match="BNStatsMonitor could not .*: OSError: disk full"):
-        trainer = fit(TinyNet(), BNStatsMonitor(1, 1, alert_threshold=1e-6), logger=CSVLogger(tmp_path))
+        trainer = fit(TinyNet(), BNStatsMonitor(1, window=1, alert_threshold=1e-6), logger=CSVLogger(tmp_path))
     assert trainer.global_step == 8
 
 
@@ -346,7 +346,7 @@ def test_a_layer_that_cannot_be_read_for_a_while_ends_no_fit() -> None:
             self.bn1.running_mean = self.kept
 
     with pytest.warns(UserWarning, match="BNStatsMonitor cannot measure a batch: "):
-        trainer = fit(LosesItsStatistics(), BNStatsMonitor(1, 1))
+        trainer = fit(LosesItsStatistics(), BNStatsMonitor(1, window=1))
     assert trainer.global_step == 8
 
 
@@ -355,7 +355,7 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
     module = TinyNet()
     module.bn1.momentum = 0.0  # observed directly
     with pytest.raises(BaseException) as caught:
-        fit(module, BNStatsMonitor(1, 1, batch_size_fn=raising(error)))
+        fit(module, BNStatsMonitor(1, window=1, batch_size_fn=raising(error)))
     assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
     assert type(module.bn1) is nn.BatchNorm2d
 
@@ -392,7 +392,7 @@ def parameters_after(module: LightningModule, *callbacks: Any, **kwargs: Any) ->
     ids=["checkpointed", "compiled", "compiled, not recoverable"],
 )
 def test_training_is_bit_for_bit_the_same_however_the_module_runs(make: Any) -> None:
-    assert parameters_after(make(), BNStatsMonitor(1, 2)) == parameters_after(make())
+    assert parameters_after(make(), BNStatsMonitor(1, window=2)) == parameters_after(make())
 
 
 def test_it_is_bit_for_bit_the_same_with_layers_that_are_measured_directly() -> None:
@@ -403,7 +403,7 @@ def test_it_is_bit_for_bit_the_same_with_layers_that_are_measured_directly() -> 
         return net
 
     logger = InMemory()
-    assert parameters_after(module(), BNStatsMonitor(1, 2), logger=logger) == parameters_after(module())
+    assert parameters_after(module(), BNStatsMonitor(1, window=2), logger=logger) == parameters_after(module())
     assert all(value > 0 for value in logger.logged("bn_mean_gap/bn2").values())
 
 
@@ -420,7 +420,7 @@ class Skips(TinyNet):
 def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
     module = Skips()
     module.bn1.momentum = 0.0
-    logger = fit_with(BNStatsMonitor(1, 1), PreciseBNCallback(20), module=module)
+    logger = fit_with(BNStatsMonitor(1, window=1), PreciseBNCallback(20), module=module)
     values = [*logger.logged("bn_mean_gap/bn1").values(), *logger.logged("bn_mean_gap/bn2").values()]
     assert len(values) == 2 * 7 and all(value == value for value in values)
 
@@ -428,9 +428,9 @@ def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
 def resumed_with(tmp_path: Path, first: TinyNet, second: TinyNet, options: dict[str, Any]) -> BNStatsMonitor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = fit(first, BNStatsMonitor(1, 2, trace_channels={"bn1": 0}), max_epochs=1)
+        trainer = fit(first, BNStatsMonitor(1, window=2, trace_channels={"bn1": 0}), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
-    monitor = BNStatsMonitor(1, 2, **options)
+    monitor = BNStatsMonitor(1, window=2, **options)
     second.strict_loading = False
     fit(second, monitor, ckpt_path=tmp_path / "first.ckpt", logger=CSVLogger(tmp_path))
     return monitor
@@ -449,13 +449,13 @@ def fit_saving_at_the_ends_of_epochs(monitor: BNStatsMonitor, folder: Path, val:
 @pytest.mark.parametrize("val", ["default", None], ids=["validation", "none"])
 @pytest.mark.parametrize("windows", [(1, 1), (2, 2), (3, 1), (1, 3)], ids=str)
 def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: Any, val: Any, tmp_path: Path) -> None:
-    whole = fit_saving_at_the_ends_of_epochs(BNStatsMonitor(*windows), tmp_path, val)
-    resumed = BNStatsMonitor(*windows)
+    whole = fit_saving_at_the_ends_of_epochs(BNStatsMonitor(windows[0], window=windows[1]), tmp_path, val)
+    resumed = BNStatsMonitor(windows[0], window=windows[1])
     assert fit_saving_at_the_ends_of_epochs(resumed, tmp_path / "resumed", val, tmp_path / "step=4.ckpt") == whole
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, 2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)])
+@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, window=2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)])
 def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
     """The record, the alarm, and what has been said."""
 
@@ -499,8 +499,8 @@ def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_training(tmp_pa
     logger = CSVLogger(tmp_path)
     (Path(logger.log_dir)).mkdir(parents=True)
     (Path(logger.log_dir) / "bn").write_text("in the way of the table")
-    with pytest.warns(UserWarning, match="could not log a picture or table: "):
-        trainer = fit(TinyNet(), BNStatsMonitor(1, 2), logger=logger)
+    with pytest.warns(UserWarning, match="could not log a figure or table: "):
+        trainer = fit(TinyNet(), BNStatsMonitor(1, window=2), logger=logger)
     assert trainer.global_step == 8
 
 
@@ -524,7 +524,7 @@ def test_a_broken_off_run_has_its_pictures_and_odd_names_are_drawn_as_they_are(t
 
     logger = CSVLogger(tmp_path)
     with pytest.raises(RuntimeError, match="broken off"):
-        fit(Broken(), BNStatsMonitor(1, 2), logger=logger)
+        fit(Broken(), BNStatsMonitor(1, window=2), logger=logger)
     assert len(list(Path(logger.log_dir).rglob("*.png"))) == 4
 
 
@@ -538,7 +538,7 @@ def test_monitors_of_layers_whose_names_are_alike_have_keys_of_their_own() -> No
         def features(self, x: Tensor) -> Tensor:
             return self.norms_a(self.conv2(self.norms["a"](self.conv1(x)))).mean((2, 3))
 
-    monitors = [BNStatsMonitor(1, 2, layers="norms.a"), BNStatsMonitor(1, 2, layers="norms_a")]
+    monitors = [BNStatsMonitor(1, window=2, layers="norms.a"), BNStatsMonitor(1, window=2, layers="norms_a")]
     logger = fit_with(*monitors, module=Alike())
     assert len(rows(logger, "bn_norms_a_agg/")) == len(rows(logger, "bn_norms_a_1_agg/")) == 4
 
@@ -557,7 +557,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_scalars_pictures_chart_table_alert_map_and_summary(tmp_path: Path) -> None:
     logger = WandbLogger(save_dir=tmp_path, settings=wandb.Settings(console="off", x_disable_stats=True))
-    callbacks = [BNStatsMonitor(1, 2, alert_threshold=0.05), PreciseBNCallback(20)]
+    callbacks = [BNStatsMonitor(1, window=2, alert_threshold=0.05), PreciseBNCallback(20)]
     fit(TinyNet(), callbacks, logger=logger, max_epochs=17)
     folder = Path(logger.experiment.dir).parent
     wandb.finish()
@@ -592,7 +592,7 @@ def test_every_logger_gets_scalars_pictures_and_table(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
-    fit(TinyNet(), BNStatsMonitor(1, 2), logger=loggers)
+    fit(TinyNet(), BNStatsMonitor(1, window=2), logger=loggers)
     events = EventAccumulator(loggers[1].log_dir).Reload()
     assert [e.step for e in events.Scalars("bn_agg/mean_gap_max")] == [1, 3, 5, 7]
     pictures = ["bn/channels", "bn/heatmap", "bn/lag_noise", "bn/overview"]
@@ -606,7 +606,7 @@ def test_every_logger_gets_scalars_pictures_and_table(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- ranks
 def fit_on_rank(world_size: int) -> dict[str, Any]:
     truth, logger, module = TruthOfBatches(), InMemory(), TinyNet()
-    callbacks = [BNStatsMonitor(1, 1), truth]
+    callbacks = [BNStatsMonitor(1, window=1), truth]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(module, callbacks, train_loader(32, 4), logger=logger, devices=world_size, strategy="ddp")

@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from lightning_bn import DeadChannels, MeanGap, Moments, NonFiniteChannels, VarGap
 from lightning_bn.tracking.drift import split
 from lightning_bn.tracking.history import MAX_ROWS, History, Traces
-from lightning_bn.tracking.recovery import ema_decay, recovered
+from lightning_bn.tracking.recovery import ema_decay, solve_batch_stats
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -46,12 +46,12 @@ def test_what_is_recovered_is_what_went_in(momentum: float | None, calls: int, t
         after = (1 - share) * after + share * batch
     m = torch.tensor(momentum if momentum is not None else torch.nan, dtype=torch.float64)
     kept = ema_decay(m, torch.tensor(calls), torch.tensor(tracked))
-    assert torch.allclose(recovered(before, after, kept), batch, rtol=0, atol=1e-11)
+    assert torch.allclose(solve_batch_stats(before, after, kept), batch, rtol=0, atol=1e-11)
 
 
 def test_metrics_are_the_functions_over_all_updates() -> None:
     seen = batches(5, 3)
-    metrics = MetricCollection({part: MeanGap(3, part) for part in ("gap", "lag", "noise")} | {"var": VarGap(3)})
+    metrics = MetricCollection({part: MeanGap(3, part=part) for part in ("gap", "lag", "noise")} | {"var": VarGap(3)})
     for batch in seen:
         metrics.update(*batch)
     offsets = torch.stack([(mean - ema) / var.sqrt() for mean, _, ema, var in seen])
@@ -79,7 +79,7 @@ def test_a_metric_refuses_other_channels_and_parts() -> None:
     with pytest.raises(ValueError, match=r"MeanGap was made for 3 channels.*\(4,\)"):
         MeanGap(3).update(*batches(1, 4)[0])
     with pytest.raises(ValueError, match="part must be 'gap', 'lag' or 'noise' but is 'drift'"):
-        VarGap(3, "drift")
+        VarGap(3, part="drift")
 
 
 def test_dead_and_nonfinite_channels_are_fractions() -> None:

@@ -214,7 +214,7 @@ def test_large_inputs_are_thinned_alike_in_all_layers() -> None:
         for _ in range(3):
             rows.next_batch(samples=1000)
             net(torch.randn(1000, 3))
-    first, second = (Rows(*map(torch.cat, zip(*seen, strict=True))) for seen in rows.seen.values())
+    first, second = (Rows(*map(torch.cat, zip(*seen, strict=True))) for seen in rows.rows.values())
     assert len(first.means) == len(second.means) == 3 * 256
     assert torch.equal(first.batches, second.batches) and torch.equal(first.samples, second.samples)
     torch.testing.assert_close(net[1](net[0](first.means)), second.means)

@@ -108,7 +108,7 @@ def test_a_layer_called_twice_counts_with_the_average_of_its_calls() -> None:
         observe(model, [batch], observer)
     first, second = (rows_of(x).mean(0) for x, _ in calls["bn"])
     expected = (0.09 * first + 0.1 * second) / 0.19
-    assert torch.allclose(observer.traced[1], expected, atol=1e-5)
+    assert torch.allclose(observer.traces.points[-1][1], expected, atol=1e-5)
 
 
 def test_a_checkpointed_block_counts_once() -> None:
@@ -166,7 +166,7 @@ def test_16_bit_statistics_are_not_trusted() -> None:
     model, (batch,) = nn.Sequential(stored_in_16_bit(nn.BatchNorm2d(3))).bfloat16(), images(8)
     observer = Observer(find_bn(model), range(3))
     assert observe(model, [batch.bfloat16()], observer).direct == {"0": "16-bit statistics"}
-    assert torch.allclose(observer.traced[1], rows_of(batch.bfloat16()).mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(observer.traces.points[-1][1], rows_of(batch.bfloat16()).mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_mean_of_many_sigma_that_was_loaded_is_measured_directly_from_the_first_batch_on() -> None:

@@ -14,11 +14,10 @@ from lightning_bn import find_bn
 from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.observer import Observer
 from lightning_bn.tracking.step_forecast import StatisticsForecaster
-from lightning_bn.tracking.trusted import UNSEEN
+from lightning_bn.tracking.custom_layers import CUSTOM_UPDATE, UNMEASURABLE
 from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, truth
 
 SIZES = (4, 8, 4, 6, 4)
-OTHERWISE = "moves its statistics otherwise than torch"
 RECOVERED = {
     *("plain", "BatchNorm2d", "transposed", "masked", "masked, arguments by name", "container", "padded", "rows"),
     *("by hand, by assignment", "by hand, in place", "torch.batch_norm", "a child"),
@@ -87,7 +86,7 @@ def test_a_layer_that_cannot_be_seen_is_marked_and_left_out_and_the_others_have_
     net = Net(ZOO[name]).train()
     observation, _ = observe(net)
     assert observation.means.gap[1].isfinite() and "last" not in observation.direct
-    assert observation.direct.get("bn") == UNSEEN or name in SEEN_IN_PART
+    assert observation.direct.get("bn") == UNMEASURABLE or name in SEEN_IN_PART
     assert observation.means.gap[0].isnan() == (name not in SEEN_IN_PART)
 
 
@@ -185,7 +184,7 @@ def test_a_forecast_is_that_of_what_the_layer_normalized_or_the_layer_is_left_an
             torch.testing.assert_close(statistics[layer].mean, rows.mean(0), rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(statistics[layer].var, rows.var(0), rtol=1e-3, atol=1e-3)
     if "bn" in left:
-        assert left["bn"] == (OTHERWISE if entry.given else UNSEEN)
+        assert left["bn"] == (CUSTOM_UPDATE if entry.given else UNMEASURABLE)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

@@ -1,0 +1,69 @@
+"""Output of `BNStatsMonitor`: alert, warning, figures and table, made from its record."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_bn import plots
+from lightning_bn.tracking.record import COLUMNS, DriftRecord
+from lightning_bn.trainer.logging import log_step
+
+
+def worst_lag(record: DriftRecord) -> tuple[float, str]:
+    """The largest lag of the last row, and the name of its layer."""
+    assert record.last is not None
+    lag = record.last.means.lag.nan_to_num(0.0)
+    return float(lag.max()), record.names[int(lag.argmax())]
+
+
+def send_alert(trainer: Trainer, record: DriftRecord, step: int, has_precise_bn: bool) -> None:
+    """Warn of the layer with the largest lag, and alert in W&B."""
+    assert record.last is not None
+    lag, name = worst_lag(record)
+    if record.last.direct.get(name) == "frozen":
+        statistics, advice = "frozen statistics", "The data have moved."
+    elif has_precise_bn:
+        advice = "PreciseBNCallback recomputes it before evaluation; evaluations without a pass use it as it is."
+        statistics = "EMA"
+    else:
+        statistics, advice = "EMA", "Evaluation uses the EMA: PreciseBNCallback recomputes it."
+    message = f"At step {step} the {statistics} of layer {name!r} is {lag:.2g} sigma off its batches. {advice}"
+    plots.alert(trainer, "BatchNorm statistics drift", message)
+
+
+def first_nonfinite(record: DriftRecord) -> str:
+    """The first layer with a non-finite statistic in the last row; empty if there is none."""
+    assert record.last is not None
+    return next((name for name, share in zip(record.names, record.last.nonfinite, strict=True) if share > 0), "")
+
+
+def warn_of_nonfinite(record: DriftRecord, step: int, has_precise_bn: bool) -> None:
+    """Warn of layers with non-finite statistics in the last row."""
+    assert record.last is not None
+    until = (
+        "until the next pass of PreciseBNCallback" if has_precise_bn else "for ever: PreciseBNCallback replaces them"
+    )
+    rank_zero_warn(
+        f"BNStatsMonitor: {int((record.last.nonfinite > 0).sum())} layers have seen NaN or infinite statistics up to "
+        f"step {step}, {first_nonfinite(record)!r} first. Running statistics keep them {until}."
+    )
+
+
+def log_figures(trainer: Trainer, record: DriftRecord) -> None:
+    """Log the figures of the run so far."""
+    if plots.any_logs(trainer):
+        for name, figure in plots.pictures_of(record).items():
+            plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
+
+
+def log_overview(trainer: Trainer, record: DriftRecord) -> None:
+    """Log the figure of the whole run, the table of layers, and the chart of all layers."""
+    if not plots.any_logs(trainer):
+        return
+    step, history = log_step(trainer), record.history
+    plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
+    plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
+    lines = dict(zip(record.names, history["mean_gap"].T.tolist(), strict=True))
+    title = "Mean gap of all layers (sigma)"
+    plots.log_line_chart(trainer, f"{record.prefix}/all_layers", history.steps, lines, step, title=title)
