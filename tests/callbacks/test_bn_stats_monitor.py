@@ -1,4 +1,4 @@
-"""What BNStatsMonitor logs, where, when and under which names; read back from the loggers' own files."""
+"""BNStatsMonitor logs the right values, in time, under safe names; read back from the loggers' own files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback, find_bn
+from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback
 from tests.callbacks.zoo import Images, InMemory, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
@@ -90,24 +90,18 @@ def test_each_row_holds_all_keys_always_the_same_and_few_enough() -> None:
     assert len(AGGREGATES) <= 10
 
 
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"log_every_n_steps": 3}], ids=str)
-def test_a_row_stands_at_a_step_of_the_modules_own_log(trainer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("trainer", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 3}], ids=str)
+def test_a_row_is_logged_at_a_step_of_the_modules_own_log(trainer: dict[str, Any]) -> None:
     logger = fit_with(BNStatsMonitor(1, window=1), max_epochs=4, **trainer)
     own = list(logger.logged("train_loss_step"))
     found = [step for step, _ in rows(logger)]
     assert found[: len(own)] == own and len(set(found)) == len(found)
 
 
-def test_only_every_nth_batch_is_measured_and_a_window_waits_until_it_is_full() -> None:
+def test_every_nth_batch_is_measured_a_window_waits_until_it_is_full_and_the_end_logs_the_rest() -> None:
     logger = fit_with(BNStatsMonitor(every_n_batches=3, window=2), max_epochs=4)
     assert [step for step, _ in rows(logger)] == [5, 11]
-
-
-def test_a_short_fit_logs_what_it_has_at_its_end() -> None:
     assert [step for step, _ in rows(fit_with(BNStatsMonitor(2, window=100)))] == [7]
-
-
-def test_a_fit_that_is_too_short_says_so() -> None:
     with pytest.warns(UserWarning, match="logged nothing: of 8 batches it measures one in 5.*Lower every_n_batches"):
         fit(TinyNet(), BNStatsMonitor())
 
@@ -130,7 +124,6 @@ class Deep(TinyNet):
         (64, {}, 128),
         (65, {}, 0),
         (65, {"log_layers": ["norms.3", "norms.1?"]}, 2 * 11),
-        (65, {"layers": "norms.1?"}, 2 * 10),
         (3, {"quantities": ["lag", "noise", "dead", "nonfinite", "var_lag", "var_noise"]}, 6 * 3),
     ],
     ids=str,
@@ -153,26 +146,18 @@ def test_names_are_safe_and_the_worst_layer_is_an_index_into_the_map(tmp_path: P
         assert max(gaps, key=gaps.__getitem__) == names[str(int(float(row["bn_agg/worst_layer"])))]["layer"]
 
 
-def test_two_monitors_do_not_write_into_each_others_keys() -> None:
-    logger = fit_with(BNStatsMonitor(1, window=2, layers="bn1"), BNStatsMonitor(1, window=2, layers="bn2"))
-    assert rows(logger, "bn_bn1_agg/") and rows(logger, "bn_bn2_agg/") and not rows(logger, "bn_agg/")
-
-
 def test_no_logger_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"no logger to log to.*CSVLogger"):
         fit(TinyNet(), BNStatsMonitor(), logger=False)
 
 
-@pytest.mark.parametrize(
-    ("channels", "says"),
-    [
-        ({"bn3": 0}, r"no observed layer 'bn3'. There are: bn1, bn2"),
-        ({"bn2": 6}, r"'bn2' has channels 0 to 5.*no 6"),
-    ],
-)
-def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        fit(TinyNet(), BNStatsMonitor(trace_channels=channels))
+def test_a_channel_that_is_not_there_is_refused() -> None:
+    for channels, message in (
+        ({"bn3": 0}, "no observed layer 'bn3'. There are: bn1, bn2"),
+        ({"bn2": 6}, "0 to 5.*no 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(TinyNet(), BNStatsMonitor(trace_channels=channels))
 
 
 @pytest.mark.parametrize(
@@ -182,14 +167,12 @@ def test_a_channel_that_is_not_there_is_refused(channels: dict[str, int], says: 
         ({"window": 1.5}, TypeError),
         ({"quantities": ["drift"]}, ValueError),
         ({"quantities": "lag"}, ValueError),
-        ({"quantities": 3}, ValueError),
         ({"alert_threshold": -1.0}, ValueError),
         ({"alert_threshold": True}, ValueError),
         ({"log_layers": 3}, TypeError),
         ({"layers": 3}, TypeError),
         ({"trace_channels": 3}, TypeError),
         ({"trace_channels": {}}, ValueError),
-        ({"trace_channels": {"bn1": "3"}}, TypeError),
         ({"trace_channels": {"bn1": -1}}, ValueError),
         ({"batch_size_fn": 3}, TypeError),
     ],
@@ -213,12 +196,10 @@ def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: 
         assert row["batch statistics"] == "recovered" and (row["momentum"], row["NBS"]) == ("0.1", "8")
 
 
-@pytest.mark.parametrize("first", ["monitor", "FreezeBN"])
-def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(first: str, tmp_path: Path) -> None:
+def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(tmp_path: Path) -> None:
     monitor, freeze = BNStatsMonitor(1, window=4), FreezeBNCallback(start_epoch=1, num_samples=20, warmup_epochs=0)
     module = TinyNet()
-    logger = CSVLogger(tmp_path)
-    fit(module, [monitor, freeze] if first == "monitor" else [freeze, monitor], logger=logger)
+    fit(module, [monitor, freeze], logger=CSVLogger(tmp_path))
     found = table(tmp_path)
     assert {row["batch statistics"] for row in found.values()} == {"frozen"}
     assert all(row["NBS"] == "nan" and 0 < float(row["mean gap"]) < 5 for row in found.values())
@@ -235,15 +216,11 @@ class NanFrom(TinyNet):
         return loss.nan_to_num(0.0) if self.trainer.global_step < 2 else (self.head.weight * 0).sum()
 
 
-def test_nan_statistics_are_counted_and_named_and_break_nothing(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
+def test_nan_statistics_are_counted_and_named_and_break_nothing() -> None:
+    logger = InMemory()
     with pytest.warns(UserWarning, match=r"2 layers have seen NaN or infinite statistics up to step 3, 'bn1' first"):
         fit(NanFrom(), BNStatsMonitor(1, window=2), logger=logger)
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        counted = [
-            float(row["bn_agg/nonfinite_layers"]) for row in csv.DictReader(file) if row["bn_agg/nonfinite_layers"]
-        ]
-    assert counted == [0, 2, 2, 2]
+    assert list(logger.logged("bn_agg/nonfinite_layers").values()) == [0, 2, 2, 2]
 
 
 def test_drift_is_said_once_until_it_has_gone() -> None:
@@ -325,11 +302,12 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(options: Any, l
     assert digest(module.state_dict()) == digest(plain.state_dict())
 
 
-@pytest.mark.parametrize("where", ["log_layer_names", "pictures_of", "overview_of", "alert"])
-def test_whatever_a_logger_or_a_picture_raises_costs_a_warning(where: str, monkeypatch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["log_layer_names", "pictures_of", "alert"])
+def test_an_error_in_a_logger_or_a_figure_is_a_warning(where: str, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(f"lightning_bn.plots.{where}", raising(OSError("disk full")))
+    logger = CSVLogger(tmp_path) if where == "pictures_of" else InMemory()
     with pytest.warns(UserWarning, match="BNStatsMonitor could not .*: OSError: disk full"):
-        trainer = fit(TinyNet(), BNStatsMonitor(1, window=1, alert_threshold=1e-6), logger=CSVLogger(tmp_path))
+        trainer = fit(TinyNet(), BNStatsMonitor(1, window=1, alert_threshold=1e-6), logger=logger)
     assert trainer.global_step == 8
 
 
@@ -350,7 +328,7 @@ def test_a_layer_that_cannot_be_read_for_a_while_ends_no_fit() -> None:
     assert trainer.global_step == 8
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("full")])
 def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException) -> None:
     module = TinyNet()
     module.bn1.momentum = 0.0  # observed directly
@@ -386,11 +364,7 @@ def parameters_after(module: LightningModule, *callbacks: Any, **kwargs: Any) ->
     return digest(module.state_dict())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [Checkpointed, Compiled, lambda: Compiled(momentum=0.0)],
-    ids=["checkpointed", "compiled", "compiled, not recoverable"],
-)
+@pytest.mark.parametrize("make", [Checkpointed, lambda: Compiled(momentum=0.0)], ids=["checkpointed", "compiled"])
 def test_training_is_bit_for_bit_the_same_however_the_module_runs(make: Any) -> None:
     assert parameters_after(make(), BNStatsMonitor(1, window=2)) == parameters_after(make())
 
@@ -432,7 +406,7 @@ def resumed_with(tmp_path: Path, first: TinyNet, second: TinyNet, options: dict[
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     monitor = BNStatsMonitor(1, window=2, **options)
     second.strict_loading = False
-    fit(second, monitor, ckpt_path=tmp_path / "first.ckpt", logger=CSVLogger(tmp_path))
+    fit(second, monitor, ckpt_path=tmp_path / "first.ckpt")
     return monitor
 
 
@@ -446,8 +420,7 @@ def fit_saving_at_the_ends_of_epochs(monitor: BNStatsMonitor, folder: Path, val:
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("val", ["default", None], ids=["validation", "none"])
-@pytest.mark.parametrize("windows", [(1, 1), (2, 2), (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize(("windows", "val"), [((2, 2), "default"), ((3, 1), None), ((1, 3), None)], ids=str)
 def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: Any, val: Any, tmp_path: Path) -> None:
     whole = fit_saving_at_the_ends_of_epochs(BNStatsMonitor(windows[0], window=windows[1]), tmp_path, val)
     resumed = BNStatsMonitor(windows[0], window=windows[1])
@@ -455,7 +428,9 @@ def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: An
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("make", [lambda: BNStatsMonitor(1, window=2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)])
+@pytest.mark.parametrize(
+    "make", [lambda: BNStatsMonitor(1, window=2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)]
+)
 def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
     """The record, the alarm, and what has been said."""
 
@@ -493,15 +468,6 @@ def test_a_record_of_other_layers_is_not_taken_up(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="begins a new record: The checkpoint's record is one of other layers"):
         monitor = resumed_with(tmp_path, TinyNet(), WithoutOptimizer(), {})
     assert monitor._record is not None and monitor._record.history.steps[0] == 5
-
-
-def test_a_picture_that_cannot_be_written_costs_a_warning_and_no_training(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    (Path(logger.log_dir)).mkdir(parents=True)
-    (Path(logger.log_dir) / "bn").write_text("in the way of the table")
-    with pytest.warns(UserWarning, match="could not log a figure or table: "):
-        trainer = fit(TinyNet(), BNStatsMonitor(1, window=2), logger=logger)
-    assert trainer.global_step == 8
 
 
 class Named(TinyNet):
@@ -545,27 +511,24 @@ def test_monitors_of_layers_whose_names_are_alike_have_keys_of_their_own() -> No
 
 # ------------------------------------------------------------------------------------------------------------ loggers
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Everything an offline W&B run holds, as W&B itself reads it."""
+    """The records of an offline W&B run, as W&B itself reads them."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     return [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [record["history"]["item"] for record in records(folder) if "history" in record]
 
 
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_scalars_pictures_chart_table_alert_map_and_summary(tmp_path: Path) -> None:
     logger = WandbLogger(save_dir=tmp_path, settings=wandb.Settings(console="off", x_disable_stats=True))
-    callbacks = [BNStatsMonitor(1, window=2, alert_threshold=0.05), PreciseBNCallback(20)]
-    fit(TinyNet(), callbacks, logger=logger, max_epochs=17)
+    callbacks = [BNStatsMonitor(1, window=1, alert_threshold=0.05), PreciseBNCallback(20)]
+    fit(TinyNet(), callbacks, logger=logger, max_epochs=9)
     folder = Path(logger.experiment.dir).parent
     wandb.finish()
     wandb.teardown()
 
-    found = history(folder)
+    everything = records(folder)
+    found = [record["history"]["item"] for record in everything if "history" in record]
     ours = [row for row in found if "bn_agg/mean_gap_max" in row]
-    assert len(ours) == 34, "a row for every window of two batches"
+    assert len(ours) == 36
     own = {row["trainer/global_step"] for row in found if "train_loss_step" in row}
     assert {row["trainer/global_step"] for row in ours} <= own
     for row in ours:
@@ -573,12 +536,12 @@ def test_wandb_gets_scalars_pictures_chart_table_alert_map_and_summary(tmp_path:
         assert row["bn_agg/mean_gap_max"] == max(row["bn_mean_gap/bn1"], row["bn_mean_gap/bn2"])
     for picture in ("heatmap", "channels", "lag_noise"):
         steps = [row["trainer/global_step"] for row in found if any(k.startswith(f"bn/{picture}") for k in row)]
-        assert steps == [63, 67], "after 32 rows and at the end"
+        assert steps == [31, 35], "after 32 rows and at the end"
         assert len(list(folder.glob(f"files/media/images/bn/{picture}_*.png"))) == 2
     assert len(list(folder.glob("files/media/images/bn/*.png"))) <= 50
     assert len(list(folder.glob("files/media/table/**/*.json"))) == 2, "the layers, and the lines of the chart"
 
-    text = json.dumps(records(folder))
+    text = json.dumps(everything)
     assert "bn_layers" in text and "BatchNorm statistics drift" in text and "bn/all_layers_table" in text
     inspected = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", str(folder)]
     summary = subprocess.check_output(inspected, text=True)
@@ -622,8 +585,3 @@ def test_with_several_ranks_it_is_what_rank_0_saw_and_nobody_notices() -> None:
     assert list(first["logged"].values()) == pytest.approx(first["true"], rel=1e-4) and len(first["true"]) == 8
     assert not second["logged"]
     assert first["same"] and second["same"]
-
-
-def test_the_registered_layers_are_found_by_name() -> None:
-    """The oracle above knows the layers by the names that the monitor logs."""
-    assert list(find_bn(TinyNet())) == ["bn1", "bn2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -213,7 +214,7 @@ def test_it_is_the_formula_layer_by_layer(sizes: list[int], steps: int, unknown:
     now = noisy(1, channels, seed + 200)[0]
     found = forecast(batches, before, now, sizes, by_channel)
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    for layer, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+    for layer, (a, b) in enumerate(itertools.pairwise(starts)):
         part = slice(a, b)
         expected, error = by_formula(batches[..., part], before[..., part], now[:, part], by_channel[:, part])
         torch.testing.assert_close(found.mean[part], expected[0], rtol=1e-6, atol=1e-8)

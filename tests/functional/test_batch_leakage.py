@@ -51,17 +51,6 @@ def test_random_batches_of_classes_pass_and_batches_of_one_class_do_not() -> Non
     assert list(random.icc) == list(random.noise) == ["1", "5"]
 
 
-def test_in_train_mode_the_evidence_would_be_masked() -> None:
-    """Why the model is run with population statistics: normalized by the batch, its samples' means sum to zero."""
-    net, images = model(), sorted_by_class(8, 512)
-    seen: list[Tensor] = []
-    net[5].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3)).detach()))
-    for batch in images.split(32):
-        net(batch)
-    masked = icc(leading_components(torch.cat(seen)), torch.arange(16).repeat_interleave(32))
-    assert batch_leakage(net, images.split(32)).icc["5"] > masked + 0.1
-
-
 def test_the_correlation_is_that_of_the_inputs_means() -> None:
     net, images = model().eval(), shuffled(classes(4, 96))
     groups = torch.arange(12).repeat_interleave(8)
@@ -95,8 +84,7 @@ def test_interleaved_ghosts_break_neighbors_up_and_contiguous_ones_keep_them() -
     assert abs(found["interleaved"].icc["1"]) < 3 * found["interleaved"].noise["1"]
 
 
-@pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
-@pytest.mark.parametrize("rows", [12, 13, 3])
+@pytest.mark.parametrize(("grouping", "rows"), [("interleaved", 13), ("contiguous", 13), ("contiguous", 3)])
 def test_the_groups_of_ghosts_are_those_that_are_normalized_together(grouping: Any, rows: int) -> None:
     """Oracle: rows of one ghost, and no others, share a mean of zero in the output."""
     layer = nn.BatchNorm1d(1, affine=False)
@@ -142,8 +130,8 @@ def test_calls_of_a_layer_are_not_compared_with_each_other() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_several_calls_the_most_conspicuous_is_reported(first: int) -> None:
-    """Whether it comes first or last, and on whichever side it is: one is balanced, the other random."""
+def test_of_several_calls_the_most_extreme_is_reported(first: int) -> None:
+    """One is balanced, the other random."""
     balanced = torch.linspace(-1, 1, 8).repeat(8) + 0.3 * torch.randn(64)
     x = torch.stack([balanced, torch.randn(64)], 1)
 
@@ -176,19 +164,6 @@ def test_rounding_that_depends_on_a_rows_place_in_the_batch_is_no_leak(dtype: to
         batch_leakage(net, [torch.ones(16, 4, dtype=dtype)] * 32)
     with pytest.raises(ValueError, match="one of them of two rows or more"):
         batch_leakage(net, torch.randn(32, 4).to(dtype).split(1))
-
-
-def test_equal_rows_behind_layers_are_nothing_to_compare() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
-    with pytest.raises(ValueError, match="differ by more than rounding"):
-        batch_leakage(net, [torch.ones(16, 4)] * 32)
-
-
-def test_of_very_many_rows_four_thousand_are_tested() -> None:
-    """Told by the noise that so many rows of 40 groups have."""
-    noise = batch_leakage(nn.Sequential(nn.BatchNorm1d(1)), torch.randn(40 * 200, 1).split(200)).noise["0"]
-    assert noise == pytest.approx((2 * (1 / 39 + 1 / (4096 - 40))) ** 0.5 / (4096 / 40), rel=0.02)
 
 
 def test_dead_and_non_finite_channels_and_layers_without_rows_are_left_out() -> None:
@@ -247,22 +222,13 @@ def test_rows_of_a_sample_are_one_sample_however_they_come(layout: Any) -> None:
     assert batch_leakage(net, ordered, forward=lambda m, b: m(layout(b))).p_value < 0.001
 
 
-@pytest.mark.parametrize("last", [1, 5])
-def test_a_smaller_last_batch_has_samples_too_even_if_it_is_a_single_one(last: int) -> None:
-    net, x = nn.BatchNorm1d(4), rows_of_samples(192 + last)
-    found = batch_leakage(net, x.split(16), forward=lambda m, b: m(b.flatten(0, 1)))
-    groups = torch.arange(192 + last) // 16
-    assert found.icc[""] == pytest.approx(icc(leading_components(x.mean(1)), groups), abs=1e-6)
-
-
-def test_sequences_of_other_lengths_are_samples_too() -> None:
-    net, x = nn.BatchNorm1d(4), rows_of_samples(192)
-    batches = [batch[:, : 3 + i % 3] for i, batch in enumerate(x.split(16))]
-    for layout in (lambda b: b.flatten(0, 1), lambda b: b.transpose(0, 1).flatten(0, 1)):
-        found = batch_leakage(net, batches, forward=lambda m, b, layout=layout: m(layout(b)))
-        means = torch.cat([batch.mean(1) for batch in batches])
-        groups = torch.arange(12).repeat_interleave(16)
-        assert found.icc[""] == pytest.approx(icc(leading_components(means), groups), abs=1e-6)
+@pytest.mark.parametrize("layout", list(LAYOUTS.values())[:2], ids=list(LAYOUTS)[:2])
+def test_batches_of_other_sizes_and_sequences_of_other_lengths_are_samples_too(layout: Any) -> None:
+    net, x = nn.BatchNorm1d(4), rows_of_samples(193)
+    batches = [batch[:, : 3 + i % 3] for i, batch in enumerate(x.split(16))]  # the last batch is a single sample
+    found = batch_leakage(net, batches, forward=lambda m, b: m(layout(b)))
+    means = torch.cat([batch.mean(1) for batch in batches])
+    assert found.icc[""] == pytest.approx(icc(leading_components(means), torch.arange(193) // 16), abs=1e-6)
 
 
 class TwoLayers(nn.Module):
@@ -428,8 +394,6 @@ def raising_on_rank(where: str) -> str:
             yield i, torch.randn(8, 3, 8, 8)
 
     def count(batch: Any) -> int:
-        if where == "count" and batch[0] == third:
-            raise OSError("no such file")
         return len(batch[1])
 
     def forward(net: nn.Module, batch: Any) -> None:
@@ -445,7 +409,7 @@ def raising_on_rank(where: str) -> str:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("where", ["batches", "count", "model"])
+@pytest.mark.parametrize("where", ["batches", "model"])
 def test_an_error_on_one_rank_is_one_on_all_and_leaves_none_waiting(where: str) -> None:
     first, second = run_on_ranks(raising_on_rank, 2, where, timeout=60)
     assert second == "OSError: no such file"
