@@ -197,7 +197,7 @@ def by_formula(batches: Tensor, before: Tensor, now: Tensor, known: Tensor) -> t
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 32), min_size=1, max_size=3),
-    steps=st.integers(2, 40),
+    steps=st.integers(4, 40),
     unknown=st.sampled_from(["nothing", "some steps", "some layers"]),
     dead=st.booleans(),
     seed=st.integers(0, 99),
@@ -206,7 +206,7 @@ def test_it_is_the_formula_layer_by_layer(sizes: list[int], steps: int, unknown:
     channels = sum(sizes)
     batches, before = noisy(steps, channels, seed), noisy(steps, channels, seed + 100)
     coins = torch.rand(steps, len(sizes), generator=torch.Generator().manual_seed(seed)) < 0.6
-    coins[:2] = True
+    coins[:4] = True  # with fewer steps candidates are equal, and rounding chooses the best
     known = {"nothing": torch.ones_like(coins), "some steps": coins[:, :1].expand_as(coins), "some layers": coins}
     by_channel = known[unknown].repeat_interleave(torch.tensor(sizes), 1)
     if dead and min(sizes) > 1:
