@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bn import plots
-from lightning_bn.callbacks.bn_stats_monitor import MAX_LAYERS_WITH_KEYS
 from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
+from lightning_bn.callbacks.monitor_output import MAX_LAYERS_WITH_KEYS
 from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool
@@ -114,14 +114,12 @@ class BatchLeakageMonitor(ObservingCallback):
         return self.p_value <= self.alpha if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state; a checkpoint is restored after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.result, self._evidence = None, EProcess()
             self._pass.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         self._pass.check(pl_module, trainer)
         others = [c for c in trainer.callbacks if isinstance(c, MiniBatchInferenceCallback)]  # type: ignore[attr-defined]
@@ -132,23 +130,19 @@ class BatchLeakageMonitor(ObservingCallback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to keep batches: those of one epoch only, since a sample may repeat in the next."""
-        self._pass.reset()
+        self._pass.reset()  # batches of one epoch only: a sample may repeat in the next one
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, if it is drawn."""
         if not self.alarmed:
             self._pass.keep(trainer, pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the errors of Fig. 8, if ``log_errors``."""
         if self.log_errors and trainer.state.fn == "fit" and not trainer.sanity_checking:
             with self._errors_as_warnings("compares nothing in this validation"):
                 errors = compare_statistics(trainer, pl_module, self.layers, self.same_pattern, "batch_leakage")
                 log_row(trainer, errors)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test the epoch's batches, log the result, and warn on alarm."""
         if not self.alarmed:
             with self._errors_as_warnings("tests nothing in this epoch"):
                 self.result = result = self._pass.run(trainer, pl_module)
@@ -157,20 +151,16 @@ class BatchLeakageMonitor(ObservingCallback):
         self._pass.reset()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the last test, unless an alarm has drawn it."""
         if self.result is not None and not self.alarmed:
             self._draw(trainer, self.result)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drop the batches of an unfinished epoch."""
         self._pass.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The evidence so far."""
         return asdict(self._evidence)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the callback state."""
         self._evidence = EProcess(**state_dict)
 
     def _report(self, trainer: Trainer, module: LightningModule, result: BatchLeakage) -> None:

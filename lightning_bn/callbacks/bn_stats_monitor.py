@@ -8,10 +8,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_bn import plots
 from lightning_bn.callbacks.monitor_output import (
     first_nonfinite,
+    layer_keys,
     log_figures,
+    log_layer_names,
     log_overview,
     send_alert,
     warn_of_nonfinite,
@@ -20,15 +21,12 @@ from lightning_bn.callbacks.monitor_output import (
 from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
-from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
-from lightning_bn.tracking.drift import AGGREGATES, QUANTITIES
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.tracking.drift import QUANTITIES
 from lightning_bn.tracking.record import DriftRecord, check_channels
 from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
 from lightning_bn.trainer.normalization_batch import normalization_batch_size
 from lightning_bn.trainer.passes import PassResult
-
-MAX_LAYERS_WITH_KEYS = 64
-"""More layers get no keys of their own by default: W&B advises fewer than 10,000 metrics a project."""
 
 _FIRST_FIGURE_AT_ROW = 32
 """Figures are drawn at this row and whenever the number of rows has doubled: fewer than 50 images in a million rows."""
@@ -48,7 +46,7 @@ class BNStatsMonitor(ObservingCallback):
     no harm before evaluation.
 
     Cost: under 1 % of a training step at the defaults. Batch statistics are recovered from the running ones. Layers
-    where that is inaccurate are measured directly and marked. With several ranks it observes rank 0.
+    where that is inaccurate are measured and marked. With several ranks it observes rank 0.
 
     Args:
         every_n_batches: Measure every n-th training batch.
@@ -106,43 +104,34 @@ class BNStatsMonitor(ObservingCallback):
         self._samples: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the state."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record, self._restored, self._samples = None, {}, None
             self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration, and start or resume the record."""
         super().on_fit_start(trainer, pl_module)
         if not trainer.loggers:
             raise ValueError(
                 "BNStatsMonitor has no logger to log to (Trainer(logger=False)). Pass one to the Trainer, for instance "
                 "lightning.pytorch.loggers.CSVLogger('logs')."
             )
-        layers = storing_layers(pl_module, self.layers)
-        keys = safe_keys(layers)
-        keyed = [] if self.log_layers is None and len(layers) > MAX_LAYERS_WITH_KEYS else list(keys)
-        if self.log_layers is not None:
-            keyed = chosen(keys, as_patterns(self.log_layers), "log_layers", "observed layer")
-        prefix = self._prefix(trainer)
-        self._record = DriftRecord(layers, {n: keys[n] for n in keyed}, self.quantities, self.trace_channels, prefix)
-        self._batches = self._restored.get("batches", 0)
-        self._may_alert = self._restored.get("may_alert", True)
+        layers, prefix = storing_layers(pl_module, self.layers), self._prefix(trainer)
+        keys = layer_keys(layers, self.log_layers)
+        self._record = DriftRecord(layers, keys, self.quantities, self.trace_channels, prefix)
+        self._batches, self._may_alert = self._restored.get("batches", 0), self._restored.get("may_alert", True)
         if self._restored:
             try:
                 self._record.load_state_dict(self._restored["record"])
             except ValueError as error:
                 rank_zero_warn(f"BNStatsMonitor begins a new record: {error}")
-        names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
         with self._errors_as_warnings("could not log the names of layers"):
-            plots.log_layer_names(trainer, f"{prefix}_layers", names)
-            plots.summarize_by_max(trainer, [f"{prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
+            log_layer_names(trainer, self._record)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Observe every n-th batch, on rank 0: DDP broadcasts its running statistics to all ranks."""
         self._batches += 1
         self._abandon()  # a batch that another hook has skipped
+        # on rank 0 only: DDP broadcasts its running statistics to all ranks
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
             with self._errors_as_warnings("cannot tell the normalization batch size"):
                 self._samples = self._batch_size(batch)
@@ -150,7 +139,6 @@ class BNStatsMonitor(ObservingCallback):
                 self._record.observer.before_batch()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Measure the batch; log a row when a window is full."""
         if self._record:
             with self._errors_as_warnings("cannot measure a batch"):
                 self._record.observer.after_batch(log_step(trainer))
@@ -159,21 +147,19 @@ class BNStatsMonitor(ObservingCallback):
                     self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
                 if rows >= _FIRST_FIGURE_AT_ROW and rows.bit_count() == 1:
-                    self._draw(trainer, self._record)
+                    with self._errors_as_warnings("could not log a figure or table"):
+                        log_figures(trainer, self._record)
 
     def on_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
-        """Note how far a pass of PreciseBN, or of FreezeBN, has moved each layer."""
         self._abandon()
         if self._record:
             with self._errors_as_warnings("cannot note what a pass moved"):
                 self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach from the layers if the last batch was skipped."""
-        self._abandon()
+        self._abandon()  # the last batch, if another hook has skipped it
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the rest of the window, the figures and the table."""
         if self._record and trainer.is_global_zero:
             self._conclude(trainer, self._record)
             if self._record.last is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -183,27 +169,22 @@ class BNStatsMonitor(ObservingCallback):
                 )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach from the layers, and log what there is."""
         self._abandon()
         if self._record and trainer.is_global_zero and trainer.state.fn == "fit":
             self._conclude(trainer, self._record)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach from the layers."""
         self._abandon()
 
     def state_dict(self) -> dict[str, Any]:
-        """The record so far."""
         if self._record is None:
             return self._restored
         return {"record": self._record.state_dict(), "batches": self._batches, "may_alert": self._may_alert}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the callback state; `on_fit_start` continues from it."""
         self._restored = dict(state_dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has the state and no reference to layers."""
+    def __getstate__(self) -> dict[str, Any]:  # a copy has no reference to layers
         return {**vars(self), "_record": None, "_restored": self.state_dict()}
 
     def _log(self, trainer: Trainer, record: DriftRecord) -> None:
@@ -224,17 +205,13 @@ class BNStatsMonitor(ObservingCallback):
             warn_of_nonfinite(record, step, self._has_callback(trainer, "PreciseBNCallback", first))
         log_row(trainer, row)
 
-    def _draw(self, trainer: Trainer, record: DriftRecord) -> None:
-        with self._errors_as_warnings("could not log a figure or table"):
-            log_figures(trainer, record)
-
     def _conclude(self, trainer: Trainer, record: DriftRecord) -> None:
         if record.observer.batches > 1:
             with self._errors_as_warnings("could not log"):
                 self._log(trainer, record)
         if record.last is not None:
-            self._draw(trainer, record)
             with self._errors_as_warnings("could not log a figure or table"):
+                log_figures(trainer, record)
                 log_overview(trainer, record)
 
     def _abandon(self) -> None:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
+from lightning_bn.layers.find import Layers, as_patterns, chosen
+from lightning_bn.tracking.drift import AGGREGATES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord
-from lightning_bn.trainer.logging import log_step
+from lightning_bn.trainer.logging import log_step, safe_keys
+
+MAX_LAYERS_WITH_KEYS = 64
+"""More layers get no keys of their own by default: W&B advises fewer than 10,000 metrics a project."""
+
+
+def layer_keys(layers: Iterable[str], log_layers: Layers) -> dict[str, str]:
+    """Layer name -> its part of metric keys, for layers that match ``log_layers`` (None: all, if they are few)."""
+    keys = safe_keys(layers)
+    if log_layers is None:
+        return keys if len(keys) <= MAX_LAYERS_WITH_KEYS else {}
+    return {name: keys[name] for name in chosen(keys, as_patterns(log_layers), "log_layers", "observed layer")}
+
+
+def log_layer_names(trainer: Trainer, record: DriftRecord) -> None:
+    """Log the name and key of each layer by index, and declare which values W&B summarizes by their maximum."""
+    keys = safe_keys(record.names)
+    names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
+    plots.log_layer_names(trainer, f"{record.prefix}_layers", names)
+    plots.summarize_by_max(trainer, [f"{record.prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
 
 
 def worst_lag(record: DriftRecord) -> tuple[float, str]:

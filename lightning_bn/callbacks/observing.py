@@ -19,7 +19,6 @@ class ObservingCallback(BatchNormCallback):
     _warned: frozenset[str] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the one-time warnings."""
         self._warned = frozenset()
 
     @contextmanager

@@ -65,12 +65,10 @@ class History:
             self._sums[name] = torch.cat([sums, added[None]]) if is_new else torch.cat([sums[:-1], sums[-1:] + added])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain types and tensors."""
         position = {"steps": list(self.steps), "rows_seen": self.rows_seen}
         return {**position, "stride": self._stride, "in_last": self._in_last, "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
         self.steps, self.rows_seen, self._sums = list(state["steps"]), state["rows_seen"], dict(state["sums"])
         self._stride, self._in_last = state["stride"], state["in_last"]
 
@@ -100,13 +98,11 @@ class Traces:
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain types and tensors."""
         points = torch.stack(self.points) if self.points else torch.empty(0)
         position = {"steps": list(self.steps), "stride": self._stride, "seen": self._seen}
         return {**position, "points": points, "precise": dict(self.precise)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
         self.steps, self.points, self.precise = list(state["steps"]), list(state["points"]), dict(state["precise"])
         self._stride, self._seen = state["stride"], state["seen"]
 

@@ -58,7 +58,6 @@ class MeasureInputs(Behavior):
         }
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Measure the input of the layer's ``batch_norm`` call."""
         if torch.compiler.is_compiling():
             return forward(input)
         called = False
@@ -74,16 +73,12 @@ class MeasureInputs(Behavior):
         output = replace_batch_norm(measured, self._names[layer], forward, input, required=False)
         if not called and layer not in self.unmeasurable:
             # Compared at every call: equal outputs for one input prove nothing for the next, there may be a mask.
-            if _version(input) == version and self._is_plain(layer, input, output):
-                self._measure(layer, plain_call(layer, input))
-            else:
-                self.unmeasurable.add(layer)
+            with torch.no_grad():
+                if _version(input) == version and is_plain(layer, input, output):
+                    self._measure(layer, plain_call(layer, input))
+                else:
+                    self.unmeasurable.add(layer)
         return output
-
-    @staticmethod
-    @torch.no_grad()
-    def _is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
-        return is_plain(layer, input, output)
 
     def _is_inner_call(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
         """Whether a layer inside of the layer makes the call, as in timm's `SplitBatchNorm2d`."""
@@ -118,7 +113,6 @@ class RecordMomenta(Behavior):
         self.momenta: dict[_BatchNorm, list[float | None]] = {}
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Record the momentum."""
         if not torch.compiler.is_compiling():
             own, momenta = vars(layer), self.momenta.setdefault(layer, [])
             if own["training"] and own["track_running_stats"]:

@@ -31,7 +31,6 @@ class _Gap(Metric):
         self.add_state("offsets", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merge)
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch."""
         offsets = self._offsets_of(*(v.to(self.offsets) for v in (mean, var, ema_mean, ema_var)))
         if offsets.shape != self.offsets[0].shape:
             raise ValueError(
@@ -163,12 +162,10 @@ class NonFiniteChannels(Metric):
         self.add_state("seen", torch.zeros(channels), dist_reduce_fx="max")
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch."""
         finite = torch.stack([mean, var, ema_mean, ema_var]).isfinite().all(0)
         self.seen = self.seen.maximum((~finite).to(self.seen))
 
     def compute(self) -> Tensor:
-        """The fraction."""
         return self.seen.mean()
 
 

@@ -73,7 +73,7 @@ class Observer:
     def _empty_window(self) -> None:
         total = sum(self._sizes)
         zeros = self._eps.new_zeros
-        self.batches = 0
+        self.batches, self._check = 0, True
         self._pending: list[_ObservedStep] = []
         self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
         self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
@@ -87,7 +87,7 @@ class Observer:
         reasons = ((name, self._not_recovered(name, layer)) for name, layer in self._layers.items())
         self._reasons = {name: reason for name, reason in reasons if reason}
         measured = [name for name, reason in self._reasons.items() if reason not in (_NOT_MEASURED, UNMEASURABLE)]
-        self._recorder.before_batch(check=self.batches == 0, measured=measured)
+        self._recorder.before_batch(check=self._check, measured=measured)
 
     def after_batch(self, step: int = 0) -> bool:
         """Call right after the batch, or not at all. Returns whether it was observed."""
@@ -107,7 +107,7 @@ class Observer:
             if name in self._reasons
         }
         self._pending.append(_ObservedStep(step, snapshot, measured))
-        self.batches += 1
+        self.batches, self._check = self.batches + 1, False
         if len(self._pending) == _MAX_PENDING:
             self._add_pending()
         return True
@@ -139,7 +139,6 @@ class Observer:
         self._pending = []
 
     def abandon(self) -> None:
-        """Remove all behaviors from the layers, and forget a batch that has begun."""
         self._recorder.abandon()
 
     def take(self) -> Observation:
@@ -154,7 +153,6 @@ class Observer:
         return observation
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far, in plain types and tensors."""
         self._add_pending()
         return {
             "batches": self.batches,
@@ -167,7 +165,6 @@ class Observer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with a window."""
         self.batches, self._pending = state["batches"], []
         self._window = Moments(*(v.to(self._eps) for v in state["window"]))
         self._dead, self._nonfinite = (state[key].to(self._eps.device) for key in ("dead", "nonfinite"))

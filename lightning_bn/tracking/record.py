@@ -113,7 +113,6 @@ class DriftRecord:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the last row, in plain types and tensors."""
         return {
             "layers": {name: layer.num_features for name, layer in self.layers.items()},
             "channels": [list(channel) for channel in self.channels],

@@ -154,7 +154,6 @@ class StepRecorder:
         return snapshot
 
     def abandon(self) -> None:
-        """Remove all behaviors from the layers, and forget a batch that has begun."""
         self._before = None
         while self._handles:
             self._handles.pop().undo()

@@ -79,7 +79,6 @@ class StatisticsForecaster:
             self._check, self._latest = False, None
 
     def abandon(self) -> None:
-        """Remove all behaviors from the layers, and forget a batch that has begun."""
         self._recorder.abandon()
 
     def left(self) -> dict[str, str]:

@@ -21,7 +21,6 @@ from lightning_bn.trainer.loaders import Reservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
-    InMemory,
     Passes,
     TinyNet,
     digest,
