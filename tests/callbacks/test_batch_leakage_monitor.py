@@ -99,16 +99,6 @@ def test_balanced_batches_alarm_and_are_called_so() -> None:
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
 
 
-def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
-    """Two ghosts of 16: one image of each kind, or eight kinds twice."""
-    monitors = {grouping: BatchLeakageMonitor(alpha=1e-9) for grouping in ("interleaved", "contiguous")}
-    for grouping, monitor in monitors.items():
-        ghosts = GhostBNCallback(size=16, grouping=grouping)
-        fit(TinyNet(), [monitor, ghosts], loader("16 x 2"), val=None, max_epochs=1)
-    assert monitors["contiguous"].p_value < 0.01
-    assert monitors["interleaved"].result.icc["bn1"] < monitors["contiguous"].result.icc["bn1"] / 3
-
-
 def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
     class Single(Scenes):
         def __getitem__(self, index: int) -> Any:
@@ -274,22 +264,6 @@ def test_a_layer_whose_rows_are_not_its_samples_is_named_once_and_the_others_are
     _, said = warned(Ragged(), monitor)
     assert len(said) == 1 and "Layer 'bn1' is left out: 11 rows of 8 samples" in said[0]
     assert set(monitor.result.icc) == {"bn2"}
-
-
-class OnTokens(TinyNet):
-    """Its second layer is given four rows a sample, which are alike."""
-
-    def features(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x))
-        tokens = torch.cat([x.flatten(2)[..., i : i + 6] for i in range(4)], 1).view(4 * len(x), -1)[:, :6]
-        return self.bn2(tokens[..., None, None]).view(len(x), 4, -1).mean(1)
-
-
-def test_rows_of_a_sample_do_not_alarm_in_shuffled_batches_and_do_in_sorted_ones() -> None:
-    for pattern, alarms in (("shuffled", False), ("in order", True)):
-        monitor = BatchLeakageMonitor(1024, layers="bn2")
-        fit(OnTokens(), monitor, loader(pattern), val=None, max_epochs=1)
-        assert monitor.alarmed is alarms and set(monitor.result.icc) == {"bn2"}
 
 
 def test_it_advises_no_callback_that_is_there() -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.leakage import measure_leakage
@@ -302,43 +298,6 @@ def test_only_one_batch_is_run_once_more_and_none_if_rows_are_samples() -> None:
 
         batch_leakage(nn.BatchNorm1d(4), rows_of_samples(128).split(16), forward=counted)
     assert runs == {"rows": 9, "samples": 8}
-
-
-# ------------------------------------------------------------------------------------------------- heads on regions
-@pytest.fixture(scope="module")
-def detector() -> FasterRCNN:
-    torch.manual_seed(0)
-    return FasterRCNN(
-        resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5),
-        num_classes=3,
-        min_size=64,
-        max_size=96,
-        rpn_pre_nms_top_n_test=60,
-        rpn_post_nms_top_n_test=16,
-        rpn_nms_thresh=0.95,
-        box_head=FastRCNNConvFCHead((256, 7, 7), [8, 8], [1024], norm_layer=nn.BatchNorm2d),
-    )
-
-
-def scenes(images: int, per_batch: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        torch.rand(3, 64, 64, generator=generator) * torch.rand(3, 1, 1, generator=generator) for _ in range(images)
-    ]
-    return [drawn[i : i + per_batch] for i in range(0, images, per_batch)]
-
-
-def test_regions_of_one_image_alarm_in_a_faster_rcnn_head(detector: FasterRCNN) -> None:
-    net = copy.deepcopy(detector).train()
-    for layer in find_bn(net, "backbone.*").values():
-        layer.momentum = 1.0
-    with torch.no_grad():
-        net.backbone(torch.cat([torch.stack(batch) for batch in scenes(16, 1)]))
-    found = batch_leakage(
-        net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*", batch_size_fn=len
-    )
-    assert set(found.icc) == {"roi_heads.box_head.0.1", "roi_heads.box_head.1.1"}
-    assert found.p_value == pytest.approx(1 / 20_000) and min(found.icc.values()) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
