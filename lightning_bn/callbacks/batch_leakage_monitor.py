@@ -183,8 +183,8 @@ class BatchLeakageMonitor(ObservingCallback):
         advice = [what for name, what in _ADVICE.items() if not self._has_callback(trainer, name, worst)]
         plots.alert(
             trainer,
-            "Batches leak information" if alike else "Batches are balanced",
-            f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalizes together are "
+            title="Batches leak information" if alike else "Batches are balanced",
+            text=f"In epoch {trainer.current_epoch} the samples that layer {worst!r} normalizes together are "
             f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {result.icc[worst]:.2g} "
             f"(noise {result.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
             + (f"{', or '.join(['Shuffle', *advice])}. " if alike else "")
@@ -194,5 +194,5 @@ class BatchLeakageMonitor(ObservingCallback):
     def _draw(self, trainer: Trainer, result: BatchLeakage) -> None:
         if plots.any_logs(trainer):
             with self._errors_as_warnings("could not draw"):
-                figure = plots.leakage_by_layer(result.icc, result.noise, p_value=self.p_value)
-                plots.log_figure(trainer, "batch_leakage/layers", figure, log_step(trainer))
+                figure = plots.leakage_by_layer(result.icc, noise=result.noise, p_value=self.p_value)
+                plots.log_figure(trainer, key="batch_leakage/layers", figure=figure, step=log_step(trainer))

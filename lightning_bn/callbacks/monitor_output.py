@@ -29,7 +29,7 @@ def log_layer_names(trainer: Trainer, record: DriftRecord) -> None:
     """Log the name and key of each layer by index, and declare which values W&B summarizes by their maximum."""
     keys = safe_keys(record.names)
     names = {index: {"layer": name, "key": key} for index, (name, key) in enumerate(keys.items())}
-    plots.log_layer_names(trainer, f"{record.prefix}_layers", names)
+    plots.log_layer_names(trainer, key=f"{record.prefix}_layers", names=names)
     plots.summarize_by_max(trainer, [f"{record.prefix}_agg/{name}" for name in AGGREGATES if name.endswith("max")])
 
 
@@ -52,7 +52,7 @@ def send_alert(trainer: Trainer, record: DriftRecord, step: int, has_precise_bn:
     else:
         statistics, advice = "EMA", "Evaluation uses the EMA: PreciseBNCallback recomputes it."
     message = f"At step {step} the {statistics} of layer {name!r} is {lag:.2g} sigma off its batches. {advice}"
-    plots.alert(trainer, "BatchNorm statistics drift", message)
+    plots.alert(trainer, title="BatchNorm statistics drift", text=message)
 
 
 def first_nonfinite(record: DriftRecord) -> str:
@@ -77,7 +77,7 @@ def log_figures(trainer: Trainer, record: DriftRecord) -> None:
     """Log the figures of the run so far."""
     if plots.any_logs(trainer):
         for name, figure in plots.pictures_of(record).items():
-            plots.log_figure(trainer, f"{record.prefix}/{name}", figure, log_step(trainer))
+            plots.log_figure(trainer, key=f"{record.prefix}/{name}", figure=figure, step=log_step(trainer))
 
 
 def log_overview(trainer: Trainer, record: DriftRecord) -> None:
@@ -85,8 +85,8 @@ def log_overview(trainer: Trainer, record: DriftRecord) -> None:
     if not plots.any_logs(trainer):
         return
     step, history = log_step(trainer), record.history
-    plots.log_figure(trainer, f"{record.prefix}/overview", plots.overview_of(record), step)
-    plots.log_table(trainer, f"{record.prefix}/layers", COLUMNS, record.table(), step)
+    plots.log_figure(trainer, key=f"{record.prefix}/overview", figure=plots.overview_of(record), step=step)
+    plots.log_table(trainer, key=f"{record.prefix}/layers", columns=COLUMNS, rows=record.table(), step=step)
     lines = dict(zip(record.names, history["mean_gap"].T.tolist(), strict=True))
-    title = "Mean gap of all layers (sigma)"
-    plots.log_line_chart(trainer, f"{record.prefix}/all_layers", history.steps, lines, step, title=title)
+    key, title = f"{record.prefix}/all_layers", "Mean gap of all layers (sigma)"
+    plots.log_line_chart(trainer, key=key, steps=history.steps, lines=lines, step=step, title=title)

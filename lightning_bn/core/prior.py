@@ -1,4 +1,4 @@
-"""Mix the statistics of a few samples with a prior."""
+"""Mixing statistics with a prior: few samples of a new population, and what was believed before they came."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from torch import Tensor
 
 
 def with_prior(source: Tensor, target: Tensor, prior_samples: int, samples: int) -> Tensor:
-    r"""Mix means, or variances, of a source and a target population (Schneider et al., 2020).
+    r"""The mean, or the variance, of a target population of which only some samples were seen (Schneider et al., 2020).
 
-    $$p = N / (N + n), \qquad \mu = p\,\mu_s + (1 - p)\,\mu_t, \qquad \sigma^2 = p\,\sigma_s^2 + (1 - p)\,\sigma_t^2$$
+    $$p = N / (N + n), \qquad \mu = p\,\mu_s + (1 - p)\,\mu_t, \qquad \sigma^2 = p\,\sigma_s^2 + (1 - p)\,\sigma_t^2,$$
 
-    As published, without the term $p (1 - p) (\mu_s - \mu_t)^2$ of pooled samples: a batch comes from the target alone.
-    In a trial the term made no difference or was worse (docs/callbacks/ada-bn.md).
+    for means and for variances alike, as published. Pooling $N$ source and $n$ target samples would add
+    $p (1 - p) (\mu_s - \mu_t)^2$ to the variance. That is the spread between the two populations, and a batch to be
+    normalized comes from the target alone; in a trial of ours it made no difference or was worse
+    (docs/callbacks/ada-bn.md).
 
     Args:
         source: The prior, ``(C,)``.
         target: What was measured, ``(C,)``.
-        prior_samples: ``N``, the number of samples that the prior is worth.
-        samples: ``n``, the number of measured samples.
+        prior_samples: ``N``, how many samples the prior is worth.
+        samples: ``n``, how many samples were measured.
 
     Example:
         >>> import torch
