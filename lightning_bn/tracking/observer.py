@@ -94,11 +94,8 @@ class Observer:
         snapshot = self._recorder.after_batch()
         if snapshot is None:
             return False
-        inputs, untrusted = self._recorder.inputs, self._recorder.untrusted
-        for name, layer in self._layers.items() if self._reasons else ():
-            if name in self._reasons and layer in inputs.unmeasurable:
-                untrusted[name] = UNMEASURABLE
-        compared = self._recorder.compared
+        inputs, untrusted, compared = self._recorder.inputs, self._recorder.untrusted, self._recorder.compared
+        untrusted |= {name: UNMEASURABLE for name in self._reasons if self._layers[name] in inputs.unmeasurable}
         self._reasons |= {n: why for n, why in untrusted.items() if n in compared or why == UNMEASURABLE}
         self._direct |= self._reasons
         measured = {
@@ -132,9 +129,8 @@ class Observer:
         for row, known in zip(dead, called & finite, strict=True):
             self._dead = torch.where(known, row, self._dead)
         self._nonfinite |= (called & ~finite | ~after.isfinite().all(1)).any(0)
-        for step, point in zip(
-            self._pending, torch.stack([ema[:, 0], batch[:, 0]], 1)[..., self._channels], strict=True
-        ):
+        points = torch.stack([ema[:, 0], batch[:, 0]], 1)[..., self._channels]
+        for step, point in zip(self._pending, points, strict=True):
             self.traces.add(step.number, point)
         self._pending = []
 
