@@ -1,4 +1,4 @@
-"""BatchLeakageMonitor: were the samples of a normalization batch put together at random (paper, Sec. 6)?"""
+"""BatchLeakageMonitor: test whether normalization batches are random in their samples (paper, Sec. 6)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ADVICE = {
 
 
 class BatchLeakageMonitor(ObservingCallback):
-    """Test whether samples that are normalized together were put together at random, and warn if not (Sec. 6).
+    """Test whether normalization batches are random in their samples, and warn if not (Sec. 6).
 
     A model can learn to read a pattern of its batches from their statistics, and fails in evaluation. The training loss
     does not reveal this, and train-mode BatchNorm removes the batch mean that would. So random batches of each epoch
@@ -110,7 +110,7 @@ class BatchLeakageMonitor(ObservingCallback):
 
     @property
     def alarmed(self) -> bool | None:
-        """Whether the run's p-value is at most ``alpha``; None before the first test."""
+        """True if the run's p-value is at most ``alpha``; None before the first test."""
         return self.p_value <= self.alpha if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

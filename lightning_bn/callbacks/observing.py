@@ -40,7 +40,7 @@ class ObservingCallback(BatchNormCallback):
         self._warned |= {key or message}
 
     def _has_callback(self, trainer: Trainer, name: str, layer: str) -> bool:
-        """Whether a callback of the class of this name, or of a subclass, acts on a layer."""
+        """Return whether a callback of the class of this name, or of a subclass, acts on a layer."""
         return any(
             name in (kind.__name__ for kind in type(callback).__mro__)
             for callback in trainer.callbacks  # type: ignore[attr-defined]

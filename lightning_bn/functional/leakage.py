@@ -1,4 +1,4 @@
-"""batch_leakage: were the samples that a BatchNorm layer normalizes together put together at random (paper, Sec. 6)?"""
+"""batch_leakage: test whether normalization batches are random in their samples (paper, Sec. 6)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BatchLeakage:
     """Result of a leakage test.
 
     Attributes:
-        p_value: p-value over all layers, under the hypothesis that batches were put together at random.
+        p_value: p-value over all layers, under the hypothesis of random batches.
         icc: Layer name -> intra-class correlation of samples normalized together: positive if they are alike, negative
             if they are balanced, about 0 if random. For a layer with several calls, that of the most extreme call.
         noise: Layer name -> standard deviation of the correlation without leakage.
@@ -75,7 +75,7 @@ def batch_leakage(
 
     Args:
         model: The model. ``DistributedDataParallel`` is unwrapped.
-        batches: Finitely many batches, put together as in training. Under torch.distributed every rank passes its own;
+        batches: Finitely many batches, composed as in training. Under torch.distributed every rank passes its own;
             the test ends with the rank that has the fewest.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.

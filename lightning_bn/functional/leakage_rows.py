@@ -74,7 +74,7 @@ class RowMeans(Behavior):
 
     @property
     def needs_probe(self) -> bool:
-        """Whether this batch has rows with an unknown layout."""
+        """This batch has rows with an unknown layout."""
         return bool(self._unknown)
 
     def probe(self, run: Callable[[], object]) -> None:
@@ -90,7 +90,7 @@ class RowMeans(Behavior):
                 rolled = self._rolled.get((name, call))
                 blocks = None if rolled is None else _blocks(means, rolled, self._samples, self.eps[name])
                 if blocks is None:
-                    unknown = f"which of {len(means)} rows are of which of {self._samples} samples cannot be told"
+                    unknown = f"its {len(means)} rows cannot be assigned to {self._samples} samples"
                     self.left_out[name] = unknown
                 else:
                     self._layouts[name, call] = blocks, len(means) // self._samples
@@ -157,7 +157,7 @@ class RowMeans(Behavior):
 def by_sample(rows: Rows) -> tuple[Tensor, Tensor]:
     """Means and normalization batches of samples; of rows if each normalization batch is a single sample's.
 
-    In such a batch, as in an R-CNN head on one image's regions, rows are put together by their sample.
+    In such a batch, as in an R-CNN head on one image's regions, rows are grouped by their sample.
     """
     pairs, place = torch.stack([rows.batches, rows.samples], 1).unique(dim=0, return_inverse=True)
     if len(pairs) == len(rows.batches.unique()):

@@ -1,4 +1,4 @@
-r"""The leakage test: are the rows of a normalization batch more alike, or less, than random ones (paper, Sec. 6)?
+r"""The leakage test: compares the rows of normalization batches with random groups (paper, Sec. 6).
 
 Rows are means over space. Each layer's rows are projected on their leading principal components, of variance one each.
 With $k$ groups of $m_1 \dots m_k$ of the $n$ rows, and $B$ and $W$ the sums of squares between and within groups over
@@ -97,7 +97,7 @@ def icc_noise(components: Tensor, groups: Tensor) -> float:
 
 
 def comparable(components: Tensor, groups: Tensor) -> bool:
-    """Whether rows differ, and there are two groups or more, one of them of two rows or more."""
+    """Return whether rows differ, and there are two groups or more, one of them of two rows or more."""
     return components.shape[1] > 0 and 1 < len(group_sizes(groups)) < len(groups)
 
 

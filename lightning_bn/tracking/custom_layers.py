@@ -39,14 +39,14 @@ def custom_layers(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
 
 
 def is_spread(layer: _BatchNorm) -> bool:
-    """Whether a layer normalizes over several ranks, so that one rank cannot measure its batch."""
+    """Return whether a layer normalizes over several ranks: one rank then cannot measure its batch."""
     return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, Synced)) and get_world_size() > 1
 
 
 def differs_from_torch(
     calls: list[Call], tracked: Tensor, running: Tensor, batch: Tensor, called: Tensor, eps: float
 ) -> Tensor:
-    """Whether the recovered batch of a layer differs from its measured calls, averaged as torch's EMA would.
+    """Compare the recovered batch of a layer with its measured calls, averaged as torch's EMA would.
 
     Args:
         calls: Measured calls of one batch.
@@ -57,7 +57,7 @@ def differs_from_torch(
         eps: The layer's eps.
 
     Returns:
-        A boolean tensor ``()``; reading it waits for the device.
+        Whether they differ, a boolean tensor ``()``; reading it waits for the device.
     """
     expected, decay = running, torch.ones((), dtype=running.dtype, device=running.device)
     for number, (moments, momentum) in enumerate(calls, 1):

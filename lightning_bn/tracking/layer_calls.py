@@ -81,7 +81,7 @@ class MeasureInputs(Behavior):
         return output
 
     def _is_inner_call(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
-        """Whether a layer inside of the layer makes the call, as in timm's `SplitBatchNorm2d`."""
+        """Return whether an inner layer makes the call, as in timm's `SplitBatchNorm2d`."""
         mean = call.running_mean
         return mean is not None and any(mean is m._buffers["running_mean"] for m in self._inner[layer])
 

@@ -215,7 +215,7 @@ class StepRecorder:
                 continue
             if layer._buffers["num_batches_tracked"] is None:
                 calls[index] = 0
-            elif recorded is None:  # not called, or inside a compiled region; nobody knows the momentum of the call
+            elif recorded is None:  # not called, or compiled: the momentum of the call is unknown
                 self._recorded.add(layer)
                 calls[index] = 0
             else:

@@ -158,7 +158,7 @@ class StatisticsForecaster:
         return forecast_statistics(Steps(step.batch, step.before, known), running, eps, sizes)
 
     def _recoverable(self) -> Tensor:
-        """Whether a channel's layer can be recovered accurately, in all of its channels, ``(C,)``."""
+        """Mark the channels of layers that can be recovered accurately in all channels, ``(C,)``."""
         recorder = self._recorder
         inaccurate = torch.stack([p.any() for p in (recorder.recovery_errors() > MAX_ERROR).split(recorder.sizes)])
         trusted = torch.tensor([name not in recorder.untrusted for name in recorder.layers])

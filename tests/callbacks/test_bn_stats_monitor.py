@@ -237,7 +237,7 @@ def test_drift_is_said_once_until_it_has_gone() -> None:
 
 
 def advice(*others: Any, alert_threshold: float = 0.05, module: Any = None) -> str:
-    """What the alert says to do."""
+    """The advice in the alert."""
     monitor = BNStatsMonitor(1, window=1, alert_threshold=alert_threshold)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -283,7 +283,7 @@ def test_count_says_what_a_sample_is() -> None:
     """Tensors whose first dimension is that of rows: sixteen rows a sample."""
     net, x = nn.BatchNorm1d(4), rows_of_samples(48, rows=16).flatten(0, 1)
     assert batch_leakage(net, x.split(32)).p_value < 0.001, "each row counts as a sample"
-    with pytest.raises(ValueError, match="32 rows are of which of 2 samples cannot be told"):
+    with pytest.raises(ValueError, match="32 rows cannot be assigned to 2 samples"):
         batch_leakage(net, x.split(32), batch_size_fn=lambda batch: len(batch) // 16)
 
 

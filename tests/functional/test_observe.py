@@ -29,7 +29,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def observe(model: nn.Module, batches: Iterable[Tensor], observer: Observer | None = None) -> Observation:
-    """What an observer says after a training over ``batches``."""
+    """The observation of a training over ``batches``."""
     observer = observer or Observer(find_bn(model))
     for batch in batches:
         observer.before_batch()
