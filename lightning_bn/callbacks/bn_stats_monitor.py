@@ -97,7 +97,7 @@ class BNStatsMonitor(ObservingCallback):
         self.every_n_batches, self.window, self.quantities = every_n_batches, window, tuple(quantities)
         self.log_layers, self.trace_channels, self.layers = log_layers, trace_channels, layers
         self.alert_threshold = alert_threshold
-        self._batch_size = as_batch_size_fn(batch_size_fn)
+        self._count = as_batch_size_fn(batch_size_fn)
         self._record: DriftRecord | None = None
         self._restored: dict[str, Any] = {}
         self._batches, self._may_alert = 0, True
@@ -134,7 +134,7 @@ class BNStatsMonitor(ObservingCallback):
         # on rank 0 only: DDP broadcasts its running statistics to all ranks
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
             with self._errors_as_warnings("cannot tell the normalization batch size"):
-                self._samples = self._batch_size(batch)
+                self._samples = self._count(batch)
             with self._errors_as_warnings("cannot measure a batch"):
                 self._record.observer.before_batch()
 
