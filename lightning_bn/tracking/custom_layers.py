@@ -70,4 +70,5 @@ def differs_from_torch(
     differs = mean_difference.nan_to_num(torch.inf) > _MAX_MEAN_DIFFERENCE
     differs |= var_difference.nan_to_num(torch.inf) > _MAX_VAR_DIFFERENCE
     comparable = mean.isfinite() & var.isfinite() & running.isfinite().all(0) & ~is_dead(var, eps)
-    return (differs & comparable & called).any()
+    any_differs: Tensor = (differs & comparable & called).any()
+    return any_differs

@@ -125,7 +125,8 @@ class StatisticsForecaster:
         device = self._recorder.eps.device
         self._latest = None
         for step in state.get("steps", ()):
-            self._steps.append(Snapshot(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in step.items()}))
+            values: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in step.items()}
+            self._steps.append(Snapshot(**values))
 
     def _forecast(self) -> tuple[PopulationStatistics, list[tuple[Tensor, Tensor]]]:
         """The forecast, and mean and variance of each layer's running statistics, as the first rank has them."""
@@ -150,7 +151,7 @@ class StatisticsForecaster:
     def _forecast_part(self, running: Tensor, layers: slice, channels: slice) -> Forecast:
         sizes, eps = self._recorder.sizes[layers], self._recorder.eps[channels]
         if not self._steps:
-            return Forecast(*running, running.new_full((2, len(sizes)), torch.nan))
+            return Forecast(running[0], running[1], running.new_full((2, len(sizes)), torch.nan))
         step = self._recorder.recover(list(self._steps), layers)
         mean, var = step.before.unbind(1)
         accurate = (recovery_error(mean, var, step.decay) < MAX_ERROR) | is_dead(var, eps)
