@@ -24,7 +24,7 @@ from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, Shi
 
 TITLE = "A forecast from training steps recovers most of PreciseBN's gain"
 CLAIM = (
-    "`PreciseBNCallback(source='training')` recovers at least 90 % of what a PreciseBN pass takes off the validation "
+    "`ForecastBNCallback` recovers at least 90 % of what a PreciseBN pass takes off the validation "
     "error with the EMA, and is at no epoch worse than the EMA by more than noise."
 )
 PASS_SAMPLES = 1000
@@ -240,7 +240,7 @@ def report(device: str, quick: bool) -> str:
     measured = ["error with EMA, %", "forecast", "PreciseBN", "share recovered, at least 90 %", "its seeds"]
     measured += ["worst epoch against EMA, points", "epochs worse by more than noise", "µs a step", "of the step"]
     head = _head([*columns, *measured])
-    passes = _head([*columns, *(f"needed_above={t}" for t in THRESHOLDS)])
+    passes = _head([*columns, *(f"skip_below={t}" for t in THRESHOLDS)])
     gain, recovered = (sum(getattr(run, name) for run in everything) for name in ("gain", "recovered"))
     worse = sum(len(_worse(run)) for run in everything)
     epochs = sum(len(run.ema) for run in everything)
@@ -251,7 +251,7 @@ def report(device: str, quick: bool) -> str:
         "seed. Noise is two standard errors of a difference of two independent errors on the validation images (500 "
         "digits, 2,000 of the others): of many epochs a few are beyond it by chance. Microseconds are those of "
         "watching a step, in 1 thread: the mean over all steps, the forecast after every epoch included. In the second "
-        "table a pass is run after an epoch only if the forecast says that the EMA is off by more than `needed_above` "
+        "table a pass is run after an epoch only if the forecast says that the EMA is off by more than `skip_below` "
         "in some layer: passes saved, and the mean error in points above "
         "that with a pass after every epoch."
     )

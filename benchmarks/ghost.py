@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
-from lightning_bn.layers.ghost import Grouping
+from lightning_bn.functional.ghost import Grouping
 
 TITLE = "Ghost BN costs what plain BatchNorm costs"
 CLAIM = (

@@ -101,8 +101,8 @@ def _rank(rank: int, counts: list[int], rounds: int, folder: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def exchanged() -> None:
-        moved, exchange = exchange_rows(rows, generator)
-        restore_rows(head(moved), exchange).sum().backward()
+        moved, exchange = exchange_rows(rows, generator=generator)
+        restore_rows(head(moved), exchange=exchange).sum().backward()
 
     def gathered() -> None:
         moved, home = _shuffled(rows)

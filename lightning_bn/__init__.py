@@ -15,15 +15,19 @@ __all__ = [
     "BatchLeakageMonitor",
     "DeadChannels",
     "DomainSpecificBNCallback",
+    "ForecastBNCallback",
     "FreezeBNCallback",
+    "FromLoader",
     "GhostBNCallback",
     "LayerStatistics",
     "MeanGap",
     "MiniBatchInferenceCallback",
     "Moments",
     "NonFiniteChannels",
+    "PassConfig",
     "PopulationStatistics",
     "PreciseBNCallback",
+    "Replay",
     "RoIShuffleCallback",
     "SyncBNCallback",
     "VarGap",
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.batch_leakage_monitor import BatchLeakageMonitor
     from lightning_bn.callbacks.bn_stats_monitor import BNStatsMonitor
     from lightning_bn.callbacks.domain_specific_bn import DomainSpecificBNCallback
+    from lightning_bn.callbacks.forecast_bn import ForecastBNCallback
     from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
     from lightning_bn.callbacks.ghost_bn import GhostBNCallback
     from lightning_bn.callbacks.mini_batch_inference import MiniBatchInferenceCallback
@@ -64,12 +69,13 @@ if TYPE_CHECKING:
     from lightning_bn.functional.ghost import ghost_bn
     from lightning_bn.functional.leakage import BatchLeakage, batch_leakage
     from lightning_bn.functional.mini_batch import mini_batch_inference
+    from lightning_bn.functional.normalization_batch import normalization_batch_size
     from lightning_bn.functional.precise import precise_bn
     from lightning_bn.functional.roi_shuffle import roi_shuffle
     from lightning_bn.functional.sync import sync_bn
     from lightning_bn.layers.find import find_bn
     from lightning_bn.tracking.metrics import DeadChannels, MeanGap, NonFiniteChannels, VarGap
-    from lightning_bn.trainer.normalization_batch import normalization_batch_size
+    from lightning_bn.trainer.pass_config import FromLoader, PassConfig, Replay
 else:  # type checkers take any name from a module that they see a __getattr__ of
     __getattr__, __dir__ = lazily(
         __name__,
@@ -80,15 +86,19 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
             "BatchLeakageMonitor": "callbacks.batch_leakage_monitor",
             "DeadChannels": "tracking.metrics",
             "DomainSpecificBNCallback": "callbacks.domain_specific_bn",
+            "ForecastBNCallback": "callbacks.forecast_bn",
             "FreezeBNCallback": "callbacks.freeze_bn",
+            "FromLoader": "trainer.pass_config",
             "GhostBNCallback": "callbacks.ghost_bn",
             "LayerStatistics": "core.population",
             "MeanGap": "tracking.metrics",
             "MiniBatchInferenceCallback": "callbacks.mini_batch_inference",
             "Moments": "core.moments",
             "NonFiniteChannels": "tracking.metrics",
+            "PassConfig": "trainer.pass_config",
             "PopulationStatistics": "core.population",
             "PreciseBNCallback": "callbacks.precise_bn",
+            "Replay": "trainer.pass_config",
             "RoIShuffleCallback": "callbacks.roi_shuffle",
             "SyncBNCallback": "callbacks.sync_bn",
             "VarGap": "tracking.metrics",
@@ -100,7 +110,7 @@ else:  # type checkers take any name from a module that they see a __getattr__ o
             "freeze_bn": "functional.freeze",
             "ghost_bn": "functional.ghost",
             "mini_batch_inference": "functional.mini_batch",
-            "normalization_batch_size": "trainer.normalization_batch",
+            "normalization_batch_size": "functional.normalization_batch",
             "plots": "plots",
             "precise_bn": "functional.precise",
             "restore_rows": "core.exchange",

@@ -1,4 +1,4 @@
-"""AdaBN: evaluation uses the population statistics of the domain it evaluates on (paper, Sec. 5.1)."""
+"""AdaBN: evaluation uses the population statistics of the domain that is evaluated (paper, Sec. 5.1)."""
 
 from __future__ import annotations
 
@@ -8,68 +8,65 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.base import BatchNormCallback, as_stages
-from lightning_bn.callbacks.freeze_bn import FreezeBNCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import sum_over_ranks
-from lightning_bn.functional.adapt import Adaptation, check_unadaptable
-from lightning_bn.functional.precise import estimable_layers
-from lightning_bn.layers.adapted import Adapting
+from lightning_bn.functional.adapt import Adaptation, Adapting
 from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, as_patterns, find_bn, storing_layers
-from lightning_bn.trainer.evaluation import evaluate_isolated
-from lightning_bn.trainer.evaluation_loop import has_batches, num_domains, stage_of
+from lightning_bn.trainer.context import PassContext
+from lightning_bn.trainer.evaluation import (
+    TargetForward,
+    check_step_takes_batch,
+    evaluate_isolated,
+    has_batches,
+    measure_target,
+    num_dataloaders,
+    stage_of,
+)
 from lightning_bn.trainer.loaders import evaluation_batches
 from lightning_bn.trainer.logging import log_row
-from lightning_bn.trainer.modes import modes_of_training
 from lightning_bn.trainer.passes import check_sharding
-from lightning_bn.trainer.target_pass import TargetForward, check_own_fetching, measure_target
 
 
 class AdaBNCallback(BatchNormCallback):
-    """Re-estimate population statistics on the evaluated data before ``trainer.validate``, ``test`` or ``predict``.
+    """Re-estimate population statistics on the evaluated data in ``trainer.validate``, ``test`` or ``predict``.
 
-    Each dataloader counts as a domain of its own: before its first batch the running statistics become those of its
-    own samples, read without labels from a fresh iterator; at the epoch's end the original ones come back, bit for
-    bit, as they do after an exception or Ctrl-C. Never inside a fit, whose validation is there to compare epochs, and
-    whose checkpoints hold what it evaluated.
+    Each dataloader is a domain. Before its first batch, the running statistics become those of its own samples, read
+    without labels from a fresh iterator. At the end of the epoch, or after an error, the original ones are restored bit
+    for bit. Inside a fit nothing happens.
 
-    When it helps: the inputs have shifted since training and the classes have not: error 40.8 -> 33.1 % at a contrast
-    shift, 64.4 -> 52.5 with Gaussian noise, 40.4 -> 36.7 with JPEG, from 1000 images (Table 4). When it does not:
-    without a shift (23.4 -> 23.8), with other class frequencies in the target, with few samples (see
-    ``prior_samples``), and for a model trained with frozen statistics, which it destroys (accuracy 77.9 -> 48.5 % in a
-    trial of ours); it warns of those that it can see. So compare: ``log_unadapted=True`` logs both.
-
-    Cost: one forward over ``num_samples`` samples per dataloader; comparing, another evaluation. ``online`` costs
-    one more read of each input.
+    When it helps: the inputs have shifted since training and the classes have not (error 40.8 -> 33.1 % at a contrast
+    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples,
+    and after training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
 
     Args:
         num_samples: Samples of each dataloader, of all ranks together, in whole batches from its start; None for all,
-            which a loader that is sorted by class needs. The paper's 1000.
-        prior_samples: How many target samples the original statistics are worth, mixed in by ``N / (N + n)``, see
-            `adapt_bn`. A prior protects where few samples come and the shift is small; at a strong one it is what
-            is wrong (in a trial of ours 33.9 % error without, 89.5 with a prior of 16, from 64 samples).
-        online: Instead of reading ahead, normalize each batch with the statistics of all batches so far, itself
-            included, of this rank. Nothing is written. Predictions then depend on the order of batches.
-        stages: Before which of ``"validate"``, ``"test"`` and ``"predict"``, outside of a fit.
-        log_unadapted: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``, which
-            logs nothing.
+            which a loader that is sorted by class needs.
+        prior_samples: Number of target samples that the original statistics are worth, see `adapt_bn`. A prior helps
+            with few samples and a small shift; it hurts at a large shift.
+        online: Normalize each batch with the statistics of all batches so far, itself included, of this rank, instead
+            of reading ahead. Nothing is written. Predictions then depend on the order of batches.
+        stages: Some of ``"validate"``, ``"test"`` and ``"predict"``, outside of a fit.
+        log_unadapted: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``,
+            which logs nothing.
         forward: ``"evaluation_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
             is a tuple or list, or with it as keywords if it is a mapping); or a function of module and batch.
         layers: Glob patterns over qualified layer names; None for every layer that is not frozen.
-        batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of images.
+        batch_size_fn: Number of samples in a batch; None infers it.
 
     Attributes:
-        results: What was measured of each dataloader in the last evaluation; None for one without batches.
-        unadapted: Metrics of the last evaluation without adaptation, by their logged keys; empty if none was asked for.
+        results: Measured statistics of each dataloader in the last evaluation; None for one without batches.
+        source_metrics: Metrics of the last evaluation without adaptation, by their logged keys; empty without
+            ``log_unadapted``.
 
     Raises:
-        ValueError: At the start: no layer, another AdaBNCallback or mini-batch inference on the same one; a loader that
-            cannot be read twice.
+        ValueError: At the start: no layer, another AdaBNCallback or a conflicting feature on the same one; a loader
+            that cannot be read twice.
         RuntimeError: If the strategy shards the model.
 
     Example:
@@ -83,13 +80,16 @@ class AdaBNCallback(BatchNormCallback):
         trainer:
           callbacks:
             - class_path: lightning_bn.AdaBNCallback
-              init_args: {num_samples: 1000, stages: [test], compare: true}
+              init_args: {num_samples: 1000, stages: [test], log_unadapted: true}
         ```
     """
+
+    kind = "adapted"
 
     def __init__(
         self,
         num_samples: int | None = 1000,
+        *,
         prior_samples: int = 0,
         online: bool = False,
         stages: Sequence[Literal["validate", "test", "predict"]] = ("validate", "test", "predict"),
@@ -114,44 +114,49 @@ class AdaBNCallback(BatchNormCallback):
         self.forward = forward
         self.layers = layers
         self.results: list[PopulationStatistics | None] = []
-        self.unadapted: dict[str, float] = {}
-        self._count = as_batch_size_fn(batch_size_fn)
-        self._due = False
-        self._adapted: dict[str, _BatchNorm] = {}
-        self._domain: int | None = None
+        self.source_metrics: dict[str, float] = {}
+        self._batch_size_fn = as_batch_size_fn(batch_size_fn)
+        self._context: PassContext | None = None
+        self._is_measured = False
+        self._dataloader_idx: int | None = None
         self._handle: Handle | None = None
         self._adapting: Adapting | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt after a PreciseBNCallback has recomputed the statistics of the source."""
-        if stage != "fit":
+        if stage != "fit":  # PreciseBNCallback's statistics are the source's
             self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the configuration before training starts."""
         super().on_fit_start(trainer, pl_module)
         storing_layers(pl_module, self.layers)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the target is about to come, if this is no fit."""
-        self._due = trainer.state.fn in self.stages
-        if self._due:
-            self._begin(trainer, pl_module)
+        if trainer.state.fn not in self.stages:  # as "fit" is not
+            return
+        self._check_overlap(trainer, pl_module)
+        check_sharding(trainer)
+        self._check_is_first_to_adapt(trainer)
+        context = PassContext.of(trainer, pl_module, self.layers)
+        check_conflicts(context.layers, "adapted")
+        self._warn_of_frozen(context)
+        self.results, self.source_metrics = [], {}
+        self._context = context if context.layers else None
+        self._is_measured = False
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Adapt, before the first batch of a dataloader."""
-        self._measure_target_if_pending(trainer, pl_module)
-        if self._adapted:
-            if dataloader_idx != self._domain:
-                self._adapt_to(dataloader_idx)
-            if self._adapting is not None:
-                self._adapting.samples += self._count(batch)
+        if self._context is None:
+            return
+        self._measure_once(self._context)
+        if dataloader_idx != self._dataloader_idx:
+            self._adapt_to(self._context, dataloader_idx)
+        if self._adapting is not None:
+            self._adapting.samples += self._batch_size_fn(batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the original statistics back; a rank that had no batch takes part in the measurement of the others."""
-        self._measure_target_if_pending(trainer, pl_module)
+        if self._context is not None:
+            self._measure_once(self._context)  # a rank without batches takes part in the collectives here
         self._undo()
 
     on_validation_start = on_predict_start = on_test_start
@@ -159,98 +164,85 @@ class AdaBNCallback(BatchNormCallback):
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the original statistics."""
         self._undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same, should another callback have raised in its own."""
         self._undo()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no hold on layers."""
-        return {**vars(self), "_due": False, "_adapted": {}, "_domain": None, "_handle": None, "_adapting": None}
+        return {**vars(self), "_context": None, "_dataloader_idx": None, "_handle": None, "_adapting": None}
 
-    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        self._check_overlap(trainer, module)
-        check_sharding(trainer)
-        self._check_late_comparison(trainer)
-        self.results, self.unadapted = [], {}
-        self._adapted = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
-        check_unadaptable(self._adapted)
-        self._warn_of_frozen(trainer, module)
-        self._due = bool(self._adapted)
-
-    def _measure_target_if_pending(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._due:
+    def _measure_once(self, context: PassContext) -> None:
+        if self._is_measured:
             return
-        self._due = False
+        self._is_measured = True
+        trainer, module = context.trainer, context.module
         if self.log_unadapted and stage_of(trainer) != "predict":
-            check_own_fetching(trainer, module, "log_unadapted=False")
+            check_step_takes_batch(trainer, module, "log_unadapted=False")
             with evaluation_batches(trainer, module) as batches:
-                self.unadapted = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
-            log_row(trainer, self.unadapted)
+                self.source_metrics = evaluate_isolated(nullcontext(), trainer, module, batches, "unadapted")
+            log_row(trainer, self.source_metrics)
         if self.online:
             return
-        several = num_domains(trainer) > 1
-        for domain in range(num_domains(trainer)):  # all now: ranks come to a domain's first batch at different times
-            somewhere, *_ = sum_over_ranks([has_batches(trainer, domain)], module.device)
-            if not somewhere:
+        # All dataloaders now, because ranks reach the first batch of a dataloader at different times.
+        count = num_dataloaders(trainer)
+        for index in range(count):
+            ranks_with_batches, *_ = sum_over_ranks([has_batches(trainer, index)], context.device)
+            if not ranks_with_batches:
                 self.results.append(None)
                 continue
-            measured = measure_target(
-                trainer, module, self._adapted, domain, self.num_samples, self.forward, self._count
-            )
-            self.results.append(measured.statistics)
-            log_row(trainer, measured.to_metrics(f"ada_bn/dataloader_idx_{domain}" if several else "ada_bn"))
+            result = measure_target(context, index, self.num_samples, self.forward, self._batch_size_fn)
+            self.results.append(result.statistics)
+            log_row(trainer, result.to_metrics(f"ada_bn/dataloader_idx_{index}" if count > 1 else "ada_bn"))
 
-    def _adapt_to(self, domain: int) -> None:
-        self._put_back()
-        self._domain = domain
+    def _adapt_to(self, context: PassContext, dataloader_idx: int) -> None:
+        self._restore()
+        self._dataloader_idx = dataloader_idx
         if self.online:
-            self._adapting = Adapting(self._adapted, self.prior_samples)
-            self._handle = Handle(self._adapted.values(), self._adapting)
+            self._adapting = Adapting(context.layers, self.prior_samples)
+            self._handle = Handle(context.layers.values(), self._adapting)
         else:
-            statistics = self.results[domain]
+            statistics = self.results[dataloader_idx]
             assert statistics is not None  # there is a batch
-            self._handle = Adaptation(self._adapted, statistics, self.prior_samples)
+            self._handle = Adaptation(context.layers, statistics, self.prior_samples)
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         if self._handle is not None:
             self._handle.undo()
         if self._adapting is not None and self._adapting.nonfinite:
             rank_zero_warn(
-                f"AdaBNCallback: {self._adapting.nonfinite} calls of layers were given NaN or infinite values, and "
-                "were left out of the target's statistics. Look at its samples."
+                f"AdaBNCallback: {self._adapting.nonfinite} calls of layers got NaN or infinite values, and were "
+                "left out of the target's statistics. Check its samples."
             )
-        self._handle = self._adapting = self._domain = None
+        self._handle = self._adapting = self._dataloader_idx = None
 
     def _undo(self) -> None:
-        self._put_back()
-        self._due, self._adapted = False, {}
+        self._restore()
+        self._context = None
 
-    def _check_late_comparison(self, trainer: Trainer) -> None:
-        adapting = [c for c in trainer.callbacks if isinstance(c, AdaBNCallback)]  # type: ignore[attr-defined]
-        if self.log_unadapted and adapting[0] is not self:
+    def _check_is_first_to_adapt(self, trainer: Trainer) -> None:
+        first = next(c for c in trainer.callbacks if isinstance(c, AdaBNCallback))  # type: ignore[attr-defined]
+        if self.log_unadapted and first is not self:
             raise ValueError(
-                "log_unadapted=True is for the first AdaBNCallback in the list alone: when another's turn has come, the "
-                "first has adapted its layers already."
+                "log_unadapted=True is only for the first AdaBNCallback in the list, whose layers are adapted before "
+                "another one evaluates without adapting."
             )
 
-    def _warn_of_frozen(self, trainer: Trainer, module: LightningModule) -> None:
-        frozen = [name for name in storing_layers(module, self.layers) if name not in self._adapted]
+    def _warn_of_frozen(self, context: PassContext) -> None:
+        frozen = [name for name in storing_layers(context.module, self.layers) if name not in context.layers]
         if frozen:
-            everything = "all of its layers are frozen" if not self._adapted else f"{len(frozen)} layers are frozen"
+            number = f"{len(frozen)} layers are frozen" if context.layers else "all of its layers are frozen"
             rank_zero_warn(
-                f"AdaBNCallback leaves running statistics as they are: {everything} or in eval mode ({frozen[0]!r} "
-                "first), and what is trained with frozen statistics fits those. If they are not: call train() on the "
+                f"AdaBNCallback leaves running statistics as they are: {number} or in eval mode ({frozen[0]!r} first), "
+                "and weights trained with frozen statistics fit only those. If they are not, call train() on the "
                 "module before."
             )
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, FreezeBNCallback):
-                theirs = [name for name in find_bn(module, other.layers) if name in self._adapted]
-                if theirs:
+        for other in context.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, BatchNormCallback) and other.kind == "frozen":
+                shared = [name for name in find_bn(context.module, other.layers) if name in context.layers]
+                if shared:
                     rank_zero_warn(
-                        f"AdaBNCallback re-estimates the statistics of layers that FreezeBNCallback has the model "
-                        f"trained with ({theirs[0]!r} first). The weights fit the frozen ones: in a trial of ours "
-                        "accuracy fell from 77.9 to 48.5 %. Leave them out by layers=, or see by log_unadapted=True."
+                        f"AdaBNCallback re-estimates the statistics of layers that FreezeBNCallback freezes in "
+                        f"training ({shared[0]!r} first). The weights fit the frozen ones: in a trial of ours accuracy "
+                        "fell from 77.9 to 48.5 %. Leave them out by layers=, or compare with log_unadapted=True."
                     )

@@ -1,27 +1,32 @@
-"""What callbacks on chosen BatchNorm layers share: a key for their state, no two on a layer, their order, news."""
+"""The bases of callbacks on chosen BatchNorm layers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.pairs import compatibility
+from lightning_bn.layers.behavior import Handle
+from lightning_bn.layers.conflicts import find_conflict
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
-from lightning_bn.trainer.passes import PassResult
+from lightning_bn.trainer.compat import state_key
+from lightning_bn.trainer.passes import PassResult, check_sharding
 
 
 class BatchNormCallback(Callback):
     """A callback that acts on the BatchNorm layers chosen by ``layers``."""
 
     layers: Layers
+    kind: str
+    """Names its feature in `lightning_bn.layers.conflicts`."""
 
     def __init_subclass__(cls) -> None:
-        """Let two callbacks of one class on the same layers come to `on_fit_start`, which names the layers.
+        """Let `on_fit_start` refuse two callbacks of one class, which names their layers.
 
-        Lightning refuses two states of one key itself, in words of its own, where it finds that ``state_dict`` is not
-        `Callback`'s. It looks at what a function wraps.
+        Lightning would refuse them earlier, without the layers, if ``state_dict`` were not that of `Callback`. It
+        compares the function that ``__wrapped__`` names.
         """
         super().__init_subclass__()
         if "state_dict" in vars(cls):
@@ -29,63 +34,92 @@ class BatchNormCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Differs between callbacks of one class on different layers: their states would overwrite each other."""
-        return self._generate_state_key(layers=as_patterns(self.layers))
+        """Key of the state in a checkpoint; callbacks of one class on different layers have different ones."""
+        return state_key(self, layers=as_patterns(self.layers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another callback of this class on the same layers, and others with which it makes no sense there."""
         self._check_overlap(trainer, pl_module)
 
+    def on_population_pass(self, trainer: Trainer, result: PassResult) -> None:
+        """Called after a callback has written population statistics."""
+
     def chosen_layers(self, module: LightningModule) -> dict[str, _BatchNorm]:
-        """The layers it acts on, by name."""
+        """Qualified name -> layer that the callback acts on."""
         return find_bn(module, self.layers)
 
     def _check_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own = self.chosen_layers(pl_module)
+        layers = self.chosen_layers(pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, BatchNormCallback) or not self._stages_overlap(other):
                 continue
-            pair = compatibility(type(self), type(other))
-            alike = type(other) is type(self)
-            shared = [name for name in other.chosen_layers(pl_module) if name in own] if alike or pair else []
-            if alike and shared:
+            reason = find_conflict(self.kind, other.kind)
+            shared = [name for name in other.chosen_layers(pl_module) if name in layers] if reason else []
+            if shared:
+                names = " and ".join(type(callback).__name__ for callback in (self, other))
+                if type(other) is type(self):
+                    names = f"Two {type(self).__name__}s"
                 raise ValueError(
-                    f"Two {type(self).__name__}s act on layer {shared[0]!r} ({len(shared)} in all): give them "
-                    "layers= patterns that do not overlap."
-                )
-            if pair and pair.verdict == "refused" and shared:
-                raise ValueError(
-                    f"{type(self).__name__} and {type(other).__name__} act on layer {shared[0]!r} ({len(shared)} in "
-                    f"all): {pair.why}. Take one of them, or give them layers= patterns that do not overlap."
+                    f"{names} act on layer {shared[0]!r} ({len(shared)} in all): {reason}. Remove one of them, or give "
+                    "them layers= patterns that do not overlap."
                 )
 
     def _stages_overlap(self, other: BatchNormCallback) -> bool:
-        """Whether both act in one stage; those that name none act in every one that concerns the other."""
-        own, others = (getattr(c, "stages", None) for c in (self, other))
-        return own is None or others is None or bool(set(own) & set(others))
+        """Whether both act in one stage; callbacks without ``stages`` act in all that concern the other."""
+        stages, others = (getattr(c, "stages", None) for c in (self, other))
+        return stages is None or others is None or bool(set(stages) & set(others))
 
-    def on_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
-        """A hook of our own: a callback has recomputed population statistics and written them."""
-
-    def _notify_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
+    def _notify_population_pass(self, trainer: Trainer, result: PassResult) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BatchNormCallback):
-                callback.on_population_pass(trainer, recomputed)
+                callback.on_population_pass(trainer, result)
 
     def _move_behind_statistics_callbacks(self, trainer: Trainer) -> None:
-        """Hooks run in the order of the list: one that looks at statistics comes after those that change them."""
+        """Move this callback behind the other ones here, because Lightning calls hooks in the order of the list."""
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         place = 1 + max((i for i, c in enumerate(others) if isinstance(c, BatchNormCallback)), default=-1)
         if place > trainer.callbacks.index(self):  # type: ignore[attr-defined]
-            # a new list: Lightning may be going through the old one
+            # a new list, because Lightning may iterate over the old one
             trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
 
 
+class FitScopedCallback(BatchNormCallback, ABC):
+    """A callback whose layers have a behavior from the start of a fit to its end.
+
+    It attaches the behavior in ``on_fit_start``, the first hook with the final layers: made by ``configure_model``,
+    converted by ``Trainer(sync_batchnorm=True)``, on their device, within DDP. It has no state to save.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Handle | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_sharding(trainer)
+        self._handle = self._attach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handle": None}
+
+    @abstractmethod
+    def _attach(self, module: LightningModule) -> Handle: ...
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.undo()
+            self._handle = None
+
+
 def as_stages(argument: str, given: Any) -> tuple[str, ...]:
-    """The stages named by an argument: some of ``"validate"``, ``"test"`` and ``"predict"``.
+    """Validate a list of evaluation stages.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it has something else than ``"validate"``, ``"test"`` and ``"predict"``.
     """
     if not isinstance(given, (list, tuple)) or any(stage not in ("validate", "test", "predict") for stage in given):
         raise ValueError(f"{argument} must be a list of 'validate', 'test' and 'predict' but is {given!r}.")

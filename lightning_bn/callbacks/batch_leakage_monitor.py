@@ -18,9 +18,10 @@ from lightning_bn.core.checks import check_bool
 from lightning_bn.functional.leakage import BatchLeakage, left_out_message
 from lightning_bn.functional.leakage_test import EProcess
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.trainer.compat import log_step
 from lightning_bn.trainer.forward import Forward
 from lightning_bn.trainer.leakage_pass import LeakagePass, compare_statistics
-from lightning_bn.trainer.logging import log_row, log_step, safe_keys
+from lightning_bn.trainer.logging import log_row, safe_keys
 
 _ADVICE = {
     "GhostBNCallback": "GhostBNCallback across the pattern where it is wanted",
@@ -77,6 +78,8 @@ class BatchLeakageMonitor(ObservingCallback):
         >>> from lightning_bn import BatchLeakageMonitor
         >>> trainer = Trainer(callbacks=[BatchLeakageMonitor()], logger=False, enable_checkpointing=False)
     """
+
+    kind = "leakage monitor"
 
     def __init__(
         self,

@@ -21,11 +21,12 @@ from lightning_bn.callbacks.monitor_output import (
 from lightning_bn.callbacks.observing import ObservingCallback
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
+from lightning_bn.functional.normalization_batch import normalization_batch_size
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.tracking.drift import QUANTITIES
 from lightning_bn.tracking.record import DriftRecord, check_channels
-from lightning_bn.trainer.logging import log_row, log_step, may_log, safe_keys
-from lightning_bn.trainer.normalization_batch import normalization_batch_size
+from lightning_bn.trainer.compat import log_step, logs_at_this_batch
+from lightning_bn.trainer.logging import log_row, safe_keys
 from lightning_bn.trainer.passes import PassResult
 
 _FIRST_FIGURE_AT_ROW = 32
@@ -70,6 +71,8 @@ class BNStatsMonitor(ObservingCallback):
         >>> from lightning_bn import BNStatsMonitor
         >>> trainer = Trainer(callbacks=[BNStatsMonitor()], logger=CSVLogger("logs"), enable_checkpointing=False)
     """
+
+    kind = "stats monitor"
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class BNStatsMonitor(ObservingCallback):
         if self._record:
             with self._errors_as_warnings("cannot measure a batch"):
                 self._record.observer.after_batch(log_step(trainer))
-            if self._record.observer.batches >= self.window and may_log(trainer):
+            if self._record.observer.batches >= self.window and logs_at_this_batch(trainer):
                 with self._errors_as_warnings("could not log"):
                     self._log(trainer, self._record)
                 rows = self._record.history.rows_seen
@@ -190,7 +193,7 @@ class BNStatsMonitor(ObservingCallback):
     def _log(self, trainer: Trainer, record: DriftRecord) -> None:
         step, module = log_step(trainer), trainer.lightning_module
         if self._samples is not None:
-            record.nbs = normalization_batch_size(trainer, module, samples=self._samples, layers=self.layers)
+            record.nbs = normalization_batch_size(module, samples=self._samples, layers=self.layers)
         row = record.take_row(step)
         lag, worst = worst_lag(record)
         threshold = self.alert_threshold or float("inf")

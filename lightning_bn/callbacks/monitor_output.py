@@ -8,10 +8,11 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn import plots
-from lightning_bn.layers.find import Layers, as_patterns, chosen
+from lightning_bn.layers.find import Layers, as_patterns, match_names
 from lightning_bn.tracking.drift import AGGREGATES
 from lightning_bn.tracking.record import COLUMNS, DriftRecord
-from lightning_bn.trainer.logging import log_step, safe_keys
+from lightning_bn.trainer.compat import log_step
+from lightning_bn.trainer.logging import safe_keys
 
 MAX_LAYERS_WITH_KEYS = 64
 """More layers get no keys of their own by default: W&B advises fewer than 10,000 metrics a project."""
@@ -22,7 +23,7 @@ def layer_keys(layers: Iterable[str], log_layers: Layers) -> dict[str, str]:
     keys = safe_keys(layers)
     if log_layers is None:
         return keys if len(keys) <= MAX_LAYERS_WITH_KEYS else {}
-    return {name: keys[name] for name in chosen(keys, as_patterns(log_layers), "log_layers", "observed layer")}
+    return {name: keys[name] for name in match_names(keys, as_patterns(log_layers), "log_layers", "observed layer")}
 
 
 def log_layer_names(trainer: Trainer, record: DriftRecord) -> None:

@@ -1,4 +1,4 @@
-"""RoI shuffle in training: rows of a head are exchanged among devices (paper, Sec. 6.1)."""
+"""RoI shuffle in training: exchange rows of a head among devices (paper, Sec. 6.1)."""
 
 from __future__ import annotations
 
@@ -9,40 +9,38 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.during_fit import FitScopedCallback
+from lightning_bn.callbacks.base import FitScopedCallback
 from lightning_bn.core.checks import check_int
 from lightning_bn.functional.roi_shuffle import Shuffle, roi_shuffle
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import as_patterns, find_bn, find_modules
+from lightning_bn.trainer.compat import state_key
 
 
 class RoIShuffleCallback(FitScopedCallback):
-    """Exchange the rows that enter chosen modules at random among devices, for the length of a fit (Sec. 6.1).
+    """Exchange the rows that enter chosen modules at random among devices, during a fit (Sec. 6.1).
 
-    What a module returns for a row goes back to the row's device, with gradients, so nothing but the batches that its
-    BatchNorm layers normalize over is different. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange
-    nothing. See `roi_shuffle`, which this is, also for what it asks of a training step.
+    The output for a row returns to the row's device, with gradients. So only the batches that the modules' BatchNorm
+    layers normalize over change. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange nothing. See
+    `roi_shuffle`, also for its requirements on the training step.
 
-    When it helps: heads that see many regions of few images (Mask R-CNN with BatchNorm in its heads, one image per
-    device: box AP 30.7 without, 41.7 with; Table 3), and momentum encoders of contrastive learning (ShuffleBN:
-    ``modules="encoder_k"``). When it does not: where samples are independent; and `SyncBNCallback` gives the same AP
-    (41.7) for fewer bytes. With one process it does nothing, and warns: `GhostBNCallback` is what helps there.
-
-    Cost: rows that change devices travel, into the modules and back, once in forward and once in backward.
+    It helps heads that see many regions of few images (Table 3), and momentum encoders of contrastive learning
+    (``modules="encoder_k"``). `SyncBNCallback` has the same accuracy and sends less. With one process it does nothing
+    and warns.
 
     Args:
-        modules: Glob patterns over qualified names of modules, such as ``"roi_heads.box_head"`` or, for a detector in
-            the attribute ``model``, ``"model.roi_heads.box_head"``; of modules within each other the outermost counts.
-        seed: Of the generator that draws the order of rows. Its state is in checkpoints.
+        modules: Glob patterns over qualified module names, such as ``"roi_heads.box_head"`` or, for a detector in the
+            attribute ``model``, ``"model.roi_heads.box_head"``. Of nested matches the outermost counts.
+        seed: Seed of the generator that draws the order of rows. Checkpoints contain its state.
 
     Attributes:
-        unshuffled: Calls of modules in this fit, in train mode, whose rows stayed, because there were fewer than two a
-            device.
+        unshuffled: Number of module calls of this fit, in train mode, that exchanged no rows, because there were fewer
+            than two per device.
 
     Raises:
-        ValueError: At fit start, if a pattern matches nothing, a module is shuffled already, or a layer in it is under
-            `SyncBNCallback`; in training, if rows differ between devices in dtype or shape.
-        TypeError: In training, if a module is given or returns something in which rows could hide.
+        ValueError: At fit start, if a pattern matches nothing, or for a layer of another callback that conflicts; in
+            training, if rows differ between devices in dtype or shape.
+        TypeError: In training, if a module takes or returns something that may hide rows.
         RuntimeError: At fit start, for a strategy that shards the model.
 
     Example:
@@ -63,48 +61,45 @@ class RoIShuffleCallback(FitScopedCallback):
         ```
     """
 
-    def __init__(self, modules: str | Sequence[str], seed: int = 0) -> None:
+    kind = "row shuffle"
+
+    def __init__(self, modules: str | Sequence[str], *, seed: int = 0) -> None:
         super().__init__()
         as_patterns(modules, "modules")
         self.modules = modules
         check_int("seed", seed, at_least=0)
         if seed >= 2**64:
-            raise ValueError(f"seed must be below 2**64, which torch.Generator takes, but is {seed}.")
+            raise ValueError(f"seed must be below 2**64, the limit of torch.Generator, but is {seed}.")
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
-        self._before = 0
+        self._unshuffled_before = 0
 
     @property
     def state_key(self) -> str:
-        """Differs between callbacks on different modules: their states would overwrite each other."""
-        return self._generate_state_key(modules=as_patterns(self.modules, "modules"))
+        return state_key(self, modules=as_patterns(self.modules, "modules"))
 
     @property
     def unshuffled(self) -> int:
-        return self._before + (self._handle.unshuffled if isinstance(self._handle, Shuffle) else 0)
+        return self._unshuffled_before + (self._handle.unshuffled if isinstance(self._handle, Shuffle) else 0)
 
     def chosen_layers(self, module: LightningModule) -> dict[str, _BatchNorm]:
-        """The BatchNorm layers within the modules."""
         inside = {id(m) for outer in find_modules(module, self.modules).values() for m in outer.modules()}
         return {name: layer for name, layer in find_bn(module).items() if id(layer) in inside}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew; a checkpoint is restored after this."""
-        if stage == "fit":
+        if stage == "fit":  # a checkpoint is loaded after this
             self._generator.manual_seed(self.seed)
-            self._before = 0
+            self._unshuffled_before = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state, and what it could not do so far."""
         return {"generator": self._generator.get_state(), "unshuffled": self.unshuffled}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
         self._generator.set_state(state_dict["generator"])
-        self._before = state_dict["unshuffled"]
+        self._unshuffled_before = state_dict["unshuffled"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the generator as bytes: spawned processes cannot open the shared memory that torch would put it into."""
+        # as bytes: spawned processes cannot open the shared memory in which torch would pickle a tensor
         return {**super().__getstate__(), "_generator": bytes(self._generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,9 +107,9 @@ class RoIShuffleCallback(FitScopedCallback):
         generator.set_state(torch.tensor(list(state["_generator"]), dtype=torch.uint8))
         self.__dict__.update(state, _generator=generator)
 
-    def _give(self, module: LightningModule) -> Handle:
+    def _attach(self, module: LightningModule) -> Handle:
         return roi_shuffle(module, modules=self.modules, generator=self._generator)
 
-    def _take_back(self) -> None:
-        self._before = self.unshuffled
-        super()._take_back()
+    def _detach(self) -> None:
+        self._unshuffled_before = self.unshuffled
+        super()._detach()

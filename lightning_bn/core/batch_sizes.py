@@ -13,6 +13,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_bn.core.checks import NoStopIteration
+
 BatchSizeFn: TypeAlias = Callable[[Any], int]
 """Samples in a batch."""
 _ARRAYS = (Tensor, np.ndarray)
@@ -48,10 +50,8 @@ class Checked:
     batch_size_fn: BatchSizeFn
 
     def __call__(self, batch: Any) -> int:
-        try:
+        with NoStopIteration("batch_size_fn"):
             said = self.batch_size_fn(batch)
-        except StopIteration as error:
-            raise RuntimeError("batch_size_fn raised StopIteration.") from error
         number = said.item() if isinstance(said, Tensor) and said.numel() == 1 else said
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(

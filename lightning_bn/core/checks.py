@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any
 
 
@@ -26,3 +27,28 @@ def check_bool(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False but is {value!r}.")
+
+
+class NoStopIteration:
+    """Turns a StopIteration from within into a RuntimeError: it would end the loop around it, without a message.
+
+    Args:
+        what: What runs in it, for the message.
+
+    Raises:
+        RuntimeError: Naming ``what``.
+    """
+
+    # A class, because contextlib.contextmanager re-raises the StopIteration instead of an error that it caused.
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, StopIteration):
+            raise RuntimeError(f"{self._what} raised StopIteration.") from error

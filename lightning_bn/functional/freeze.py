@@ -1,4 +1,4 @@
-"""FrozenBN: normalize with constant statistics in training, too (paper, Sec. 4.3)."""
+"""FrozenBN: training normalizes with the same constant statistics as evaluation (paper, Sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from lightning_bn.functional.domain.specific import AFFINE
+from lightning_bn.functional.domain.tensors import AFFINE
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import Frozen
@@ -22,22 +22,22 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
     The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$, whatever
     ``.train()`` or ``.eval()`` is called later. The layers keep their identity and their state dict.
 
-    When it helps: fine-tuning, and the last epochs of a training whose normalization batches hold 8 samples or fewer
-    (validation error 32.5 -> 25.2 % at 2). When it does not: at 16 samples and more it costs accuracy (23.7 -> 24.5
-    % at 1024; Fig. 5 and 6), and a network cannot be trained from the start with frozen statistics.
+    When it helps: fine-tuning, and the last epochs of a training with normalization batches of 8 samples or fewer. When
+    it does not help: from 16 samples on it costs accuracy (Fig. 5 and 6), and a network cannot be trained from the
+    start with frozen statistics.
 
     Args:
         model: The model.
         layers: Glob patterns over qualified layer names; None freezes every BatchNorm layer that stores statistics.
-        affine: Freeze ``weight`` and ``bias`` as well: their gradients are dropped right before any optimizer steps, so
-            ``requires_grad``, DDP and weight decay (a parameter without gradient does not decay) are as they should be.
+        affine: Freeze ``weight`` and ``bias`` as well: their gradients are dropped right before any optimizer steps.
+            ``requires_grad`` and DDP are not affected; a parameter without gradient has no weight decay.
 
     Returns:
         A handle: ``undo()`` it, or use it as a context manager, to thaw the layers.
 
     Raises:
-        ValueError: If a pattern matches nothing, or a chosen layer stores no statistics to normalize with.
-        TypeError: At its step, if ``affine`` and the optimizer is LBFGS, which moves a parameter along past gradients.
+        ValueError: If a pattern matches nothing, or a chosen layer stores no statistics.
+        TypeError: At its step, if ``affine`` and the optimizer is LBFGS, which moves parameters along past gradients.
 
     Example:
         >>> import torch
@@ -46,52 +46,47 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
         >>> x = torch.randn(16, 4)
         >>> with freeze_bn(model):
-        ...     model.train()
         ...     frozen = model(x)
-        Sequential(
-          (0): Linear(in_features=4, out_features=8, bias=True)
-          (1): BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, frozen)
-        )
         >>> bool(torch.equal(frozen, model.eval()(x)))
         True
     """
     chosen = storing_layers(model, layers)
-    also = [register_optimizer_step_pre_hook(_without_gradients_of(chosen.values())).remove] if affine else []
+    also = [register_optimizer_step_pre_hook(_gradient_dropper(chosen.values())).remove] if affine else []
     return Handle(chosen.values(), Frozen(), also)
 
 
 def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
-    """Weights and biases of layers, as far as they have any, those of domains among them."""
+    """The weights and biases of layers, per-domain ones included."""
     keys = ("weight", "bias", *AFFINE)
     return [p for layer in layers for key in keys if (p := layer._parameters.get(key)) is not None]
 
 
-def check_lbfgs(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
-    """Raise if the one optimizer that moves a parameter without being given a gradient for it holds ``frozen`` ones."""
-    if isinstance(optimizer, torch.optim.LBFGS) and _held(optimizer, frozen):
+def check_lbfgs(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:
+    """Raise TypeError if the optimizer is LBFGS and holds frozen parameters: it moves them without a gradient."""
+    if isinstance(optimizer, torch.optim.LBFGS) and _frozen_in(optimizer, frozen):
         raise TypeError(
             "affine=True cannot freeze parameters that LBFGS optimizes: it moves all of them together along past "
             "gradients. Give it parameters without the affine ones, or use another optimizer."
         )
 
 
-def drop_gradients(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> None:
-    """Drop the gradients of those ``frozen`` parameters that ``optimizer`` is about to step with."""
+def drop_gradients(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:
+    """Drop the gradients of the frozen parameters that ``optimizer`` is about to step."""
     check_lbfgs(optimizer, frozen)
-    for parameter in _held(optimizer, frozen):
+    for parameter in _frozen_in(optimizer, frozen):
         parameter.grad = None
 
 
-def _held(optimizer: torch.optim.Optimizer, frozen: Iterable[Tensor]) -> list[Tensor]:
-    ours = {id(p) for p in frozen}
-    return [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
+def _frozen_in(optimizer: Optimizer, frozen: Iterable[Tensor]) -> list[Tensor]:
+    ids = {id(p) for p in frozen}
+    return [p for group in optimizer.param_groups for p in group["params"] if id(p) in ids]
 
 
-def _without_gradients_of(layers: Iterable[_BatchNorm]) -> Callable[..., Any]:
-    """A step pre-hook that drops gradients; those that a closure computes within the step, right behind the closure."""
+def _gradient_dropper(layers: Iterable[_BatchNorm]) -> Callable[..., Any]:
+    """An optimizer step pre-hook. It also wraps the closure, which computes gradients within the step."""
     frozen = affine_of(layers)
 
-    def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         drop_gradients(optimizer, frozen)
         itself, closure, *rest = (*args, None) if len(args) == 1 else args
         closure = kwargs.get("closure", closure)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
 
-from torch import nn
-from torch.nn import SyncBatchNorm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Behavior, Handle, behaviors_of, has_behavior, own_class
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
-from lightning_bn.layers.ghost import Ghost, Grouping
-from lightning_bn.layers.synced import Synced
+from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, replace_batch_norm
+
+Grouping: TypeAlias = Literal["interleaved", "contiguous"]
 
 
 def ghost_bn(
@@ -25,46 +30,33 @@ def ghost_bn(
 ) -> Handle:
     r"""Make BatchNorm layers normalize groups ("ghosts") of the training batch, each with its own statistics.
 
-    With $g$ groups $B_0 \dots B_{g-1}$ of a batch, $y_i = \gamma (x_i - \mu_{B_k}) / \sigma_{B_k} + \beta$ for every
-    sample $i \in B_k$: a normalization batch smaller than the batch of a device. Only the normalization of training
-    changes. In eval mode, and in layers that are frozen, nothing does; the running statistics are updated once a
-    forward, with the layer's momentum and the statistics of the *whole* batch, the variance between groups included;
-    the layers keep their identity and their state dict; `precise_bn` normalizes its batches whole, since it wants the
-    largest normalization batch there is (Table 2).
+    For sample $i$ in group $B_k$: $y_i = \gamma (x_i - \mu_{B_k}) / \sigma_{B_k} + \beta$. Only normalization in
+    training changes. Running statistics are updated once per forward, from the whole batch. `precise_bn` normalizes
+    whole batches.
 
-    When it helps: as a regulariser where the batch of a device holds more than about 128 samples (validation error
-    with population statistics 23.7 % at normalization batches of 1024 and 512, 23.2 to 23.5 at 16 to 128; Fig. 5 and
-    6); and against information that leaks through batches that are put together by a pattern (Sec. 6.1, Fig. 8). When
-    it does not: groups of 8 and fewer cost accuracy (24.3 % at 8, 32.5 at 2). Evaluate with statistics of `precise_bn`
-    where groups are small, since those of training's activations drift away from what evaluation sees.
+    A batch of $N$ samples is divided into $\lceil N / size \rceil$ or ``splits`` groups. Group sizes differ by at most
+    one: 33 samples at ``size=32`` make groups of 17 and 16. Each group has at least two values per channel.
 
-    A batch of $N$ samples is divided into $\lceil N / size \rceil$ or ``splits`` groups whose sizes differ by one at
-    most: 33 samples at ``size=32`` make groups of 17 and 16. A smaller batch is one group. There are fewer groups
-    where one would hold a single value per channel, which has no variance: rows ``(N, C)`` come at least in pairs.
-
-    Cost: for interleaved groups of one size in an NCHW input, none but about 0.14 ms a layer: one call of torch's
-    kernel, on a view, normalizes all groups. Others have no such view: groups of different size, as in a ragged last
-    batch, and ``channels_last`` are copied there and back, ``"contiguous"`` groups are normalized one after the other;
-    forward and backward of the layer then take 2.4 to 2.6 and 1.1 to 1.3 times as long on a CPU
-    (benchmarks/RESULTS.md). A compiled model is compiled again for every new size of a batch.
+    It regularizes large device batches (more than about 128 samples), and separates samples that leak information
+    about each other. Groups of 8 or fewer cost accuracy (paper, Fig. 5). ``torch.compile`` recompiles for each new
+    batch size. Costs are in benchmarks/RESULTS.md.
 
     Args:
         model: The model.
-        size: Most samples in a group. 32 is the paper's normalization batch for ImageNet. Either this
-        splits: or the number of groups.
-        grouping: ``"interleaved"``: of $g$ groups, sample i belongs to group i mod g. ``"contiguous"``: groups are
-            runs of samples. By default interleaved, because it separates what lies side by side in an ordered batch
-            (c0, c0, c1, c1, ...), which is what leaks.
-        layers: Glob patterns over qualified layer names; None takes every BatchNorm layer.
+        size: Maximum number of samples in a group; the paper uses 32. Give either this or ``splits``.
+        splits: Number of groups.
+        grouping: ``"interleaved"``: sample i belongs to group i modulo the number of groups, which separates neighbors
+            in an ordered batch (c0, c0, c1, c1, ...). ``"contiguous"``: groups are runs of samples.
+        layers: Glob patterns over qualified layer names; None selects every BatchNorm layer.
 
     Returns:
         A handle: ``undo()`` it, or use it as a context manager, to normalize whole batches again.
 
     Raises:
-        ValueError: If not exactly one of ``size`` and ``splits`` is given or it is less than 1, ``grouping`` is
-            neither of the two, a pattern matches nothing, or a chosen layer has ghosts already or is under `sync_bn`.
-        TypeError: If a chosen layer is a `SyncBatchNorm`, or, in its first forward in training, if its class does not
-            normalize by calling ``torch.nn.functional.batch_norm``.
+        ValueError: If not exactly one of ``size`` and ``splits`` is given, an argument is out of range, a pattern
+            matches nothing, or a layer has a conflicting behavior (`ghost_bn`, `sync_bn`, `domain_bn`).
+        TypeError: If a layer is a `SyncBatchNorm`; in its first forward, if its class does not call
+            ``torch.nn.functional.batch_norm``.
 
     Example:
         >>> import torch
@@ -78,35 +70,14 @@ def ghost_bn(
         >>> model[0].running_mean  # 0.9 * 0 + 0.1 * 6.5
         tensor([0.6500])
     """
-    require_ghosts(size, splits, grouping)
+    check_grouping(size, splits, grouping)
     chosen = changeable_layers(model, layers)
-    for name, layer in chosen.items():
-        if isinstance(layer, SyncBatchNorm):
-            raise TypeError(
-                f"Layer {name!r} is a SyncBatchNorm, whose normalization batch crosses ranks: ghosts would cut it up "
-                "again. Leave it out by layers=, or use BatchNorm and no more than the batch of a device."
-            )
-        if has_behavior(layer, Synced):
-            raise ValueError(
-                f"Layer {name!r} is synced over ranks: ghosts would cut up again the normalization batch that sync_bn "
-                "has put together. Leave it out by layers=, or undo() that handle first."
-            )
-        if has_behavior(layer, DomainSpecific):
-            raise ValueError(
-                f"Layer {name!r} has domains (domain_bn), which say by themselves what is normalized together: leave "
-                "it out by layers=, or undo() that handle first."
-            )
-        if has_behavior(layer, Ghost):
-            raise ValueError(f"Layer {name!r} has ghosts already: undo() that handle first.")
+    check_conflicts(chosen, "ghost", model)
     return Handle(chosen.values(), Ghost(chosen, size, splits, grouping))
 
 
-def require_ghosts(size: int | None, splits: int | None, grouping: str) -> None:
-    """Raise for arguments of `ghost_bn` that do not say how to divide a batch.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
+def check_grouping(size: int | None, splits: int | None, grouping: str) -> None:
+    """Validate the arguments of `ghost_bn` that divide a batch."""
     if (size is None) == (splits is None):
         raise ValueError(f"Give either size= or splits=, not size={size!r} and splits={splits!r}.")
     for name, number in (("size", size), ("splits", splits)):
@@ -114,3 +85,170 @@ def require_ghosts(size: int | None, splits: int | None, grouping: str) -> None:
             check_int(name, number, at_least=1)
     if grouping not in get_args(Grouping):
         raise ValueError(f"grouping must be one of {', '.join(map(repr, get_args(Grouping)))} but is {grouping!r}.")
+
+
+class Ghost(Behavior):
+    """Normalizes groups of a training batch separately. In batch mode (`precise_bn`) and eval mode it does nothing."""
+
+    kind = "ghost"
+
+    def __init__(self, layers: dict[str, _BatchNorm], size: int | None, splits: int | None, grouping: Grouping) -> None:
+        self.name = f"ghosts of {size}" if size else f"{splits} ghosts"
+        self._names = {layer: name for name, layer in layers.items()}
+        self._plain = {layer for layer in layers.values() if own_class(layer) in PLAIN}
+        self._size, self._splits, self._grouping = size, splits, grouping
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        if not layer.training or has_behavior(layer, "batch mode"):
+            return forward(input)
+        if layer not in self._plain or len(behaviors_of(layer)) > 1:
+            return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
+        # the known forward of torch's own classes, without the cost of a TorchFunctionMode
+        layer._check_input_dim(input)
+        call = plain_call(layer, input)
+        if layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if layer.momentum is None:
+                call = call._replace(momentum=1 / float(layer.num_batches_tracked))
+        return self._batch_norm(call)
+
+    def normalization_batch(self, samples: float) -> float:
+        """Samples of the largest group, if each sample has at least two values per channel."""
+        if math.isnan(samples):  # frozen by an inner behavior
+            return samples
+        return math.ceil(samples / self._number_of_groups(int(samples), 2 * int(samples)))
+
+    def normalization_groups(self, input: Tensor) -> Tensor:
+        """The group number of each row."""
+        samples, groups = len(input), self._groups_of(input)
+        rows, larger = divmod(samples, groups)
+        numbers = torch.arange(samples, device=input.device)
+        if self._grouping == "interleaved":
+            return numbers % groups
+        # the first ``larger`` groups have rows + 1 samples: of the two quotients, the true one is always the larger
+        return torch.maximum(numbers // (rows + 1), (numbers - larger) // rows)
+
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        groups = self._groups_of(call.input) if call.training else 1
+        if groups == 1:
+            return call.run()
+        x, running_mean, running_var = call[:3]
+        rows, larger = divmod(len(x), groups)
+        if self._grouping == "interleaved" and not larger and x.is_contiguous():
+            counts = x.new_full((groups, 1), call.values / groups, dtype=_wide(x))
+            output, mean, var = _batch_norm_of_view(call, groups)
+        else:
+            sizes = rows + (torch.arange(groups, device=x.device) < larger)
+            counts = (sizes * (call.values // len(x))).to(_wide(x)).unsqueeze(1)
+            function = _differentiable if torch.compiler.is_compiling() else _GroupedBatchNorm.apply
+            output, mean, var = function(x, call.weight, call.bias, self.normalization_groups(x), counts, call.eps)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                share = (counts / call.values).to(mean.dtype).flatten()
+                whole_mean = share @ mean
+                whole_var = share @ (var + (mean - whole_mean).square()) * (call.values / (call.values - 1))
+                for running, new in ((running_mean, whole_mean), (running_var, whole_var)):
+                    running.copy_(running.to(new.dtype).lerp(new, call.momentum))
+        return output
+
+    def _groups_of(self, input: Tensor) -> int:
+        samples = len(range(len(input)))  # range: torch.compile then takes the number for a constant, not for a symbol
+        return self._number_of_groups(samples, input.numel() // input.shape[1])
+
+    def _number_of_groups(self, samples: int, values: int) -> int:
+        """As few as the size allows, with at least two of the ``values`` per channel in each: one has no variance."""
+        wanted = -(-samples // self._size) if self._size else self._splits or 1
+        return max(1, min(wanted, samples, values // 2))
+
+
+def _batch_norm_of_view(call: BatchNormCall, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Interleaved groups of equal size as channels of a view: one call of torch's kernel normalizes all of them."""
+    x, _, _, weight, bias, *_ = call
+    channels, dtype = x.shape[1], _wide(x)
+    # 16-bit statistics would be rounded for each group; the kernel takes float32 ones with any input
+    mean, var = x.new_zeros(2, groups * channels, dtype=dtype).unbind()
+    scale, shift = (p if p is None else p.to(dtype).repeat(groups) for p in (weight, bias))
+    view = x.view(-1, groups * channels, *x.shape[2:])
+    y = F.batch_norm(view, mean, var, scale, shift, True, 1.0, call.eps)
+    # no view for autograd: behind one, an activation that works in place would copy gradients
+    y = torch.ops.aten._unsafe_view(y, x.shape)
+    count = call.values / groups
+    return y, mean.view(groups, channels), var.view(groups, channels) * ((count - 1) / count)
+
+
+class _GroupedBatchNorm(torch.autograd.Function):
+    """Batch norm of arbitrary groups of samples, in any memory layout.
+
+    All passes work on sums per sample. Beside the output, and the gradient of the input, nothing of the input's size
+    is allocated: that costs more than the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor, counts: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        space = list(range(2, x.ndim))
+        mean = _sum_groups(_sum(x, counts.dtype), group, counts) / counts
+        y = x - _expand(mean, group, x)
+        squares = torch.linalg.vector_norm(y, dim=space).square() if space else y.square()
+        var = _sum_groups(squares, group, counts) / counts
+        sigma = (var + eps).sqrt()
+        scale = 1 / sigma if weight is None else weight / sigma
+        shift = y.new_zeros(1) if bias is None else bias.to(y.dtype)
+        torch.addcmul(shift.view(-1, *[1] * len(space)), y, _expand(scale, group, x), out=y)
+        ctx.save_for_backward(x, weight, bias, group, counts, mean, sigma, scale)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, group, counts, mean, sigma, scale = ctx.saved_tensors
+        grad, needed = grads[0], ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            y, *_ = _differentiable(x, weight, bias, group, counts, ctx.eps)
+            inputs = [t for t, needs in zip((x, weight, bias), needed, strict=False) if needs]
+            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(found) if needs else None for needs in needed[:3]), None, None, None
+        grad_x = (x - _expand(mean, group, x)).mul_(grad)
+        by_one = _sum_groups(_sum(grad, counts.dtype), group, counts)
+        by_xhat = _sum_groups(_sum(grad_x, counts.dtype), group, counts) / sigma
+        # scale * (grad - by_one / n - xhat * by_xhat / n) as factors of grad, of x and of 1
+        of_x = -scale * by_xhat / (sigma * counts)
+        of_one = -scale * by_one / counts - of_x * mean
+        torch.addcmul(_expand(of_one, group, x), x, _expand(of_x, group, x), out=grad_x)
+        grad_x.addcmul_(grad, _expand(scale, group, x))
+        _, needs_weight, needs_bias, *_ = needed
+        grad_weight, grad_bias = by_xhat.sum(0) if needs_weight else None, by_one.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _differentiable(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor, counts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_GroupedBatchNorm` by operations that autograd can differentiate twice and torch.compile fuses."""
+    mean = _sum_groups(_sum(x, counts.dtype), group, counts) / counts
+    y = x - _expand(mean, group, x)
+    var = _sum_groups(_sum(y.square(), counts.dtype), group, counts) / counts
+    y = y / _expand((var + eps).sqrt(), group, x)
+    weight, bias = (p if p is None else p.view(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype), mean, var
+
+
+def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of each sample and channel."""
+    return x.sum(list(range(2, x.ndim)), dtype=dtype) if x.ndim > 2 else x.to(dtype)
+
+
+def _sum_groups(sums: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+    return sums.new_zeros(len(counts), sums.shape[1]).index_add_(0, group, sums)
+
+
+def _expand(statistics: Tensor, group: Tensor, like: Tensor) -> Tensor:
+    """Statistics of each sample's group, to be broadcast over an input."""
+    return statistics[group].view(*like.shape[:2], *[1] * (like.ndim - 2))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -13,9 +13,9 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import get_rank, get_world_size
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Behavior, behaviors_of
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
-from lightning_bn.layers.synced import Synced
 
 _MAX_ROWS_PER_CALL = 256
 """A random part of a larger input says as much."""

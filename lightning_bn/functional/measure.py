@@ -26,20 +26,21 @@ from lightning_bn.core.checks import check_int
 from lightning_bn.core.population import Accumulator, LayerStatistics, PopulationStatistics, together
 from lightning_bn.core.ranks import (
     AnotherRankFailedError,
+    get_rank,
     get_world_size,
     max_over_ranks,
     merge_over_ranks,
     sum_over_ranks,
 )
-from lightning_bn.functional.domain.specific import num_domains
+from lightning_bn.functional.domain.tensors import num_domains
 from lightning_bn.layers.batch_mode import of_domain
 from lightning_bn.layers.behavior import Handle
 from lightning_bn.layers.modes import preserve_flags
 from lightning_bn.lockstep.in_lockstep import InLockstep
 from lightning_bn.lockstep.pooled import MISSING, MicroBatch, ModelProfile, PooledForward
 
-BatchSize: TypeAlias = int | Literal["population"] | None
-"""B of Table 2: samples to normalize together, of all ranks; None takes the batches as they come."""
+NormalizationBatchSize: TypeAlias = int | Literal["auto", "loader", "population"]
+"""Samples of all ranks that are normalized jointly. "loader": the batches as they come."""
 Progress: TypeAlias = Callable[[int | None], "contextlib.AbstractContextManager[Callable[[int], None]]"]
 """Context manager for a progress bar; yields an ``update(num_samples)`` function. Takes the total, or None."""
 
@@ -47,62 +48,110 @@ _MIN_GROUPS_FOR_STD_ERROR = 8
 """Fewest normalization batches whose spread says something: with 8 it is known to a quarter."""
 
 
-def _warn(about: str, message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+_MIN_AUTO_BATCH_SIZE, _AUTO_BATCH_SIZE = 32, 100
+"""With "auto": batches of fewer samples are normalized jointly, until there are so many (paper, Table 2)."""
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """The user's numbers for a pass over data; validated once.
+
+    Attributes:
+        num_samples: Stop after so many samples of all ranks, in whole batches; None takes all batches.
+        normalization_batch_size: Samples of all ranks that are normalized jointly.
+        tolerance: Stop as soon as the standard errors of every layer are below it; None never stops early.
+        memory_limit: Bytes that batches waiting for each other may take on each rank.
+        batch_size_fn: Number of samples in a batch; None infers it.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, or has no meaning beside another.
+    """
+
+    num_samples: int | None = None
+    normalization_batch_size: NormalizationBatchSize = "auto"
+    tolerance: float | None = None
+    memory_limit: int | None = None
+    batch_size_fn: BatchSizeFn | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "memory_limit"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, at_least=1)
+        as_batch_size_fn(self.batch_size_fn)
+        size, tolerance = self.normalization_batch_size, self.tolerance
+        if size not in ("auto", "loader", "population"):
+            if size is None or isinstance(size, str):
+                raise ValueError(
+                    "normalization_batch_size must be a number of samples, 'auto', 'loader' (batches as they come) or "
+                    f"'population' but is {size!r}."
+                )
+            check_int("normalization_batch_size", size, at_least=1)
+        if self.memory_limit is not None and size == "loader":
+            raise ValueError(
+                "memory_limit= is for batches that wait for each other, and with normalization_batch_size='loader' "
+                "none does: leave one of them out."
+            )
+        if tolerance is None:
+            return
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+            raise TypeError(f"tolerance must be a number but is {tolerance!r}.")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be above 0 but is {tolerance}.")
+        if size == "population":
+            raise ValueError(
+                "tolerance= needs several normalization batches to compare, and normalization_batch_size='population' "
+                "is a single one: leave one of them out."
+            )
 
 
 def measure(
     layers: dict[str, _BatchNorm],
     batches: Iterable[Any],
     run: Callable[[Any], Any],
+    config: PassConfig,
     *,
+    profile: ModelProfile | None = None,
     of_training: bool = True,
-    normalization_batch_size: BatchSize = None,
-    num_samples: int | None = None,
-    tolerance: float | None = None,
-    memory_limit: int | None = None,
-    at_most: float | None = None,
-    say: Callable[[str, str], Any] = _warn,
-    tried: ModelProfile | None = None,
-    batch_size_fn: BatchSizeFn | None = None,
     progress: Progress | None = None,
 ) -> PopulationStatistics:
-    """Run batches, eagerly and without gradients, and return what ``layers`` were shown. Writes nothing.
+    """Run batches, eagerly and without gradients, and return the statistics of the inputs of ``layers``.
+
+    Writes nothing into the layers. Every rank calls this, each with its own batches, in any number.
 
     Args:
         layers: Qualified name -> layer.
         batches: This rank's batches.
         run: Runs the model on one batch.
-        of_training: Measure what would have moved the running statistics in training: layers begin each batch in train
-            mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure what
-            the layers are given in evaluation, in the modes they have.
-        normalization_batch_size: Samples of all ranks to normalize together.
-        num_samples: Stop after so many samples of all ranks; None takes all batches.
-        tolerance: Stop as soon as the standard errors of every layer are below it.
-        memory_limit: Bytes that waiting micro-batches may take on each rank.
-        at_most: Rather than more than this share of the memory that is free, take a smaller ``normalization_batch_size``.
-        say: Given a subject and a message: that it was so ("memory"), or of batches that were left out ("left out").
-        tried: What an earlier measurement of the model has shown of its micro-batches.
-        batch_size_fn: Samples in a batch.
+        config: The user's numbers.
+        profile: Facts about the model that an earlier call with it found out; this call adds its own.
+        of_training: Measure the inputs that would move the running statistics in training: layers begin each batch in
+            train mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure
+            all inputs, in the modes that the layers have.
         progress: Display to show the progress on.
 
     Raises:
         ValueError: If there was no batch, no layer was reached, or all batches gave a layer non-finite values.
         TypeError: If a layer's forward makes no ``batch_norm`` call.
-        LockstepError: If batches cannot be normalized together.
-        MemoryError: If the memory that is free does not suffice for that.
+        LockstepError: If batches cannot be normalized jointly.
+        MemoryError: If free memory does not suffice for that.
     """
-    validate_pass_arguments(normalization_batch_size, num_samples, tolerance, memory_limit)
-    if memory_limit is not None and normalization_batch_size is None:
-        raise ValueError(
-            "memory_limit= is for batches that wait for each other, and without normalization_batch_size= none does."
-        )
+    num_samples, tolerance, memory_limit = config.num_samples, config.tolerance, config.memory_limit
+    batch_size_fn, size = config.batch_size_fn, config.normalization_batch_size
+    tried = profile = profile or ModelProfile()
+    at_most = 0.5 if size == "auto" and memory_limit is None else None
+
+    def say(about: str, message: str) -> None:
+        if about not in profile.warned and get_rank() == 0:
+            warnings.warn(message, stacklevel=3)
+        profile.warned.add(about)
+
     device, dtype = _device_and_dtype(layers)
     parts = _with_domains(layers)
     channels = {name: layer.get_buffer("running_mean").numel() for name, layer in parts.items()}
     seen = Accumulator(channels, device, dtype)
     mode = InLockstep(layers, seen, of_training)
-    wanted = inf if normalization_batch_size == "population" else normalization_batch_size or 0
+    wanted: float = {"population": inf, "auto": _MIN_AUTO_BATCH_SIZE, "loader": 0}.get(size, size)
     told = False
     look_again = _MIN_GROUPS_FOR_STD_ERROR
     taken = _Taken()
@@ -113,10 +162,12 @@ def measure(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Handle(layers.values(), mode))
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
-        pooled = PooledForward(channels, mode, seen, flags, run, device, memory_limit, tried or ModelProfile())
+        pooled = PooledForward(channels, mode, seen, flags, run, device, memory_limit, tried)
         advance = stack.enter_context((progress or no_progress)(num_samples))
         rounds = _SynchronizedBatches(batches, num_samples, batch_size_fn, layers, wanted, device)
         for first in rounds:
+            if size == "auto" and not taken.normalizations:  # the first batch decides
+                wanted = rounds.wanted = _AUTO_BATCH_SIZE if first.small else 0
             most = inf
             if first.small and at_most is not None:
                 most = pooled.most(first, at_most)
@@ -277,7 +328,7 @@ class _SynchronizedBatches:
         device: torch.device,
     ) -> None:
         self._batches, self._num_samples, self._count = iter(batches), num_samples, as_batch_size_fn(batch_size_fn)
-        self._wanted, self._device = wanted, device
+        self.wanted, self._device = wanted, device
         self._synced = any(isinstance(m, SyncBatchNorm) for m in layers.values())
         self._rounds = self._all()
 
@@ -315,7 +366,7 @@ class _SynchronizedBatches:
                 counts = fresh is not MISSING
                 own = self._count(fresh) if counts else 0
             batch = fresh if counts else batch
-            ready, more, small = self.agree(counts, own, counts and own < self._wanted)
+            ready, more, small = self.agree(counts, own, counts and own < self.wanted)
             if not ready:
                 return
             if not samples and ready < get_world_size() and self._synced:
@@ -402,37 +453,6 @@ def _check_unusable(statistics: Mapping[str, LayerStatistics], layers: Iterable[
         raise ValueError(
             f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
             "written: show it more samples."
-        )
-
-
-def validate_pass_arguments(
-    normalization_batch_size: BatchSize, num_samples: int | None, tolerance: float | None, memory_limit: int | None
-) -> None:
-    """Refuse what is no amount, and amounts that contradict each other.
-
-    Raises:
-        TypeError: If one is of the wrong type.
-        ValueError: If one is out of range, or has no meaning beside another.
-    """
-    for name, value in (("num_samples", num_samples), ("memory_limit", memory_limit)):
-        if value is not None:
-            check_int(name, value, at_least=1)
-    if isinstance(normalization_batch_size, str) and normalization_batch_size != "population":
-        raise ValueError(
-            f"normalization_batch_size must be a number of samples, 'population' or None but is {normalization_batch_size!r}."
-        )
-    if normalization_batch_size is not None and normalization_batch_size != "population":
-        check_int("normalization_batch_size", normalization_batch_size, at_least=1)
-    if tolerance is None:
-        return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance must be a number but is {tolerance!r}.")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be above 0 but is {tolerance}.")
-    if normalization_batch_size == "population":
-        raise ValueError(
-            "tolerance= stops once the spread of normalization batches says that there were enough, and "
-            "normalization_batch_size='population' is a single one: leave one of them out."
         )
 
 

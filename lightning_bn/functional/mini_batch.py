@@ -1,62 +1,45 @@
-"""Mini-batch inference: evaluate with the statistics of the batch at hand (paper, Sec. 4.2)."""
+"""Mini-batch inference: evaluation with the statistics of each mini-batch (paper, Sec. 4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Behavior, Handle, has_behavior
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
-from lightning_bn.layers.mini_batch import MiniBatch
-
-
-class MiniBatchHandle(Handle):
-    """The way back from mini-batch inference, which also knows how often a batch was too small for it."""
-
-    def __init__(self, layers: Iterable[nn.Module], behavior: MiniBatch) -> None:
-        super().__init__(layers, behavior)
-        self._behavior = behavior
-
-    @property
-    def fallbacks(self) -> int:
-        """How many calls of a layer had one value per channel and so took the population's statistics."""
-        return self._behavior.fallbacks
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatchHandle:
-    r"""Make BatchNorm layers normalize, in eval mode too, with the statistics of the mini-batch they are given.
+    r"""Make BatchNorm layers normalize with the statistics of the mini-batch in eval mode, too.
 
-    In evaluation $y = \gamma (x - \mu_B) / \sigma_B + \beta$, as in training, so that the two are consistent. The
-    stored statistics are neither used nor changed, nor is ``num_batches_tracked``. In train mode nothing changes.
+    $y = \gamma (x - \mu_B) / \sigma_B + \beta$, as in training. The stored statistics are neither used nor changed, nor
+    is ``num_batches_tracked``. In train mode nothing changes.
 
-    When it helps: where the population statistics fit training badly, as they do where normalization batches are
-    small or not i.i.d. In an R-CNN head one image already brings 100 to 1000 regions, and trained with one image per
-    device the box AP is 41.5 with mini-batch and 30.7 with population statistics (Mask R-CNN, BatchNorm in the box
-    and mask heads; Table 3); at two images, 41.3 against 40.1. When it does not: for a classifier the prediction for
-    one sample then depends on its neighbors in the test batch, so that results change with the size and the order of
-    test batches and cannot be had for one sample; and it is better than population statistics only at normalization
-    batches of 4 and fewer (validation error 26.0 against 32.5 % at 2, but 24.7 against 23.2 at 64; Fig. 5 and 6).
+    When it helps: a layer gets many rows of each image, as in an R-CNN head (box AP 30.7 -> 41.5 at one image per
+    device, Table 3). When it does not: in a classifier, predictions depend on the other samples of the batch, and are
+    better only at normalization batches of 4 and fewer (Fig. 5).
 
-    A batch with a single value per channel has no variance: it is normalized with the stored statistics, and counted
-    in the handle's ``fallbacks``. Frozen layers (`freeze_bn`) go on using their stored statistics, which they train
-    with. A `SyncBatchNorm` takes the statistics of its own rank's batch: ranks need not evaluate equally many. A layer
-    that is kept in eval mode while the model trains cannot be told from one that is evaluated: leave it out.
-
-    Cost: that of a training forward, which reads the input once more.
+    An input with a single value per channel has no variance: it is normalized with the stored statistics, and counted
+    in the handle's ``fallbacks``. Frozen layers (`freeze_bn`) keep using their stored statistics. A `SyncBatchNorm`
+    uses the batch of its own rank. A layer that is in eval mode during training changes as well: exclude it by
+    ``layers``.
 
     Args:
         model: The model.
         layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None takes every BatchNorm layer.
-            Those without stored statistics (``track_running_stats=False``) do this already.
+            Those without stored statistics (``track_running_stats=False``) always use the mini-batch.
 
     Returns:
         A handle: ``undo()`` it, or use it as a context manager, to evaluate with stored statistics again.
 
     Raises:
-        ValueError: If a pattern matches nothing, a chosen layer's forward was replaced on the instance, or one has
-            domains.
+        ValueError: If a pattern matches nothing, a chosen layer's forward was replaced on the instance, or it has a
+            conflicting feature.
 
     Example:
         >>> import torch
@@ -71,10 +54,61 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
         tensor([1.0000, 3.0000])
     """
     chosen = changeable_layers(model, layers)
-    for name, layer in chosen.items():
-        if has_behavior(layer, DomainSpecific):
-            raise ValueError(
-                f"Layer {name!r} has domains (domain_bn), which say by themselves which statistics evaluation uses: "
-                "leave it out by layers=, or undo() that handle first."
-            )
-    return MiniBatchHandle(chosen.values(), MiniBatch(chosen))
+    check_conflicts(chosen, "mini-batch")
+    return MiniBatchHandle(chosen)
+
+
+class MiniBatch(Behavior):
+    """In eval mode, normalizes like a layer without stored statistics (``track_running_stats=False``).
+
+    Attributes:
+        fallbacks: Number of calls with a single value per channel, which used the stored statistics.
+        min_rows: Rows of the smallest input so far; None before the first.
+    """
+
+    kind = "mini-batch"
+    name = "mini-batch statistics in eval"
+    not_copied = (
+        "A deep copy of a model under mini_batch_inference evaluates with stored statistics, as the plain model: call "
+        "mini_batch_inference on the copy as well."
+    )
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        self.fallbacks = 0
+        self.min_rows: int | None = None
+        self._names = {layer: name for name, layer in layers.items()}
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        # A pass ("batch mode") normalizes with batch statistics anyway.
+        if layer.training or layer.running_mean is None or has_behavior(layer, "frozen", "batch mode"):
+            return forward(input)
+        return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
+
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        rows = len(call.input)
+        if self.min_rows is None or rows < self.min_rows:
+            self.min_rows = rows
+        if call.training:
+            return call.run()
+        if call.values > 1:
+            return call.normalize_by_itself()
+        self.fallbacks += call.values  # 0 for an input without rows, in which there is nothing to normalize
+        return call.run()
+
+
+class MiniBatchHandle(Handle):
+    """Handle of layers under mini-batch inference."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        self._behavior = MiniBatch(layers)
+        super().__init__(layers.values(), self._behavior)
+
+    @property
+    def fallbacks(self) -> int:
+        """Number of layer calls with a single value per channel, which used the stored statistics."""
+        return self._behavior.fallbacks
+
+    @property
+    def min_rows(self) -> int | None:
+        """Rows of the smallest input that a layer got; None before the first."""
+        return self._behavior.min_rows

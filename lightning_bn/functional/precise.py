@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.functional.domain.specific import STATISTICS
-from lightning_bn.functional.measure import BatchSize, measure, no_progress
+from lightning_bn.functional.domain.tensors import STATISTICS
+from lightning_bn.functional.measure import NormalizationBatchSize, PassConfig, measure, no_progress
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.modes import keep_in_eval
@@ -33,7 +33,7 @@ def precise_bn(
     *,
     forward: Forward[Any] | None = None,
     num_samples: int | None = None,
-    normalization_batch_size: BatchSize = None,
+    normalization_batch_size: NormalizationBatchSize = "auto",
     tolerance: float | None = None,
     memory_limit: int | None = None,
     layers: Layers = None,
@@ -110,18 +110,8 @@ def precise_bn(
         >>> exact = precise_bn(model, torch.randn(20, 50, 4), normalization_batch_size="population")
         >>> mean_gap, var_gap = exact.gaps_to(statistics)["1"]
     """
-    chosen, statistics = measure_model(
-        model,
-        batches,
-        forward,
-        num_samples,
-        layers,
-        batch_size_fn,
-        progress,
-        normalization_batch_size,
-        tolerance,
-        memory_limit,
-    )
+    config = PassConfig(num_samples, normalization_batch_size, tolerance, memory_limit, batch_size_fn)
+    chosen, statistics = measure_model(model, batches, config, forward, layers, progress)
     write_running_stats(chosen, statistics)
     return statistics
 
@@ -129,14 +119,10 @@ def precise_bn(
 def measure_model(
     model: nn.Module,
     batches: Iterable[Any],
+    config: PassConfig,
     forward: Forward[Any] | None,
-    num_samples: int | None,
     layers: Layers,
-    batch_size_fn: BatchSizeFn | None,
     progress: bool,
-    normalization_batch_size: BatchSize = None,
-    tolerance: float | None = None,
-    memory_limit: int | None = None,
     of_training: bool = True,
 ) -> tuple[dict[str, _BatchNorm], PopulationStatistics]:
     """The layers that `precise_bn` estimates, and what it measures. Writes nothing.
@@ -156,13 +142,9 @@ def measure_model(
         return chosen, measure(
             chosen,
             batches,
-            run=lambda batch: (forward or call_model)(model, batch),
+            lambda batch: (forward or call_model)(model, batch),
+            config,
             of_training=of_training,
-            normalization_batch_size=normalization_batch_size,
-            num_samples=num_samples,
-            tolerance=tolerance,
-            memory_limit=memory_limit,
-            batch_size_fn=batch_size_fn,
             progress=_tqdm if progress else no_progress,
         )
 

@@ -1,92 +1,85 @@
-"""RoI shuffle: rows that enter chosen modules are exchanged at random among ranks (paper, Sec. 6.1)."""
+"""RoI shuffle: exchange the rows that enter chosen modules at random among ranks (paper, Sec. 6.1)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bn.core.exchange import require_generator
+from lightning_bn.core.exchange import add_anchors, check_generator, exchange_rows, restore_rows
 from lightning_bn.core.ranks import get_rank, get_world_size, own_group
-from lightning_bn.functional.row_shuffle import AnchorBackward, RowShuffle
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Handle, ModuleBehavior, has_behavior
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import find_modules
 
 
 class Shuffle(Handle):
-    """The way back, which also counts the calls that could not be shuffled.
+    """Handle of `roi_shuffle`.
 
     Attributes:
-        unshuffled: Calls in train mode whose rows stayed, because there were fewer than two a rank.
+        unshuffled: Number of train-mode calls that exchanged no rows, because there were fewer than two per rank.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], generator: torch.Generator) -> None:
         group, destroy = own_group()
-        layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._exchanged = RowShuffle(modules, layers, generator, group)
-        super().__init__(modules.values(), self._exchanged, [destroy])
-        # within DDP, which looks through the outputs for parameters that got no part in them
+        self._shuffle = RowShuffle(model, modules, generator, group)
+        super().__init__(modules.values(), self._shuffle, [destroy])
+        # inside of DDP, which searches the outputs for parameters without a gradient
         root = model.module if isinstance(model, DistributedDataParallel) else model
-        self._undo += Handle([root] if modules else [], AnchorBackward(self._exchanged))._undo
+        self._undo += Handle([root] if modules else [], AnchorBackward(self._shuffle))._undo
 
     @property
     def unshuffled(self) -> int:
-        return self._exchanged.unshuffled
+        return self._shuffle.unshuffled
 
 
 def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: torch.Generator | None = None) -> Shuffle:
     r"""Exchange, in training, the rows that enter chosen modules at random among ranks; outputs return to their own.
 
-    Rows of one rank are often alike: an R-CNN head is given hundreds of regions of one image. Normalized together they
-    tell on each other, and the head learns to listen. Shuffled, a normalization batch holds rows of all ranks, as
-    evaluation's population does. Rank $r$ of $k$ brings $n_r$ rows, zero among others, and its modules are given a
-    random $n / k$ of all $n = \sum_r n_r$, rounded up or down; what they return for a row goes back to the row's rank
-    and place. Losses never notice, and gradients travel the same ways. Without BatchNorm in the modules, losses and
-    gradients are those of no shuffle.
+    Rows of one rank are often alike: an R-CNN head gets hundreds of regions of one image. Normalized together, they
+    leak information about each other, and the head exploits it. Shuffled, a normalization batch holds rows of all
+    ranks. Rank $r$ of $k$ has $n_r$ rows, possibly zero, and its modules get a random $n / k$ of all
+    $n = \sum_r n_r$. The output for a row returns to the row's rank and index; gradients take the same route. Modules
+    without BatchNorm compute the same losses and gradients as without the shuffle.
 
-    When it helps: heads that see many regions of few images (Mask R-CNN with BatchNorm in its heads, one image per
-    device: box AP 30.7 without, 41.7 with, population statistics in both; two images 40.1 and 41.6; Table 3). Momentum
-    encoders of contrastive learning, whose pairs must not share a batch (ShuffleBN: ``modules="encoder_k"``). When it
-    does not: where samples are independent already; `sync_bn` does as well at the same price in accuracy, 41.7, and
-    moves a few numbers per channel in place of the rows. With one process there is nobody to exchange rows with: Ghost
-    BN, over groups of different samples, is what helps there.
+    It helps heads that see many regions of few images, and momentum encoders of contrastive learning
+    (``modules="encoder_k"``). `sync_bn` has the same accuracy in the paper (Table 3) and sends less. With one process
+    it does nothing and warns; use `ghost_bn`. Nothing is exchanged in eval mode, in passes of `precise_bn`, in modules
+    whose BatchNorm layers are all frozen, and if there are fewer than two rows per rank. Compiled models run the
+    modules eagerly.
 
-    Nothing is exchanged in eval mode, in passes of `precise_bn`, in modules whose BatchNorm layers are all frozen, and,
-    on all ranks, where there are fewer than two rows a rank: the handle counts these calls, as ``unshuffled``.
+    Requirements (otherwise training deadlocks until the process-group timeout):
 
-    Cost: a row that changes ranks, $(k-1)/k$ of them, travels once in and its output once out, the same in backward;
-    one all-to-all and one exchange of five numbers for each of the two in forward, one all-to-all in backward, at which
-    all ranks wait for the slowest (benchmarks/RESULTS.md). Compiled, the modules run eagerly.
-
-    What it asks of you, under pain of ranks that wait for each other until torch.distributed gives up:
-
-    - Every rank calls ``roi_shuffle`` and ``undo()`` alike, and comes to the modules equally often in the same order,
-      in train mode, with zero rows where it has none.
-    - If one rank runs backward, all do, from what a call of ``model`` returned. Whether the loss uses the modules'
-      outputs does not matter: every output of ``model`` takes backward by the exchanges. Except where the modules run
-      under activation checkpointing with ``use_reentrant=True``, or where a LightningModule runs its own backward:
-      there each rank's loss has to depend on them (``0 * output.sum()``).
+    - Every rank calls ``roi_shuffle`` and ``undo()``, and runs the modules in train mode the same number of times in
+      the same order, with zero rows if it has none.
+    - If one rank runs backward, all do, from outputs of ``model``. A loss may ignore the modules' outputs: every output
+      of ``model`` passes its backward through the exchanges. Exceptions: activation checkpointing with
+      ``use_reentrant=True``, and a LightningModule that runs its own backward. There each rank's loss must depend on
+      the modules' outputs (``0 * output.sum()``).
 
     Args:
-        model: The model that is trained, wrapped by DDP or not: what is called in each training step. After
-            ``compiled = torch.compile(model)`` it is ``compiled``, which goes past anything that ``model`` is given.
-        modules: Glob patterns over qualified names of modules, such as ``"roi_heads.box_head"``; of modules within each
-            other the outermost counts. Each takes and returns tensors, or structures of tensors, of one row each.
-        generator: Draws the order of rows, on the CPU; on every rank one in the same state. None makes one of seed 0.
+        model: The model that each training step calls, wrapped by DDP or not. If it is compiled, pass the compiled
+            model.
+        modules: Glob patterns over qualified module names, such as ``"roi_heads.box_head"``. Of nested matches the
+            outermost counts. Each module takes and returns tensors, or structures of tensors, with one row each.
+        generator: CPU generator that draws the order, in the same state on every rank; None makes one with seed 0.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to leave rows where they are again.
+        A handle: ``undo()`` it, or use it as a context manager, to stop exchanging rows.
 
     Raises:
-        ValueError: If a pattern matches nothing, or a container that has no forward of its own (a ModuleList), or a
-            module is shuffled already; in a forward, if a module's tensors differ in the number of rows, or ranks in
-            their dtype, shape or place in the structure, or where `domain_bn` tells datasets apart.
-        TypeError: If ``generator`` is none; in a forward, if a module is given or returns something in which rows could
-            hide, such as a list of as many numbers as there are rows.
+        ValueError: If a pattern matches nothing or a container without forward (a ModuleList), or a layer has a
+            conflicting behavior (`roi_shuffle`, `sync_bn`, `domain_bn`); in a forward, if a module's tensors differ in
+            the number of rows, or the ranks' in dtype, shape or place in the structure.
+        TypeError: If ``generator`` is not a CPU generator; in a forward, if a module takes or returns something else
+            that may contain rows, such as a list of as many numbers as there are rows.
 
     Example:
         >>> import torch
@@ -99,30 +92,104 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
         ...         return model(torch.randn(3 + dist.get_rank(), 4))  # normalized over rows of both
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    require_generator(generator)
+    check_generator(generator)
     chosen = find_modules(model, modules)
     for name, module in chosen.items():
         if type(module).forward is nn.Module.forward and "forward" not in vars(module):
             raise ValueError(
-                f"Module {name!r} is a {type(module).__name__}, which is never called itself: name its members "
+                f"Module {name!r} is a {type(module).__name__}, which is never called itself: select its members "
                 f"(modules={name + '.*'!r})."
             )
-    under = {m for outer in model.modules() if has_behavior(outer, RowShuffle) for m in outer.modules()}
-    twice = [name for name, module in chosen.items() if not under.isdisjoint(module.modules())]
-    if twice:
-        raise ValueError(f"Module {twice[0]!r} is shuffled already: undo the handle that roi_shuffle returned first.")
+    inside = {f"{name}.{n}" if n else name: m for name, module in chosen.items() for n, m in module.named_modules()}
+    check_conflicts(inside, "row shuffle", model)
+    without = [n for n, module in chosen.items() if not any(isinstance(m, _BatchNorm) for m in module.modules())]
     if get_world_size() == 1:
         warnings.warn(
-            "roi_shuffle changes nothing: there is one process, and nobody to exchange rows with. What helps against "
-            "alike samples in one batch there is Ghost BN (ghost_bn, GhostBNCallback).",
+            "roi_shuffle changes nothing: there is one process. To separate similar samples of its batch use Ghost BN "
+            "(ghost_bn, GhostBNCallback).",
             stacklevel=2,
         )
         chosen = {}
-    elif get_rank() == 0:
-        idle = [n for n, module in chosen.items() if not any(isinstance(m, _BatchNorm) for m in module.modules())]
-        if idle:
-            warnings.warn(
-                f"Module {idle[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing.",
-                stacklevel=2,
-            )
+    elif without and get_rank() == 0:
+        warnings.warn(
+            f"Module {without[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing.",
+            stacklevel=2,
+        )
     return Shuffle(model, chosen, generator)
+
+
+class RowShuffle(ModuleBehavior):
+    """In train mode, exchanges the rows of a module's arguments among ranks, and restores its outputs.
+
+    Attributes:
+        anchors: Anchors of the exchanges in the running call of the whole model; None outside of it.
+    """
+
+    kind = "row shuffle"
+    name = "rows exchanged"
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], generator: torch.Generator, group: ProcessGroup | None
+    ) -> None:
+        self._names = {module: name for name, module in modules.items()}
+        self._layers = _batch_norms(model)
+        self._inside = {module: _batch_norms(module) for module in modules.values()}
+        self._generator, self._group = generator, group
+        self.unshuffled = 0
+        self.anchors: list[Tensor] | None = None
+
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not module.training or not self._uses_batch_statistics(module):
+            return call(*args, **kwargs)
+        return self._call_with_exchange(module, call, args, kwargs)
+
+    def _uses_batch_statistics(self, module: nn.Module) -> bool:
+        if any(has_behavior(layer, "batch mode") for layer in self._layers):  # in a pass ranks do not synchronize
+            return False
+        inside = self._inside[module]
+        return not inside or any(layer.training and not has_behavior(layer, "frozen") for layer in inside)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _call_with_exchange(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = self._names[module]
+        with _name_in_errors(name):
+            (args, kwargs), exchange = exchange_rows((args, kwargs), generator=self._generator, group=self._group)
+        self.unshuffled += exchange.route is None
+        output = call(*args, **kwargs)
+        with _name_in_errors(name):
+            output = restore_rows(output, exchange=exchange)
+        if self.anchors is not None and exchange.anchor is not None:
+            self.anchors.append(exchange.anchor)
+        return output
+
+
+class AnchorBackward(ModuleBehavior):
+    """Lets the backward of every output of the whole model pass through the exchanges made in its call."""
+
+    name = ""
+
+    def __init__(self, shuffle: RowShuffle) -> None:
+        self._shuffle = shuffle
+
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._shuffle.anchors is not None:  # a training step that calls its own module
+            return call(*args, **kwargs)
+        anchors: list[Tensor] = []
+        self._shuffle.anchors = anchors
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self._shuffle.anchors = None
+        return add_anchors(output, anchors)
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+@contextmanager
+def _name_in_errors(module: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Module {module!r}: {error}") from error

@@ -3,70 +3,68 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import acquire_group, get_rank, get_world_size
-from lightning_bn.functional.domain.specific import DomainSpecific
-from lightning_bn.layers.behavior import Handle, has_behavior
+from lightning_bn.layers.behavior import Behavior, Handle, has_behavior
+from lightning_bn.layers.conflicts import check_conflicts
 from lightning_bn.layers.find import Layers, changeable_layers
-from lightning_bn.layers.ghost import Ghost
-from lightning_bn.layers.synced import Synced
+from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
+from lightning_bn.layers.sync_kernel import synced_batch_norm
 
 
 def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers = None) -> Handle:
     r"""Make BatchNorm layers normalize, in training, over the batches of several ranks as over one.
 
-    With $n_r, \mu_r, \sigma_r^2$ count, mean and variance of a layer's input on rank $r$ of $k$, and $n = \sum_r n_r$,
-    each of the $k$ ranks normalizes with
+    With $n_r, \mu_r, \sigma_r^2$ count, mean and variance of a layer's input on rank $r$, and $n = \sum_r n_r$,
+    each rank normalizes with
 
     $$\mu = \sum_r \frac{n_r}{n} \mu_r, \qquad
     \sigma^2 = \sum_r \frac{n_r}{n} \left( \sigma_r^2 + (\mu_r - \mu)^2 \right).$$
 
-    Outputs, gradients and running statistics are those of one process with the batches of the $k$ ranks as one: the
-    normalization batch size (NBS) is $k$ times the device batch. Ranks may hold batches of different size, or none.
-    Unlike ``convert_sync_batchnorm`` this keeps the layers, their subclasses' own forward (timm's ``BatchNormAct2d``)
-    and the state dict, acts on chosen layers, and runs on the CPU.
+    Outputs, gradients and running statistics are those of one process with all batches as one. Ranks may hold batches
+    of different size, or none. Unlike ``convert_sync_batchnorm`` this keeps the layers, the forward of subclasses
+    (timm's ``BatchNormAct2d``) and the state dict, selects layers and ranks, and runs on the CPU. Layers in eval mode,
+    frozen layers and passes of `precise_bn` do not synchronize.
 
-    When it helps: device batches under 16 (validation error with population statistics 32.5 % at NBS 2, 24.3 at 8,
-    23.5 at 16; Fig. 5), and heads whose samples are correlated within a rank (Table 3: box AP 41.7 against 30.7). When
-    it does not: from NBS 16 on error hardly changes and beyond 128 it rises (23.2 at 64, 23.7 at 1024), which is what
-    ``ranks`` is for. Cost: two exchanges of a few numbers per channel for each layer and step, at which all ranks wait
-    for the slowest.
+    It helps for device batches below 16, and if the samples of a device are correlated (paper, Fig. 5 and Table 3).
+    Each layer makes two exchanges of a few numbers per channel and step. ``torch.compile`` breaks the graph at a
+    synced layer in train mode. A backward with ``create_graph=True`` makes three exchanges instead of one.
 
-    What it asks of you, under pain of ranks that wait for each other until torch.distributed gives up:
+    Requirements (otherwise training deadlocks until the process-group timeout):
 
-    - Every rank calls ``sync_bn`` and ``undo()`` alike, and runs as many train-mode forwards through the layers as the
-      others, in the same order, with a batch of zero rows where it has none.
-    - Every rank runs backward through what its layers returned, the empty one too. Compute its loss from the output as
-      everywhere (``loss.sum() / max(len(loss), 1)``; a mean over nothing is NaN), or take ``0 * output.sum()``. DDP
-      asks for that anyway. Inputs of a layer without trainable ``weight`` or ``bias`` require a gradient on all ranks
-      or on none.
+    - Every rank calls ``sync_bn`` and ``undo()``, and runs the same number of train-mode forwards through the layers,
+      in the same order. A rank without data uses a batch of zero rows.
+    - Every rank runs backward through the layers' outputs. On an empty batch use ``loss.sum() / max(len(loss), 1)``
+      (a mean of nothing is NaN) or ``0 * output.sum()``. Inputs of a layer without trainable ``weight`` or ``bias``
+      require a gradient on all ranks or on none.
 
-    Gradients of ``weight`` and ``bias`` are each rank's share, as with torch's SyncBatchNorm: DDP averages them. With
-    fewer ``ranks`` than there are, groups have running statistics of their own, and DDP's ``broadcast_buffers`` passes
-    on those of rank 0. Layers in eval mode and layers under `freeze_bn` take no part; `precise_bn` estimates synced
-    layers as it does others. Where ``torch.compile`` comes to a synced layer in train mode, its graph breaks. Gradients
-    can be differentiated again (a gradient penalty), by all ranks: with ``create_graph=True`` a layer's backward makes
-    three exchanges instead of one.
+    Gradients of ``weight`` and ``bias`` are each rank's share, as in torch's SyncBatchNorm; DDP averages them. With
+    ``group_size`` each group has its own running statistics; DDP's ``broadcast_buffers`` distributes those of rank 0.
 
     Args:
         model: The model, wrapped by DDP or not.
-        group_size: So many ranks share statistics: the first ``group_size``, the next, and so on. None takes all. 1 changes
-            nothing, as does running in one process, and warns.
-        layers: Glob patterns over qualified layer names; None takes every BatchNorm layer. torch's own SyncBatchNorm
-            layers are left alone by default: they do it already, over their own group.
+        group_size: Number of consecutive ranks that share statistics. None selects all ranks. With 1, or in one
+            process, nothing changes and a warning is issued.
+        layers: Glob patterns over qualified layer names; None selects every BatchNorm layer. torch's SyncBatchNorm
+            layers are left unchanged: they already synchronize over their own group.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to have each rank normalize by itself again.
+        A handle: ``undo()`` it, or use it as a context manager, to normalize each rank's batch separately again.
 
     Raises:
-        ValueError: If ``ranks`` does not divide the number of ranks, a pattern matches nothing, or a layer is synced
-            already or is under `ghost_bn`.
-        TypeError: If ``ranks`` is given for a SyncBatchNorm; at its first forward, if a layer computes without
-            ``torch.nn.functional.batch_norm``.
+        ValueError: If ``group_size`` does not divide the number of ranks, a pattern matches nothing, or a layer has a
+            conflicting behavior (`sync_bn`, `ghost_bn`, `domain_bn`).
+        TypeError: If ``group_size`` is given for a SyncBatchNorm; in its first forward, if a layer's class does not
+            call ``torch.nn.functional.batch_norm``.
 
     Example:
         >>> import torch
@@ -79,42 +77,58 @@ def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers =
         ...         return model(torch.randn(3, 4))  # normalized over 6 rows
     """
     if group_size is not None:
-        check_int("ranks", group_size, at_least=1)
+        check_int("group_size", group_size, at_least=1)
     chosen = changeable_layers(model, layers)
     converted = [name for name, layer in chosen.items() if isinstance(layer, SyncBatchNorm)]
     if converted and group_size is not None:
         raise TypeError(
-            f"Layer {converted[0]!r} is torch's SyncBatchNorm, which has a group of its own: leave it out by layers=, "
-            "or do not convert it (sync_batchnorm=False) and let sync_bn do it."
+            f"Layer {converted[0]!r} is torch's SyncBatchNorm, which has its own group: exclude it by layers=, or do "
+            "not convert it (sync_batchnorm=False) and let sync_bn synchronize it."
         )
     chosen = {name: layer for name, layer in chosen.items() if name not in converted}
-    twice = [name for name, layer in chosen.items() if has_behavior(layer, Synced)]
-    if twice:
-        raise ValueError(f"Layer {twice[0]!r} is synced already: undo the handle that sync_bn returned for it first.")
-    apart = [name for name, layer in chosen.items() if has_behavior(layer, DomainSpecific)]
-    if apart:
-        raise ValueError(
-            f"Layer {apart[0]!r} has domains (domain_bn): ranks would wait for each other where they are shown "
-            "different ones. Leave it out by layers=, or undo() that handle first."
-        )
-    cut_up = [name for name, layer in chosen.items() if has_behavior(layer, Ghost)]
-    if cut_up:
-        raise ValueError(
-            f"Layer {cut_up[0]!r} has ghosts, which cut up the batch of one rank: sync_bn would put it together with "
-            "those of others. Leave it out by layers=, or undo() the handle of ghost_bn first."
-        )
-    nothing = (
-        "there is one process, so nothing to synchronize."
-        if get_world_size() == 1
-        else "group_size=1 is what BatchNorm does by itself. For less than the batch of one rank there is Ghost BN."
-        if group_size == 1
-        else "the layers are torch's SyncBatchNorm, which synchronize by themselves."
-        if not chosen
-        else None
-    )
-    if nothing:
+    check_conflicts(chosen, "sync", model)
+    world_size = get_world_size()
+    reason = None
+    if world_size == 1:
+        reason = "there is one process."
+    elif group_size == 1:
+        reason = "group_size=1 is plain BatchNorm. To normalize less than a rank's batch use Ghost BN."
+    elif not chosen:
+        reason = "the layers are torch's SyncBatchNorm, which already synchronize."
+    if reason:
         if get_rank() == 0:
-            warnings.warn(f"sync_bn changes nothing: {nothing}", stacklevel=2)
+            warnings.warn(f"sync_bn changes nothing: {reason}", stacklevel=2)
         chosen, group_size = {}, None
-    group, give_back = acquire_group(group_size or get_world_size())
-    return Handle(chosen.values(), Synced(chosen, group), [give_back])
+    group, release = acquire_group(group_size or world_size)
+    return Handle(chosen.values(), Synced(chosen, group), [release])
+
+
+class Synced(Behavior):
+    """Uses batch statistics of all ranks of a group in training.
+
+    In eval mode, batch mode and frozen layers no rank waits for another, whatever the order of behaviors.
+    """
+
+    kind = "sync"
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], group: ProcessGroup | None) -> None:
+        self._names = {layer: name for name, layer in layers.items()}
+        self.group = group
+        self.num_ranks = get_world_size(group)
+        self.name = f"synced over {self.num_ranks} ranks"
+
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        if not layer.training or has_behavior(layer, "batch mode"):
+            return forward(input)
+        return self._over_ranks(layer, forward, input)
+
+    def normalization_batch(self, samples: float) -> float:
+        return samples * self.num_ranks
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        return replace_batch_norm(self._batch_norm, self._names[layer], forward, input)
+
+    def _batch_norm(self, call: BatchNormCall) -> Tensor:
+        # an inner behavior may have frozen the layer
+        return synced_batch_norm(call, self.group) if call.training else call.run()

@@ -1,8 +1,7 @@
-"""A linear learning-rate warm-up that exists only inside optimizer steps.
+"""A linear learning-rate warm-up inside optimizer steps.
 
-Each optimizer's learning rates are scaled by its own step hooks right before a step and put back right after it.
-Between steps they are what the scheduler says, so any scheduler, several optimizers and manual optimization go on
-undisturbed.
+Step hooks scale each optimizer's learning rates right before a step and restore them right after it. Between steps
+they are those of the scheduler. So any scheduler, several optimizers and manual optimization work.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch.optim import Optimizer
 class WarmUp:
     """Scale the learning rates of the next ``steps`` steps of each optimizer by 1/steps, 2/steps, ..., 1.
 
-    Where several warm up one optimizer, the one that is least far decides.
+    If several warm up one optimizer, the smallest factor applies.
 
     Args:
         optimizers: The optimizers; each counts its own steps.
         steps: Length of the warm-up.
-        done: Steps that each optimizer has already taken of it, as in ``done`` of an earlier warm-up.
+        done: Steps that each optimizer has already taken, from ``done`` of an earlier warm-up.
 
     Example:
         >>> import torch
@@ -49,45 +48,43 @@ class WarmUp:
             self._remove.append(optimizer.register_step_post_hook(partial(self._after_step, index)).remove)
 
     def factor(self, index: int) -> float:
-        """What the learning rates of an optimizer's next step are multiplied by."""
+        """The factor of the learning rates in the optimizer's next step."""
         return min(1.0, (self.done[index] + 1) / self.steps) if self.steps else 1.0
 
     def undo(self) -> None:
-        """Take the hooks off, and put back what a step that raised has left scaled."""
+        """Remove the hooks, and restore learning rates that a failed step has left scaled."""
         while self._remove:
             self._remove.pop()()
         for optimizer in self._optimizers:
-            _put_back(optimizer)
+            _restore(optimizer)
 
     def _before_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        step = _UNDER_WAY.get(optimizer)
-        if step is None:  # else another warm-up is at work, or the last step raised and its rates are still scaled
-            own = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
-            step = _UNDER_WAY[optimizer] = _Step(own)
+        step = _CURRENT_STEP.get(optimizer)
+        if step is None:  # else another warm-up has begun the step, or the last step raised and is still scaled
+            rates = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
+            step = _CURRENT_STEP[optimizer] = _Step(rates)
         step.factors[self] = self.factor(index)
-        for group, rate in step.own_rates:
+        for group, rate in step.original_rates:
             _set(group, rate * min(step.factors.values()))
 
     def _after_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        _put_back(optimizer)
+        _restore(optimizer)
         self.done[index] += 1
 
 
 @dataclass
 class _Step:
-    """A step under way: its optimizer's own learning rates by group, and what the warm-ups of it make of them."""
-
-    own_rates: list[tuple[dict[str, Any], Any]]
+    original_rates: list[tuple[dict[str, Any], Any]]  # of each parameter group
     factors: dict[WarmUp, float] = field(default_factory=dict)
 
 
-_UNDER_WAY: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
-"""Shared by all warm-ups: one that came second would take for the optimizer's own rate what the first had scaled."""
+# Shared by all warm-ups: a second one would otherwise take the rate that the first has scaled for the original.
+_CURRENT_STEP: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
-def _put_back(optimizer: Optimizer) -> None:
-    step = _UNDER_WAY.pop(optimizer, None)
-    for group, rate in step.own_rates if step else ():
+def _restore(optimizer: Optimizer) -> None:
+    step = _CURRENT_STEP.pop(optimizer, None)
+    for group, rate in step.original_rates if step else ():
         _set(group, rate)
 
 
@@ -96,8 +93,7 @@ def _copied(rate: float | Tensor) -> float | Tensor:
 
 
 def _set(group: dict[str, Any], rate: float | Tensor) -> None:
-    """In place for a tensor, which a compiled or captured step may hold on to."""
     if isinstance(rate, Tensor):
-        group["lr"].copy_(rate)
+        group["lr"].copy_(rate)  # in place, because a compiled or captured step may hold the tensor
     else:
         group["lr"] = rate

@@ -35,6 +35,7 @@ class BatchMode(Behavior):
             in eval mode then uses the stored ones. If False, the inputs of all calls, whatever the mode.
     """
 
+    kind = "batch mode"
     name = "in batch mode"
 
     def __init__(self, layers: dict[str, _BatchNorm], seen: Accumulator, of_training: bool = True) -> None:

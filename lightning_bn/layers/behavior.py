@@ -1,11 +1,10 @@
-"""Behaviors: a layer does something else for a while, and stays the object it is.
+"""Behaviors change what a layer computes, and replace no module, parameter or buffer.
 
-No module, parameter or buffer is replaced. A layer's class becomes one derived from its own, whose forward asks the
-layer's behaviors, innermost first; each may lend the layer other values *while its own forward runs* and no longer. So
-between forwards nothing of ours can be seen in the layer: `train()` and `eval()` mean what they always did, the state
-dict is the plain model's, a pickle or a deep copy holds the plain layer, and handles can be undone in any order.
+A layer with behaviors gets a generated subclass of its own class. The subclass's `forward` applies the behaviors,
+innermost first. A behavior may change attributes of the layer only while the layer's forward runs. So between forwards
+the state dict, pickles and copies are those of the plain layer, and handles can be undone in any order.
 
-A module that is no BatchNorm layer can be given a behavior as well, a `ModuleBehavior`: it wraps the whole call.
+A `ModuleBehavior` can be attached to any module: it wraps the whole call.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import copy
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from inspect import signature
 from types import TracebackType
 from typing import Any, cast
@@ -31,77 +30,82 @@ _LIST = "_behaviors"
 
 
 class Behavior(ABC):
-    """What a layer does differently: wraps the forward of every layer it is given to."""
+    """Wraps the forward of every BatchNorm layer that it is attached to."""
 
+    kind = ""
+    """The feature it belongs to, a key of `lightning_bn.layers.conflicts.FEATURES`."""
     name: str
     """Shown in ``repr(model)`` behind the layer's own description."""
     outermost = False
-    """Whether it wraps all others, those that are given later among them: it says what a layer is shown."""
+    """Wraps all other behaviors, later ones included: it decides what the layer gets as input."""
     innermost = False
-    """Whether all others wrap it: it sees the ``batch_norm`` call as the layer makes it, before others change it."""
+    """All other behaviors wrap it: it sees the layer's own ``batch_norm`` call before others change it."""
     not_copied = ""
-    """What to say of a deep copy, which is plain, if that evaluates otherwise than the layer does with this."""
+    """Warning for a deep copy, which is a plain layer; empty if the copy evaluates like the original."""
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Run the layer's own ``forward`` on its first argument, under whatever this behavior changes.
+        """Compute the layer's output.
 
-        A subclass of a BatchNorm layer may take and return something else than a tensor.
+        Args:
+            layer: The layer.
+            forward: Its own forward, wrapped by the behaviors within this one.
+            input: The first argument; not always a tensor, as a subclass of BatchNorm may take something else.
         """
 
     def normalization_batch(self, samples: float) -> float:
-        """Samples that a layer in train mode normalizes together with this, where without it it would ``samples``."""
+        """Samples normalized together in train mode; without this behavior it would be ``samples``."""
         return samples
 
     def domain(self, layer: _BatchNorm) -> int | None:
-        """Which of several domains the layer is shown, if this behavior tells domains apart."""
+        """Domain of the layer's current input, if this behavior keeps statistics per domain."""
         return None
 
     def normalization_groups(self, input: Tensor) -> Tensor | None:
-        """Which rows of ``input`` a layer in train mode normalizes together: numbers ``(N,)``; None for all of them."""
+        """Number of the normalization batch of each row of ``input``, ``(N,)``; None if there is one batch."""
         return None
 
 
 class ModuleBehavior(Behavior):
-    """What a module of any class does differently: wraps every call of it; of a BatchNorm layer, its forward.
+    """Wraps every call of a module of any class.
 
-    It is the call, hooks included, because Lightning sets the ``forward`` of a LightningModule on the instance, where
-    a class has no say.
+    The call and not the forward, because Lightning sets the ``forward`` of a LightningModule on the instance.
     """
 
     @abstractmethod
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do what ``call`` does to the arguments, under whatever this behavior changes."""
+        """Compute the module's output; ``call`` is the plain call, hooks included."""
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """The same of a BatchNorm layer."""
+        """Of a BatchNorm layer it wraps the forward."""
         return self.call(layer, forward, input)
 
 
 def behaviors_of(layer: nn.Module) -> tuple[Behavior, ...]:
-    """The behaviors a layer has at the moment, in the order in which it was given them, the outermost ones last."""
+    """The behaviors of a layer, innermost first."""
     return tuple(vars(layer).get(_LIST, ()))
 
 
-def has_behavior(layer: nn.Module, *kinds: type[Behavior]) -> bool:
-    """Whether a layer has a behavior of one of these kinds at the moment, wherever in its list."""
-    return any(isinstance(behavior, kinds) for behavior in behaviors_of(layer))
+def has_behavior(layer: nn.Module, *kinds: str) -> bool:
+    """Return True if a layer has a behavior of one of these kinds."""
+    return any(behavior.kind in kinds for behavior in behaviors_of(layer))
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a layer has without behaviors."""
+    """The class of a layer without behaviors."""
     return type(layer).__bases__[1] if behaviors_of(layer) else type(layer)
 
 
 def attach(layer: nn.Module, behavior: Behavior) -> None:
-    """Give a layer (or another module) a behavior, on top of those it has."""
-    if not behaviors_of(layer):
+    """Add a behavior around those that the layer or module has."""
+    behaviors = behaviors_of(layer)
+    if not behaviors:
         layer.__class__ = _behaving_class(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
-    vars(layer)[_LIST] = tuple(sorted((*behaviors_of(layer), behavior), key=lambda b: b.outermost - b.innermost))
+    vars(layer)[_LIST] = tuple(sorted((*behaviors, behavior), key=lambda b: b.outermost - b.innermost))
 
 
 def detach(layer: nn.Module, behavior: Behavior) -> None:
-    """Take a behavior back; without any left, the layer's class is its own again."""
+    """Remove a behavior; without any left, the layer has its own class again."""
     left = tuple(b for b in behaviors_of(layer) if b is not behavior)
     vars(layer)[_LIST] = left
     if not left:
@@ -110,19 +114,22 @@ def detach(layer: nn.Module, behavior: Behavior) -> None:
 
 
 class Handle:
-    """The one way back: takes a behavior back from the layers it was given to.
+    """Detaches a behavior from its layers, by ``undo()`` or at the end of a ``with`` block.
 
-    A context manager; leaving it is ``undo()``. A second ``undo()`` does nothing.
+    A second ``undo()`` does nothing.
     """
 
     def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
         self._undo: list[Callable[[], Any]] = list(also)
         for layer in layers:
-            attach(layer, behavior)
-            self._undo.append(functools.partial(detach, layer, behavior))
+            self._attach(layer, behavior)
+
+    def _attach(self, layer: nn.Module, behavior: Behavior) -> None:
+        attach(layer, behavior)
+        self._undo.append(functools.partial(detach, layer, behavior))
 
     def undo(self) -> None:
-        """Take the behavior back."""
+        """Detach the behavior."""
         while self._undo:
             self._undo.pop()()
 
@@ -136,83 +143,72 @@ class Handle:
 
 
 class _BehavingClass(nn.Module):
-    """First base of every derived class."""
+    """First base of every generated class; the second is the module's own class."""
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), *(b.name for b in behaviors_of(self))]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled, copied: as the plain module."""
         plain: nn.Module = object.__new__(type(self).__bases__[1])
         vars(plain).update({key: value for key, value in vars(self).items() if key != _LIST})
         rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
-        # pickle takes copyreg's __newobj__ only for the very class of the object it was asked to pickle
+        # pickle accepts copyreg's __newobj__ only for the class of the object that it was asked to pickle
         return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
-        """As the plain module, too, which may evaluate otherwise: somebody is about to use it."""
-        for said in [b.not_copied for b in behaviors_of(self) if b.not_copied]:
-            if said not in memo and get_rank() == 0:  # once a copy, whatever the number of layers
-                warnings.warn(said, stacklevel=3)
-            memo[said] = said
-        of_its_own = getattr(super(), "__deepcopy__", None)  # as torch.fx.GraphModule has
-        if of_its_own is not None:
-            return of_its_own(memo)
-        memo[id(self)] = twin = copy.copy(self)  # noted before its values are copied, among which it may be itself
+        for warning in [b.not_copied for b in behaviors_of(self) if b.not_copied]:
+            if warning not in memo and get_rank() == 0:  # once per copy, whatever the number of layers
+                warnings.warn(warning, stacklevel=3)
+            memo[warning] = warning
+        own_deepcopy = getattr(super(), "__deepcopy__", None)  # as torch.fx.GraphModule has
+        if own_deepcopy is not None:
+            return own_deepcopy(memo)
+        memo[id(self)] = twin = copy.copy(self)  # before its values are copied, because they may refer to it
         vars(twin).update(copy.deepcopy(vars(twin), memo))
         return twin
 
 
 class _BehavingLayer(_BehavingClass):
-    """Of a BatchNorm layer: behaviors wrap its forward."""
+    """Base of generated BatchNorm classes: behaviors wrap the forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if is_replaced():  # a layer within a layer (timm's SplitBatchNorm2d), whose call is none of the outer one's
+        if is_replaced():  # inside another layer (timm's SplitBatchNorm2d): this call is not the outer layer's
             with _pop_mode_temporarily():
                 return self.forward(*args, **kwargs)
-        behaviors = behaviors_of(self)
-        if len(args) == 1 == len(behaviors) and not kwargs:  # most calls, and in a pass they are many
-            return behaviors[0].forward(cast(_BatchNorm, self), super().forward, args[0])
-        forward, input = _bind_rest(super().forward, args, kwargs)
+        layer, behaviors = cast(_BatchNorm, self), behaviors_of(self)
+        forward: Callable[[Any], Any] = super().forward
+        if len(args) == 1 and not kwargs:
+            (input,) = args
+        else:
+            forward, input = _bind_rest(forward, args, kwargs)
+        if len(behaviors) == 1:  # the usual case, without a frame of its own
+            return behaviors[0].forward(layer, forward, input)
         for behavior in behaviors:
-            forward = functools.partial(behavior.forward, cast(_BatchNorm, self), forward)
+            forward = functools.partial(behavior.forward, layer, forward)
         return forward(input)
 
 
 class _BehavingModule(_BehavingClass):
-    """Of any other module: behaviors wrap its calls."""
+    """Base of all other generated classes: behaviors wrap the call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not behaviors_of(self):  # a call that torch.compile took hold of while there were some
+        if not behaviors_of(self):  # torch.compile kept a bound call from when there were behaviors
             return type(self).__call__(self, *args, **kwargs)
         call: Callable[..., Any] = super().__call__
         for behavior in behaviors_of(self):
-            if isinstance(behavior, ModuleBehavior):
-                call = functools.partial(behavior.call, self, call)
-            else:
-                call = functools.partial(_around_first, behavior, self, call)
+            call = functools.partial(cast(ModuleBehavior, behavior).call, self, call)
         return call(*args, **kwargs)
 
 
-def _around_first(behavior: Behavior, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    call, input = _bind_rest(call, args, kwargs, type(module).forward.__get__(module))
-    return behavior.forward(cast(_BatchNorm, module), call, input)
-
-
 def _bind_rest(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    signed: Callable[..., Any] | None = None,
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[[Any], Any], Any]:
-    """A call as a function of its first argument, and that; which may come by keyword, under whatever name it has."""
+    """Bind all arguments but the first, and return that too; it may be passed by keyword, under any name."""
     if args:
-        first, *rest = args
-    else:
-        name = next(iter(signature(signed or function).parameters))
-        first, rest = kwargs[name], []
-        kwargs = {key: value for key, value in kwargs.items() if key != name}
-    return lambda input: function(input, *rest, **kwargs), first
+        return lambda input: forward(input, *args[1:], **kwargs), args[0]
+    name = next(iter(signature(forward).parameters))
+    rest = {key: value for key, value in kwargs.items() if key != name}
+    return lambda input: forward(input, **rest), kwargs[name]
 
 
 @functools.cache

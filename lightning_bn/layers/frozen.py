@@ -1,4 +1,4 @@
-"""FrozenBN: the layer normalizes with its stored statistics, whatever mode it is in (paper, Sec. 4.3)."""
+"""The behavior of FrozenBN: a layer uses its stored statistics in any mode (paper, Sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from lightning_bn.layers.behavior import Behavior, has_behavior
 
 
 class Frozen(Behavior):
-    """Stored statistics in training, too: the layer runs its own forward in eval mode.
+    """Runs the layer's own forward in eval mode."""
 
-    Written without a context manager, so that torch.compile traces through it.
-    """
-
+    kind = "frozen"
     name = "frozen"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         """Normalize ``input`` with the stored statistics."""
-        asked = layer.training
+        mode = layer.training  # no context manager, because torch.compile traces through this
         layer.training = False
         try:
             return forward(input)
         finally:
-            layer.training = asked
+            layer.training = mode
 
     def normalization_batch(self, samples: float) -> float:
-        """None: the layer normalizes with the population."""
+        """NaN: the layer uses the population statistics."""
         return torch.nan
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Whether statistics are frozen: by us, or by `BaseFinetuning`, which sets ``track_running_stats=False``."""
-    return has_behavior(layer, Frozen) or (
+    """Whether statistics are frozen by `freeze_bn`, or by `BaseFinetuning`, which switches tracking off."""
+    return has_behavior(layer, "frozen") or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

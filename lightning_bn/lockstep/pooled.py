@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,10 +86,12 @@ class ModelProfile:
     Attributes:
         needs: What it needs; None until it was run.
         independent: Whether it was seen that micro-batches do not influence each other.
+        warned: Subjects of the warnings that were given: each is given once.
     """
 
     needs: MemoryEstimate | None = None
     independent: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 class _LayerCall(NamedTuple):

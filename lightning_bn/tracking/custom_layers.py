@@ -14,10 +14,8 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import get_world_size
-from lightning_bn.functional.domain.specific import DomainSpecific
 from lightning_bn.layers.behavior import has_behavior, own_class
 from lightning_bn.layers.override import OF_TORCH
-from lightning_bn.layers.synced import Synced
 from lightning_bn.tracking.drift import is_dead
 from lightning_bn.tracking.layer_calls import Call
 from lightning_bn.tracking.recovery import recovery_error
@@ -34,13 +32,13 @@ def custom_layers(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
     return {
         name: layer
         for name, layer in layers.items()
-        if own_class(layer) not in OF_TORCH and not has_behavior(layer, DomainSpecific) and not is_spread(layer)
+        if own_class(layer) not in OF_TORCH and not has_behavior(layer, "domain") and not is_spread(layer)
     }
 
 
 def is_spread(layer: _BatchNorm) -> bool:
     """Return whether a layer normalizes over several ranks: one rank then cannot measure its batch."""
-    return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, Synced)) and get_world_size() > 1
+    return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, "sync")) and get_world_size() > 1
 
 
 def differs_from_torch(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.domain.specific import DomainSpecific
 from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
@@ -124,8 +123,7 @@ class StepRecorder:
         self.abandon()
         if check or not self._calls_by_counter:
             self._calls_by_counter = [
-                _AS_COUNTED if has_behavior(layer, DomainSpecific) else _ONE_IF_COUNTED
-                for layer in self.layers.values()
+                _AS_COUNTED if has_behavior(layer, "domain") else _ONE_IF_COUNTED for layer in self.layers.values()
             ]
         custom = custom_layers(self.layers) if check else {}
         self.compared = [name for name in custom if name not in self.untrusted and name not in measured]

@@ -1,46 +1,29 @@
-"""Averaged weights: `WeightAveraging` keeps a second model, which validation and checkpoints use.
-
-It swaps that model's values into the module for the time of a validation. A pass in there is a pass on the averaged
-weights; outside, the same swap has to be made for it. Known by its methods, so that `pytorch_lightning`'s is
-recognized, too.
-"""
+"""WeightAveraging, which keeps a second model, and swaps its values into the module for validation and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-
-def averagers(trainer: Trainer) -> list[Any]:
-    """The Trainer's WeightAveraging callbacks."""
-    return [c for c in trainer.callbacks if hasattr(c, "_swap_models") and hasattr(c, "_average_model")]  # type: ignore[attr-defined]
+from lightning_bn.trainer.compat import averaged_model, swap_averaged_model, weight_averagers
 
 
 def check_before_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Raise if ``callback`` stands before a WeightAveraging callback, which would then average over what it writes.
-
-    Raises:
-        ValueError: Naming the two to swap.
-    """
+    """Raise ValueError if ``callback`` is before a WeightAveraging callback in the list."""
     order = trainer.callbacks  # type: ignore[attr-defined]
-    for averager in averagers(trainer):
+    for averager in weight_averagers(trainer):
         if order.index(averager) > order.index(callback):
             ours, theirs = type(callback).__name__, type(averager).__name__
             raise ValueError(
-                f"{ours} stands before {theirs} in Trainer(callbacks=...), so an epoch's last average would come "
-                f"after the statistics meant for it: swap them, {theirs} first."
+                f"{ours} is before {theirs} in Trainer(callbacks=...), so the last average of an epoch would overwrite "
+                f"its statistics: swap them, {theirs} first."
             )
 
 
 def check_with_swa(trainer: Trainer, callback: Callback) -> None:
-    """Raise if StochasticWeightAveraging is there: it ends by resetting all running statistics, frozen ones as well.
-
-    Raises:
-        ValueError: Naming the way out.
-    """
+    """Raise ValueError if there is a StochasticWeightAveraging."""
     kinds = {c.__name__ for other in trainer.callbacks for c in type(other).__mro__}  # type: ignore[attr-defined]
     if "StochasticWeightAveraging" in kinds:
         raise ValueError(
@@ -51,18 +34,18 @@ def check_with_swa(trainer: Trainer, callback: Callback) -> None:
 
 @contextmanager
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Swap averaged weights into the module, where there are any and they are not in it already."""
-    swapped = [a for a in averagers(trainer) if a._average_model is not None and not trainer.validating]
+    """Swap averaged weights into the module, where there are any and no validation has done so."""
+    swapped = [a for a in weight_averagers(trainer) if averaged_model(a) is not None and not trainer.validating]
     for averager in swapped:
-        averager._swap_models(module)
+        swap_averaged_model(averager, module)
     try:
         yield
     finally:
         for averager in reversed(swapped):
-            averager._swap_models(module)
+            swap_averaged_model(averager, module)
 
 
 def weights_version(trainer: Trainer) -> tuple[int, ...]:
-    """Changes whenever the weights that a checkpoint would hold do: by optimizer steps, and updates of averages."""
-    averages = (a._average_model for a in averagers(trainer))
+    """Differs after every optimizer step and every update of an average: whenever a checkpoint's weights differ."""
+    averages = map(averaged_model, weight_averagers(trainer))
     return (trainer.global_step, *(int(m.n_averaged) for m in averages if m is not None))

@@ -1,4 +1,4 @@
-"""What becomes of a fit when one of its passes fails: the error comes out, or is warned of and counted."""
+"""Failing passes of a fit: their errors are raised, or turned into warnings and counted."""
 
 from __future__ import annotations
 
@@ -16,64 +16,52 @@ from lightning_bn.trainer.logging import log_row
 
 T = TypeVar("T")
 OnError: TypeAlias = Literal["warn", "raise"]
-"""What a failed pass does to a fit that would have gone on without it."""
+"""Whether a failed pass warns, and the fit goes on, or raises."""
 
 
 def check_on_error(on_error: Any) -> None:
-    """Raise for what is none of `OnError`.
-
-    Raises:
-        ValueError: Naming it.
-    """
+    """Raise ValueError for a value that is not in `OnError`."""
     if on_error not in ("warn", "raise"):
         raise ValueError(f"on_error must be 'warn' or 'raise' but is {on_error!r}.")
 
 
 def located(error: Exception, where: str) -> Exception:
-    """The error with ``where`` in front of its message, itself if that can be.
+    """The error with ``where`` in front of its message.
 
-    An error that makes its message in a way of its own (`KeyError`, `OSError`) gets a `RuntimeError` around it, and so
-    does `StopIteration`, which would end Lightning's epoch without a word.
+    It is the same object if its message can be changed, else a `RuntimeError` caused by it. `StopIteration` gets such a
+    `RuntimeError` as well, since it would end Lightning's epoch without a message.
     """
-    if str(error).startswith(where):  # the same object, raised once more
+    if str(error).startswith(where):  # raised again
         return error
-    plain = type(error).__str__ is Exception.__str__ and len(error.args) <= 1
+    plain = type(error).__str__ is Exception.__str__ and len(error.args) <= 1  # KeyError, OSError are not
     if plain and not isinstance(error, StopIteration) and all(isinstance(a, str) for a in error.args):
         error.args = (f"{where}: {error}" if error.args else f"{where}.",)
         return error
-    around = RuntimeError(f"{where}: {type(error).__name__}: {error}")
-    around.__cause__ = error
-    return around
+    wrapper = RuntimeError(f"{where}: {type(error).__name__}: {error}")
+    wrapper.__cause__ = error
+    return wrapper
 
 
 @dataclass
 class Failures:
     """The failed passes of one fit.
 
-    Once a pass has succeeded, or where the fit would have run until now without one, a failed pass leaves the
-    statistics as they were and is warned of, once for each cause. Out of memory, Ctrl-C and exits come out always.
-
-    Attributes:
-        owner: The callback whose passes they are, for messages.
-        key: What the number of failed passes is logged as.
-        instead: What happens to the statistics where a pass fails, for messages.
-        on_error: Whether to warn, or to raise.
-        succeeded: Whether a pass has succeeded; True from the start if the first may fail, too.
-        count: Failed passes so far.
+    Once a pass has succeeded, a failed one warns, once for each cause. Out of memory, Ctrl-C and exits are always
+    raised.
     """
 
-    owner: str
-    key: str
-    instead: str
+    owner: str  # class name of the callback
+    key: str  # metric key of the number of failed passes
+    consequence: str  # what happens to the statistics after a failure, for the warning
     on_error: OnError
-    succeeded: bool = False
+    succeeded: bool = False  # a pass has succeeded; True from the start if the first one may fail, too
     count: int = 0
-    _said: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
     def attempt(self, trainer: Trainer, run: Callable[[], T | None]) -> T | None:
-        """What ``run`` returns; None if it fails and that is not to be raised, or if it found nothing to do."""
+        """Return the result of ``run``, which is None if it had nothing to do; None after a failure that warns."""
         try:
-            found = run()
+            result = run()
         except Exception as error:
             if isinstance(error, OUT_OF_MEMORY) and not isinstance(error, NotEnoughMemoryError):
                 raise
@@ -83,25 +71,23 @@ class Failures:
             self._warn(error)
             log_row(trainer, {self.key: float(self.count)})
             return None
-        self.succeeded = self.succeeded or found is not None
-        return found
+        self.succeeded = self.succeeded or result is not None
+        return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a pass has succeeded, and how many failed."""
         return {"succeeded": self.succeeded, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
         self.succeeded, self.count = state["succeeded"], state["count"]
 
     def _warn(self, error: Exception) -> None:
-        cause = re.sub(r"\d+", "#", f"{type(error).__name__}: {error}")  # the same of another batch is no other cause
-        if cause in self._said or (isinstance(error, AnotherRankFailedError) and get_rank() != 0):
+        cause = re.sub(r"\d+", "#", f"{type(error).__name__}: {error}")  # the number of the batch makes no difference
+        if cause in self._warned or (isinstance(error, AnotherRankFailedError) and get_rank() != 0):
             return
-        self._said.add(cause)
-        # by the rank whose error it is, which need not be the first
+        self._warned.add(cause)
+        # not rank_zero_warn: the rank with the error may be another
         warnings.warn(
-            f"{self.owner}: a pass failed, so {self.instead}, and training goes on (on_error='raise' ends it "
+            f"{self.owner}: a pass failed, so {self.consequence}, and training goes on (on_error='raise' ends it "
             f"instead). The cause: {type(error).__name__}: {error}",
             stacklevel=2,
         )

@@ -1,105 +1,189 @@
-"""How a batch reaches the model in a pass, and what is refused of that before the first pass."""
+"""The forward of a pass: how a batch reaches the model, what a module must offer for that, and a run without traces."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.batch_sizes import BatchSizeFn
+from lightning_bn.core.ranks import OUT_OF_MEMORY
+from lightning_bn.functional.precise import call_model
+from lightning_bn.lockstep.scheduler import LockstepError
+from lightning_bn.trainer.context import PassContext, batch_domain, set_modes
+from lightning_bn.trainer.failures import located
+from lightning_bn.trainer.isolation import isolate
+
 Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
 """How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
 
 
-def check_forward_argument(forward: Any) -> None:
-    """Raise for something that says not how a batch reaches the model.
+class NumberedBatch(NamedTuple):
+    """A batch of a pass, its number for messages, and its number of samples."""
+
+    number: int
+    batch: Any
+    samples: int
+
+
+def numbered(batches: Iterator[Any], batch_size_fn: BatchSizeFn) -> Iterator[NumberedBatch]:
+    """Number the batches of a pass and count their samples.
 
     Raises:
-        ValueError: If it is none of `Forward`.
+        Exception: With the number of the batch that could not be read or counted.
     """
+    for number in itertools.count():
+        try:
+            batch = next(batches)
+            samples = batch_size_fn(batch)
+        except StopIteration:
+            return
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            raise located(error, f"batch {number} of the pass could not be read")  # noqa: B904 - it is its cause
+        yield NumberedBatch(number, batch, samples)
+
+
+@contextmanager
+def isolated_forward(forward: Forward, context: PassContext, estimate: bool) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that runs the fixed model on a batch and leaves no trace; it takes number, batch, and more.
+
+    Args:
+        forward: How the batch reaches the model.
+        context: The context of the pass.
+        estimate: Put the layers of the context in train mode before each forward, see `set_modes`.
+
+    Raises:
+        Exception: With the number of the batch. A RuntimeError if the training step needs gradients.
+    """
+    trainer, module = context.trainer, context.module
+    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+    def run_training_step(number: int, batch: Any) -> None:
+        try:
+            module.training_step(*((batch, number) if with_index else (batch,)))
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise RuntimeError(
+                    f"{type(module).__name__}.training_step needs gradients itself, and a pass runs without: pass "
+                    "forward='forward' or a function of module and batch."
+                ) from error
+            raise
+
+    def run(item: Any) -> None:
+        number, batch, *_ = item
+        begin()
+        with fixed(), batch_domain(trainer, batch):
+            try:
+                if forward == "training_step":
+                    with trainer.precision_plugin.train_step_context():
+                        run_training_step(number, batch)
+                else:
+                    with trainer.precision_plugin.forward_context():
+                        (forward if callable(forward) else call_model)(module, batch)
+            except (LockstepError, *OUT_OF_MEMORY):  # their messages are complete
+                raise
+            except Exception as error:
+                how = forward if isinstance(forward, str) else "the forward function"
+                raise located(error, f"batch {number} of the pass failed in {how}")  # noqa: B904 - it is its cause
+
+    estimated = context.layers.values() if estimate else ()
+    with (
+        isolate(trainer, module) as fixed,
+        set_modes(context.modes, forward == "training_step", estimated) as begin,
+    ):
+        yield run
+
+
+def check_forward_argument(forward: Any) -> None:
+    """Raise ValueError for a value that is none of `Forward`."""
     if not callable(forward) and forward not in ("training_step", "forward"):
         raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {forward!r}.")
 
 
 def check_forward(forward: Forward, module: LightningModule, owner: str) -> None:
-    """Refuse what cannot be run by a pass of the callback ``owner``, whatever the batch.
+    """Check that a pass of the callback ``owner`` can run the module, whatever the batch.
 
     Raises:
-        ValueError: Naming the way out.
+        ValueError: If it cannot, with an alternative.
     """
     name = type(module).__name__
     if callable(forward):
-        misfit = _misfit(forward, module, None)
-        if misfit:
-            raise ValueError(f"{owner}: forward must be a function of module and batch, and is not: {misfit}.")
+        mismatch = _mismatch(forward, module, None)
+        if mismatch:
+            raise ValueError(f"{owner}: forward must be a function of module and batch, and is not: {mismatch}.")
     elif forward == "forward":
         if not _has_forward(module):
             raise ValueError(
                 f"{owner}(forward='forward'): {name} defines no forward. Pass a function of module and batch, such as "
-                f"{function_for(module, owner)}."
+                f"{example_forward(module, owner)}."
             )
     elif not module.automatic_optimization:
         raise ValueError(
             f"{name} optimizes manually, so its training_step would take optimizer steps: pass forward='forward' or a "
-            f"function of module and batch, such as {function_for(module, owner)}."
+            f"function of module and batch, such as {example_forward(module, owner)}."
         )
     elif is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(
             f"{name}.training_step takes a dataloader_iter and fetches batches itself: pass forward='forward' or a "
-            f"function of module and batch, such as {function_for(module, owner)}."
+            f"function of module and batch, such as {example_forward(module, owner)}."
         )
 
 
 def check_call(forward: Forward, module: LightningModule, batch: Any, owner: str) -> None:
-    """Refuse a batch that ``forward="forward"`` cannot be called on.
+    """Check that ``forward="forward"`` can call the module on a batch.
 
     Raises:
-        ValueError: Naming what it is called with, and the way out.
+        ValueError: If it cannot, with the arguments of the call and an alternative.
     """
     if forward != "forward":
         return
     if isinstance(batch, Mapping):
         arguments = f"the batch's keys as arguments ({', '.join(map(str, batch))})"
-        misfit = _misfit(module.forward, **batch) if all(isinstance(k, str) for k in batch) else "they are no names"
+        are_names = all(isinstance(key, str) for key in batch)
+        mismatch = _mismatch(module.forward, **batch) if are_names else "the keys are not names"
         call = f"module(batch[{_data_key(module, batch)!r}])"
     else:
         several = isinstance(batch, (tuple, list))
         arguments = f"{'the first element of ' if several else ''}the batch"
-        misfit = _misfit(module.forward, batch[0] if several else batch)
+        mismatch = _mismatch(module.forward, batch[0] if several else batch)
         call = "module(*batch)" if several else "module(batch)"
-    if misfit:
+    if mismatch:
         raise ValueError(
             f"forward='forward' calls {type(module).__name__}.forward with {arguments}, which does not fit: "
-            f"{misfit}. Pass a function of module and batch, such as {owner}(forward=lambda module, batch: {call})."
+            f"{mismatch}. Pass a function of module and batch, such as {owner}(forward=lambda module, batch: {call})."
         )
 
 
-def function_for(module: LightningModule, owner: str, child: str | None = None) -> str:
-    """A line to copy: the callback with a function that runs the module, and with it a ``child`` of it.
+def example_forward(module: LightningModule, owner: str, child: str | None = None) -> str:
+    """Example code for a message: the callback with a function that runs the module and a ``child`` of it.
 
-    By default the last child with BatchNorm layers: a GAN's discriminator more often than its generator.
+    The default child is the last one with BatchNorm layers, which is more often a discriminator than a generator.
     """
-    holding = [
-        n for n, m in module.named_children() if any(isinstance(x, _BatchNorm) for x in m.modules() if x is not m)
-    ]
-    named = child or (holding[-1] if len(holding) > 1 or (holding and not _has_forward(module)) else None)
-    calls = ["module(batch)"] if _has_forward(module) or not named else []
-    calls += [f"module.{named}(batch)"] if named else []
+    children = [n for n, m in module.named_children() if any(isinstance(x, _BatchNorm) for x in list(m.modules())[1:])]
+    if child is None and (len(children) > 1 or (children and not _has_forward(module))):
+        child = children[-1]
+    calls = ["module(batch)"] if _has_forward(module) or not child else []
+    calls += [f"module.{child}(batch)"] if child else []
     both = ", ".join(calls)
-    return f"{owner}(forward=lambda module, batch: {calls[0] if len(calls) == 1 else f'({both})'})"
+    return f"{owner}(forward=lambda module, batch: {both if len(calls) == 1 else f'({both})'})"
 
 
 def _has_forward(module: LightningModule) -> bool:
     # not by Lightning's is_overridden, which does not know pytorch_lightning's modules
-    own = getattr(type(module).forward, "__qualname__", "")
-    return "forward" in vars(module) or not own.startswith(("LightningModule.", "_forward_unimplemented"))
+    name = getattr(type(module).forward, "__qualname__", "")
+    return "forward" in vars(module) or not name.startswith(("LightningModule.", "_forward_unimplemented"))
 
 
 def _data_key(module: LightningModule, batch: Mapping[Any, Any]) -> Any:
-    """The key of a batch that is most likely what forward takes: one named as an argument of it, or the first."""
+    """The most likely key of the input in a batch: one that is an argument of forward, or the first."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
@@ -107,11 +191,11 @@ def _data_key(module: LightningModule, batch: Mapping[Any, Any]) -> Any:
     return next((key for key in batch if key in names), next(iter(batch), 0))
 
 
-def _misfit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Why a function cannot be called on these arguments; empty if it can, or does not tell."""
+def _mismatch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Why a function cannot be called with these arguments; empty if it can, or if that is unknown."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # what is compiled has none
+    except (TypeError, ValueError):  # compiled functions have none
         return ""
     try:
         signature.bind(*args, **kwargs)

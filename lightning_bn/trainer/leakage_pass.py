@@ -1,7 +1,8 @@
-"""The leakage pass: what an epoch normalized together, shown to the fixed model once more; and the errors of Fig. 8."""
+"""The leakage pass: runs the fixed model again on batches of the last epoch. And the three errors of Fig. 8."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -9,32 +10,55 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.core.batch_copy import bytes_of
+from lightning_bn.core.batch_copy import HostCopy, bytes_of
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import OUT_OF_MEMORY, agreed, get_rank, get_world_size, sum_over_ranks
 from lightning_bn.functional.leakage import BatchLeakage, measure_leakage
 from lightning_bn.functional.mini_batch import mini_batch_inference
-from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.find import Layers, storing_layers
+from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.evaluation import evaluate_isolated
-from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument
-from lightning_bn.trainer.loaders import Reservoir, evaluation_batches, loader_batches
-from lightning_bn.trainer.modes import modes_of_training
-from lightning_bn.trainer.passes import check_sharding, isolated_forward
+from lightning_bn.trainer.forward import Forward, check_forward, check_forward_argument, isolated_forward
+from lightning_bn.trainer.loaders import evaluation_batches, loader_batches
+from lightning_bn.trainer.passes import check_sharding
 
-_FEWEST_BATCHES = 4
+_MIN_BATCHES = 4
+
+
+class BatchReservoir:
+    """A random sample of the batches of an epoch, copied to the CPU (reservoir sampling).
+
+    Ranks with the same seed hold batches of the same steps.
+    """
+
+    def __init__(self, num_batches: int, seed: int) -> None:
+        self.num_batches = num_batches
+        self._random = random.Random(seed)
+        self._num_seen = 0
+        self._batches: list[HostCopy] = []
+
+    @property
+    def held(self) -> int:
+        """Number of batches held now."""
+        return len(self._batches)
+
+    def keep(self, batch: Any) -> None:
+        """Keep a copy of a batch, in place of another, or ignore it. Call before the training step can change it."""
+        place = self._num_seen if self.held < self.num_batches else self._random.randrange(self._num_seen + 1)
+        self._num_seen += 1
+        if place < self.num_batches:
+            self._batches[place : place + 1] = [HostCopy(batch)]
+
+    def batches(self) -> Iterator[Any]:
+        """Copies of the batches, on their original devices."""
+        return (kept.batch() for kept in self._batches)
 
 
 class LeakagePass:
-    """Keeps batches of an epoch, and tests at its end whether they were put together at random.
+    """Keeps batches of an epoch, and tests at its end whether they were composed at random.
 
-    Args:
-        num_samples: Samples to keep of an epoch, of all ranks together, in four batches or more.
-        forward: How a batch reaches the model.
-        layers: Glob patterns over the layers to test.
-        batch_size_fn: Samples in a batch; None takes what `infer_batch_size` says.
-        max_bytes: What the kept batches may take on each rank.
+    It keeps ``num_samples`` of all ranks, in four batches or more, and at most ``max_bytes`` on each rank.
     """
 
     def __init__(
@@ -46,77 +70,67 @@ class LeakagePass:
         self.num_samples = num_samples
         self.forward = forward
         self.layers = layers
-        self._count = as_batch_size_fn(batch_size_fn)
         self.max_bytes = max_bytes
-        self._kept: Reservoir | None = None
-        self._obstacle: Exception | None = None
+        self._batch_size_fn = as_batch_size_fn(batch_size_fn)
+        self._reservoir: BatchReservoir | None = None
+        self._error: Exception | None = None
 
     def check(self, module: LightningModule, trainer: Trainer) -> None:
-        """Refuse at the start what could not be done later, naming the way out.
-
-        Raises:
-            ValueError: For a module that cannot be shown batches neutrally, or without layers to test.
-            RuntimeError: For a strategy that shards the model.
-        """
+        """Validate model and strategy before training starts."""
         storing_layers(module, self.layers)
         check_sharding(trainer)
         check_forward(self.forward, module, "BatchLeakageMonitor")
 
     def reset(self) -> None:
-        """Let go of the batches kept."""
-        self._kept = self._obstacle = None
+        """Drop the kept batches."""
+        self._reservoir = self._error = None
 
     def keep(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Perhaps keep a batch that is about to be trained on.
-
-        A batch that cannot be kept is no reason to end a training: `run` then raises what was in the way.
-        """
+        """Maybe keep a batch that is about to be trained on. `run` raises the error if that fails."""
         try:
-            if self._kept is None:
+            if self._reservoir is None:
                 self._begin(module.device, batch, seed=trainer.current_epoch)
-            elif self._obstacle is None:
-                self._keep(self._kept, batch)
+            elif self._error is None:
+                self._keep(self._reservoir, batch)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
-            self._obstacle = error
+            self._error = error
 
     def _begin(self, device: torch.device, batch: Any, seed: int) -> None:
-        """Keep the first batch of an epoch; ranks have places for as many as each other, if all can count it."""
-        self._kept = Reservoir(_FEWEST_BATCHES, seed)
+        # in place before the exchange below: a rank that fails in it must not enter it again at the next batch
+        self._reservoir = BatchReservoir(_MIN_BATCHES, seed)
         with agreed(device):
-            samples = self._count(batch)
+            samples = self._batch_size_fn(batch)
         samples, *_ = sum_over_ranks([samples], device)
-        self._kept = Reservoir(max(-(-self.num_samples // max(samples, 1)), _FEWEST_BATCHES), seed)
-        self._keep(self._kept, batch)
+        self._reservoir = BatchReservoir(max(-(-self.num_samples // max(samples, 1)), _MIN_BATCHES), seed)
+        self._keep(self._reservoir, batch)
 
-    def _keep(self, kept: Reservoir, batch: Any) -> None:
-        needed = bytes_of(batch) * kept.num_batches
+    def _keep(self, reservoir: BatchReservoir, batch: Any) -> None:
+        num_bytes = bytes_of(batch)
+        needed = num_bytes * reservoir.num_batches
         if needed > self.max_bytes:
             raise ValueError(
-                f"it keeps {kept.num_batches} batches of an epoch on each rank, and of {bytes_of(batch):,} bytes they "
-                f"take {needed:,}, more than max_bytes={self.max_bytes:,}. Raise max_bytes, or lower "
-                "num_samples."
+                f"it keeps {reservoir.num_batches} batches of an epoch on each rank. Of {num_bytes:,} bytes, they take "
+                f"{needed:,}, more than max_bytes={self.max_bytes:,}. Raise max_bytes, or lower num_samples."
             )
-        kept.keep(batch)
+        reservoir.keep(batch)
 
     def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage:
-        """Test the batches kept on the model as it is; on every rank, or on none.
-
-        Raises:
-            Exception: Whatever is in the way, on this rank or another.
-        """
+        """Test the kept batches on the current model. All ranks do, or all raise."""
         with agreed(module.device):
-            if self._obstacle is not None:
-                raise self._obstacle
-            layers = estimable_layers(module, self.layers, modes_of_training(trainer, module).__getitem__)
-            if not layers:
+            if self._error is not None:
+                raise self._error
+            context = PassContext.of(trainer, module, self.layers)
+            if not context.layers:
                 raise ValueError("all of its layers are frozen, or in eval mode, and normalize with the population.")
-            if self._kept is None or self._kept.held < 2:
+            if self._reservoir is None or self._reservoir.held < 2:
                 raise ValueError("an epoch of fewer than two batches leaves nothing to compare.")
-            batches = enumerate(self._kept.batches())
-        with agreed(module.device), isolated_forward(self.forward, trainer, module) as run:
-            return measure_leakage(layers, batches, run, lambda item: self._count(item[1]), seed=trainer.current_epoch)
+            batches = enumerate(self._reservoir.batches())
+        with agreed(module.device), isolated_forward(self.forward, context, estimate=False) as run:
+            return measure_leakage(
+                context.layers, batches, run, lambda item: self._batch_size_fn(item[1]), seed=trainer.current_epoch
+            )
 
 
 def compare_statistics(
@@ -126,38 +140,29 @@ def compare_statistics(
     same_pattern: Callable[[Trainer], Iterable[Any]] | None,
     prefix: str,
 ) -> dict[str, float]:
-    """What validation logs with population and with mini-batch statistics, and with the latter in training's pattern.
+    """Validation metrics with population and with mini-batch statistics, and with the latter in training's pattern.
 
-    Args:
-        trainer: The Trainer, while it validates.
-        module: Its module.
-        layers: Glob patterns over the layers that use mini-batch statistics.
-        same_pattern: From the Trainer to a loader of validation samples, put together as in training; None for none.
-        prefix: In front of ``/population/key``, ``/mini_batch/key`` and ``/same_pattern/key``.
-
-    Raises:
-        ValueError: If that loader has no batches.
-        RuntimeError: If another rank met an error.
+    ``same_pattern`` returns, from the Trainer, a loader of validation samples that are batched as in training. The keys
+    begin with ``prefix`` and ``/population``, ``/mini_batch`` or ``/same_pattern``.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     with agreed(module.device):
         with evaluation_batches(trainer, module) as batches:
-            found |= evaluate_isolated(nullcontext(), trainer, module, batches, f"{prefix}/population")
+            metrics |= evaluate_isolated(nullcontext(), trainer, module, batches, f"{prefix}/population")
         with evaluation_batches(trainer, module) as batches:
             mini_batch = mini_batch_inference(module, layers=layers)
-            found |= evaluate_isolated(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
+            metrics |= evaluate_isolated(mini_batch, trainer, module, batches, f"{prefix}/mini_batch")
         if same_pattern is not None:
-            loader = same_pattern(trainer)
-            with loader_batches(trainer, module, loader, shard=get_world_size() > 1) as loaded:
+            with loader_batches(trainer, module, same_pattern(trainer), shard=get_world_size() > 1) as loaded:
                 mini_batch = mini_batch_inference(module, layers=layers)
-                found |= evaluate_isolated(mini_batch, trainer, module, _numbered(loaded), f"{prefix}/same_pattern")
-    return found
+                items = _as_validation_batches(loaded)
+                metrics |= evaluate_isolated(mini_batch, trainer, module, items, f"{prefix}/same_pattern")
+    return metrics
 
 
-def _numbered(loaded: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
-    """Batches of same_pattern's loader, as a validation loop has them."""
+def _as_validation_batches(batches: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
     index = -1
-    for index, batch in enumerate(loaded):
+    for index, batch in enumerate(batches):
         yield batch, index, 0
-    if index < 0 and get_rank() == 0:  # whose is the first batch, if there is any
+    if index < 0 and get_rank() == 0:  # another rank's shard may be empty
         raise ValueError("same_pattern returned a loader without batches: there is nothing to validate on.")

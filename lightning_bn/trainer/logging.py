@@ -1,41 +1,27 @@
-"""Logging rows of our own on the step axis that `self.log` uses."""
+"""A callback's own output: rows for loggers, keys for them, and a line in the Trainer's progress bar."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_bn.functional.measure import Progress
+from lightning_bn.trainer.compat import add_rich_task, log_step
 
 
 def log_row(trainer: Trainer, row: Mapping[str, float]) -> None:
-    """Log figures by their full keys to every logger, all in one row, at `log_step`."""
+    """Log metrics under their full keys to every logger, in one row, at the step that `self.log` uses."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(row), step=log_step(trainer))
 
 
-def log_step(trainer: Trainer) -> int:
-    """The step at which `self.log` logs now.
-
-    It is kept in a private field (2.5 to 2.6): ``trainer.global_step`` is ahead of it by one at a batch's end.
-    Between batches, as at an epoch's end, it has already moved on to the next one, and Lightning logs to the one
-    before.
-    """
-    step, progress = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.fit_loop.epoch_loop.batch_progress
-    batch_is_over = progress.current.completed == progress.current.ready
-    return max(step - 1, 0) if trainer.training and batch_is_over else step
-
-
-def may_log(trainer: Trainer) -> bool:
-    """Whether `self.log` reaches the loggers at this batch's end: every ``log_every_n_steps``, if it made a step."""
-    automatic = trainer.lightning_module.automatic_optimization
-    return bool(
-        trainer._logger_connector.should_update_logs and not (automatic and trainer.fit_loop._should_accumulate())
-    )
-
-
 def safe_keys(names: Iterable[str]) -> dict[str, str]:
-    """Layer names as parts of metric keys: letters, digits and underscores (W&B takes a dot for a path), all different.
+    """Unique metric keys for layer names, of letters, digits and underscores: W&B takes a dot for a path.
 
     Example:
         >>> safe_keys(["layer1.0.bn1", "layer1.0_bn1"])
@@ -46,3 +32,25 @@ def safe_keys(names: Iterable[str]) -> dict[str, str]:
         key = re.sub(r"\W", "_", name)
         keys[name] = f"{key}_{index}" if key in keys.values() else key
     return keys
+
+
+def progress_of(trainer: Trainer, name: str = "PreciseBN") -> Progress:
+    """A display that adds a line to the Trainer's progress bar during a pass; without a bar it does nothing."""
+
+    @contextmanager
+    def show(total: int | None) -> Iterator[Callable[[int], Any]]:
+        bar: Any = trainer.progress_bar_callback
+        kinds = {c.__name__ for c in type(bar).__mro__}  # by name: pytorch_lightning has its own classes
+        if "TQDMProgressBar" in kinds and bar.is_enabled:
+            with Tqdm(desc=name, total=total, unit="sample", position=2, leave=False, dynamic_ncols=True) as line:
+                yield line.update
+        elif "RichProgressBar" in kinds and bar.is_enabled and bar.progress is not None:
+            progress, task = bar.progress, add_rich_task(bar, total or 0, name)
+            try:
+                yield lambda samples: progress.advance(task, samples)
+            finally:
+                progress.remove_task(task)
+        else:
+            yield lambda samples: None
+
+    return show

@@ -1,98 +1,106 @@
-"""What a population pass is asked for, checked once and never changed; and what it learns, for one fit."""
+"""The user's choices for a pass over training data: public, frozen, validated once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from inspect import Parameter
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
-from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
+from lightning.pytorch import Trainer
+
+from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
-from lightning_bn.functional.measure import BatchSize, validate_pass_arguments
-from lightning_bn.layers.find import Layers, as_patterns
-from lightning_bn.lockstep.pooled import ModelProfile
+from lightning_bn.functional.measure import NormalizationBatchSize
+from lightning_bn.functional.measure import PassConfig as MeasureConfig
 from lightning_bn.trainer.forward import Forward, check_forward_argument
-from lightning_bn.trainer.loaders import Replay, Source
-from lightning_bn.trainer.moved_layers import Movement
-
-REPLAY_BYTES = 2**30
-"""What replayed batches may take by default: 1700 images of 224 px in float32."""
 
 
 @dataclass(frozen=True)
-class PassConfig:
-    """What a pass shows to the model.
+class Replay:
+    """Source of a pass: the last training batches, kept in main memory. ``"replay"`` is short for ``Replay()``.
+
+    For loaders that cannot be read twice, such as streams and stateful loaders.
 
     Attributes:
-        num_samples: Samples to show, of all ranks together, in whole batches.
-        source: Where batches come from.
-        forward: How a batch reaches the model.
-        layers: Glob patterns over the layers to estimate.
-        batch_size_fn: Samples in a batch; None takes what `infer_batch_size` says.
-        shard: Whether ranks share the batches of a ``source`` function, or take all of them each.
-        replay_bytes: What the replayed batches may take on each rank.
-        normalization_batch_size: Samples of all ranks to normalize together; by default the 100 that suffice (Table 2), or as many as
-            fit into half of the memory that is free.
-        tolerance: Stop early, once standard errors are below it; by default 0.02, and never with the population as one.
-        memory_limit: Bytes that batches waiting for each other may take on each rank.
+        max_bytes: Memory limit of the kept batches on each rank; the default holds 1700 images of 224 px in float32.
     """
 
-    num_samples: int
-    source: Source
-    forward: Forward
-    layers: Layers
-    batch_size_fn: BatchSizeFn | None
+    max_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        check_int("Replay: max_bytes", self.max_bytes, at_least=1)
+
+
+@dataclass(frozen=True)
+class FromLoader:
+    """Source of a pass: a loader of the user.
+
+    Attributes:
+        fn: Called with the Trainer at each pass; returns any iterable of batches.
+        shard: Each rank takes every n-th batch; False: each rank takes all of them.
+
+    Example:
+        >>> from lightning_bn import FromLoader, PreciseBNCallback
+        >>> source = FromLoader(lambda trainer: trainer.datamodule.train_dataloader())
+        >>> callback = PreciseBNCallback(source=source)
+    """
+
+    fn: Callable[[Trainer], Iterable[Any]]
     shard: bool = True
-    replay_bytes: int = REPLAY_BYTES
-    normalization_batch_size: BatchSize = None
-    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"FromLoader: fn must be a function from the Trainer to a loader but is {self.fn!r}.")
+        check_bool("FromLoader: shard", self.shard)
+
+
+Source: TypeAlias = Literal["train_dataloader", "replay"] | Replay | FromLoader
+"""The batches of a pass: a fresh iterator over the train dataloader, the last training batches, or a loader."""
+
+DEFAULT_TOLERANCE = 0.02
+"""Standard error at which validation errors did not differ from those after 10,000 samples (docs/recipes.md)."""
+
+
+@dataclass(frozen=True)
+class PassConfig(MeasureConfig):
+    """A pass over training data: how many samples, from where, and how they reach the model.
+
+    The arguments of `PreciseBNCallback` of the same names; its page explains them.
+
+    Attributes:
+        num_samples: Samples of all ranks, in whole batches.
+        normalization_batch_size: Samples of all ranks that are normalized jointly.
+        tolerance: Stop early when all standard errors are below it; None never stops early. ``"population"`` never
+            stops early.
+        memory_limit: Bytes that batches waiting for each other may take on each rank.
+        batch_size_fn: Number of samples in a batch; None infers it.
+        source: Where the batches come from.
+        forward: How a batch reaches the model.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, or contradicts another one.
+    """
+
+    num_samples: int = 1000
+    normalization_batch_size: NormalizationBatchSize = "auto"
+    tolerance: float | None = DEFAULT_TOLERANCE
     memory_limit: int | None = None
+    batch_size_fn: BatchSizeFn | None = None
+    source: Source = "train_dataloader"
+    forward: Forward = "training_step"
 
     def __post_init__(self) -> None:
         check_int("num_samples", self.num_samples, at_least=1)
-        validate_pass_arguments(self.normalization_batch_size, self.num_samples, self.tolerance, self.memory_limit)
-        check_int("replay_bytes", self.replay_bytes, at_least=1)
-        check_bool("shard", self.shard)
-        as_patterns(self.layers)
-        as_batch_size_fn(self.batch_size_fn)  # refuses what is no function
-        if not callable(self.source) and self.source not in ("train_dataloader", "replay"):
-            raise ValueError(
-                f"source must be 'train_dataloader', 'replay' or a function of the trainer but is {self.source!r}."
-            )
+        if self.normalization_batch_size == "population" and self.tolerance == DEFAULT_TOLERANCE:
+            object.__setattr__(self, "tolerance", None)  # the default is for sampled passes
+        super().__post_init__()
         check_forward_argument(self.forward)
-
-
-@dataclass
-class PassState:
-    """What is learned from one fit of one model; made anew for every other.
-
-    Attributes:
-        replay: The last training batches, if batches are to be replayed.
-        tried: What is known of the model's micro-batches.
-        one_by_one: Whether they cannot wait for each other.
-        seen_a_batch: Whether a training batch was looked at.
-        start: How the layers were when the fit began.
-        said: Warnings given, by what they are about.
-    """
-
-    replay: Replay | None = None
-    tried: ModelProfile = field(default_factory=ModelProfile)
-    one_by_one: bool = False
-    seen_a_batch: bool = False
-    start: Movement = field(default_factory=lambda: Movement({}))
-    said: set[str] = field(default_factory=set)
-
-
-def check_no_pass_arguments(given: Mapping[str, Any], defaults: Mapping[str, Parameter]) -> None:
-    """Raise if an option of a pass is given where there is none.
-
-    Raises:
-        ValueError: Naming it.
-    """
-    for name, value in given.items():
-        if value != defaults[name].default:
+        if callable(self.source):
+            name = getattr(self.source, "__name__", "function")
+            raise TypeError(f"source must not be a bare function: pass source=FromLoader({name}), of lightning_bn.")
+        if not isinstance(self.source, (Replay, FromLoader)) and self.source not in ("train_dataloader", "replay"):
             raise ValueError(
-                f"{name}={value!r} is for a pass over data, and source='training' runs none: leave it out, or choose "
-                "another source."
+                "source must be 'train_dataloader', 'replay', Replay(max_bytes=...) or FromLoader(fn) but is "
+                f"{self.source!r}."
             )

@@ -1,300 +1,267 @@
-"""The population pass: show training batches to the fixed model of a Trainer, neutrally, and write what its layers saw.
+"""The population pass: `precise_bn` inside a Trainer, with the batches, forward, modes and isolation of a training.
 
-This is `precise_bn` inside a Trainer: the same measurement, with batches, forward, modes and restoration as a running
-training needs them. The callbacks decide when.
+Callbacks decide when it runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from statistics import median
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import as_batch_size_fn
+from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
-from lightning_bn.functional.measure import BatchSize, measure
-from lightning_bn.functional.precise import call_model, estimable_layers, write_running_stats
-from lightning_bn.layers.find import storing_layers
+from lightning_bn.functional.measure import PassConfig as MeasureConfig
+from lightning_bn.functional.measure import measure
+from lightning_bn.functional.precise import write_running_stats
+from lightning_bn.layers.find import Layers, as_patterns, storing_layers
+from lightning_bn.lockstep.pooled import ModelProfile
 from lightning_bn.lockstep.scheduler import LockstepError
-from lightning_bn.trainer.domains import domains_of
+from lightning_bn.trainer.compat import train_loaders
+from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.failures import located
-from lightning_bn.trainer.forward import Forward, check_call, check_forward, function_for
-from lightning_bn.trainer.isolation import isolate
-from lightning_bn.trainer.loaders import Replay, check_loader_reiterable, loader_batches, train_batches
-from lightning_bn.trainer.modes import modes_of_training, set_modes
-from lightning_bn.trainer.moved_layers import Movement
-from lightning_bn.trainer.numbered_batches import Shown
-from lightning_bn.trainer.pass_config import PassConfig, PassState
-from lightning_bn.trainer.progress import progress_of
+from lightning_bn.trainer.forward import check_call, check_forward, example_forward, isolated_forward, numbered
+from lightning_bn.trainer.loaders import ReplayBuffer, check_loader_reiterable, loader_batches, train_batches
+from lightning_bn.trainer.logging import progress_of
+from lightning_bn.trainer.pass_config import FromLoader, PassConfig, Replay
 
-DEFAULT_BATCH_SIZE = 100
-"""Samples in a normalization batch from which on larger ones change nothing (Table 2)."""
-TOLERANCE = 0.02
-"""Standard error at which validation errors could not be told from those after 10,000 samples (docs/recipes.md)."""
+STATISTICS_KEYS = ("num_batches_tracked", "running_mean")
+_CHANGING_KEYS = (*STATISTICS_KEYS, "weight", "bias")
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass has measured and written.
+    """The result of a pass.
 
     Attributes:
-        statistics: The layers' statistics now.
-        moved: Layer name -> by how much they moved: mean gap in sigma, variance gap; both from the old statistics.
-        seconds: How long it took.
+        statistics: The layers' new statistics.
+        moved: Layer name -> mean gap in sigma and variance gap, from the old statistics to the new ones.
+        seconds: Duration of the pass.
     """
 
     statistics: PopulationStatistics
     moved: dict[str, tuple[float, float]]
     seconds: float
 
+    @classmethod
+    def write(cls, layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics, started: float) -> PassResult:
+        """Write statistics into layers; the pass began at ``started`` (`time.perf_counter`)."""
+        moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
+        write_running_stats(layers, statistics)
+        return cls(statistics, moved, time.perf_counter() - started)
+
     def to_metrics(self, prefix: str) -> dict[str, float]:
-        """For loggers: duration, samples, how many together, and how far the median layer and the worst one moved."""
-        found = {
-            "seconds": self.seconds,
-            "num_samples": float(self.statistics.num_samples),
-            "batch_size": self.statistics.batch_size,
-        }
+        """Metrics for loggers: duration, samples, and the gaps of the median layer and of the worst one."""
+        found = {"seconds": self.seconds}
+        if self.statistics.num_samples:
+            found |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
         for gap, values in zip(("mean_gap", "var_gap"), zip(*self.moved.values(), strict=True), strict=True):
-            found.update({f"{gap}_p50": median(values), f"{gap}_max": max(values)})
+            found |= {f"{gap}_p50": median(values), f"{gap}_max": max(values)}
         return {f"{prefix}/{key}": value for key, value in found.items()}
+
+
+class LayerSnapshot:
+    """Copies of the statistics and parameters of layers, to see later which of them training has changed."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        self._before = {name: {k: t.detach().clone() for k, t in _tensors(m).items()} for name, m in layers.items()}
+
+    def changed(self, layers: Mapping[str, _BatchNorm], keys: Sequence[str] = _CHANGING_KEYS) -> list[str]:
+        """The layers of which one of the tensors ``keys`` has changed.
+
+        Weight and bias also change in layers that training reaches without a forward, such as an averaged teacher.
+        """
+        return [name for name, layer in layers.items() if self._has_changed(name, _tensors(layer), keys)]
+
+    def _has_changed(self, name: str, now: Mapping[str, Tensor], keys: Sequence[str]) -> bool:
+        before = self._before.get(name, {})
+        return not all(torch.equal(before[k], now[k].to(before[k].device)) for k in keys if k in before and k in now)
+
+
+@dataclass
+class PassState:
+    """What passes learn from one fit of one model; new for each fit.
+
+    Attributes:
+        buffer: The kept training batches of a replay.
+        profile: Known facts of the model's forward.
+        lockstep_failed: The model's batches cannot wait for each other.
+        saw_first_batch: The first training batch was checked.
+        at_start: The layers at the start of the fit.
+        warned: Subjects of the warnings that were given.
+    """
+
+    buffer: ReplayBuffer | None = None
+    profile: ModelProfile = field(default_factory=ModelProfile)
+    lockstep_failed: bool = False
+    saw_first_batch: bool = False
+    at_start: LayerSnapshot = field(default_factory=lambda: LayerSnapshot({}))
+    warned: set[str] = field(default_factory=set)
 
 
 class PopulationPass:
     """A pass over training data.
 
     Args:
-        config: What was asked for.
-        owner: The name of the callback whose passes these are, for messages.
+        config: The user's choices.
+        layers: Glob patterns over the layers to estimate.
+        owner: Name of the callback, for messages.
     """
 
-    def __init__(self, config: PassConfig, owner: str) -> None:
+    def __init__(self, config: PassConfig, layers: Layers, owner: str) -> None:
+        as_patterns(layers)  # validates them
         self.config = config
+        self.layers = layers
         self.owner = owner
         self.state = PassState()
+        self._replay = Replay() if config.source == "replay" else config.source
+        self._batch_size_fn = as_batch_size_fn(config.batch_size_fn)
 
-    def begin(self, fit: bool = True) -> None:
-        """Forget what was learned from another model; batches kept for a replay serve until the next fit."""
-        self.state = PassState(replay=None if fit else self.state.replay)
+    def reset(self, keep_replay: bool = False) -> None:
+        """Forget the last model; a replay's batches may be kept for the evaluation after a fit."""
+        self.state = PassState(buffer=self.state.buffer if keep_replay else None)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse at the start what could not be done later, naming the way out.
+        """Validate the model and module before training starts.
 
         Raises:
-            ValueError: For a model, module or loader that cannot be shown batches neutrally.
+            ValueError: For a module that a pass cannot run without disturbing it.
             RuntimeError: For a strategy that shards the model.
         """
-        self.state.start = Movement(storing_layers(module, self.config.layers))
+        self.state.at_start = LayerSnapshot(storing_layers(module, self.layers))
         check_sharding(trainer)
         check_forward(self.config.forward, module, self.owner)
 
     def check_loader(self, trainer: Trainer) -> None:
-        """Refuse, as soon as it exists, a train dataloader that cannot be read a second time.
+        """Raise ValueError for a train dataloader that cannot be read a second time, once it exists."""
+        loaders = train_loaders(trainer)
+        if self.config.source == "train_dataloader" and loaders is not None:
+            check_loader_reiterable(loaders.flattened)
 
-        Raises:
-            ValueError: Naming the loader and the way out.
-        """
-        if self.config.source == "train_dataloader" and trainer.fit_loop._combined_loader is not None:
-            check_loader_reiterable(trainer.fit_loop._combined_loader.flattened)
-
-    def look_at(self, module: LightningModule, batch: Any) -> None:
-        """Refuse the first training batch of a fit if a pass could not show it; keep batches that are to be replayed.
+    def on_train_batch(self, module: LightningModule, batch: Any) -> None:
+        """Check that a pass could run the first training batch of a fit; keep batches for a replay.
 
         Raises:
             Exception: For the first batch: what `check_call`, counting and keeping raise, with the callback's name.
         """
-        first, self.state.seen_a_batch = not self.state.seen_a_batch, True
-        if callable(self.config.source):
-            return  # which may have batches of another kind
+        is_first, self.state.saw_first_batch = not self.state.saw_first_batch, True
+        if isinstance(self.config.source, FromLoader):
+            return  # its batches may be of another kind
         try:
-            if first:
+            if is_first:
                 check_call(self.config.forward, module, batch, self.owner)
-            if self.config.source == "replay":
-                self._keep(batch)
-            elif first:
-                as_batch_size_fn(self.config.batch_size_fn)(batch)
+            if isinstance(self._replay, Replay):
+                samples = self._batch_size_fn(batch)
+                if self.state.buffer is None:
+                    per_rank = -(-self.config.num_samples // get_world_size())
+                    self.state.buffer = ReplayBuffer(per_rank, self._replay.max_bytes)
+                self.state.buffer.keep(batch, samples)
+            elif is_first:
+                self._batch_size_fn(batch)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
-            if first:
+            if is_first:
                 raise located(error, self.owner)  # noqa: B904 - it is the error, or has it for a cause
-            self._say_once(
-                "replay", f"{self.owner} could not keep a batch for the replay, and goes on without: {error}"
-            )
+            self._warn_once("replay", f"{self.owner} could not keep a batch for the replay, and skips it: {error}")
 
-    def run(self, trainer: Trainer, module: LightningModule) -> PassResult:
-        """Recompute the statistics of the model as it is, and write them into its layers.
+    def skip_reason(self) -> str:
+        """Why a pass cannot run now; empty if it can. Mentions a replay that is not full yet."""
+        if not isinstance(self._replay, Replay):
+            return ""
+        held = (self.state.buffer.held if self.state.buffer else 0) * get_world_size()
+        if not held:
+            return "there are no batches to replay before the first training batch, nor right after a resume"
+        if held < self.config.num_samples:
+            rank_zero_info(
+                f"{self.owner}: the replay holds {held} of {self.config.num_samples} samples so far, and uses those."
+            )
+        return ""
+
+    def run(self, context: PassContext) -> PassResult:
+        """Estimate the statistics of the model's current weights and write them into its layers.
 
         Raises:
-            ValueError: If no batch came, or all of them gave a layer non-finite values.
+            ValueError: If there was no batch, or if all of them gave a layer non-finite values.
             RuntimeError: If the training step needs gradients, or raises StopIteration.
         """
         started = time.perf_counter()
-        layers = self._estimable(trainer, module)
-        try:
-            statistics = self._measured(trainer, module, layers)
-        except StopIteration as error:  # would end Lightning's epoch without a word
-            raise located(error, "The pass over training batches")  # noqa: B904 - has it for a cause
-        moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
-        write_running_stats(layers, statistics)
-        self._say_which_were_not_reached(module, layers, statistics)
-        return PassResult(statistics, moved, time.perf_counter() - started)
+        config = replace(self.config, batch_size_fn=attrgetter("samples"))
+        with NoStopIteration("The pass over training batches"):
+            if config.normalization_batch_size != "auto":
+                statistics = self._measure(context, config)
+            else:
+                statistics = self._measure_auto(context, config)
+        result = PassResult.write(context.layers, statistics, started)
+        self._warn_of_unreached(context, statistics)
+        return result
 
-    def skip_reason(self, trainer: Trainer, module: LightningModule) -> str:
-        """Why a pass would be pointless now; empty if it would not. Says so as well where a replay is not yet full."""
-        if not self._estimable(trainer, module):
-            return "all of its layers are frozen"
-        if self.config.source == "replay":
-            held = self.state.replay.held if self.state.replay else 0
-            if not held:
-                return "there are no batches to replay before the first training batch, nor right after a resume"
-            if held * get_world_size() < self.config.num_samples:
-                rank_zero_info(
-                    f"PreciseBN: the replay holds {held * get_world_size()} of {self.config.num_samples} samples so "
-                    "far, and uses those."
+    def _measure_auto(self, context: PassContext, config: MeasureConfig) -> PopulationStatistics:
+        if not self.state.lockstep_failed:
+            try:
+                return self._measure(context, config)
+            except LockstepError as error:
+                rank_zero_warn(
+                    f"{self.owner} normalizes each batch alone, not 100 samples jointly: {error} Small normalization "
+                    "batches accumulate error in depth (paper, Table 2)."
                 )
-        return ""
+                self.state.lockstep_failed = True
+        return self._measure(context, replace(config, normalization_batch_size="loader", memory_limit=None))
 
-    def _measured(
-        self, trainer: Trainer, module: LightningModule, layers: dict[str, _BatchNorm]
-    ) -> PopulationStatistics:
-        if self.config.normalization_batch_size is not None or self.state.one_by_one:
-            return self._measured_at(self.config.normalization_batch_size or 1, trainer, module, layers)
-        try:
-            return self._measured_at(None, trainer, module, layers)
-        except LockstepError as error:
-            rank_zero_warn(
-                f"{self.owner} takes the batches as they come, not {DEFAULT_BATCH_SIZE} samples together: {error} "
-                "Small normalization batches accumulate error in depth (paper, Table 2)."
-            )
-            self.state.one_by_one = True
-            return self._measured_at(1, trainer, module, layers)
-
-    def _measured_at(
-        self,
-        normalization_batch_size: BatchSize,
-        trainer: Trainer,
-        module: LightningModule,
-        layers: dict[str, _BatchNorm],
-    ) -> PopulationStatistics:
-        config = self.config
-        default = None if normalization_batch_size == "population" else TOLERANCE
-        forward = isolated_forward(config.forward, trainer, module, layers.values())
-        with forward as run, self._batches(trainer, module) as batches:
-            shown = Shown(batches, as_batch_size_fn(config.batch_size_fn), run, config.forward)
+    def _measure(self, context: PassContext, config: MeasureConfig) -> PopulationStatistics:
+        forward = isolated_forward(self.config.forward, context, estimate=True)
+        with forward as run, self._batches(context) as batches:
             return measure(
-                layers,
-                shown,
-                run=shown.run,
-                normalization_batch_size=DEFAULT_BATCH_SIZE
-                if normalization_batch_size is None
-                else normalization_batch_size,
-                num_samples=config.num_samples,
-                tolerance=default if config.tolerance is None else config.tolerance,
-                memory_limit=config.memory_limit,
-                at_most=0.5 if normalization_batch_size is None and config.memory_limit is None else None,
-                say=self._say_once,
-                tried=self.state.tried,
-                batch_size_fn=attrgetter("samples"),
-                progress=progress_of(trainer),
+                context.layers,
+                numbered(batches, self._batch_size_fn),
+                run,
+                config,
+                profile=self.state.profile,
+                progress=progress_of(context.trainer),
             )
 
-    def _batches(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Iterator[Any]]:
+    def _batches(self, context: PassContext) -> AbstractContextManager[Iterator[Any]]:
         source = self.config.source
-        if callable(source):
-            return loader_batches(trainer, module, source(trainer), self.config.shard)
-        return self._replayed() if source == "replay" else train_batches(trainer, module)
+        if isinstance(source, FromLoader):
+            return loader_batches(context.trainer, context.module, source.fn(context.trainer), source.shard)
+        if isinstance(self._replay, Replay):
+            assert self.state.buffer is not None  # skip_reason has checked
+            return nullcontext(self.state.buffer.batches())
+        return train_batches(context.trainer, context.module)
 
-    @contextmanager
-    def _replayed(self) -> Iterator[Iterator[Any]]:
-        assert self.state.replay is not None  # nothing_to_do saw to it
-        yield self.state.replay.batches()
-
-    def _keep(self, batch: Any) -> None:
-        if self.state.replay is None:
-            self.state.replay = Replay(-(-self.config.num_samples // get_world_size()), self.config.replay_bytes)
-        self.state.replay.keep(batch, as_batch_size_fn(self.config.batch_size_fn)(batch))
-
-    def _estimable(self, trainer: Trainer, module: LightningModule) -> dict[str, _BatchNorm]:
-        return estimable_layers(module, self.config.layers, modes_of_training(trainer, module).__getitem__)
-
-    def _say_which_were_not_reached(
-        self, module: LightningModule, layers: dict[str, _BatchNorm], reached: PopulationStatistics
-    ) -> None:
-        left = self.state.start.of({name: layer for name, layer in layers.items() if name not in reached})
-        if left:
-            line = function_for(module, self.owner, left[0].partition(".")[0])
-            self._say_once(
-                "reach",
-                f"{self.owner}: the batches of a pass do not reach layer {left[0]!r} ({len(left)} in all), which "
+    def _warn_of_unreached(self, context: PassContext, reached: PopulationStatistics) -> None:
+        unreached = {name: layer for name, layer in context.layers.items() if name not in reached}
+        changed = self.state.at_start.changed(unreached)
+        if changed:
+            example = example_forward(context.module, self.owner, changed[0].partition(".")[0])
+            self._warn_once(
+                "unreached",
+                f"{self.owner}: the batches of a pass do not reach layer {changed[0]!r} ({len(changed)} in all), which "
                 "changes in training: its running statistics are left as they are. Have a function of module and batch "
-                f"run it as well, such as {line}, or leave it out by layers=.",
+                f"run it as well, such as {example}, or leave it out by layers=.",
             )
 
-    def _say_once(self, about: str, message: str) -> None:
-        if about not in self.state.said:
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self.state.warned:
             rank_zero_warn(message)
-        self.state.said.add(about)
-
-
-@contextmanager
-def isolated_forward(
-    forward: Forward, trainer: Trainer, module: LightningModule, estimated: Collection[nn.Module] = ()
-) -> Iterator[Callable[[tuple[int, Any]], None]]:
-    """Yields a function that shows a numbered batch to the fixed model, in the modes of a pass, isolated.
-
-    Of its layers those to be ``estimated`` are in train mode when a forward begins, see `set_modes`.
-
-    Raises:
-        RuntimeError: If the training step needs gradients.
-    """
-    modes = modes_of_training(trainer, module)
-    with_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-
-    def run(item: tuple[int, Any]) -> None:
-        number, batch = item
-        begin()
-        with fixed():
-            show(number, batch)
-
-    def show(number: int, batch: Any) -> None:
-        if forward == "training_step":
-            with trainer.precision_plugin.train_step_context(), domains_of(trainer, batch):
-                try:
-                    module.training_step(*((batch, number) if with_index else (batch,)))
-                except RuntimeError as error:
-                    if "does not require grad" in str(error):
-                        raise RuntimeError(
-                            f"{type(module).__name__}.training_step needs gradients itself, and a pass runs "
-                            "without: pass forward='forward' or a function of module and batch."
-                        ) from error
-                    raise
-        else:
-            with trainer.precision_plugin.forward_context(), domains_of(trainer, batch):
-                (forward if callable(forward) else call_model)(module, batch)
-
-    like_training = forward == "training_step"
-    with isolate(trainer, module) as fixed, set_modes(modes, like_training, set(estimated)) as begin:
-        yield run
+        self.state.warned.add(subject)
 
 
 def check_sharding(trainer: Trainer) -> None:
-    """Raise for a strategy that shards the model.
-
-    Raises:
-        RuntimeError: Naming it, and the way out.
-    """
+    """Raise RuntimeError for a strategy that shards the model."""
     kinds = {c.__name__ for c in type(trainer.strategy).__mro__}
     sharding = kinds & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
     if sharding:
@@ -304,7 +271,20 @@ def check_sharding(trainer: Trainer) -> None:
 
 
 def gaps_from_running_stats(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
-    """How far measured statistics lie from those stored: mean gap in sigma of the stored ones, and variance gap."""
-    mean, var = layer.running_mean, layer.running_var
-    assert mean is not None and var is not None  # storing_layers saw to it
+    """Mean gap (sigma of the stored statistics) and variance gap from a layer's stored to the measured statistics."""
+    mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     return float(mean_gap(measured.mean, mean, var)), float(var_gap(measured.var, var))
+
+
+def with_initial_stats(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """The layers that still have their initial statistics: mean 0 and variance 1."""
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if not layer.get_buffer("running_mean").any() and (layer.get_buffer("running_var") == 1).all()
+    }
+
+
+def _tensors(layer: _BatchNorm) -> dict[str, Tensor]:
+    tensors = {**layer._buffers, **layer._parameters}
+    return {key: t for key in _CHANGING_KEYS if (t := tensors.get(key)) is not None}

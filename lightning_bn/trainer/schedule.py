@@ -1,4 +1,4 @@
-"""When in a fit something begins: an epoch, a step, or a fraction of it."""
+"""A point of a fit: an epoch, a step, or a fraction of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_bn.core.checks import check_int
 
 @dataclass(frozen=True)
 class SwitchPoint:
-    """The point of a fit from which on something holds, given in exactly one of four ways.
+    """The point of a fit at which a callback switches, given in exactly one of four ways.
 
     Attributes:
-        last_n_epochs: The first of so many last epochs.
-        start_epoch: This epoch; the first is 0.
+        last_n_epochs: The start of the last n epochs.
+        start_epoch: The start of this epoch; the first is 0.
         start_step: This optimizer step, ``trainer.global_step``.
-        start_fraction: This fraction of the fit, by its epochs or its steps, whichever end it sooner.
+        start_fraction: This fraction of the fit, of its epochs or its steps, whichever end it sooner.
     """
 
     last_n_epochs: int | None = None
@@ -29,24 +29,21 @@ class SwitchPoint:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             raise ValueError(
-                f"Say when to switch by exactly one of {', '.join(vars(self))}; given: {', '.join(given) or 'none'}."
+                f"Give exactly one of {', '.join(vars(self))}, the point of the switch; given: "
+                f"{', '.join(given) or 'none'}."
             )
         (name, value), *_ = given.items()
         if name != "start_fraction":
             check_int(name, value, at_least=1 if name == "last_n_epochs" else 0)
         elif not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"start_fraction must be a number from 0 up to, but not, 1 but is {value!r}.")
+            raise ValueError(f"start_fraction must be a number of at least 0 and below 1 but is {value!r}.")
 
     def check(self, trainer: Trainer, owner: str) -> None:
-        """Refuse a fit without an end to count from, or with fewer epochs than are to be counted.
-
-        Raises:
-            ValueError: Naming the way out.
-        """
+        """Raise ValueError for a fit without an end to count from, or with too few epochs."""
         endless = (trainer.max_epochs or -1) < 0
         if endless and (self.last_n_epochs is not None or (self.start_fraction is not None and trainer.max_steps < 0)):
             raise ValueError(
-                f"{owner}: the Trainer has max_epochs={trainer.max_epochs}, so there is no end to count from: pass "
+                f"{owner}: the Trainer has max_epochs={trainer.max_epochs}, so it has no end to count from: pass "
                 "start_epoch or start_step."
             )
         epochs, debugging = trainer.max_epochs, trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -57,7 +54,7 @@ class SwitchPoint:
             )
 
     def reached(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether the fit has come to this point, right before the batch ``batch_idx`` of the current epoch."""
+        """Whether the fit has reached this point, right before the batch ``batch_idx`` of the current epoch."""
         if self.start_step is not None:
             return trainer.global_step >= self.start_step
         last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps

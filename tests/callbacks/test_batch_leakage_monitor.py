@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
-from lightning_bn.trainer.loaders import Reservoir
+from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
@@ -81,7 +81,7 @@ def test_a_pattern_alarms_within_one_epoch_and_then_it_rests() -> None:
     assert set(row) == {f"batch_leakage/{k}" for k in ("p_value", "epoch_p_value", "icc_worst", "icc/bn1", "icc/bn2")}
     assert row["batch_leakage/p_value"] == monitor.p_value and row["batch_leakage/icc_worst"] > 0
     assert passes.seen == [("epoch end", 64)]
-    assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
+    assert monitor._evidence.epochs == 1 and monitor._pass._reservoir is None
 
 
 def test_shuffled_batches_do_not_alarm() -> None:
@@ -318,7 +318,7 @@ def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
 def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
     kept: Counter[int] = Counter()
     for seed in range(1000):
-        reservoir = Reservoir(3, seed)
+        reservoir = BatchReservoir(3, seed)
         for number in range(10):
             reservoir.keep(torch.tensor(number))
         assert reservoir.held == 3
@@ -327,7 +327,7 @@ def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
 
 
 def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
-    reservoir, batch = Reservoir(1, 0), torch.zeros(2)
+    reservoir, batch = BatchReservoir(1, 0), torch.zeros(2)
     reservoir.keep(batch)
     batch += 1
     for shown in (next(reservoir.batches()) for _ in range(2)):

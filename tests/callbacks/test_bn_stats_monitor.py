@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PreciseBNCallback
+from lightning_bn import BatchLeakageMonitor, BNStatsMonitor, FreezeBNCallback, PassConfig, PreciseBNCallback
 from tests.callbacks.zoo import Images, InMemory, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
@@ -198,7 +198,10 @@ def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: 
 
 
 def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(tmp_path: Path) -> None:
-    monitor, freeze = BNStatsMonitor(1, window=4), FreezeBNCallback(start_epoch=1, num_samples=20, warmup_epochs=0)
+    monitor, freeze = (
+        BNStatsMonitor(1, window=4),
+        FreezeBNCallback(start_epoch=1, precise=PassConfig(20), warmup_epochs=0),
+    )
     module = TinyNet()
     fit(module, [monitor, freeze], logger=CSVLogger(tmp_path))
     found = table(tmp_path)

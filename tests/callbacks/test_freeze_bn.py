@@ -1,12 +1,13 @@
-"""FreezeBNCallback: when it switches, with which statistics, what stays constant, what goes on, and how it says no.
+"""FreezeBNCallback: when it switches, with which statistics, what stays constant, what trains on, and what is refused.
 
-The strongest of these tests hold a whole fit against a training loop written out by hand, bit for bit. A fit has four
-batches of eight images an epoch; three epochs unless a test says otherwise.
+The strongest of these tests compare a whole fit, bit for bit, with a training loop written by hand. An epoch has four
+batches of eight images.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -25,12 +25,9 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_bn as lbn
-from lightning_bn import FreezeBNCallback, PreciseBNCallback
-from lightning_bn.trainer.passes import PopulationPass
-from lightning_bn.trainer.schedule import SwitchPoint
+from lightning_bn import FreezeBNCallback, PassConfig, PreciseBNCallback
 from tests.callbacks.zoo import (
     Images,
-    TinyData,
     TinyNet,
     digest,
     exact_statistics,
@@ -53,14 +50,13 @@ EPOCH = 4
 
 
 class Watch(Callback):
-    """Writes down, batch by batch, what freezing is about. Put it behind FreezeBNCallback."""
+    """Records the state and learning rates of each batch. Put it after FreezeBNCallback."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []
         self.ended: list[dict[str, Any]] = []
         self.rates_in_step: list[list[float]] = []
         self.rates_between: list[list[float]] = []
-
         self._hooks: list[Any] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -107,10 +103,11 @@ def is_thawed(module: nn.Module) -> bool:
 
 
 def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
-    """The callback with few samples; from the second epoch on, if nothing else is said."""
+    """The callback, by default from the second epoch on; arguments of the pass may be given directly."""
     if {"last_n_epochs", "start_step", "start_fraction"} & set(kwargs):
         start_epoch = None
-    return FreezeBNCallback(start_epoch=start_epoch, **{"num_samples": 20, **kwargs})
+    config = {key: kwargs.pop(key) for key in ("num_samples", "source", "forward") if key in kwargs}
+    return FreezeBNCallback(start_epoch=start_epoch, precise=PassConfig(**{"num_samples": 20, **config}), **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------- when it switches
@@ -118,18 +115,13 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     ("when", "trainer", "batches"),
     [
         ({"last_n_epochs": 1}, {}, 2 * EPOCH),
-        ({"last_n_epochs": 2}, {}, 1 * EPOCH),
         ({"last_n_epochs": 3}, {}, 0),
         ({"start_epoch": 0}, {}, 0),
         ({"start_epoch": 2}, {}, 2 * EPOCH),
-        ({"start_epoch": 3}, {}, 3 * EPOCH),
         ({"start_epoch": 1}, {"max_epochs": -1, "max_steps": 7}, EPOCH),
-        ({"start_step": 0}, {}, 0),
         ({"start_step": 5}, {}, 5),
         ({"start_step": 3}, {"accumulate_grad_batches": 2}, 6),
-        ({"start_fraction": 0.0}, {}, 0),
         ({"start_fraction": 0.5}, {}, 6),
-        ({"start_fraction": 1 / 3}, {}, EPOCH),
         ({"start_fraction": 0.4}, {"max_epochs": -1, "max_steps": 10}, 4),
         ({"start_fraction": 0.5}, {"max_steps": 8}, 4),  # the steps end the fit sooner than the epochs
         ({"start_fraction": 0.5}, {"max_steps": 1000}, 6),  # and here the epochs
@@ -148,12 +140,12 @@ def test_another_rule_can_be_given_by_overriding_should_freeze() -> None:
             return batch_idx >= 2
 
     watch = Watch()
-    fit(TinyNet(), [FromTheThirdBatch(start_epoch=0, num_samples=20), watch], max_epochs=1)
+    fit(TinyNet(), [FromTheThirdBatch(start_epoch=0), watch], max_epochs=1)
     assert watch.frozen == [False, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------ with which statistics
-@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}, {"start_step": 0}], ids=str)
+@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}], ids=str)
 def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[str, int]) -> None:
     watch = Watch()
     fit(TinyNet(dropout=0.5), [freeze(**when), watch])
@@ -191,9 +183,9 @@ def test_replay_takes_the_last_batches_of_training() -> None:
         torch.testing.assert_close(stored, mean, rtol=1e-6, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------- what stays, and what goes on
+# ------------------------------------------------------------------------------- what is frozen and what trains on
 @pytest.mark.parametrize("affine", [False, True])
-def test_statistics_stay_bit_for_bit_and_everything_else_goes_on_training(affine: bool) -> None:
+def test_statistics_stay_bit_for_bit_and_everything_else_trains_on(affine: bool) -> None:
     watch = Watch()
     module = TinyNet()
     fit(module, [freeze(affine=affine), watch], max_epochs=3)
@@ -268,9 +260,9 @@ def train_by_hand(
             scheduler.step()
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adamw])
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize(
+    ("optimizer", "affine", "clip"), [(sgd, False, None), (sgd, True, 0.05), (adamw, True, None), (adamw, False, 0.05)]
+)
 def test_a_fit_is_bit_for_bit_the_loop_by_hand(
     optimizer: Callable[[nn.Module], Optimizer], affine: bool, clip: float | None
 ) -> None:
@@ -314,11 +306,9 @@ def test_layers_that_are_not_chosen_go_on() -> None:
         ({"warmup_epochs": 1.5}, {}, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1]),
         ({"warmup_epochs": 0}, {}, []),
         ({"warmup_steps": 3}, {}, [1 / 3, 2 / 3, 1]),
-        ({"warmup_steps": 0}, {}, []),
         ({}, {"accumulate_grad_batches": 2}, [1 / 2, 1]),
         ({}, {"accumulate_grad_batches": 3}, [1 / 2, 1]),  # 4 batches: a step of three, a step of one
         ({}, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, [1 / 2, 1]),
-        ({}, {"limit_train_batches": 2}, [1 / 2, 1]),
     ],
     ids=str,
 )
@@ -334,16 +324,14 @@ def test_the_warm_up_is_counted_in_optimizer_steps(
     assert all(rate == 0.5 for (rate,) in watch.rates_between)
 
 
-SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], str]] = {
-    "OneCycleLR": (lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=3 * EPOCH), "step"),
-    "CosineAnnealingLR": (lambda o: schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH), "step"),
-    "StepLR, epochs": (lambda o: schedulers.StepLR(o, step_size=1, gamma=0.3), "epoch"),
-    "ReduceLROnPlateau": (lambda o: schedulers.ReduceLROnPlateau(o, threshold=10.0, patience=0), "step"),
-}
-
-
-@pytest.mark.parametrize(("scheduler", "interval"), SCHEDULERS.values(), ids=SCHEDULERS)
-def test_the_scheduler_s_own_trajectory_and_its_monitor_are_untouched(
+@pytest.mark.parametrize(
+    ("scheduler", "interval"),
+    [
+        (lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=3 * EPOCH), "step"),
+        (lambda o: schedulers.StepLR(o, step_size=1, gamma=0.3), "epoch"),
+    ],
+)
+def test_the_schedule_and_its_monitor_are_unchanged(
     scheduler: Callable[[Optimizer], Any], interval: str, tmp_path: Path
 ) -> None:
     def run(name: str, callbacks: list[Callback]) -> tuple[list[list[float]], list[Any], list[list[float]]]:
@@ -366,7 +354,7 @@ def test_the_scheduler_s_own_trajectory_and_its_monitor_are_untouched(
 
 
 def logged(logger: CSVLogger, key: str) -> list[tuple[int, float]]:
-    """What a CSV logger wrote under a key, as (step, value)."""
+    """The (step, value) pairs that a CSV logger wrote under a key."""
     logger.save()
     head, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     columns = head.split(",")
@@ -374,9 +362,8 @@ def logged(logger: CSVLogger, key: str) -> list[tuple[int, float]]:
     return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
 
 
-@pytest.mark.parametrize("val_check_interval", [1.0, 0.5])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_factor_is_logged_where_the_loss_of_its_step_is(
+@pytest.mark.parametrize(("val_check_interval", "accumulate"), [(1.0, 1), (0.5, 2)])
+def test_the_factor_is_logged_at_the_step_of_the_loss(
     val_check_interval: float, accumulate: int, tmp_path: Path
 ) -> None:
     logger = CSVLogger(tmp_path)
@@ -398,25 +385,11 @@ def test_the_factor_is_logged_where_the_loss_of_its_step_is(
     ]
 
 
-def test_the_factor_is_logged_every_so_many_steps_as_asked(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    fit(TinyNet(), freeze(), max_epochs=2, logger=logger, log_every_n_steps=2)
-    assert [step for step, _ in logged(logger, "freeze_bn/lr_factor")] == [5, 7]
-
-
-def test_the_switch_s_pass_is_logged(tmp_path: Path) -> None:
+def test_the_pass_is_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     fit(TinyNet(), freeze(start_step=6), logger=logger)
     assert logged(logger, "freeze_bn/num_samples") == [(6, 24.0)]
     assert len(logged(logger, "freeze_bn/seconds")) == len(logged(logger, "freeze_bn/mean_gap_max")) == 1
-
-
-def test_a_tensor_rate_is_warmed_up_in_place() -> None:
-    watch = Watch()
-    rate = torch.tensor(0.5)
-    fit(Configured(lambda m: SGD(m.parameters(), lr=rate, foreach=False)), [freeze(), watch])
-    assert [r for (r,) in watch.rates_in_step] == pytest.approx([0.5] * 4 + [0.125, 0.25, 0.375, 0.5])
-    assert rate == 0.5
 
 
 class TwoOptimizers(TinyNet):
@@ -447,10 +420,9 @@ class TwoOptimizers(TinyNet):
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_under_manual_optimization_each_optimizer_warms_up_with_its_own_steps(raw: bool) -> None:
+def test_with_manual_optimization_each_optimizer_warms_up_in_its_own_steps(raw: bool) -> None:
     watch = Watch()
     fit(TwoOptimizers(raw), [freeze(forward="forward", affine=True), watch], max_epochs=4)
-    features = [rate / 0.1 for (rate,) in watch.rates_in_step if rate <= 0.1]
     in_order = iter(watch.rates_in_step)
     seen: dict[str, list[float]] = {"features": [], "head": []}
     for batch in range(4 * EPOCH):
@@ -459,14 +431,13 @@ def test_under_manual_optimization_each_optimizer_warms_up_with_its_own_steps(ra
             seen["head"].append(next(in_order)[0] / 0.5)
     assert seen["features"] == pytest.approx([1.0] * 4 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 8)
     assert seen["head"] == pytest.approx([1.0] * 2 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 2)
-    assert features  # the watch saw steps at all
     assert all(watch.frozen[EPOCH:])
     affine = [(batch["bn1.weight"], batch["bn2.bias"]) for batch in watch.ended[EPOCH:]]
     assert all(torch.equal(a, affine[0][0]) and torch.equal(b, affine[0][1]) for a, b in affine)
 
 
 class Stream(IterableDataset[Any]):
-    """As many images, of unknown number."""
+    """Images of unknown number."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter([Images(32)[i] for i in range(32)])
@@ -485,10 +456,9 @@ def test_epochs_of_unknown_length_need_warmup_steps() -> None:
     assert watch.frozen == [False] * 4 + [True] * 8
 
 
-@pytest.mark.parametrize("warmup", [{"warmup_epochs": 0}, {"warmup_steps": 0}], ids=str)
-def test_epochs_of_unknown_length_are_no_matter_without_warm_up(warmup: dict[str, int]) -> None:
+def test_epochs_of_unknown_length_work_without_warm_up() -> None:
     watch = Watch()
-    fit(TinyNet(), [freeze(**warmup), watch], train=stream(), val=None)
+    fit(TinyNet(), [freeze(warmup_epochs=0), watch], train=stream(), val=None)
     assert watch.frozen == [False] * 4 + [True] * 4
 
 
@@ -506,12 +476,13 @@ def same_batches() -> DataLoader[Any]:
 
 def run_to_the_end(
     checkpoints: Path | None, callback: FreezeBNCallback, ckpt_path: Path | None = None, **kwargs: Any
-) -> tuple[TinyNet, Watch]:
+) -> tuple[TinyNet, Watch, list[int]]:
+    """The module, what was seen of it, and the steps at which a pass ran."""
     module, watch = Configured(adamw, lambda o: schedulers.CosineAnnealingLR(o, T_max=12)), Watch()
     callbacks: list[Callback] = [callback, watch]
     if checkpoints is not None:
         callbacks.append(ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=1, save_top_k=-1))
-    fit(
+    trainer = fit(
         module,
         callbacks,
         train=same_batches(),
@@ -521,43 +492,27 @@ def run_to_the_end(
         ckpt_path=ckpt_path,
         **kwargs,
     )
-    return module, watch
+    passes = [step for step, row in trainer.logger.rows if "freeze_bn/seconds" in row]  # type: ignore[union-attr]
+    return module, watch, passes
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The global steps at which a population pass ran."""
-    ran: list[int] = []
-    run = PopulationPass.run
-
-    def counted(self: PopulationPass, trainer: Trainer, module: LightningModule) -> Any:
-        ran.append(trainer.global_step)
-        return run(self, trainer, module)
-
-    monkeypatch.setattr(PopulationPass, "run", counted)
-    return ran
-
-
-@pytest.mark.parametrize(
-    "when", [{"start_step": 5}, {"start_epoch": 1}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str
-)
-def test_a_resumed_fit_ends_as_the_uninterrupted_one(when: dict[str, Any], passes: list[int], tmp_path: Path) -> None:
-    """From a checkpoint after every step: before, at and behind the switch, within an epoch and at its end."""
+@pytest.mark.parametrize("when", [{"start_step": 5}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
+def test_a_resumed_fit_ends_as_the_uninterrupted_one(when: dict[str, Any], tmp_path: Path) -> None:
+    """From checkpoints before, at and after the switch, within an epoch and at its end."""
     arguments = {"affine": True, "warmup_steps": 5, **when}
-    uninterrupted, watched = run_to_the_end(tmp_path, freeze(**arguments))
-    (switch,) = passes
-    for step in range(1, 3 * EPOCH):
-        passes.clear()
-        resumed, watch = run_to_the_end(None, freeze(**arguments), tmp_path / f"step={step}.ckpt")
+    uninterrupted, watched, (switch,) = run_to_the_end(tmp_path, freeze(**arguments))
+    for step in {2, switch - 1, switch, switch + 1, switch + 2, 2 * EPOCH + 1, 3 * EPOCH - 1}:
+        resumed, watch, passes = run_to_the_end(None, freeze(**arguments), tmp_path / f"step={step}.ckpt")
         assert passes == ([switch] if step <= switch else []), step  # no second pass
         assert watch.rates_in_step == watched.rates_in_step[step:], step
         assert watch.frozen == watched.frozen[step:], step
         assert digest(snapshot(resumed)) == digest(snapshot(uninterrupted)), step
 
 
-@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_fraction": 0.5}, {"start_fraction": 2 / 3}], ids=str)
-@pytest.mark.parametrize("with_validation", [False, True])
-def test_a_checkpoint_of_an_epoch_s_end_moves_no_switch(
+@pytest.mark.parametrize(
+    ("when", "with_validation"), [({"start_epoch": 1}, True), ({"start_fraction": 0.5}, False)], ids=str
+)
+def test_a_checkpoint_at_an_epochs_end_does_not_move_the_switch(
     when: dict[str, Any], with_validation: bool, tmp_path: Path
 ) -> None:
     kwargs: dict[str, Any] = {"max_epochs": 3, "val": "default" if with_validation else None}
@@ -570,7 +525,7 @@ def test_a_checkpoint_of_an_epoch_s_end_moves_no_switch(
     assert digest(watch.ended[-1]) == digest(watched.ended[-1])
 
 
-def test_the_checkpoint_says_where_the_switch_was_and_how_far_the_warm_up_is(tmp_path: Path) -> None:
+def test_the_checkpoint_holds_the_switch_and_the_steps_of_the_warm_up(tmp_path: Path) -> None:
     callback = freeze(start_step=5)
     run_to_the_end(tmp_path, callback)
 
@@ -582,16 +537,16 @@ def test_the_checkpoint_says_where_the_switch_was_and_how_far_the_warm_up_is(tmp
     assert state(12) == {"step": 5, "warmup_steps": 4, "warmup_done": [7]}
 
 
-def test_resuming_needs_no_loader_that_can_be_read_twice_nor_another_warning(tmp_path: Path) -> None:
+def test_a_resumed_fit_does_not_warn_again(tmp_path: Path) -> None:
     run_to_the_end(tmp_path, freeze(start_step=5))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*FreezeBNCallback.*")
         run_to_the_end(None, freeze(start_step=5), tmp_path / "step=7.ckpt")
 
 
-# ------------------------------------------------------------------------------------------------- nothing thaws it
+# -------------------------------------------------------------------------------------------------------- thawing
 class CallsModes(TinyNet):
-    """A user who switches modes in every hook, by the module and by the layer."""
+    """Switches modes in every hook, of the module and of the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -616,19 +571,13 @@ class CallsModes(TinyNet):
         self.train()
 
 
-def test_the_user_s_train_and_eval_do_not_thaw() -> None:
+def test_train_and_eval_calls_do_not_thaw() -> None:
     watch = Watch()
     module = CallsModes()
     fit(module, [freeze(), watch], max_epochs=3, val_check_interval=0.5)
     assert watch.frozen == [False] * 4 + [True] * 8
     assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
-    assert module.modes == [True] * 12  # and the mode that was asked for is the mode it shows
-
-
-def test_layers_thaw_at_the_end_of_the_fit() -> None:
-    module = TinyNet()
-    fit(module, freeze())
-    assert is_thawed(module)
+    assert module.modes == [True] * 12  # each layer reports the mode that the user has set
 
 
 class Interrupts(TinyNet):
@@ -667,21 +616,12 @@ def test_a_second_fit_starts_unfrozen() -> None:
     assert again.rates_in_step == watch.rates_in_step
 
     trainer.fit_loop.max_epochs = 4  # the same one goes on from step 8
-    callback.switch_point = SwitchPoint(start_step=10)
+    callback.switch_point = dataclasses.replace(callback.switch_point, start_step=10)
     trainer.fit(TinyNet(), train_loader(), val_loader())
     assert watch.frozen[8:] == [False] * 2 + [True] * 6
 
 
-def test_a_second_fit_of_the_same_trainer_counts_fractions_of_its_own_epochs() -> None:
-    callback, watch = freeze(start_fraction=0.75), Watch()
-    trainer = fit(TinyNet(), [callback, watch], max_epochs=2)
-    assert watch.frozen == [False] * 6 + [True] * 2
-    trainer.fit_loop.max_epochs = 4  # goes on from epoch 2: three quarters are its epoch 3
-    trainer.fit(TinyNet(), train_loader(), val_loader())
-    assert watch.frozen[8:] == [False] * 4 + [True] * 4
-
-
-# --------------------------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------------- warnings and errors
 def messages(record: list[warnings.WarningMessage], containing: str) -> list[str]:
     return [str(w.message) for w in record if containing in str(w.message)]
 
@@ -697,7 +637,7 @@ def test_it_warns_once_when_statistics_were_never_trained() -> None:
     assert not messages(trained, "never trained")
 
 
-@pytest.mark.parametrize(("size", "warned"), [(8, 0), (15, 0), (16, 1), (32, 1)])
+@pytest.mark.parametrize(("size", "warned"), [(15, 0), (16, 1)])
 def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warned: int) -> None:
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
@@ -707,7 +647,7 @@ def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warne
     assert all(f"holds {size} samples" in message for message in found)
 
 
-def test_batches_that_cannot_be_counted_do_not_stop_a_fit_that_needs_no_count() -> None:
+def test_batches_that_cannot_be_counted_do_not_end_a_fit_without_a_pass() -> None:
     class FromLists(TinyNet):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self(torch.tensor(batch)).square().mean()
@@ -718,7 +658,7 @@ def test_batches_that_cannot_be_counted_do_not_stop_a_fit_that_needs_no_count() 
     assert watch.frozen == [False] * 4 + [True] * 4
 
 
-def test_it_says_when_the_user_has_frozen_all_layers_already() -> None:
+def test_it_warns_if_the_user_has_frozen_all_layers() -> None:
     class Frozen(TinyNet):
         def on_train_start(self) -> None:
             self.bn1.eval()
@@ -732,21 +672,11 @@ def lbfgs(parameters: Any) -> Optimizer:
     return torch.optim.LBFGS(parameters, lr=0.1, max_iter=2)
 
 
-def test_lbfgs_is_refused_by_name_before_training_if_it_holds_the_affine() -> None:
+def test_lbfgs_is_refused_before_training_if_it_holds_the_affine() -> None:
     module, watch = Configured(lambda m: lbfgs(m.parameters())), Watch()
     with pytest.raises(TypeError, match="LBFGS"):
         fit(module, [freeze(affine=True), watch])
     assert not watch.started
-
-
-def test_lbfgs_on_other_parameters_is_fine() -> None:
-    class WithoutAffine(TinyNet):
-        def configure_optimizers(self) -> Any:
-            return lbfgs([p for name, p in self.named_parameters() if not name.startswith("bn")])
-
-    watch = Watch()
-    fit(WithoutAffine(), [freeze(affine=True), watch])
-    assert watch.frozen == [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -762,12 +692,10 @@ def test_lbfgs_on_other_parameters_is_fine() -> None:
         ({"start_epoch": 1, "statistics": "exact"}, "'exact'"),
         ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs must be .* but is -1"),
         ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps must be at least 0 but is -1"),
-        ({"start_epoch": 1, "num_samples": 0}, "num_samples"),
-        ({"start_epoch": 1, "source": "loader"}, "'loader'"),
     ],
     ids=str,
 )
-def test_arguments_that_make_no_sense_are_refused_at_once(arguments: dict[str, Any], says: str) -> None:
+def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         FreezeBNCallback(**arguments)
 
@@ -778,14 +706,14 @@ def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
         fit(TinyNet(), freeze(**when), max_epochs=-1)
 
 
-def test_manual_optimization_is_refused_before_training_with_the_way_out() -> None:
+def test_manual_optimization_is_refused_before_training_with_an_alternative() -> None:
     with pytest.raises(ValueError, match="pass forward='forward'"):
         fit(TwoOptimizers(), freeze())
 
 
-# -------------------------------------------------------------------------------------------------- with other things
+# --------------------------------------------------------------------------------------------- with other callbacks
 @pytest.mark.parametrize("freeze_first", [True, False])
-def test_precise_bn_goes_on_until_the_switch_and_then_says_once_that_all_is_frozen(freeze_first: bool) -> None:
+def test_precise_bn_runs_until_the_switch_and_then_warns_once(freeze_first: bool) -> None:
     watch = Watch()
     precise = PreciseBNCallback(20)
     ours: list[Callback] = [freeze(), precise] if freeze_first else [precise, freeze()]
@@ -805,35 +733,6 @@ def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics(
     assert watch.frozen == [False] * 4 + [True] * 8
     assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in watch.ended[-1].items() if is_statistic(k))
     assert is_thawed(module)
-
-
-def test_a_compiled_module_freezes_and_thaws() -> None:
-    class Plain(LightningModule):
-        """Without the lists and logs that torch.compile would stumble over."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn1 = nn.BatchNorm2d(3)
-            self.head = nn.Linear(3, 3)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, y = batch
-            return F.cross_entropy(self.head(self.bn1(x).square().mean((2, 3))), y)
-
-        def configure_optimizers(self) -> Any:
-            return SGD(self.parameters(), lr=0.1)
-
-    torch._dynamo.reset()
-    compiled, eager = Plain(), Plain()
-    eager.load_state_dict(compiled.state_dict())
-    watch, eager_watch = Watch(), Watch()
-    fit(torch.compile(compiled, backend="eager"), [freeze(), watch], val=None)
-    fit(eager, [freeze(), eager_watch], val=None)
-    assert watch.frozen == eager_watch.frozen == [False] * 4 + [True] * 4
-    for a, b in zip(watch.ended, eager_watch.ended, strict=True):
-        for key in a:
-            torch.testing.assert_close(a[key], b[key])
-    assert type(compiled.bn1) is nn.BatchNorm2d
 
 
 class Batches(Callback):
@@ -867,27 +766,3 @@ def test_ranks_freeze_together_with_the_statistics_of_all_ranks_data() -> None:
     for name, (mean, var) in exact_statistics(module, batches + batches_there).items():
         torch.testing.assert_close(at_switch[f"{name}.running_mean"].double(), mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(at_switch[f"{name}.running_var"].double(), var, rtol=1e-5, atol=0)
-
-
-def test_it_is_configured_by_yaml(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        """
-trainer:
-  max_epochs: 2
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
-    - class_path: lightning_bn.FreezeBNCallback
-      init_args:
-        {last_n_epochs: 1, statistics: precise, affine: true, warmup_epochs: 0.5, num_samples: 20, layers: [bn1]}
-"""
-    )
-    cli = LightningCLI(TinyNet, TinyData, args=["fit", "--config", str(config)], save_config_callback=None)
-    callback = next(c for c in cli.trainer.callbacks if isinstance(c, FreezeBNCallback))
-    assert (callback.switch_point.last_n_epochs, callback.affine, callback.warmup_epochs) == (1, True, 0.5)
-    assert callback.layers == ["bn1"]
-    assert callback.state_dict() == {"step": 4, "warmup_steps": 2, "warmup_done": [4]}

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, PreciseBNCallback
+from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
 from tests.callbacks.zoo import fit, trainer_with
 from tests.hand_written import ZOO, Net, batches, state, truth
 
@@ -74,9 +74,15 @@ def shown(module: LightningModule, batch: Any) -> Tensor:
 PASSES: dict[str, Callable[..., Callback]] = {
     "train dataloader, training step": partial(PreciseBNCallback, SAMPLES),
     "replay, forward": partial(PreciseBNCallback, SAMPLES, source="replay", forward="forward"),
-    "function, function": partial(PreciseBNCallback, SAMPLES, source=loader, forward=shown),
-    "freeze": partial(FreezeBNCallback, start_step=6, num_samples=SAMPLES, on_error="raise"),
+    "loader, function": partial(PreciseBNCallback, SAMPLES, source=FromLoader(loader), forward=shown),
+    "freeze": lambda **kwargs: freezing(**kwargs),
 }
+
+
+def freezing(**kwargs: Any) -> FreezeBNCallback:
+    callback = FreezeBNCallback(start_step=6, precise=PassConfig(SAMPLES), **kwargs)
+    callback.on_error = "raise"
+    return callback
 
 
 def after_fit(name: str, callbacks: list[Callback]) -> Net:
@@ -85,8 +91,14 @@ def after_fit(name: str, callbacks: list[Callback]) -> Net:
     return module.net
 
 
-@pytest.mark.parametrize("make", PASSES.values(), ids=PASSES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [  # every kind of layer in the two ways to a layer, and every way with some kinds
+        (name, PASSES[way])
+        for i, name in enumerate(KINDS)
+        for way in ("train dataloader, training step", list(PASSES)[1 + i % 3])
+    ],
+)
 def test_a_pass_of_a_fit_stores_what_batch_norm_normalizes(name: str, make: Callable[..., Callback]) -> None:
     callback = make()
     net = after_fit(name, [callback])
@@ -101,14 +113,18 @@ def test_a_pass_of_a_fit_stores_what_batch_norm_normalizes(name: str, make: Call
 
 @pytest.mark.parametrize("make", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("name", UNTOLD_KINDS)
-def test_what_cannot_be_seen_is_refused_by_name_and_the_way_out_works(name: str, make: Callable[..., Callback]) -> None:
+def test_an_unknown_computation_is_refused_by_name_and_the_alternative_works(
+    name: str, make: Callable[..., Callback]
+) -> None:
     with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
         after_fit(name, [make()])
     after_fit(name, [make(layers="net.last")])
 
 
-@pytest.mark.parametrize("forward", ["evaluation_step", "forward", shown])
-@pytest.mark.parametrize("name", KINDS + UNTOLD_KINDS)
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [(name, ("evaluation_step", "forward", shown)[i % 3]) for i, name in enumerate(KINDS + UNTOLD_KINDS)],
+)
 def test_adabn_reads_what_is_normalized_in_evaluation(name: str, forward: Any) -> None:
     module, callback = Module(name).eval(), AdaBNCallback(None, forward=forward)
     before = state(module.net)

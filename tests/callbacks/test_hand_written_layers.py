@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_bn import BNStatsMonitor, PreciseBNCallback
+from lightning_bn import BNStatsMonitor, ForecastBNCallback
 from tests.hand_written import ZOO, Net, batches
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -63,7 +63,7 @@ def test_a_forecast_is_written_where_it_is_right_and_the_other_layer_is_left_and
     torch.manual_seed(0)
     module, plain = Fits(name), Fits(name)
     plain.load_state_dict(module.state_dict())
-    callback = PreciseBNCallback(source="training")
+    callback = ForecastBNCallback()
     torch.manual_seed(1)
     fit(module, callback, tmp_path)
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_a_forecast_is_written_where_it_is_right_and_the_other_layer_is_left_and
 
 @pytest.mark.parametrize("name", LEFT[1:2])  # drawing its pictures takes seconds
 @pytest.mark.parametrize("fails_at", [-1, 0, 5])
-@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), lambda: PreciseBNCallback(source="training")])
+@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), ForecastBNCallback])
 def test_nothing_of_ours_is_left_in_the_layers_and_nothing_ends_the_fit(
     kind: Any, fails_at: int, name: str, tmp_path: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""Mini-batch inference: the chosen layers normalize the evaluated batch with itself, in the chosen stages alone."""
+"""Mini-batch inference: the chosen layers normalize with the evaluated batch, in the chosen stages only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import FreezeBNCallback, MiniBatchInferenceCallback, PreciseBNCallback
-from lightning_bn.layers.behavior import behaviors_of
+from lightning_bn import FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from tests.callbacks.zoo import (
     Evaluated,
     InMemory,
@@ -69,13 +68,13 @@ def test_only_in_the_chosen_stages(stage: str) -> None:
 
 
 class Active(Callback):
-    """Whether ``bn1`` has a behavior in each batch: of the sanity check, of training, of validations."""
+    """Records whether ``bn1`` has a behavior, of which ``repr`` has the name."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[bool]] = {}
 
     def look(self, kind: str, module: LightningModule) -> None:
-        self.seen.setdefault(kind, set()).add(bool(behaviors_of(module.bn1)))
+        self.seen.setdefault(kind, set()).add("mini-batch" in repr(module.bn1))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.look("training", pl_module)
@@ -110,15 +109,14 @@ def test_precise_bn_estimates_the_same_population_with_it() -> None:
         states.append(digest(statistics_of(module)))
     assert states[0] == states[1]
     module = TinyNet()
-    trainer_with([MiniBatchInferenceCallback(), PreciseBNCallback(24, stages=["test"], source=source)]).test(
-        module, val_loader(), verbose=False
-    )
+    trainer_with(
+        [
+            MiniBatchInferenceCallback(),
+            PreciseBNCallback(24, stages=["test"], source=FromLoader(lambda trainer: train_loader())),
+        ]
+    ).test(module, val_loader(), verbose=False)
     for key, value in expected(TinyNet(), list(train_loader())[:3]).items():
         torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-4, atol=1e-5)
-
-
-def source(trainer: Trainer) -> Any:
-    return train_loader()
 
 
 def test_frozen_layers_keep_using_their_statistics() -> None:
@@ -133,10 +131,10 @@ def test_frozen_layers_keep_using_their_statistics() -> None:
     assert losses[0] == losses[1], "layers that train frozen are evaluated frozen"
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- warnings -----------------------------------------------------------------------------------------------------
 
 
-def said(run: Callable[[], Any], about: str = "MiniBatchInference") -> list[str]:
+def warnings_of(run: Callable[[], Any], about: str = "MiniBatchInference") -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
@@ -144,8 +142,8 @@ def said(run: Callable[[], Any], about: str = "MiniBatchInference") -> list[str]
 
 
 def test_it_warns_once_that_predictions_depend_on_their_batch() -> None:
-    (message,) = said(lambda: fit(TinyNet(), MiniBatchInferenceCallback(), max_epochs=3))
-    assert "not independent of each other" in message
+    (message,) = warnings_of(lambda: fit(TinyNet(), MiniBatchInferenceCallback(), max_epochs=3))
+    assert "depend on each other" in message
 
 
 class Regions(LightningModule):
@@ -168,7 +166,7 @@ def test_it_does_not_warn_where_each_image_brings_many_rows_or_is_alone(
     layers: str | None, batch_size: int, warns: bool
 ) -> None:
     callback = MiniBatchInferenceCallback(layers=layers)
-    messages = said(lambda: predictions(callback, Regions(), val_loader(batch_size=batch_size)))
+    messages = warnings_of(lambda: predictions(callback, Regions(), val_loader(batch_size=batch_size)))
     assert bool(messages) is warns
 
 
@@ -177,7 +175,9 @@ def test_a_batch_that_cannot_be_counted_is_warned_of() -> None:
         def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self(torch.ones(2, 3, 6, 6))
 
-    assert said(lambda: predictions(MiniBatchInferenceCallback(), Pair(), DataLoader(["a", "b"], collate_fn="".join)))
+    assert warnings_of(
+        lambda: predictions(MiniBatchInferenceCallback(), Pair(), DataLoader(["a", "b"], collate_fn="".join))
+    )
 
 
 class Rows(LightningModule):
@@ -199,7 +199,9 @@ def test_a_batch_with_one_value_per_channel_takes_the_population_and_is_reported
     module, callback = Rows(), MiniBatchInferenceCallback()
     module.bn.running_mean.fill_(2)
     trainer = trainer_with(callback)
-    messages = said(lambda: [trainer.test(module, DataLoader(rows, 4), verbose=False) for _ in range(2)], "1 calls")
+    messages = warnings_of(
+        lambda: [trainer.test(module, DataLoader(rows, 4), verbose=False) for _ in range(2)], "1 calls"
+    )
     assert callback.fallbacks == 1 and len(messages) == 2, "once each time"
     logger: InMemory = trainer.logger
     assert logger.logged("mini_batch_inference/fallbacks") == {0: 1.0}

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.testing import assert_close
@@ -50,16 +49,30 @@ def warned(run: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "group"), [(None, 13), (100, 13), (1, 1), (8, 1), (9, 2), ("population", 29), (10**9, 29)]
+    ("normalization_batch_size", "batch_size", "group"),
+    [
+        ("auto", 8, 13),
+        ("auto", 31, 4),
+        ("auto", 32, 1),
+        ("loader", 8, 1),
+        (9, 8, 2),
+        (100, 32, 4),
+        ("population", 8, 29),
+    ],
 )
-def test_whole_batches_are_normalized_together_until_they_hold_enough(batch_size: Any, group: int) -> None:
-    precise = PreciseBNCallback(SAMPLES, normalization_batch_size=batch_size)
-    module = fitted(precise)
-    batches = list(train_loader(SAMPLES))
+def test_whole_batches_are_normalized_together_until_they_hold_enough(
+    normalization_batch_size: Any, batch_size: int, group: int
+) -> None:
+    precise, module = (
+        PreciseBNCallback(SAMPLES, normalization_batch_size=normalization_batch_size, tolerance=None),
+        TinyNet(),
+    )
+    batches = list(train_loader(SAMPLES, batch_size))
+    fit(module, precise, train_loader(SAMPLES, batch_size), max_epochs=1)
     groups = [together(batches[i : i + group]) for i in range(0, len(batches), group)]
     assert_measured(module, precise, groups)
     assert precise.result.batch_size == SAMPLES / len(groups)
-    assert (precise.result.num_samples, precise.result.num_batches) == (SAMPLES, 29)
+    assert (precise.result.num_samples, precise.result.num_batches) == (SAMPLES, len(batches))
 
 
 class Diverging(TinyNet):
@@ -71,17 +84,17 @@ class Diverging(TinyNet):
         return F.relu(x if skipped else self.bn2(x)).mean((2, 3))
 
 
-def test_by_default_a_model_whose_batches_diverge_gets_one_pass_statistics_and_one_warning() -> None:
+def test_auto_takes_the_batches_alone_with_one_warning_if_they_cannot_wait_for_each_other() -> None:
     precise, module = PreciseBNCallback(SAMPLES), Diverging()
     said = warned(lambda: fit(module, precise, train_loader(SAMPLES), max_epochs=2, val_check_interval=10))
-    assert len(said) == 1 and "takes the batches as they come" in said[0]
+    assert len(said) == 1 and "normalizes each batch alone" in said[0]
     assert ("bn2" in said[0] and "their end" in said[0]) or "had come to its end" in said[0]
-    alone, plain = PreciseBNCallback(SAMPLES, normalization_batch_size=1), Diverging()
+    alone, plain = PreciseBNCallback(SAMPLES, normalization_batch_size="loader"), Diverging()
     fit(plain, alone, train_loader(SAMPLES), max_epochs=2, val_check_interval=10)
     assert digest(statistics_of(module)) == digest(statistics_of(plain))
 
 
-def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_was() -> None:
+def test_a_chosen_size_that_is_not_possible_is_an_error_that_leaves_everything_as_it_was() -> None:
     class Before(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             self.state = digest({key: value.clone() for key, value in module.state_dict().items()})
@@ -98,7 +111,7 @@ def test_where_the_user_chose_them_it_is_an_error_that_leaves_everything_as_it_w
     assert type(module.bn1) is torch.nn.BatchNorm2d
 
 
-def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_once(
+def test_auto_takes_what_fits_into_half_of_the_free_memory_with_one_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     needs: list[pooled.MemoryEstimate] = []
@@ -114,7 +127,7 @@ def test_by_default_it_takes_what_fits_into_half_of_the_free_memory_and_says_so_
     assert_measured(module, precise, [together(batches[i : i + 4]) for i in range(0, 29, 4)])
 
 
-def test_what_does_not_fit_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_population_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"micro-batches of 8 samples.*1,000 are free.*memory_limit="):
         fitted(PreciseBNCallback(SAMPLES, normalization_batch_size="population"))
@@ -129,7 +142,8 @@ def test_a_memory_limit_changes_no_number_and_is_reported() -> None:
 
 def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None:
     exact, rough, hopeless = (
-        PreciseBNCallback(SAMPLES, normalization_batch_size=1, tolerance=tolerance) for tolerance in (None, 0.2, 1e-6)
+        PreciseBNCallback(SAMPLES, normalization_batch_size="loader", tolerance=tolerance)
+        for tolerance in (None, 0.2, 1e-6)
     )
     for precise in (exact, rough, hopeless):
         fitted(precise)
@@ -144,27 +158,42 @@ def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None
     ("arguments", "error", "match"),
     [
         ({"normalization_batch_size": 0}, ValueError, "normalization_batch_size must be at least 1"),
-        ({"batch_size": 2.5}, TypeError, "normalization_batch_size must be a whole number"),
-        (
-            {"normalization_batch_size": "all"},
-            ValueError,
-            "normalization_batch_size must be a number of samples, 'population' or None",
-        ),
+        ({"normalization_batch_size": 2.5}, TypeError, "normalization_batch_size must be a whole number"),
+        ({"normalization_batch_size": "all"}, ValueError, "normalization_batch_size must be .* but is 'all'"),
+        ({"normalization_batch_size": None}, ValueError, "normalization_batch_size must be .* but is None"),
         ({"tolerance": 0}, ValueError, "tolerance must be above 0"),
         ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
-        ({"tolerance": 0.1, "batch_size": "population"}, ValueError, "leave one of them out"),
+        ({"tolerance": 0.1, "normalization_batch_size": "population"}, ValueError, "leave one of them out"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be at least 1"),
+        ({"memory_limit": 9, "normalization_batch_size": "loader"}, ValueError, "leave one of them out"),
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused_at_once(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_wrong_values_are_refused_at_construction(
+    arguments: dict[str, Any], error: type[Exception], match: str
+) -> None:
     with pytest.raises(error, match=match):
         PreciseBNCallback(**arguments)
 
 
-@pytest.mark.parametrize("batch_size", ["population", 256, None])
-def test_the_command_line_takes_it(batch_size: Any) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PreciseBNCallback, "precise")
-    given = "null" if batch_size is None else str(batch_size)
-    assert parser.parse_args([f"--precise.batch_size={given}"]).precise.batch_size == batch_size
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_from_32_samples_on_auto_runs_batches_plainly_each_once(batch_size: int) -> None:
+    """Smaller ones cost a trial forward, which tells whether they can wait for each other."""
+
+    class Counts(TinyNet):
+        def on_train_start(self) -> None:
+            self.forwards: Any = UncopiedList()
+
+        def features(self, x: Tensor) -> Tensor:
+            self.forwards.append(len(x))
+            return super().features(x)
+
+    module = Counts()
+    fit(module, PreciseBNCallback(64, tolerance=None), train_loader(64, batch_size), val=None, max_epochs=1)
+    in_training_and_pass = 2 * 64 // batch_size
+    assert (len(module.forwards) == in_training_and_pass) == (batch_size == 32)
+
+
+class UncopiedList(list[int]):
+    def __copy__(self) -> UncopiedList:
+        return self

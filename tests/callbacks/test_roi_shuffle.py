@@ -20,7 +20,15 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
-from lightning_bn import FreezeBNCallback, GhostBNCallback, PreciseBNCallback, RoIShuffleCallback, SyncBNCallback
+from lightning_bn import (
+    FreezeBNCallback,
+    FromLoader,
+    GhostBNCallback,
+    PassConfig,
+    PreciseBNCallback,
+    RoIShuffleCallback,
+    SyncBNCallback,
+)
 from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
 from tests.distributed.test_roi_shuffle_ranks import Detector
 from tests.ranks import run_on_ranks
@@ -310,9 +318,9 @@ def short_or_long(trainer: Trainer) -> Any:
 @pytest.mark.ddp
 def test_a_pass_and_frozen_layers_exchange_nothing() -> None:
     plain = run_on_ranks(drawn, 2, [])
-    passing = PreciseBNCallback(100, source=short_or_long, shard=False)
+    passing = PreciseBNCallback(100, source=FromLoader(short_or_long, shard=False))
     assert run_on_ranks(drawn, 2, [passing]) == plain
-    frozen = FreezeBNCallback(start_epoch=1, num_samples=8, warmup_epochs=0)
+    frozen = FreezeBNCallback(start_epoch=1, precise=PassConfig(8), warmup_epochs=0)
     assert run_on_ranks(drawn, 2, [frozen]) != plain, "as many were drawn as without freezing"
 
 

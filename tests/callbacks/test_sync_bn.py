@@ -12,7 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback, SyncBNCallback
+from lightning_bn import (
+    BNStatsMonitor,
+    FreezeBNCallback,
+    GhostBNCallback,
+    PassConfig,
+    PreciseBNCallback,
+    SyncBNCallback,
+)
 from tests.callbacks.zoo import TinyNet, fit, statistics_of, train_loader, trainer_with
 from tests.ranks import run_on_ranks
 
@@ -109,7 +116,7 @@ def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> Non
 
 def with_others() -> dict[str, Tensor]:
     """With a pass, a freeze and the monitor: all of them wait for nobody where they need not."""
-    freeze = FreezeBNCallback(start_epoch=2, num_samples=32, warmup_epochs=0)
+    freeze = FreezeBNCallback(start_epoch=2, precise=PassConfig(32), warmup_epochs=0)
     callbacks = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, window=2)]
     module = TinyNet()
     fit(module, callbacks, train_loader(32, 8), devices=2, strategy="ddp", max_epochs=3, precision="64-true")

@@ -210,6 +210,11 @@ class InMemory(DummyLogger):
         return {step: row[key] for step, row in self.rows if key in row}
 
 
+def in_a_pass(module: LightningModule) -> bool:
+    """Whether a pass runs now, in which the Trainer's loggers are muted."""
+    return not any(isinstance(logger, InMemory) for logger in module.trainer.loggers)
+
+
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
     """The plainest Trainer: two epochs on the CPU, nothing on screen or disk, an `InMemory` logger, no sanity check."""
     defaults: dict[str, Any] = {

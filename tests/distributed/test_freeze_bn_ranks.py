@@ -1,4 +1,4 @@
-"""FrozenBN under DDP: scales and shifts drop out of the steps without an error, and ranks stay equal."""
+"""FrozenBN under DDP: frozen weights and biases cause no error, and ranks stay equal."""
 
 from __future__ import annotations
 

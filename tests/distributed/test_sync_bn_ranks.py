@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import find_bn, freeze_bn, precise_bn, sync_bn
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import behaviors_of
-from lightning_bn.layers.synced import Synced
 from tests.ranks import run_on_ranks
 from tests.zoo import cnn, images
 
@@ -179,7 +179,7 @@ def groups(model: nn.Module, shards: list[list[Tensor]]) -> tuple[Outcome, dict[
     seen["destroyed"] = len(made) == there_were
     with pytest.warns(UserWarning, match="Ghost BN") if dist.get_rank() == 0 else contextlib.nullcontext():
         sync_bn(model, group_size=1)
-    with sync_bn(model), pytest.raises(ValueError, match="'1' is synced already"):
+    with sync_bn(model), pytest.raises(ValueError, match="'1' already has SyncBN"):
         sync_bn(model, group_size=2)
     return outcome, seen
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn import adapt_bn, find_bn, freeze_bn, mini_batch_inference, precise_bn
-from lightning_bn.core.prior import with_prior
-from lightning_bn.layers.adapted import Adapting
+from lightning_bn.functional.adapt import Adapting, mix_with_prior
 from lightning_bn.layers.behavior import Handle
 from tests.truth import in_double, recorded, rows_of
 from tests.zoo import CASES, Shared, case, cnn, images
@@ -135,9 +134,9 @@ def test_a_pickle_in_between_is_a_plain_model_with_the_targets_statistics() -> N
 def test_what_would_not_work_is_refused_by_name() -> None:
     model = trained(cnn())
     before = buffers_of(model)
-    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer '5' is adapted to a domain al"):
+    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer .5. already has AdaBN"):
         adapt_bn(model, images(8))
-    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="'5' normalizes with mini-batch"):
+    with mini_batch_inference(model, layers="5"), pytest.raises(ValueError, match="cannot have AdaBN, because it has mini-batch"):
         adapt_bn(model, images(8))
     for bad, error in ((-1, ValueError), (0.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="prior_samples must be"):
@@ -230,6 +229,6 @@ def test_while_training_and_frozen_nothing_changes() -> None:
 
 def test_the_mixture_is_a_weighted_mean_of_each_statistic() -> None:
     source, target = torch.tensor([0.0, 1.0]), torch.tensor([8.0, 5.0])
-    assert with_prior(source, target, 0, 10) is target
-    assert torch.equal(with_prior(source, target, 16, 16), torch.tensor([4.0, 3.0]))
-    assert torch.equal(with_prior(source, target, 3, 1), torch.tensor([2.0, 2.0]))
+    assert mix_with_prior(source, target, 0, 10) is target
+    assert torch.equal(mix_with_prior(source, target, 16, 16), torch.tensor([4.0, 3.0]))
+    assert torch.equal(mix_with_prior(source, target, 3, 1), torch.tensor([2.0, 2.0]))

@@ -117,7 +117,7 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
             own = handle.state()[name]
             assert_close((own["domain_mean"], own["domain_var"]), (by_hand.means[layer], by_hand.variances[layer]))
     x, domain = BATCHES[0]
-    handle.show(domain)
+    handle.set_domain(domain)
     assert_close([model.eval()(x)], [by_hand(x, domain)])
     handle.undo()
     assert [type(m) for m in model] == [type(m) for m in net()]
@@ -161,7 +161,7 @@ def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
     x, domain = BATCHES[0]
     found = []
     for model, handle, call in zip(models, handles, (lambda m, x: m(x), checkpoint), strict=True):
-        handle.show(domain)
+        handle.set_domain(domain)
         x = x.clone().requires_grad_()
         options = {} if call is not checkpoint else {"use_reentrant": False}
         found.append(with_gradients(call(model, x, **options), model, x))
@@ -185,7 +185,7 @@ def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalized(row: 
     before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
     x = torch.randn(4, 2)
     with handle.use_domain(torch.tensor([0, 0, 1, 0])):
-        with pytest.raises(ValueError, match="Layer '0' is given one value per channel of domain 1"):
+        with pytest.raises(ValueError, match="Layer '0' gets one value per channel of domain 1"):
             model(x)
         assert all(v.equal(before[k]) for k, v in model.named_buffers())
         model.eval()(x)  # which needs no second value
@@ -195,7 +195,7 @@ def test_what_is_no_domain_is_refused() -> None:
     model = net()
     handle = given(model, 4)
     x, domain = BATCHES[0]
-    with pytest.raises(RuntimeError, match="Nobody has said which domain"):
+    with pytest.raises(RuntimeError, match="No domain is set"):
         model(x)
     for wrong, error in ((3, ValueError), (-1, ValueError), (torch.tensor([0, 5]), ValueError), ("a", TypeError),
                          (domain.double(), TypeError), (True, TypeError)):  # fmt: skip
@@ -203,12 +203,12 @@ def test_what_is_no_domain_is_refused() -> None:
             pass
     with (
         handle.use_domain(domain[:2]),
-        pytest.raises(ValueError, match=r"Layer '1' is given 5 rows, and .* of 2 samples"),
+        pytest.raises(ValueError, match=r"Layer '1' gets 5 rows, but .* of 2 samples"),
     ):
         model(x)
     levels = domain_bn(nn.Sequential(net()), num_domains=2, level_modules="0", **choices(4))
     with pytest.raises(ValueError, match="feature levels"):
-        levels.show(1)
+        levels.set_domain(1)
 
 
 def test_the_state_goes_back_into_another_model() -> None:
@@ -220,5 +220,5 @@ def test_the_state_goes_back_into_another_model() -> None:
     anew.load(trained.state())
     for name, own in trained.state().items():
         assert all(torch.equal(value, anew.state()[name][key]) for key, value in own.items())
-    with pytest.raises(ValueError, match="no saved statistics of domains"):
+    with pytest.raises(ValueError, match="state has no statistics of domains"):
         anew.load({})

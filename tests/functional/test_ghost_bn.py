@@ -396,7 +396,7 @@ def test_arguments_that_make_no_sense_are_refused(how: dict[str, Any], error: ty
 
 def test_sync_batchnorm_is_refused_by_name() -> None:
     model = cnn(nn.SyncBatchNorm(8))
-    with pytest.raises(TypeError, match="Layer '1' is a SyncBatchNorm, whose normalization batch crosses ranks"):
+    with pytest.raises(TypeError, match="Layer '1' is a SyncBatchNorm and cannot have Ghost BN"):
         ghost_bn(model, size=2)
     ghost_bn(model, size=2, layers="5").undo()
 
@@ -411,6 +411,6 @@ def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
 
 def test_ghosts_of_ghosts_are_refused_by_name() -> None:
     model = cnn()
-    with ghost_bn(model, size=2, layers="5"), pytest.raises(ValueError, match="Layer '5' has ghosts already"):
+    with ghost_bn(model, size=2, layers="5"), pytest.raises(ValueError, match="Layer '5' already has Ghost BN"):
         ghost_bn(model, size=4)
     ghost_bn(model, size=4).undo()

@@ -16,12 +16,6 @@ from torch import Tensor, nn
 from lightning_bn import find_bn, freeze_bn, mini_batch_inference, precise_bn
 from tests.zoo import CASES, case, cnn, images
 
-GRADIENTS: dict[str, Callable[[], Any]] = {
-    "with gradients": contextlib.nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-}
-
 
 def of_the_batch(x: Tensor, bn: Any) -> Tensor:
     return F.batch_norm(x, None, None, bn.weight, bn.bias, True, 0.0, bn.eps)
@@ -31,14 +25,15 @@ def assert_untouched(model: nn.Module, buffers: dict[str, Tensor]) -> None:
     assert all(torch.equal(buffers[key], value) for key, value in model.named_buffers())
 
 
-@pytest.mark.parametrize("gradients", GRADIENTS)
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_eval_normalizes_with_the_batch_and_writes_nothing(momentum: float | None, gradients: str) -> None:
+@pytest.mark.parametrize(
+    ("momentum", "gradients"), [(0.1, contextlib.nullcontext), (1.0, torch.no_grad), (None, torch.inference_mode)]
+)
+def test_eval_normalizes_with_the_batch_and_writes_nothing(momentum: float | None, gradients: Any) -> None:
     bn = nn.BatchNorm2d(3, momentum=momentum)
     nn.init.uniform_(bn.weight), nn.init.uniform_(bn.bias), bn.running_mean.fill_(4)
     before, x = copy.deepcopy(dict(bn.named_buffers())), torch.randn(4, 3, 5, 5) * 3 + 7
     plain = copy.deepcopy(bn).eval()(x)
-    with mini_batch_inference(bn), GRADIENTS[gradients]():
+    with mini_batch_inference(bn), gradients():
         assert torch.equal(bn.eval()(x), of_the_batch(x, bn))
     assert_untouched(bn, before)
     assert type(bn) is nn.BatchNorm2d and torch.equal(bn(x), plain), "undone"
@@ -116,8 +111,7 @@ def test_only_the_chosen_layers_do_it() -> None:
         mini_batch_inference(model, layers="x")
 
 
-@pytest.mark.parametrize("frozen_first", [True, False])
-@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(("mode", "frozen_first"), [(True, False), (False, True), (False, False)])
 def test_frozen_layers_stay_frozen(mode: bool, frozen_first: bool) -> None:
     model, (x, *_) = case("float64 model")
     model[3].p = 0.0

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import find_bn, freeze_bn, ghost_bn, sync_bn
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Handle, behaviors_of
-from lightning_bn.layers.synced import Synced
 from tests.zoo import CASES, case, cnn, images
 
 
@@ -46,7 +46,7 @@ def test_one_process_changes_nothing_and_says_so(ranks: int | None) -> None:
 
 @pytest.mark.parametrize(("ranks", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_ranks_must_be_a_whole_number(ranks: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="ranks must be"):
+    with pytest.raises(error, match="group_size must be"):
         sync_bn(cnn(), group_size=ranks)
 
 
@@ -61,10 +61,10 @@ def test_torchs_own_synced_layers_are_left_alone_unless_groups_are_asked_for() -
 def test_a_layer_is_either_cut_up_or_put_together_and_the_refusal_says_which_in_both_orders() -> None:
     model = cnn()
     ghosts = ghost_bn(model, size=2, layers="5")
-    with pytest.raises(ValueError, match=r"'5' has ghosts, which cut up the batch of one rank.*undo"):
+    with pytest.raises(ValueError, match=r"'5' cannot have SyncBN, because it has Ghost BN.*undo"):
         sync_bn(model)
     ghosts.undo()
-    with synced(model), pytest.raises(ValueError, match=r"'1' is synced over ranks: ghosts would cut up.*undo"):
+    with synced(model), pytest.raises(ValueError, match=r"'1' cannot have Ghost BN, because it has SyncBN.*undo"):
         ghost_bn(model, size=2)
     with ghost_bn(model, size=2, layers="5"), pytest.warns(UserWarning, match="one process"):  # a model may have both
         sync_bn(model, layers="1")

@@ -26,9 +26,9 @@ from lightning_bn import (
     roi_shuffle,
     sync_bn,
 )
-from lightning_bn.functional.domain.specific import STATISTICS
+from lightning_bn.functional.domain.tensors import STATISTICS
+from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Handle
-from lightning_bn.layers.synced import Synced
 from tests.functional.domains import EVERY, choices
 from tests.zoo import images
 
@@ -83,9 +83,9 @@ def domains(row: int, samples: bool) -> Verb:
             warnings.simplefilter("ignore")
             handle = domain_bn(model, num_domains=2, **choices(row))
         if not samples:
-            handle.show(1)
+            handle.set_domain(1)
         else:  # whatever the batch: the first two samples are of one domain
-            model.register_forward_pre_hook(lambda m, args: handle.show((torch.arange(len(args[0])) > 1).long()))
+            model.register_forward_pre_hook(lambda m, args: handle.set_domain((torch.arange(len(args[0])) > 1).long()))
             handle._undo.insert(0, model._forward_pre_hooks.clear)
         return handle
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.adapted import Adapting
+from lightning_bn.functional.adapt import Adapting
 from lightning_bn.layers.behavior import Behavior, Handle, ModuleBehavior, attach, behaviors_of, detach
 
 

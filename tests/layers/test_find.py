@@ -50,7 +50,7 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str 
 
 @pytest.mark.parametrize("layers", [[], 3, [1], [None]])
 def test_layers_that_are_no_patterns_are_refused(layers: object) -> None:
-    with pytest.raises(TypeError, match="layers must be a glob pattern over qualified names, or a list of some"):
+    with pytest.raises(TypeError, match="layers must be a glob pattern over qualified names, or a list of them"):
         find_bn(Backbone(), layers)  # type: ignore[arg-type]
 
 

@@ -102,7 +102,7 @@ class NBS(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if args[-1] == 0:
-            self.found = set(lbn.normalization_batch_size(trainer, pl_module, samples=20).values())
+            self.found = set(lbn.normalization_batch_size(pl_module, samples=20).values())
             self.weights = torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()])
 
 

@@ -1,4 +1,4 @@
-"""Batches of any kind that Lightning trains on are kept and shown again, and change nothing."""
+"""Batches of any kind that Lightning trains on can be kept and run again."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
 
 
 class OfKind(TinyNet):
-    """Trains on batches of a kind, and spoils them, as augmentations in place do."""
+    """Trains on batches of a kind, and changes them, as augmentations in place do."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

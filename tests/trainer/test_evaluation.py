@@ -1,4 +1,4 @@
-"""An evaluation within an evaluation gives the metrics of a real one under that behavior, and leaves no trace."""
+"""An isolated evaluation gives the metrics of a real one under that behavior, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.callbacks.zoo import (
 )
 
 
-class Talkative(TinyNet):
-    """Logs in every way: values and metrics, by step and epoch, sums, from every hook, of its own lists."""
+class Logging(TinyNet):
+    """Logs values and metrics, by step and epoch, with several reductions, from every hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Talkative(TinyNet):
         self.log_dict({f"{kind}_top1": self.top1, f"{kind}_max": logits.max()}, reduce_fx="max")
         return logits
 
-    def conclude(self, kind: str) -> None:
+    def log_at_end(self, kind: str) -> None:
         self.log(f"{kind}_at_the_end", self.at_the_end.compute())
         self.log(f"{kind}_spread", torch.cat(self.outputs).std())
         self.at_the_end.reset()
@@ -71,24 +71,24 @@ class Talkative(TinyNet):
         self.log("last_hook", outputs.mean(), batch_size=len(outputs))
 
     def on_test_epoch_end(self) -> None:
-        self.conclude("test")
+        self.log_at_end("test")
 
     def on_validation_epoch_end(self) -> None:
-        self.conclude("val")
+        self.log_at_end("val")
 
 
 class Within(Callback):
-    """Evaluates under a behavior before the first batch of each evaluation, and after that of one in the middle."""
+    """Evaluates under a behavior before each batch of an evaluation."""
 
     def __init__(self, behavior: Any = lambda module: nullcontext()) -> None:
-        self.behavior, self.found = behavior, []
+        self.behavior, self.metrics = behavior, []
 
     def look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any) -> None:
         if trainer.state.fn == "fit" and trainer.current_epoch == 0:
             return
         before = self.state(trainer, pl_module)
         with evaluation_batches(trainer, pl_module) as batches:
-            self.found.append(evaluate_isolated(self.behavior(pl_module), trainer, pl_module, batches, "other"))
+            self.metrics.append(evaluate_isolated(self.behavior(pl_module), trainer, pl_module, batches, "other"))
         assert self.state(trainer, pl_module) == before
 
     on_validation_batch_start = on_test_batch_start = look
@@ -100,67 +100,68 @@ class Within(Callback):
 
 
 def loaders(n: int) -> Any:
-    found = [DataLoader(Images(size), batch_size=5) for size in (12, 7)[:n]]
-    return found if n > 1 else found[0]
+    both = [DataLoader(Images(size), batch_size=5) for size in (12, 7)]
+    return both if n > 1 else both[0]
 
 
 def metrics_of(callbacks: list[Any], stage: str, n: int, behavior: Any = None) -> tuple[dict[str, float], InMemory]:
-    module, trainer = Talkative(), trainer_with(callbacks)
+    module, trainer = Logging(), trainer_with(callbacks)
     with behavior(module) if behavior else nullcontext():
         results = getattr(trainer, stage)(module, loaders(n), verbose=False)
     return {key: value for result in results for key, value in result.items()}, trainer.logger
 
 
-def of_the_target(module: LightningModule) -> Any:
+def adapted(module: LightningModule) -> Any:
     return adapt_bn(module, [(3 * torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)])
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("behavior", [None, mini_batch_inference, of_the_target])
+@pytest.mark.parametrize(
+    ("stage", "n", "behavior"),
+    [("validate", 1, None), ("test", 2, mini_batch_inference), ("validate", 2, adapted), ("test", 1, adapted)],
+)
 def test_metrics_are_those_of_a_real_evaluation_under_the_behavior(stage: str, n: int, behavior: Any) -> None:
     within = Within(behavior or (lambda module: nullcontext()))
     plain, rows = metrics_of([], stage, n)
-    around, rows_around = metrics_of([within], stage, n)
-    assert around == plain and rows_around.rows == rows.rows, "the evaluation around must not notice"
+    outer, outer_rows = metrics_of([within], stage, n)
+    assert outer == plain and outer_rows.rows == rows.rows
     expected, _ = metrics_of([], stage, n, behavior)
     assert len(expected) == (6 if stage == "validate" else 7) * n - 2 * (n - 1)
     assert (expected == plain) is (behavior is None)
-    assert len(within.found) == 3 + 2 * (n - 1)
-    for found in within.found:
-        assert found == {f"other/{key}": value for key, value in expected.items()}
+    assert len(within.metrics) == 3 + 2 * (n - 1)
+    for metrics in within.metrics:
+        assert metrics == {f"other/{key}": value for key, value in expected.items()}
 
 
 def test_in_the_validation_of_a_fit_it_leaves_training_as_it_was() -> None:
-    modules, within, rows = (Talkative(), Talkative()), Within(mini_batch_inference), []
+    modules, within, rows = (Logging(), Logging()), Within(mini_batch_inference), []
     for module, callbacks in zip(modules, ([], [within]), strict=True):
         rows.append(fit(module, callbacks).logger.rows)
-    assert within.found and rows[0] == rows[1]
+    assert within.metrics and rows[0] == rows[1]
     assert digest(modules[0].state_dict()) == digest(modules[1].state_dict())
 
 
-class Breaking(Talkative):
+class Breaking(Logging):
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error = error
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        if not isinstance(self.trainer.loggers[0], InMemory):  # muted: not the evaluation around
+        if not isinstance(self.trainer.loggers[0], InMemory):  # muted: the isolated evaluation
             raise self.error
         return super().test_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize(
-    ("error", "comes_out"), [(ZeroDivisionError(), ZeroDivisionError), (StopIteration(), RuntimeError)]
+    ("error", "raised"), [(ZeroDivisionError(), ZeroDivisionError), (StopIteration(), RuntimeError)]
 )
-def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_out: type[Exception]) -> None:
+def test_an_error_within_is_raised_and_leaves_no_trace(error: Exception, raised: type[Exception]) -> None:
     module, caught = Breaking(error), []
 
     class Probe(Within):
         def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             before = self.state(trainer, pl_module)
             with (
-                pytest.raises(comes_out),
+                pytest.raises(raised),
                 evaluation_batches(trainer, pl_module) as batches,
             ):
                 evaluate_isolated(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
@@ -174,7 +175,7 @@ def test_an_error_within_comes_out_and_leaves_no_trace(error: Exception, comes_o
 
 def test_outside_of_an_evaluation_it_is_refused() -> None:
     trainer = fit(TinyNet())
-    with pytest.raises(RuntimeError, match="evaluates nothing at the moment"):
+    with pytest.raises(RuntimeError, match="does not evaluate now"):
         evaluate_isolated(nullcontext(), trainer, trainer.lightning_module, [], "other")
 
     class Predicting(Callback):

@@ -1,4 +1,4 @@
-"""A neutral zone leaves no trace of what forwards do in it."""
+"""After isolation everything is as before, whatever the forwards in it have changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def trainer(tmp_path: Any) -> Trainer:
     return trainer
 
 
-class Hoarder(TinyNet):
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Stateful(TinyNet):
     """Keeps state in every kind of attribute."""
 
     def __init__(self) -> None:
@@ -41,95 +44,65 @@ class Hoarder(TinyNet):
         self.labels = {0}
         self.curve = MulticlassAUROC(3)
 
-    def kept(self) -> Any:
-        own = [self.array, self.tensor, self.tensors, self.by_name, list(self.recent), list(self.labels)]
-        return digest([own, self.curve.preds, state_but_statistics(self)])
+    def state(self) -> Any:
+        attributes = [self.array, self.tensor, self.tensors, self.by_name, list(self.recent), list(self.labels)]
+        return digest([attributes, self.curve.preds, state_but_statistics(self), self.state_dict()])
 
 
-def in_place(m: Any) -> None:
+def change_in_place(m: Any) -> None:
     m.array += 1
-    m.tensor.add_(1)
-    m.tensors[0].add_(1)
-    m.by_name["a"].add_(1)
     m.by_name["array"] += 1
-    m.recent[0].add_(1)
+    for tensor in (m.tensor, m.tensors[0], m.by_name["a"], m.recent[0]):
+        tensor.add_(1)
 
 
-def by_growing(m: Any) -> None:
-    m.tensors.append(torch.ones(3))
-    m.by_name["b"] = torch.ones(3)
-    m.recent.append(torch.ones(3))
-    m.labels.add(1)
+CHANGES: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "in place": (change_in_place, None),
+    "by growing": (
+        lambda m: (m.tensors.append(1), m.by_name.update(b=1), m.recent.append(1), m.labels.add(1)),
+        None,
+    ),
+    "by assignment": (
+        lambda m: vars(m).update(array=1, tensor=1, tensors=[], by_name={}, recent=deque(), labels={2}, new=1),
+        KeyboardInterrupt,
+    ),
+    "a buffer replaced": (lambda m: setattr(m, "queue", torch.ones(8, 6)), None),
+    "buffers": (lambda m: [b.add_(1) for b in (m.queue, m.bn1.running_mean, m.bn1.num_batches_tracked)], StopIteration),
+    "metrics": (
+        lambda m: (m.accuracy(torch.eye(3), torch.arange(3)), m.curve.reset(), m.average_loss.reset()),
+        ValueError,
+    ),
+    "modes": (lambda m: (m.train(), vars(m.drop).update(p=0.9), vars(m.bn1).update(momentum=None)), None),
+}
+"""Name -> change, and an error that is raised after it."""
 
 
-def by_assignment(m: Any) -> None:
-    m.array, m.tensor, m.tensors, m.by_name = np.ones(3), torch.ones(3), [], {}
-    m.recent, m.labels = deque(), {2}
-    m.new_attribute = 1
-    m.queue = torch.ones(8, 6)
-
-
-def in_buffers(m: Any) -> None:
-    m.queue.add_(1)
-    m.bn1.running_mean.add_(1)
-    m.bn1.num_batches_tracked.add_(1)
-
-
-def in_metrics(m: Any) -> None:
-    m.accuracy(torch.eye(3), torch.arange(3))
-    m.curve.update(torch.eye(3), torch.arange(3))
-    m.average_loss.reset()
-
-
-def in_modes(m: Any) -> None:
-    m.train()
-    m.drop.p = 0.9
-    m.bn1.momentum = None
-
-
-@pytest.mark.parametrize("change", [in_place, by_growing, by_assignment, in_buffers, in_metrics, in_modes])
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, StopIteration])
-def test_state_of_modules_is_as_before(trainer: Trainer, change: Callable[[Any], None], error: Any) -> None:
-    module = Hoarder().eval()
+@pytest.mark.parametrize(("change", "error"), CHANGES.values(), ids=CHANGES)
+def test_the_state_of_modules_is_restored(trainer: Trainer, change: Callable[[Any], Any], error: Any) -> None:
+    module = Stateful().eval()
     module.curve.update(torch.eye(3), torch.arange(3))
-    before, buffers, names = module.kept(), digest(module.state_dict()), set(vars(module))
+    state, names, buffers = module.state(), set(vars(module)), [id(b) for b in module.buffers()]
     try:
         with isolate(trainer, module):
             change(module)
-            assert (module.kept(), digest(module.state_dict())) != (before, buffers), "the change does nothing"
+            assert module.state() != state, "the change does nothing"
             if error:
                 raise error
     except (ValueError, KeyboardInterrupt, StopIteration):
         pass
-    assert module.kept() == before
-    assert digest(module.state_dict()) == buffers
-    assert set(vars(module)) == names
+    assert module.state() == state
+    assert set(vars(module)) == names and [id(b) for b in module.buffers()] == buffers
 
 
-def test_tensors_keep_their_identity(trainer: Trainer) -> None:
-    module = TinyNet()
-    before = {name: id(b) for name, b in module.named_buffers()}
-    with isolate(trainer, module):
-        module.queue.add_(1)
-    assert {name: id(b) for name, b in module.named_buffers()} == before
-
-
-def test_random_numbers_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
-    before = digest(list(random_states()))
-    with isolate(trainer, TinyNet()):
-        assert torch.rand(1) is not None and np.random.rand() and random.random()
-        assert digest(list(random_states())) != before
-    assert digest(list(random_states())) == before
+# --- random numbers, logging, gradients -------------------------------------------------------------------------------
 
 
 class Augmentation:
-    """What a module holds to augment with."""
-
     def __init__(self) -> None:
         self.steps = [random.Random(0), np.random.default_rng(0)]
 
 
-def test_random_numbers_of_the_modules_own_go_on_as_if_none_had_been_drawn(trainer: Trainer) -> None:
+def test_random_number_generators_are_restored(trainer: Trainer) -> None:
     module = TinyNet()
     module.generator, module.augmentation = torch.Generator(), Augmentation()
     first, second = module.augmentation.steps
@@ -137,9 +110,13 @@ def test_random_numbers_of_the_modules_own_go_on_as_if_none_had_been_drawn(train
     def draw() -> list[float]:
         return [torch.rand(1, generator=module.generator).item(), first.random(), second.random()]
 
+    before = digest(list(random_states()))
     with isolate(trainer, module):
         drawn = draw()
         assert draw() != drawn
+        assert torch.rand(1) is not None and np.random.rand() and random.random()
+        assert digest(list(random_states())) != before
+    assert digest(list(random_states())) == before
     assert draw() == drawn
 
 
@@ -153,7 +130,8 @@ def test_logging_is_muted_and_the_stage_reads_as_training(trainer: Trainer, tmp_
         module.log_dict({"train_accuracy": 1.0})
         module.logger.log_metrics({"train_loss": 1.0}, step=0)
         module.logger.experiment.anything_at_all(1)
-        assert module.logger.log_dir == loggers[0].log_dir  # where a step may want to write a file
+        for name in ("save_dir", "log_dir", "name", "version"):  # where a step may want to write a file
+            assert getattr(module.logger, name) == getattr(loggers[0], name)
     assert trainer.loggers == loggers and trainer.state.stage == RunningStage.VALIDATING
     assert not trainer.fit_loop.epoch_loop._results
     assert not list(tmp_path.rglob("metrics.csv"))
@@ -180,6 +158,9 @@ def test_gradients_of_an_unfinished_accumulation_are_kept(trainer: Trainer) -> N
     assert digest([p.grad for p in module.parameters()]) == before
 
 
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
 class Changing(TinyNet):
     """Parameters of every kind."""
 
@@ -195,9 +176,9 @@ class Changing(TinyNet):
         self.later_norm = nn.LazyBatchNorm1d()
         self.count = nn.Parameter(torch.arange(3), requires_grad=False)
         self.waves = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-        self.add_anchors = self.head.weight
+        self.tied = self.head.weight
 
-    def kept(self) -> Any:
+    def state(self) -> Any:
         """Everything about parameters that optimizers, DDP and autograd graphs could hold."""
         named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers()]
         modules = [(name, type(m), list(m._forward_pre_hooks.values())) for name, m in self.named_modules()]
@@ -219,8 +200,9 @@ def under_no_grad(m: Changing) -> None:
     torch._foreach_lerp_([m.conv2.weight, m.conv2.bias], [m.conv2.weight * 2, m.conv2.bias * 2], 0.5)
 
 
-def with_nan(m: Changing) -> None:
-    m.conv2.weight.data.fill_(torch.nan)
+def of_other_types(m: Changing) -> None:
+    m.count.add_(1)
+    m.waves.data.mul_(1j)
 
 
 def by_an_optimizer(m: Changing) -> None:
@@ -229,23 +211,10 @@ def by_an_optimizer(m: Changing) -> None:
     torch.optim.SGD(m.parameters(), 0.1).step()
 
 
-def of_other_types(m: Changing) -> None:
-    m.count.add_(1)
-    m.waves.data.mul_(1j)
-
-
-def all_in_half(m: Changing) -> None:
-    m.conv2.half()
-
-
-def replaced(m: Changing) -> None:
+def replaced_added_and_deleted(m: Changing) -> None:
+    m.conv1.half()
     m.conv2.weight = nn.Parameter(torch.zeros(1))
-    m.head = nn.Linear(6, 3)
-
-
-def added_and_deleted(m: Changing) -> None:
-    m.more = nn.Parameter(torch.ones(2))
-    m.bn3 = nn.BatchNorm1d(2)
+    m.head, m.bn3, m.more = nn.Linear(6, 3), nn.BatchNorm1d(2), nn.Parameter(torch.ones(2))
     m.register_buffer("passing", torch.ones(2), persistent=False)
     del m.conv2.bias, m.bn1
 
@@ -253,15 +222,12 @@ def added_and_deleted(m: Changing) -> None:
 def overlapping(m: Changing) -> None:
     first, second = m.overlapping
     first.zero_()
-    assert second[0] == 0, "what shared its memory does no longer"
+    assert second[0] == 0, "the copies must share memory as well"
 
 
-def renormalized_as_used(m: Changing) -> None:
-    m.embedding(torch.arange(4))
-
-
-def parametrized(m: Changing) -> None:
-    m.normed.weight = torch.ones(3, 3)
+def as_used(m: Changing) -> None:
+    m.embedding(torch.arange(4))  # max_norm
+    m.normed.weight = torch.ones(3, 3)  # a parametrization
 
 
 def weights_of_an_rnn(m: Changing) -> None:
@@ -271,90 +237,82 @@ def weights_of_an_rnn(m: Changing) -> None:
     assert not torch.equal(before, m.lstm(x)[0])
 
 
-def lazy_reached(m: Changing) -> None:
+def lazy_initialized(m: Changing) -> None:
     m.later(torch.ones(2, 4))
     m.later_norm(torch.ones(2, 4))
 
 
-def gradients_not_needed(m: Changing) -> None:
+def flags_and_hooks(m: Changing) -> None:
     m.conv2.requires_grad_(False)
-
-
-def hooked(m: Changing) -> None:
     m.conv2.register_forward_pre_hook(lambda *_: None)
 
 
-CHANGES_OF_PARAMETERS = [
-    in_place_through_data,
-    by_other_data,
-    under_no_grad,
-    with_nan,
-    by_an_optimizer,
-    of_other_types,
-    all_in_half,
-    replaced,
-    added_and_deleted,
-    overlapping,
-    renormalized_as_used,
-    parametrized,
-    weights_of_an_rnn,
-    lazy_reached,
-    gradients_not_needed,
-    hooked,
-]
-
-
-@pytest.mark.parametrize("change", CHANGES_OF_PARAMETERS)
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_parameters_are_as_before_bit_for_bit(trainer: Trainer, change: Callable[[Any], None], error: Any) -> None:
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        *[(change, None) for change in (in_place_through_data, by_other_data, under_no_grad, of_other_types)],
+        *[(change, None) for change in (by_an_optimizer, overlapping, as_used, weights_of_an_rnn)],
+        *[(change, KeyboardInterrupt) for change in (replaced_added_and_deleted, lazy_initialized, flags_and_hooks)],
+    ],
+)
+def test_parameters_are_restored_bit_for_bit(trainer: Trainer, change: Callable[[Any], None], error: Any) -> None:
     module = Changing()
-    before = module.kept()
+    before = module.state()
     try:
         with isolate(trainer, module) as fixed, fixed():
-            forward_with_buffers = module.kept()
+            copies = module.state()
             change(module)
-            assert module.kept() != forward_with_buffers, "the change does nothing"
+            assert module.state() != copies, "the change does nothing"
             if error:
                 raise error
     except KeyboardInterrupt:
         pass
-    assert module.kept() == before
+    assert module.state() == before
 
 
-def test_a_parameter_cut_from_a_large_tensor_is_lent_no_more_than_itself(trainer: Trainer) -> None:
+def test_the_copy_of_a_parameter_cut_from_a_large_tensor_is_small(trainer: Trainer) -> None:
     module = Changing()
     with isolate(trainer, module):
         assert module.row.untyped_storage().nbytes() == 12
 
 
-@pytest.mark.parametrize("change", [in_place_through_data, by_other_data, under_no_grad, with_nan, of_other_types])
-def test_every_forward_begins_with_the_same_parameters(trainer: Trainer, change: Callable[[Any], None]) -> None:
-    """A momentum encoder would else move on with every batch of a pass."""
+@pytest.mark.parametrize(
+    ("change", "changes"),
+    [
+        *[(change, [True] * 3) for change in (in_place_through_data, by_other_data, of_other_types)],
+        *[(change, [False, True, False, True]) for change in (by_other_data, under_no_grad)],
+    ],
+)
+def test_every_forward_begins_with_the_same_parameters(
+    trainer: Trainer, change: Callable[[Any], None], changes: list[bool]
+) -> None:
+    """Otherwise a momentum encoder would move with every batch of a pass."""
     module = Changing()
     before = digest([p.data for p in module.parameters() if not is_lazy(p)])
     with isolate(trainer, module) as fixed:
-        for _ in range(3):
+        for changes_now in changes:
             with fixed():
                 assert digest([p.data for p in module.parameters() if not is_lazy(p)]) == before
-                change(module)
-
-
-@pytest.mark.parametrize("change", [by_other_data, under_no_grad])
-def test_every_forward_begins_with_the_same_also_where_the_first_changed_nothing(
-    trainer: Trainer, change: Callable[[Any], None]
-) -> None:
-    module = Changing()
-    before = digest(module.conv2.weight)
-    with isolate(trainer, module) as fixed:
-        for number in range(4):
-            with fixed():
-                assert digest(module.conv2.weight) == before
-                if number % 2:
+                if changes_now:
                     change(module)
 
 
-def test_a_graph_that_is_kept_over_a_pass_can_still_be_gone_back_through(trainer: Trainer) -> None:
-    """As in truncated backpropagation through time."""
+def test_suspended_forwards_begin_with_the_same_parameters(trainer: Trainer) -> None:
+    """In lockstep a forward begins while others are suspended; the step changes them before its first layer."""
+    module = Changing()
+    before = digest(module.conv2.weight.data)
+    with isolate(trainer, module) as fixed:
+        forwards = [fixed() for _ in range(3)]
+        for forward in forwards:
+            forward.__enter__()
+            assert digest(module.conv2.weight.data) == before
+            in_place_through_data(module)
+        for forward in forwards:
+            forward.__exit__(None, None, None)
+
+
+def test_an_autograd_graph_from_before_stays_valid(trainer: Trainer) -> None:
+    """Truncated backpropagation through time needs it."""
     module, x = Changing(), torch.randn(4, 3)
     loss = module.normed(x).square().sum() + (module.lstm(x[None])[0] * module.row).sum()
     with isolate(trainer, module) as fixed:
@@ -368,7 +326,7 @@ def test_a_graph_that_is_kept_over_a_pass_can_still_be_gone_back_through(trainer
     assert digest([p.grad for p in module.parameters()]) == digest([p.grad for p in twin.parameters()])
 
 
-def test_parameters_made_in_inference_mode_are_no_obstacle(trainer: Trainer) -> None:
+def test_parameters_made_in_inference_mode_can_be_isolated(trainer: Trainer) -> None:
     with torch.inference_mode():
         module = TinyNet()
     before = digest(module.state_dict())

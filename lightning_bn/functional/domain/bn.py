@@ -1,135 +1,90 @@
-"""Domain-specific BN: what domains have in common, and what each has for itself (paper, Sec. 5.2)."""
+"""Domain-specific BN: choose which statistics domains share, and which each has separately (paper, Sec. 5.2)."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import get_args
+from typing import Any, get_args
 
-import torch
-from torch import Tensor, nn
-from torch.nn import SyncBatchNorm
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import get_rank
 from lightning_bn.functional.domain.datasets import Datasets, Domain, SplitByDomain
+from lightning_bn.functional.domain.joint_levels import joint_behaviors
 from lightning_bn.functional.domain.levels import Levels
-from lightning_bn.functional.domain.specific import (
-    AFFINE,
-    STATISTICS,
+from lightning_bn.functional.domain.specific import DomainSource, DomainSpecific
+from lightning_bn.functional.domain.tensors import (
     Choice,
-    DomainSpecific,
-    Where,
-    give_domains,
+    State,
+    add_domain_tensors,
+    get_state,
+    load_state,
+    remove_domain_tensors,
 )
-from lightning_bn.layers.adapted import Adapted, Adapting
-from lightning_bn.layers.behavior import Behavior, Handle, attach, behaviors_of, detach, has_behavior
-from lightning_bn.layers.find import Layers, as_patterns, chosen, storing_layers
-from lightning_bn.layers.ghost import Ghost
-from lightning_bn.layers.mini_batch import MiniBatch
-from lightning_bn.layers.synced import Synced
-
-CONFLICTS: tuple[type[Behavior], ...] = (Ghost, Synced, MiniBatch, Adapted, Adapting)
-"""What also says which samples are normalized together, or with which statistics a layer evaluates."""
+from lightning_bn.layers.behavior import Handle, behaviors_of
+from lightning_bn.layers.conflicts import check_conflicts
+from lightning_bn.layers.find import Layers, as_patterns, match_names, storing_layers
 
 
 class DomainHandle(Handle):
-    """The way back from domain-specific BN, which is also told which dataset the model is shown.
+    """Undoes `domain_bn`, and sets the current domain if domains are datasets.
 
     Attributes:
         layers: Qualified name -> layer with domains.
     """
 
-    def __init__(
-        self, layers: dict[str, _BatchNorm], undo: list[Callable[[], None]], datasets: Datasets | None
-    ) -> None:
-        self._undo = undo
+    def __init__(self, layers: dict[str, _BatchNorm], datasets: Datasets | None) -> None:
+        self._undo: list[Callable[[], Any]] = []
         self.layers = layers
         self._datasets = datasets
 
     def use_domain(self, domain: Domain) -> AbstractContextManager[None]:
-        """Say, for a while, which domain the model is shown.
+        """Set the domain of the model's input within a ``with`` block.
 
         Args:
-            domain: That of the batch; or of each of its samples, ``(N,)``.
+            domain: The domain of the batch; or of each of its samples, ``(N,)``.
 
         Raises:
-            ValueError: If there is no such domain, or if the domains are feature levels, which need nobody to say so.
-            TypeError: If it is no whole number, nor a tensor of some.
+            ValueError: If there is no such domain, or if domains are feature levels.
+            TypeError: If it is neither an int nor a 1d tensor of ints.
         """
         return self._require_datasets().use_domain(domain)
 
-    def show(self, domain: Domain | None) -> None:
-        """Set the current domain; `use_domain` overrides it inside its block."""
+    def set_domain(self, domain: Domain | None) -> None:
+        """Set the domain of the model's input; None clears it. `use_domain` overrides it."""
         datasets = self._require_datasets()
-        datasets.current = None if domain is None else datasets.checked(domain)
+        datasets.current = None if domain is None else datasets.validate(domain)
 
-    def _require_datasets(self) -> Datasets:
-        if self._datasets is None:
-            raise ValueError("These domains are feature levels: the number of a call says which one it is.")
-        return self._datasets
-
-    def expect_copies(self) -> None:
-        """Say nothing of deep copies: whoever makes them looks after what each domain has (`WeightAveraging` does)."""
-        for layer in self.layers.values():
-            for behavior in behaviors_of(layer):
-                behavior.not_copied = ""
-
-    def state(self, affine: bool = False) -> dict[str, dict[str, Tensor]]:
-        """What layers keep of each domain, copied to the CPU: layer name -> name -> ``(domains, C)``.
+    def state(self, affine: bool = False) -> State:
+        """Copy each domain's statistics to the CPU: layer name -> ``"domain_mean"`` etc. -> ``(num_domains, C)``.
 
         Args:
-            affine: Also parameters, which the model's own state dict holds while the layers have domains.
+            affine: Include ``domain_weight`` and ``domain_bias``, which the model's state dict holds, too.
         """
-        return state_of(self.layers, affine)
+        return get_state(self.layers, affine)
 
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Give the layers back what `state` has found in them.
+    def load(self, state: State) -> None:
+        """Copy a `state` into the layers.
 
         Raises:
             ValueError: If it is of other layers, or of another number of domains.
         """
-        take_state(self.layers, state)
+        load_state(self.layers, state)
 
+    def allow_copies(self) -> None:
+        """Do not warn of deep copies of the model, for a caller that handles their domains (`WeightAveraging`)."""
+        for layer in self.layers.values():
+            for behavior in behaviors_of(layer):
+                behavior.not_copied = ""
 
-def state_of(layers: dict[str, _BatchNorm], affine: bool = False) -> dict[str, dict[str, Tensor]]:
-    """What layers keep of each domain, copied to the CPU."""
-    keys = (*STATISTICS, *(AFFINE if affine else ()))
-    found = {}
-    for name, layer in layers.items():
-        own = {**layer._buffers, **layer._parameters}
-        found[name] = {k: v.detach().cpu().clone() for k in keys if (v := own.get(k)) is not None}
-    return {name: own for name, own in found.items() if own}
-
-
-def take_state(layers: dict[str, _BatchNorm], state: dict[str, dict[str, Tensor]]) -> None:
-    """Give layers back what `state_of` has found in them; those that evaluate all domains alike need no statistics.
-
-    Raises:
-        ValueError: If it is of other layers, or of another number of domains.
-    """
-    for name, layer in layers.items():
-        own = {**layer._buffers, **layer._parameters}
-        saved = state.get(name, {})
-        if any(own.get(key) is not None and key not in saved for key in STATISTICS):
-            raise ValueError(
-                f"There are no saved statistics of domains of layer {name!r}: were its layers= others, or population= "
-                "and affine=?"
-            )
-        for key, value in saved.items():
-            stored = own.get(key)
-            if stored is None and key in STATISTICS:
-                continue  # population_statistics="shared": all domains together are in the layer's own running statistics
-            if stored is None or stored.shape != value.shape:
-                there = "none" if stored is None else f"{len(stored)} domains"
-                raise ValueError(
-                    f"{key} of layer {name!r} was saved for {len(value)} domains, and there are {there} now: pass the "
-                    "num_domains=, population_statistics= and affine= of the fit that saved it."
-                )
-            with torch.no_grad():
-                stored.copy_(value)
+    def _require_datasets(self) -> Datasets:
+        if self._datasets is None:
+            raise ValueError("Domains are feature levels here: the index of a layer's call is its domain.")
+        return self._datasets
 
 
 def domain_bn(
@@ -142,74 +97,50 @@ def domain_bn(
     level_modules: str | Sequence[str] | None = None,
     layers: Layers = None,
 ) -> DomainHandle:
-    r"""Say what BatchNorm layers that see several domains share among them, and what each domain has for itself.
+    r"""Choose which statistics BatchNorm layers share between domains, and which they keep per domain.
 
-    A domain is a level of a feature pyramid that a head is run on, or a dataset. Three choices, as in Table 5: whether
-    training normalizes all domains together (``train_statistics``), whether evaluation does (``population_statistics``), and whether they have
-    one weight and bias. With $\mu_d, \sigma_d^2$ the statistics of domain $d$ in the batch and $n_d$ its values, the
-    shared ones are $\mu = \sum_d \frac{n_d}{n} \mu_d$ and $\sigma^2 = \sum_d \frac{n_d}{n} (\sigma_d^2 + (\mu_d -
-    \mu)^2)$.
+    A domain is a level of a feature pyramid that shares a head, or a dataset. The three choices are those of the
+    paper's Table 5. With $\mu_d, \sigma_d^2$ the statistics of the $n_d$ values of domain $d$, and $n = \sum_d n_d$,
+    the shared ones are $\mu = \sum_d \frac{n_d}{n} \mu_d$ and $\sigma^2 = \sum_d \frac{n_d}{n} (\sigma_d^2 + (\mu_d -
+    \mu)^2)$. Training and evaluation should agree: ``train_statistics != population_statistics`` warns.
 
-    RetinaNet on COCO, BatchNorm in a head that all five levels share (box AP, Table 5):
+    *Feature levels*: ``level_modules`` names the modules whose forward runs a tower once for each level, such as
+    torchvision's ``"head.*_head"``. A layer's level is the index of its call in one forward of that module. With
+    ``train_statistics="shared"`` the tower runs on all levels in lockstep, and layers normalize them concatenated.
 
-    | ``train_statistics`` | ``population_statistics`` | ``affine`` | AP |
-    |---|---|---|---|
-    | shared | shared | shared | 39.1 |
-    | shared | domain | shared | 2.1 |
-    | domain | domain | shared | 39.1 |
-    | domain | shared | shared | 34.1 |
-    | domain | shared | domain | 35.5 |
-    | domain | domain | domain | 39.2 |
+    *Datasets*: without ``level_modules``, set the domain by ``handle.use_domain(domain)``.
 
-    When it helps: a head that is run on several levels, or a model trained on several datasets whose inputs differ. The
-    straightforward code is the fourth row: each call normalizes by itself, and all of them move one EMA. ``train_statistics`` and
-    ``population_statistics`` should be the same; where they are not, this warns. When it does not: with one domain.
-
-    *Feature levels*: ``owner`` names the modules whose forward runs a tower once for each level, such as torchvision's
-    ``"head.*_head"``, unmodified. A layer's level is the number of its call in a forward of its owner.
-    ``train_statistics="shared"`` normalizes all levels together as one flattened and concatenated tensor: given its first level,
-    the tower is run on all of them in lockstep, and the owner's later calls are answered from that. *Datasets*: without
-    ``level_modules``, say which one the model is shown by ``handle.use_domain(domain)``; ``train_statistics="shared"`` then normalizes
-    each batch as it is.
-
-    Statistics of domains are buffers that no state dict holds (``handle.state()`` does). The layer's own running
-    statistics stay those of all domains together. The affine of domains are new parameters, ``domain_weight`` and
-    ``domain_bias``: make the optimizer, and wrap the model, afterwards; the layer's own ones get no gradient meanwhile.
-    A deep copy is a plain model, which evaluates all domains alike, and warns: ``domain_bn`` on it takes over what each
-    domain has in the original.
-
-    Cost: levels apart, one kernel each as without; together, a copy of the input there and back: forward and backward
-    of a RetinaNet head of 64 channels took 1.02 and 1.14 times as long on a CPU. Samples of several domains in a batch
-    are copied there and back as well. `precise_bn` measures each domain.
+    Each domain's statistics are buffers that no state dict holds (``handle.state()`` does). Its affine are new
+    parameters, ``domain_weight`` and ``domain_bias``: create the optimizer afterwards. A deep copy is a plain model,
+    and warns: call ``domain_bn`` on it to use the copied statistics.
 
     Args:
         model: The model.
-        num_domains: How many there are.
-        train_statistics: What training normalizes with.
-        population_statistics: What evaluation normalizes with.
-        affine: Whether each domain has a weight and a bias.
-        level_modules: Glob patterns over the qualified names of modules; None for datasets.
-        layers: Glob patterns over qualified layer names; None takes those within owners, or every BatchNorm layer.
+        num_domains: Number of domains.
+        train_statistics: ``"shared"`` or ``"domain"``: statistics that training normalizes with.
+        population_statistics: Statistics that evaluation normalizes with.
+        affine: Weight and bias.
+        level_modules: Glob patterns over qualified names of modules; None for datasets.
+        layers: Glob patterns over qualified layer names; None for those in the level modules, or every BatchNorm layer.
 
     Returns:
-        A handle: ``undo()`` it, or use it as a context manager, to have plain layers again. What they kept for each
-        domain is then gone.
+        A handle. ``undo()``, or the end of a ``with`` block, discards what layers keep per domain.
 
     Raises:
-        ValueError: For a choice that is none, a pattern that matches nothing, a layer outside of every owner, owners
-            within each other, layers without running statistics, or that `ghost_bn`, `sync_bn`,
-            `mini_batch_inference`, `adapt_bn` or another ``domain_bn`` acts on, or layers
-            without an affine for domains to have their own. In a forward: for samples of several domains of which
-            one has a single value per channel, if ``train_statistics="domain"``.
-        TypeError: For a SyncBatchNorm. In a forward: for a tower input that is no element of its owner's input.
-        RuntimeError: In a forward: if the number of levels is another, or nobody has said which domain it is.
+        ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, level
+            modules within each other, layers without running statistics, conflicting features on a layer (see
+            docs/callbacks/pairs.md), ``affine="domain"`` for a layer without affine. In a forward: for a domain with
+            one value per channel if ``train_statistics="domain"``.
+        TypeError: For a SyncBatchNorm. In a forward: for a tower input that is not in the level module's input.
+        RuntimeError: In a forward: for another number of levels, or if no domain is set.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_bn import domain_bn
         >>> model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
-        >>> handle = domain_bn(model, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared")
+        >>> choices = {"train_statistics": "domain", "population_statistics": "domain", "affine": "shared"}
+        >>> handle = domain_bn(model, num_domains=2, **choices)
         >>> for domain, x in enumerate(([[0.0], [2.0]], [[10.0], [14.0]])):
         ...     with handle.use_domain(domain):
         ...         model(torch.tensor(x)).flatten()
@@ -218,128 +149,113 @@ def domain_bn(
         >>> handle.state()["0"]["domain_mean"].flatten()
         tensor([ 1., 12.])
     """
-    require_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
-    found = storing_layers(model, layers)
-    owners = find_owners(model, level_modules)
-    if owners:
-        of_owner = {name: {m for m in module.modules() if m is not module} for name, module in owners.items()}
-        outside = [n for n, m in found.items() if not any(m in within for within in of_owner.values())]
-        if outside and layers is not None:
-            raise ValueError(
-                f"Layer {outside[0]!r} is in none of the owners {', '.join(owners)}: leave it out by layers=, or name "
-                "its owner, too."
-            )
-        found = {name: layer for name, layer in found.items() if name not in outside}
-        if not found:
-            raise ValueError(f"There is no BatchNorm layer within {', '.join(owners)}.")
-    for name, layer in found.items():
-        _refuse(name, layer)
-        if affine == "domain" and not layer.affine:
-            raise ValueError(f"Layer {name!r} has no weight and bias (affine=False), so domains cannot have their own.")
-    if get_rank() == 0 and train_statistics != population_statistics:
-        warnings.warn(inconsistent(train_statistics, population_statistics, affine), stacklevel=2)
-    if get_rank() == 0 and not owners and train_statistics == population_statistics == affine == "shared":
-        warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=2)
-    undo: list[Callable[[], None]] = []
-    names = {layer: name for name, layer in found.items()}
-    datasets = None if owners else Datasets(num_domains)
-    wheres: list[tuple[Where, dict[_BatchNorm, str]]] = []
-    if datasets is not None:
-        wheres.append((datasets, names))
-    for name, module in owners.items():
-        within = {layer: n for layer, n in names.items() if layer in of_owner[name]}
-        wheres.append((Levels(name, module, within, num_domains, train_statistics), within))
-    handle = DomainHandle(found, undo, datasets)
+    check_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
+    chosen = storing_layers(model, layers)
+    groups = None
+    if level_modules is not None:
+        groups = _group_by_module(model, level_modules, chosen, strict=layers is not None)
+        inside = {layer for _, group in groups.values() for layer in group}
+        chosen = {name: layer for name, layer in chosen.items() if layer in inside}
+    check_conflicts(chosen, "domain", model)
+    without = [name for name, layer in chosen.items() if not layer.affine]
+    if affine == "domain" and without:
+        raise ValueError(f"Layer {without[0]!r} has no weight and bias (affine=False): pass affine='shared'.")
+    if get_rank() == 0:
+        _warn_if_unusual(train_statistics, population_statistics, affine, levels=groups is not None)
+    names = {layer: name for name, layer in chosen.items()}
+    datasets = Datasets(num_domains) if groups is None else None
+    handle = DomainHandle(chosen, datasets)
+    choices = num_domains, population_statistics, affine
     try:
-        for where, within in wheres:
-            specific = DomainSpecific(within, num_domains, population_statistics, affine, where)
-            for layer in within:
-                undo.append(give_domains(layer, num_domains, population_statistics, affine))
-                undo.append(_given(layer, specific))
-            if isinstance(where, Levels):
-                where.start(undo)
-            elif isinstance(where, Datasets):
-                for layer in within:
-                    undo.append(_given(layer, SplitByDomain(names, where, specific, train_statistics)))
-    except BaseException:  # nobody has the handle
+        if datasets is not None:
+            specific = _add_domains(handle, names, datasets, *choices)
+            for layer in names:
+                handle._attach(layer, SplitByDomain(names, datasets, specific, train_statistics))
+        for name, (module, group) in (groups or {}).items():
+            levels = Levels(name, module, group, num_domains, train_statistics)
+            _add_domains(handle, group, levels, *choices)
+            joint = joint_behaviors(levels) if train_statistics == "shared" else []
+            for target, behavior in (*joint, *levels.behaviors()):
+                handle._attach(target, behavior)
+    except BaseException:
         handle.undo()
         raise
     return handle
 
 
-def _given(layer: _BatchNorm, behavior: Behavior) -> Callable[[], None]:
-    attach(layer, behavior)
-    return lambda: detach(layer, behavior)
+def _add_domains(
+    handle: DomainHandle,
+    names: dict[_BatchNorm, str],
+    source: DomainSource,
+    num_domains: int,
+    population: Choice,
+    affine: Choice,
+) -> DomainSpecific:
+    specific = DomainSpecific(names, num_domains, population, affine, source)
+    for layer in names:
+        add_domain_tensors(layer, num_domains, population, affine)
+        handle._undo.append(functools.partial(remove_domain_tensors, layer))
+        handle._attach(layer, specific)
+    return specific
 
 
-def inconsistent(train_statistics: Choice, population_statistics: Choice, affine: Choice) -> str:
-    """What to say of training and evaluation that normalize differently."""
-    worse = "2.1" if train_statistics == "shared" else "34.1" if affine == "shared" else "35.5"
-    return (
-        f"train_statistics={train_statistics!r} and population_statistics={population_statistics!r} are inconsistent: layers are evaluated with statistics of another "
-        f"kind than they are trained with. In the paper's Table 5 such a RetinaNet head has {worse} AP, and a "
-        "consistent one 39.1."
-    )
+def _group_by_module(
+    model: nn.Module, level_modules: str | Sequence[str], chosen: dict[str, _BatchNorm], strict: bool
+) -> dict[str, tuple[nn.Module, dict[_BatchNorm, str]]]:
+    """The level modules, each with the chosen layers in it; if ``strict``, all of them must be in one."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    patterns = as_patterns(level_modules, "level_modules")
+    found = match_names(modules, patterns, "level_modules", f"module of {type(model).__name__}")
+    for outer in found:
+        inner = [name for name in found if name.startswith(f"{outer}.")]
+        if inner:
+            raise ValueError(
+                f"level_modules={level_modules!r} matches {outer!r} and {inner[0]!r} within it: pass only the one "
+                "whose forward runs a tower once for each level."
+            )
+    groups = {}
+    for name in found:
+        inside = set(modules[name].modules()) - {modules[name]}
+        groups[name] = modules[name], {layer: n for n, layer in chosen.items() if layer in inside}
+    outside = [n for n, layer in chosen.items() if not any(layer in group for _, group in groups.values())]
+    if outside and (strict or len(outside) == len(chosen)):
+        raise ValueError(
+            f"Layer {outside[0]!r} is in none of the level modules {', '.join(found)}. Leave it out by layers=, or "
+            "name its level module."
+        )
+    return groups
 
 
-def require_choices(
+def check_choices(
     num_domains: int,
     train_statistics: Choice,
     population_statistics: Choice,
     affine: Choice,
     level_modules: str | Sequence[str] | None,
 ) -> None:
-    """Refuse arguments of `domain_bn` that are none.
+    """Raise for invalid arguments of `domain_bn`.
 
     Raises:
         ValueError: Naming the argument.
         TypeError: Likewise.
     """
     check_int("num_domains", num_domains, at_least=2)
-    for name, choice in (
-        ("train_statistics", train_statistics),
-        ("population_statistics", population_statistics),
-        ("affine", affine),
-    ):
+    choices = {"train_statistics": train_statistics, "population_statistics": population_statistics, "affine": affine}
+    for name, choice in choices.items():
         if choice not in get_args(Choice):
             raise ValueError(f"{name} must be 'shared' or 'domain' but is {choice!r}.")
     if level_modules is not None:
         as_patterns(level_modules, "level_modules")
 
 
-def find_owners(model: nn.Module, level_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The modules that ``level_modules`` names, none of them within another; none for None.
-
-    Raises:
-        ValueError: If a pattern matches nothing, or one owner is within another.
-    """
-    if level_modules is None:
-        return {}
-    modules = {name: module for name, module in model.named_modules() if name}
-    names = chosen(
-        modules, as_patterns(level_modules, "level_modules"), "level_modules", f"module of {type(model).__name__}"
-    )
-    for outer in names:
-        inner = [name for name in names if name.startswith(f"{outer}.")]
-        if inner:
-            raise ValueError(
-                f"level_modules={level_modules!r} matches {outer!r} and, within it, {inner[0]!r}: name the one whose forward runs a "
-                "tower once for each level."
-            )
-    return {name: modules[name] for name in names}
-
-
-def _refuse(name: str, layer: _BatchNorm) -> None:
-    if isinstance(layer, SyncBatchNorm):
-        raise TypeError(
-            f"Layer {name!r} is a SyncBatchNorm, which exchanges statistics over ranks by itself: leave it out by "
-            "layers=, or do not convert it (sync_batchnorm=False)."
+def _warn_if_unusual(train_statistics: Choice, population_statistics: Choice, affine: Choice, levels: bool) -> None:
+    if train_statistics != population_statistics:
+        ap = "2.1" if train_statistics == "shared" else "34.1" if affine == "shared" else "35.5"
+        warnings.warn(
+            f"train_statistics={train_statistics!r} and population_statistics={population_statistics!r} are "
+            "inconsistent: evaluation normalizes with other statistics than training. In the paper's Table 5 such a "
+            f"RetinaNet head has {ap} AP, and a consistent one 39.1.",
+            stacklevel=3,
         )
-    if has_behavior(layer, DomainSpecific):
-        raise ValueError(f"Layer {name!r} has domains already: undo() that handle first.")
-    if has_behavior(layer, *CONFLICTS):
-        other = next(b.name for b in behaviors_of(layer) if isinstance(b, CONFLICTS))
-        raise ValueError(
-            f"Layer {name!r} has another behavior ({other}) that says with what it normalizes: leave it out by "
-            "layers=, or undo() that handle first."
-        )
+    elif train_statistics == affine == "shared" and not levels:
+        warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=3)

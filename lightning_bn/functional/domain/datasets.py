@@ -1,7 +1,4 @@
-"""Datasets as domains: whoever runs the model says which one its samples are from.
-
-Samples of several in one batch are told apart: the layer then runs once for each domain.
-"""
+"""Datasets as domains: the caller sets the domain of a batch, or of each of its samples."""
 
 from __future__ import annotations
 
@@ -15,25 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.domain.specific import Choice, DomainSpecific, Shown, uses_batch_stats
-from lightning_bn.layers.batch_mode import BatchMode
+from lightning_bn.functional.domain.specific import DomainAssignment, DomainSpecific, uses_batch_stats
+from lightning_bn.functional.domain.tensors import Choice
 from lightning_bn.layers.behavior import Behavior, has_behavior
 
 Domain: TypeAlias = "int | Tensor"
 """The domain of a batch; or of each of its samples, ``(N,)``."""
 
-_SHOWN: ContextVar[tuple[tuple[Datasets, Domain], ...]] = ContextVar("datasets")
-"""Innermost last. Of a context, so that forwards that wait for each other keep their own."""
+# Context variables, because each of several forwards in lockstep has its own domain.
+_USED: ContextVar[tuple[tuple[Datasets, Domain], ...]] = ContextVar("domains set by use_domain, innermost last")
+_PART: ContextVar[DomainAssignment | None] = ContextVar("assignment of the part that a layer runs on", default=None)
 
 
 class Datasets:
-    """Which dataset a model is shown.
+    """Knows which dataset the model's current input is from.
 
     Args:
-        number: How many there are.
+        number: Number of datasets.
 
     Attributes:
-        current: The domain of what is shown, unless `use_domain` sets another.
+        current: The current domain, unless `use_domain` sets another.
     """
 
     def __init__(self, number: int) -> None:
@@ -42,70 +40,62 @@ class Datasets:
 
     @contextmanager
     def use_domain(self, domain: Domain) -> Iterator[None]:
-        """Say which one it is, for a while."""
-        before = _SHOWN.get(())
-        token = _SHOWN.set((*before, (self, self.checked(domain))))
+        """Set the current domain within a ``with`` block."""
+        token = _USED.set((*_USED.get(()), (self, self.validate(domain))))
         try:
             yield
         finally:
-            _SHOWN.reset(token)
+            _USED.reset(token)
 
-    def checked(self, domain: Any) -> Domain:
-        """A domain, or those of samples, if there are such.
+    def validate(self, domain: Any) -> Domain:
+        """Return a domain as an int, or as an int64 tensor.
 
         Raises:
-            TypeError: If it is no whole number, nor a tensor of some.
+            TypeError: If it is neither an int nor a 1d tensor of ints.
             ValueError: If it is out of range.
         """
         if isinstance(domain, Tensor) and domain.ndim == 0 and not domain.is_floating_point():
             domain = int(domain)
-        samples = isinstance(domain, Tensor) and domain.ndim == 1 and domain.dtype in (torch.int32, torch.int64)
-        if not samples and (not isinstance(domain, Integral) or isinstance(domain, bool)):
-            raise TypeError(
-                f"A domain is a whole number, or a tensor of one for each sample of the batch, but is {domain!r}."
-            )
-        found = set(domain.tolist()) if isinstance(domain, Tensor) else {domain}
-        unknown = sorted(d for d in found if not 0 <= d < self.number)
-        if unknown:
-            raise ValueError(f"Domain {unknown[0]} is none of the {self.number} there are: 0 to {self.number - 1}.")
+        per_sample = isinstance(domain, Tensor) and domain.ndim == 1 and domain.dtype in (torch.int32, torch.int64)
+        if not per_sample and (not isinstance(domain, Integral) or isinstance(domain, bool)):
+            raise TypeError(f"A domain must be an int, or a tensor with one int per sample, but is {domain!r}.")
+        for d in sorted(set(domain.tolist() if isinstance(domain, Tensor) else [domain])):
+            if not 0 <= d < self.number:
+                raise ValueError(f"Domain {d} does not exist: num_domains={self.number}, so 0 to {self.number - 1}.")
         return domain.long() if isinstance(domain, Tensor) else int(domain)
 
-    def said(self) -> Domain | None:
-        """What is shown; None if nobody has said."""
-        shown = [domain for datasets, domain in _SHOWN.get(()) if datasets is self]
-        return shown[-1] if shown else self.current
+    def current_or_none(self) -> Domain | None:
+        """The current domain; None if it is not set."""
+        used = [domain for datasets, domain in _USED.get(()) if datasets is self]
+        return used[-1] if used else self.current
 
-    def now(self) -> Domain:
-        """What is shown.
+    def require_current(self) -> Domain:
+        """The current domain.
 
         Raises:
-            RuntimeError: If nobody has said.
+            RuntimeError: If it is not set.
         """
-        domain = self.said()
+        domain = self.current_or_none()
         if domain is None:
             raise RuntimeError(
-                "Nobody has said which domain the model is shown: run it within handle.use_domain(domain), or give the "
-                "layers names of modules by level_modules=, if the domains are feature levels."
+                "No domain is set. Call the model inside `with handle.use_domain(domain):`, or pass level_modules= if "
+                "domains are feature levels."
             )
         return domain
 
-    def shown(self, layer: _BatchNorm) -> Shown:
-        """What a layer is shown."""
-        part = _PART.get(None)
-        return part if part is not None else Shown(self.now())
-
-
-_PART: ContextVar[Shown | None] = ContextVar("part")
+    def assignment(self, layer: _BatchNorm) -> DomainAssignment:
+        """The domains of a layer's current input."""
+        return _PART.get() or DomainAssignment(self.require_current())
 
 
 class SplitByDomain(Behavior):
-    """Samples of several domains in one batch: run the layer for each of them by itself, or note whose they are.
+    """Splits a batch of several domains, so that the layer's other behaviors run once per domain.
 
     Args:
-        names: Layer -> qualified name.
-        datasets: What says whose they are.
-        specific: What the layer does with them.
-        train_statistics: Whether each domain is normalized by itself.
+        names: Layer -> qualified name, for errors.
+        datasets: Knows the current domain.
+        specific: The behavior that normalizes the parts.
+        train_statistics: ``"shared"`` does not split in training.
     """
 
     name = ""
@@ -114,89 +104,73 @@ class SplitByDomain(Behavior):
     def __init__(
         self, names: dict[_BatchNorm, str], datasets: Datasets, specific: DomainSpecific, train_statistics: Choice
     ) -> None:
-        self._names, self._datasets, self._specific, self._train_statistics = (
-            names,
-            datasets,
-            specific,
-            train_statistics,
-        )
-
-    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Run the layer's forward on the parts of ``input`` that are normalized by themselves."""
-        output: Tensor = self._in_parts(layer, forward, input)
-        return output
+        self._names, self._datasets, self._specific = names, datasets, specific
+        self._train_statistics = train_statistics
 
     def normalization_batch(self, samples: float) -> float:
-        """Those of the largest domain, if samples of several are shown and each domain is normalized by itself."""
-        domain = self._datasets.said()
+        """Those of the largest domain, if the batch has several and each is normalized separately."""
+        domain = self._datasets.current_or_none()
         if self._train_statistics == "shared" or not isinstance(domain, Tensor) or not len(domain):
             return samples
         return int(domain.bincount().max())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _in_parts(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        if not uses_batch_stats(layer) and self._specific.population == self._specific.affine == "shared":
+    def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
+        """Run the layer's forward on each part of ``input`` that is normalized separately."""
+        by_batch = uses_batch_stats(layer)
+        if not by_batch and self._specific.population == self._specific.affine == "shared":
             return forward(input)
-        domain = self._datasets.now()
-        in_a_pass = has_behavior(layer, BatchMode) and uses_batch_stats(layer)
-        if isinstance(domain, int):
-            return self._of_one(layer, forward, input, domain, in_a_pass)
+        domain = self._datasets.require_current()
+        if isinstance(domain, Tensor):
+            self._check_samples(layer, input, domain)
+            domain = domain.cpu()
+        elif not by_batch:
+            return forward(input)  # `DomainSpecific` knows the domain
+        if by_batch and self._train_statistics == "shared":
+            domains = domain if isinstance(domain, Tensor) else torch.tensor([domain])
+            return _run_part(forward, input, DomainAssignment(domains))
+        present = [domain] if isinstance(domain, int) else domain.unique().tolist() or [0]
+        in_pass = by_batch and has_behavior(layer, "batch mode")
+        if isinstance(domain, Tensor) and by_batch and not in_pass:
+            self._check_counts(layer, input, domain)
+        rows = []
+        if len(present) > 1:
+            rows = [(domain == d).nonzero().flatten().to(input.device) for d in present]
+        assignment, outputs = DomainAssignment(0, parts=len(present)), []
+        for d in range(self._datasets.number):
+            if d in present:
+                assignment.domain = d
+                outputs.append(_run_part(forward, input[rows[len(outputs)]] if rows else input, assignment))
+            elif in_pass:
+                self._specific.record_empty(layer, d)
+        return torch.cat(outputs)[torch.cat(rows).argsort()] if rows else outputs[0]
+
+    def _check_samples(self, layer: _BatchNorm, input: Any, domain: Tensor) -> None:
+        name = self._names[layer]
         if not isinstance(input, Tensor):
             raise TypeError(
-                f"Layer {self._names[layer]!r} is given a {type(input).__name__}, whose samples cannot be told apart: "
-                "leave it out by layers=, or give one domain for the batch."
+                f"Layer {name!r} gets a {type(input).__name__}, which cannot be split by domain. Leave it out by "
+                "layers=, or pass one domain for the batch."
             )
         if len(domain) != len(input):
             raise ValueError(
-                f"Layer {self._names[layer]!r} is given {len(input)} rows, and there are domains of {len(domain)} "
-                "samples: leave it out by layers=, or give one domain for the batch."
-            )
-        domain = domain.cpu()
-        rows = {d: (domain == d).nonzero().flatten().to(input.device) for d in range(self._datasets.number)}
-        if self._train_statistics == "shared" and uses_batch_stats(layer):
-            return self._shown(layer, forward, input, Shown(domain))
-        if not in_a_pass:  # where micro-batches wait for each other, all come by all domains
-            rows = {d: r for d, r in rows.items() if len(r)}
-            self._check_one_value(layer, input, rows)
-        shown = Shown(0, parts=len(rows))
-        outputs = []
-        for d, r in rows.items():
-            shown.domain = d
-            outputs.append(self._shown(layer, forward, input[r], shown))
-        if not outputs:
-            return forward(input)
-        order = torch.cat(list(rows.values()))
-        return torch.cat(outputs)[order.argsort()]
-
-    def _of_one(
-        self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, domain: int, in_a_pass: bool
-    ) -> Any:
-        if not uses_batch_stats(layer):
-            return forward(input)
-        if self._train_statistics == "shared":
-            return self._shown(layer, forward, input, Shown(torch.tensor([domain])))
-        output = None
-        for d in range(self._datasets.number) if in_a_pass else (domain,):
-            if d == domain:
-                output = self._shown(layer, forward, input, Shown(d))
-            else:
-                self._specific.bring_nothing(layer, d)
-        return output
-
-    def _check_one_value(self, layer: _BatchNorm, input: Tensor, rows: dict[int, Tensor]) -> None:
-        """Before any domain is normalized, and its statistics moved."""
-        alone = [d for d, r in rows.items() if len(r) * input[0].numel() == layer.num_features]
-        if alone and uses_batch_stats(layer):
-            raise ValueError(
-                f"Layer {self._names[layer]!r} is given one value per channel of domain {alone[0]}, which cannot be "
-                "normalized by itself: have batches hold two samples or more of each of their domains, or pass "
-                "train_statistics='shared'."
+                f"Layer {name!r} gets {len(input)} rows, but the domains are those of {len(domain)} samples. Leave it "
+                "out by layers=, or pass one domain for the batch."
             )
 
-    @staticmethod
-    def _shown(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], input: Tensor, shown: Shown) -> Tensor:
-        token = _PART.set(shown)
-        try:
-            return forward(input)
-        finally:
-            _PART.reset(token)
+    def _check_counts(self, layer: _BatchNorm, input: Tensor, domain: Tensor) -> None:
+        """Raise before any domain's statistics are updated."""
+        for d, count in enumerate(domain.bincount().tolist()):
+            if count * input[0].numel() == layer.num_features:
+                raise ValueError(
+                    f"Layer {self._names[layer]!r} gets one value per channel of domain {d}, which has no variance. "
+                    "Use batches with two or more samples of each of their domains, or train_statistics='shared'."
+                )
+
+
+def _run_part(forward: Callable[[Any], Any], input: Any, assignment: DomainAssignment) -> Any:
+    token = _PART.set(assignment)
+    try:
+        return forward(input)
+    finally:
+        _PART.reset(token)

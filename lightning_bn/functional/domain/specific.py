@@ -1,319 +1,229 @@
-"""Domain-specific BN: a layer that sees several domains keeps statistics, or an affine, for each (paper, Sec. 5.2).
+"""The behavior of a layer with domains: it normalizes with the statistics, or the affine, of its input's domain (Sec. 5.2).
 
-The statistics of domains are buffers ``(domains, C)`` of the layer that no state dict holds. The layer's own running
-statistics go on as if there were one domain: an EMA of the batches of all domains together.
+The layer's own running statistics are updated as if there were one domain: an EMA over the batches of all domains.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.moments import batch_statistics
+from lightning_bn.core.moments import Moments, batch_statistics
+from lightning_bn.functional.domain.tensors import AFFINE, STATISTICS, Choice
 from lightning_bn.layers.batch_mode import BatchMode, forward_with_buffers
 from lightning_bn.layers.behavior import Behavior, behaviors_of, has_behavior
-from lightning_bn.layers.frozen import Frozen
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
-
-Choice: TypeAlias = Literal["shared", "domain"]
-"""Whether all domains have something in common, or each has its own."""
-
-STATISTICS = ("domain_mean", "domain_var", "domain_batches")
-"""Buffers of a layer with population statistics of each domain; the last counts batches, as num_batches_tracked."""
-AFFINE = ("domain_weight", "domain_bias")
-"""Parameters of a layer with an affine of each domain, in the place of:"""
-OWN_AFFINE = ("weight", "bias")
-
-
-class Statistics(NamedTuple):
-    """Of a part of a batch: mean, unbiased variance, values per channel."""
-
-    mean: Tensor
-    var: Tensor
-    values: int
 
 
 @dataclass
-class Shown:
-    """What a layer is shown at the moment.
+class DomainAssignment:
+    """The domains of a layer's current input.
 
     Attributes:
-        domain: The domain; or, for each index of the input along ``dim``, its domain.
-        dim: 0 for samples, 2 for levels that lie side by side.
-        parts: Into how many inputs, one for each domain, the batch is divided.
-        seen: Statistics of those that have come so far.
+        domain: The domain; or the domain of each index of the input along ``dim``.
+        dim: 0 for samples, 2 for concatenated levels.
+        parts: Number of inputs into which the batch is split, one per domain.
+        seen: Moments of the parts so far.
     """
 
     domain: int | Tensor
     dim: int = 0
     parts: int = 1
-    seen: list[Statistics] = field(default_factory=list)
+    seen: list[Moments] = field(default_factory=list)
 
 
-class Where(Protocol):
-    """Knows what a layer is shown."""
+class DomainSource(Protocol):
+    """Knows the domains of each layer's current input."""
 
-    def shown(self, layer: _BatchNorm) -> Shown:
-        """What a layer is shown at the moment."""
+    def assignment(self, layer: _BatchNorm) -> DomainAssignment:
+        """The domains of the layer's current input."""
 
 
 class DomainSpecific(Behavior):
-    """Population statistics, or an affine, of each domain. Which inputs are normalized together, others see to.
+    """Keeps population statistics, or an affine, per domain; `Levels` and `SplitByDomain` group the inputs.
 
     Args:
-        names: Layer -> qualified name, to name one that cannot do it.
-        domains: How many there are.
-        population_statistics: Whether each has population statistics.
-        affine: Whether each has a weight and a bias.
-        where: What says which one a layer is shown.
+        names: Layer -> qualified name, for errors.
+        num_domains: Number of domains.
+        population: Whether each domain has population statistics.
+        affine: Whether each domain has a weight and a bias.
+        source: Tells the domain of a layer's input.
     """
 
+    kind = "domain"
+
     def __init__(
-        self, names: Mapping[_BatchNorm, str], domains: int, population: Choice, affine: Choice, where: Where
+        self,
+        names: Mapping[_BatchNorm, str],
+        num_domains: int,
+        population: Choice,
+        affine: Choice,
+        source: DomainSource,
     ) -> None:
-        self.name = f"{domains} domains"
+        self.name = f"{num_domains} domains"
         if "domain" in (population, affine):
             self.not_copied = (
-                "A deep copy of a model under domain_bn is a plain model, which evaluates all domains alike: call "
-                "domain_bn on the copy as well, with the same choices. It takes over what each domain has."
+                "A deep copy of a model under domain_bn is a plain model, which evaluates all domains alike. Call "
+                "domain_bn on the copy with the same choices: it uses the copied statistics and affine of each domain."
             )
         self.population, self.affine = population, affine
-        self._names, self._where = names, where
+        self._names, self._source = names, source
 
     def domain(self, layer: _BatchNorm) -> int | None:
-        """The one it is shown, if each has population statistics; None for several together."""
-        domain = self._where.shown(layer).domain if self.population == "domain" else None
+        """The domain of the current input, if each domain has statistics and the input has one domain."""
+        domain = self._source.assignment(layer).domain if self.population == "domain" else None
         return domain if isinstance(domain, int) else None
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Run the layer's own forward with the statistics and the affine of a domain."""
-        shown = self._where.shown(layer)
-        if self.affine == "domain":
-            forward = self._with_affine(layer, forward, shown)
-        if layer.training and not layer.track_running_stats:
+        """Run the layer's forward with the statistics and the affine of the input's domain."""
+        assignment = self._source.assignment(layer)
+        tracks = layer.track_running_stats or not layer.training
+        by_batch = uses_batch_stats(layer)
+        if isinstance(assignment.domain, Tensor):
+            records = self.population == "domain" and by_batch and tracks
+            if records or self.affine == "domain":
+                forward = functools.partial(self._forward_mixed, layer, forward, assignment, records)
+        elif self.affine == "domain":
+            forward = functools.partial(_forward_with_affine, layer, forward, assignment.domain)
+        if by_batch and tracks and not has_behavior(layer, "batch mode"):
+            return self._train(layer, forward, input, assignment)
+        if by_batch or not tracks or self.population == "shared":
             return forward(input)
-        if uses_batch_stats(layer):
-            if isinstance(shown.domain, Tensor) and self.population == "domain":
-                forward = self._seeing(layer, forward, shown)
-            return forward(input) if has_behavior(layer, BatchMode) else self._training(layer, forward, input, shown)
-        if self.population == "shared":
-            return forward(input)
-        mean, var = (layer._buffers[key] for key in STATISTICS[:2])
-        assert mean is not None and var is not None and isinstance(shown.domain, int)  # several are told apart before
-        return forward_with_buffers(layer, forward, input, False, mean[shown.domain], var[shown.domain])
+        mean, var = (cast(Tensor, layer._buffers[key]) for key in STATISTICS[:2])
+        domain = cast(int, assignment.domain)  # `SplitByDomain` splits the batches of eval mode
+        return forward_with_buffers(layer, forward, input, False, mean[domain], var[domain])
 
-    def _seeing(self, layer: _BatchNorm, forward: Callable[[Any], Any], shown: Shown) -> Callable[[Any], Any]:
-        """The layer's own forward, with a look at each domain's part of what is normalized as a whole."""
+    def record_empty(self, layer: _BatchNorm, domain: int) -> None:
+        """Record that a domain has no samples in a batch: micro-batches in lockstep wait for each domain's moments."""
+        batch_mode = _batch_mode(layer)
+        if batch_mode is not None:
+            empty = cast(Tensor, layer._buffers["running_mean"]).new_empty(0, layer.num_features)
+            batch_mode.record(layer, domain if self.population == "domain" else None, empty, True)
 
-        def at(given: Any) -> Any:
-            def batch_norm(call: BatchNormCall) -> Tensor:
-                for domain, part in self._parts(layer, call, given, shown):
-                    self._see(layer, call, domain, part)
-                return call.run()
-
-            return replace_batch_norm(batch_norm, self._names[layer], forward, given)
-
-        return at
-
-    def _parts(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> Iterator[tuple[int, Tensor]]:
-        """Each domain with its part of what a call is given."""
-        self._check_other_channels(layer, call)
-        self._check_mixed_up(layer, call, given, shown)
-        ids, input = cast(Tensor, shown.domain), call.input.detach()
-        number = len(cast(Tensor, layer._buffers[STATISTICS[0]]))
-        if len(ids) == 1:
-            parts = [input if domain == int(ids) else input[:0] for domain in range(number)]
-        elif (ids.diff() >= 0).all():
-            parts = list(input.split(ids.bincount(minlength=number).tolist(), shown.dim))
-        else:
-            rows = [(ids == domain).nonzero().flatten().to(input.device) for domain in range(number)]
-            parts = [input.index_select(shown.dim, r) for r in rows]
-        yield from enumerate(parts)
-
-    def _check_mixed_up(self, layer: _BatchNorm, call: BatchNormCall, given: Any, shown: Shown) -> None:
-        """Where the layer has made something else of an input of several domains, before it comes to its call."""
-        ids, input = cast(Tensor, shown.domain), call.input
-        alike = input.ndim > max(shown.dim, 1) and input.shape[shown.dim] == len(ids)
-        # of two dimensions, they may be other rows: those that a mask has left
-        whole = input.ndim > 2 or (isinstance(given, Tensor) and given.numel() == input.numel())
-        if len(ids) > 1 and not (alike and whole):
-            raise TypeError(
-                f"Layer {self._names[layer]!r} makes a tensor of shape {tuple(input.shape)} of its input before it "
-                f"normalizes it, of which nothing says where the {len(ids)} parts of several domains are. Leave it out "
-                "by layers=, or give one domain for the batch."
-            )
-
-    def bring_nothing(self, layer: _BatchNorm, domain: int) -> None:
-        """Where micro-batches wait for each other, all come by all domains."""
-        modes = [b for b in behaviors_of(layer) if isinstance(b, BatchMode)]
-        nothing = cast(Tensor, layer._buffers["running_mean"]).new_empty(0, layer.num_features)
-        for mode in modes[:1]:
-            mode.record(layer, domain if self.population == "domain" else None, nothing, True)
-
-    def _see(self, layer: _BatchNorm, call: BatchNormCall, domain: int, part: Tensor) -> None:
-        """Take the statistics of one domain's part."""
-        modes = [b for b in behaviors_of(layer) if isinstance(b, BatchMode)]
-        values = part.numel() // part.shape[1]
-        if modes:
-            modes[0].record(layer, domain, part, modes[0].takes(layer, call))
-        elif call.training and values > 1 and not recomputing():
-            self._move(layer, domain, _statistics(part, values))
-
-    def _training(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, shown: Shown) -> Any:
-        if not isinstance(shown.domain, int):  # all together: plain BatchNorm, whose parts are seen at the call
-            return _on_copies(layer, forward, input) if recomputing() else forward(input)
-        seen: list[Statistics] = []
+    def _train(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, assignment: DomainAssignment) -> Any:
+        if isinstance(assignment.domain, Tensor):  # normalized together: plain BatchNorm
+            return _on_copies(layer, forward, input) if is_recomputing() else forward(input)
+        moments: list[Moments] = []
 
         def batch_norm(call: BatchNormCall) -> Tensor:
-            if not call.training:
+            if not call.training or not call.values:
                 return call.run()
-            self._check_other_channels(layer, call)
-            output, own = _normalized(call, cast(Tensor, layer._buffers["running_mean"]))
-            seen.append(own)
+            self._check_channels(layer, call)
+            output, measured = _run_and_measure(call, cast(Tensor, layer._buffers["running_mean"]))
+            moments.append(measured)
             return output
 
-        def watched(input: Any) -> Any:
-            return replace_batch_norm(batch_norm, self._names[layer], forward, input)
-
-        output = _on_copies(layer, watched, input)
-        if seen and not recomputing():
-            self._store(layer, shown, seen)
+        output = _on_copies(layer, lambda x: replace_batch_norm(batch_norm, self._names[layer], forward, x), input)
+        if moments and not is_recomputing():
+            self._update_layer_stats(layer, assignment, functools.reduce(operator.add, moments))
         return output
 
     @torch.no_grad()
-    def _store(self, layer: _BatchNorm, shown: Shown, seen: list[Statistics]) -> None:
-        """Move a domain's statistics, and with the last domain of a batch the layer's own."""
-        own = seen[0] if len(seen) == 1 else Statistics(*together(seen), sum(s.values for s in seen))
+    def _update_layer_stats(self, layer: _BatchNorm, assignment: DomainAssignment, moments: Moments) -> None:
         if self.population == "domain":
-            self._move(layer, cast(int, shown.domain), own)
-        shown.seen.append(own)
-        if len(shown.seen) == shown.parts:
-            counted = layer.num_batches_tracked
-            if counted is not None:
-                counted += 1
-            running = [cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var")]
-            for stored, new in zip(running, together(shown.seen), strict=True):
-                _move(stored, new, layer.momentum, counted)
-            shown.seen.clear()
-
-    def _check_other_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
-        stored, given = len(cast(Tensor, layer._buffers["running_mean"])), call.input.shape[1]
-        if stored != given:
-            raise TypeError(
-                f"Layer {self._names[layer]!r} stores statistics of {stored} channels, and its forward normalizes "
-                f"{given}: which of them belong together cannot be told. Leave it out by layers=."
-            )
+            self._update_domain_stats(layer, cast(int, assignment.domain), moments)
+        assignment.seen.append(moments)
+        if len(assignment.seen) == assignment.parts:  # the last domain of the batch
+            batches = layer.num_batches_tracked
+            if batches is not None:
+                batches += 1
+            mean, var = (cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var"))
+            _update_ema(mean, var, functools.reduce(operator.add, assignment.seen), layer.momentum, batches)
+            assignment.seen.clear()
 
     @torch.no_grad()
-    def _move(self, layer: _BatchNorm, domain: int, own: Statistics) -> None:
-        """Move a domain's statistics towards those of a batch of it."""
+    def _update_domain_stats(self, layer: _BatchNorm, domain: int, moments: Moments) -> None:
         mean, var, batches = (cast(Tensor, layer._buffers[key])[domain] for key in STATISTICS)
         batches += 1
-        for stored, new in ((mean, own.mean), (var, own.var)):
-            _move(stored, new, layer.momentum, batches)
+        _update_ema(mean, var, moments, layer.momentum, batches)
 
-    def _with_affine(
-        self, layer: _BatchNorm, forward: Callable[[Tensor], Tensor], shown: Shown
-    ) -> Callable[[Tensor], Tensor]:
-        """The layer's own forward with the affine of a domain in the place of its own."""
-        weights, biases = (layer._parameters.get(key) for key in AFFINE)
-        if isinstance(shown.domain, int):
-            own = [p if p is None else p[shown.domain] for p in (weights, biases)]
-            return lambda input: forward_with_affine(layer, forward, input, *own)
+    def _forward_mixed(
+        self,
+        layer: _BatchNorm,
+        forward: Callable[[Any], Any],
+        assignment: DomainAssignment,
+        records: bool,
+        input: Any,
+    ) -> Any:
+        """Normalize several domains together; record the moments of each, and apply the affine of each."""
 
-        ids, dim = shown.domain, shown.dim
+        def batch_norm(call: BatchNormCall) -> Tensor:
+            self._check_order(layer, call, input, assignment)
+            if records:
+                self._check_channels(layer, call)
+                for domain, part in enumerate(self._parts(layer, call.input.detach(), assignment)):
+                    self._record(layer, call, domain, part)
+            return call.run() if self.affine == "shared" else _run_with_affines(layer, call, assignment)
 
-        def with_affine(given: Any) -> Any:
-            def batch_norm(call: BatchNormCall) -> Tensor:
-                self._check_mixed_up(layer, call, given, shown)
-                output = call._replace(weight=None, bias=None).run()
-                of_each = ids.to(output.device)
-                if weights is not None:
-                    output = output * _along(weights[of_each], dim, output).to(output.dtype)
-                return output if biases is None else output + _along(biases[of_each], dim, output).to(output.dtype)
+        return replace_batch_norm(batch_norm, self._names[layer], forward, input)
 
-            return replace_batch_norm(batch_norm, self._names[layer], forward, given)
+    def _parts(self, layer: _BatchNorm, input: Tensor, assignment: DomainAssignment) -> Iterator[Tensor]:
+        """Each domain's part of an input."""
+        domains, num_domains = cast(Tensor, assignment.domain), len(cast(Tensor, layer._buffers[STATISTICS[0]]))
+        if len(domains) == 1:  # of all samples
+            yield from (input if domain == int(domains) else input[:0] for domain in range(num_domains))
+        elif (domains.diff() >= 0).all():  # sorted: views
+            yield from input.split(domains.bincount(minlength=num_domains).tolist(), assignment.dim)
+        else:
+            for domain in range(num_domains):
+                rows = (domains == domain).nonzero().flatten().to(input.device)
+                yield input.index_select(assignment.dim, rows)
 
-        return with_affine
+    def _record(self, layer: _BatchNorm, call: BatchNormCall, domain: int, part: Tensor) -> None:
+        batch_mode, count = _batch_mode(layer), part.numel() // part.shape[1]
+        if batch_mode is not None:
+            batch_mode.record(layer, domain, part, batch_mode.takes(layer, call))
+        elif call.training and count > 1 and not is_recomputing():  # a single value has no variance
+            self._update_domain_stats(layer, domain, _moments(*batch_statistics(part), count))
+
+    def _check_order(self, layer: _BatchNorm, call: BatchNormCall, given: Any, assignment: DomainAssignment) -> None:
+        """Raise if the layer has reordered its input before the call, so that the domains of the rows are unknown."""
+        domains, x, dim = cast(Tensor, assignment.domain), call.input, assignment.dim
+        same_length = x.ndim > max(dim, 1) and x.shape[dim] == len(domains)
+        # a 2d input may consist of other rows, as many by chance: those that a mask has left
+        complete = x.ndim > 2 or (isinstance(given, Tensor) and given.numel() == x.numel())
+        if len(domains) > 1 and not (same_length and complete):
+            raise TypeError(
+                f"Layer {self._names[layer]!r} reshapes its input to {tuple(x.shape)} before it normalizes it, so the "
+                f"domains of its {len(domains)} samples are unknown there. Leave it out by layers=, or pass one domain "
+                "for the batch."
+            )
+
+    def _check_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
+        stored, channels = len(cast(Tensor, layer._buffers["running_mean"])), call.input.shape[1]
+        if stored != channels:
+            raise TypeError(
+                f"Layer {self._names[layer]!r} stores statistics of {stored} channels but normalizes {channels}. Leave "
+                "it out by layers=."
+            )
 
 
 def uses_batch_stats(layer: _BatchNorm) -> bool:
-    """Whether a layer normalizes with batch statistics at the moment."""
-    for behavior in behaviors_of(layer):
-        if isinstance(behavior, BatchMode):
-            return behavior.is_by_batch(layer)
-    return layer.training and not has_behavior(layer, Frozen)
+    """Return True if the layer currently normalizes with batch statistics."""
+    batch_mode = _batch_mode(layer)
+    if batch_mode is not None:
+        return batch_mode.is_by_batch(layer)
+    return layer.training and not has_behavior(layer, "frozen")
 
 
-def recomputing() -> bool:
-    """Whether a forward is run within a backward, by activation checkpointing: what it sees was seen before."""
+def is_recomputing() -> bool:
+    """Return True inside a backward: activation checkpointing runs a forward again, whose moments were recorded."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def give_domains(layer: _BatchNorm, domains: int, population: Choice, affine: Choice) -> Callable[[], None]:
-    """Give a layer buffers and parameters of each domain, which start as its own; returns how to take them away.
-
-    A copy of a layer with domains is plain, but for having them: then they stay what they are. The layer's own weight
-    and bias have nothing to do meanwhile, and so require no gradient.
-    """
-    brought = {key: tensor for key, tensor in _without_domains(layer).items() if len(tensor) == domains}
-    if population == "domain":
-        mean, var = (cast(Tensor, layer._buffers[own]) for own in ("running_mean", "running_var"))
-        batches = torch.zeros((), dtype=torch.long, device=mean.device)  # a layer may count none itself
-        for key, stored in zip(STATISTICS, (mean, var, batches), strict=True):
-            of_each = brought.get(key, stored.expand(domains, *stored.shape).clone())
-            layer.register_buffer(key, of_each, persistent=False)
-    if affine == "domain":
-        for key, name in zip(AFFINE, OWN_AFFINE, strict=True):
-            parameter = layer._parameters.get(name)
-            if parameter is not None:
-                copies = parameter.detach().expand(domains, -1).clone()
-                new = nn.Parameter(copies, requires_grad=parameter.requires_grad)
-                layer.register_parameter(key, cast(nn.Parameter, brought.get(key, new)))
-                parameter.requires_grad_(False)
-
-    def take_away() -> None:
-        _without_domains(layer)
-
-    return take_away
-
-
-def _without_domains(layer: _BatchNorm) -> dict[str, Tensor]:
-    """Take away what a layer has of domains; its own weight and bias then train if those of domains did."""
-    taken: dict[str, Tensor] = {}
-    for own in (layer._buffers, layer._parameters):
-        found = {key: tensor for key in (*STATISTICS, *AFFINE) if (tensor := own.pop(key, None)) is not None}
-        taken.update(found)
-    layer._non_persistent_buffers_set.difference_update(STATISTICS)
-    for key, name in zip(AFFINE, OWN_AFFINE, strict=True):
-        if key in taken:
-            cast(Tensor, layer._parameters[name]).requires_grad_(taken[key].requires_grad)
-    return taken
-
-
-def num_domains(layer: nn.Module) -> int:
-    """Domains for which a layer keeps population statistics; 0 for one that keeps none, or is a plain copy."""
-    mean = layer._buffers.get(STATISTICS[0]) if has_behavior(layer, DomainSpecific) else None
-    return 0 if mean is None else len(mean)
-
-
-def together(parts: list[Statistics]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of all parts as one."""
-    means, variances = torch.stack([p.mean for p in parts]), torch.stack([p.var for p in parts])
-    values = means.new_tensor([[p.values] for p in parts])
-    total = values.sum()
-    mean = (values * means).sum(0) / total
-    squares = (values - 1) * variances + values * (means - mean).square()
-    return mean, squares.sum(0) / (total - 1)
+def _batch_mode(layer: _BatchNorm) -> BatchMode | None:
+    return next((b for b in behaviors_of(layer) if isinstance(b, BatchMode)), None)
 
 
 def _on_copies(layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-    """The layer's own forward, which may write statistics and count a batch, to copies."""
+    """Run the layer's forward on copies of its buffers, because it may update them."""
     buffers = layer._buffers
     own = {key: buffers[key] for key in ("running_mean", "running_var", "num_batches_tracked")}
     buffers.update({key: value if value is None else value.clone() for key, value in own.items()})
@@ -323,46 +233,50 @@ def _on_copies(layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> 
         buffers.update(own)
 
 
-def _normalized(call: BatchNormCall, running: Tensor) -> tuple[Tensor, Statistics]:
-    """What a call would return, and the statistics of its input."""
-    if running.element_size() == 2 and call.values > 1:  # such buffers would round the statistics of every batch
-        return call.normalize_by_itself(), _statistics(call.input, call.values)
-    own = Statistics(torch.zeros_like(running), torch.zeros_like(running), call.values)
-    return call._replace(running_mean=own.mean, running_var=own.var, momentum=1.0).run(), own
+def _run_and_measure(call: BatchNormCall, running_mean: Tensor) -> tuple[Tensor, Moments]:
+    if running_mean.element_size() == 2 and call.values > 1:  # 16-bit buffers would round the batch statistics
+        return call.normalize_by_itself(), _moments(*batch_statistics(call.input.detach()), call.values)
+    mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_mean)
+    output = call._replace(running_mean=mean, running_var=var, momentum=1.0).run()  # the kernel writes an unbiased var
+    return output, _moments(mean, var * ((call.values - 1) / call.values), call.values)
 
 
-def _statistics(input: Tensor, values: int) -> Statistics:
-    mean, var = batch_statistics(input.detach())
-    return Statistics(mean, var * (values / (values - 1)), values)
+def _moments(mean: Tensor, var: Tensor, count: int) -> Moments:
+    """Moments in the precision of ``mean``, not in float64, which not all devices have."""
+    return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * count)
 
 
-def _move(stored: Tensor, new: Tensor, momentum: float | None, batches: Tensor | None) -> None:
-    """One step of the EMA, or of the plain average where there is no momentum."""
-    if momentum is not None:
-        stored.copy_(stored.to(new.dtype).lerp(new, momentum))
-    elif batches is not None:
-        stored.copy_(stored.to(new.dtype).lerp(new, 1 / batches.to(new.dtype)))
+def _update_ema(mean: Tensor, var: Tensor, moments: Moments, momentum: float | None, batches: Tensor | None) -> None:
+    """Update the EMA, or the plain average if ``momentum`` is None, by a batch; like torch, with unbiased variance."""
+    if momentum is None and batches is None:
+        return
+    for stored, new in ((mean, moments.mean), (var, moments.m2 / (moments.count - 1))):
+        weight = 1 / cast(Tensor, batches).to(new.dtype) if momentum is None else momentum
+        stored.copy_(stored.to(new.dtype).lerp(new, weight))
 
 
-def _along(parameter: Tensor, dim: int, input: Tensor) -> Tensor:
-    """A parameter ``(L, C)``, one row for each index of the input along ``dim``, in a shape that broadcasts."""
-    shape = [1] * input.ndim
-    shape[dim], shape[1] = parameter.shape
-    return (parameter if dim == 0 else parameter.T).reshape(shape)
+def _run_with_affines(layer: _BatchNorm, call: BatchNormCall, assignment: DomainAssignment) -> Tensor:
+    """Run a call, with each domain's affine on its part of the input."""
+    dim = assignment.dim
+    output = call._replace(weight=None, bias=None).run()
+    domains = cast(Tensor, assignment.domain).to(output.device)
+    shape = [1] * output.ndim
+    shape[dim], shape[1] = len(domains), output.shape[1]
+    weight, bias = (p if p is None else p[domains] for p in (layer._parameters.get(key) for key in AFFINE))
+    for parameter, operation in ((weight, torch.mul), (bias, torch.add)):
+        if parameter is not None:
+            aligned = (parameter if dim == 0 else parameter.T).reshape(shape)
+            output = operation(output, aligned.to(output.dtype))
+    return output
 
 
-def forward_with_affine(
-    layer: _BatchNorm,
-    forward: Callable[[Tensor], Tensor],
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """The layer's own forward with another weight and bias, which are rows of parameters."""
-    own = cast("dict[str, Tensor | None]", layer._parameters)
-    kept = dict(own)
-    own.update(weight=weight, bias=bias)
+def _forward_with_affine(layer: _BatchNorm, forward: Callable[[Any], Any], domain: int, input: Any) -> Any:
+    """Run the layer's forward with a domain's rows in place of its weight and bias."""
+    parameters = cast("dict[str, Tensor | None]", layer._parameters)
+    own = dict(parameters)
+    weight, bias = (p if p is None else p[domain] for p in (own.get(key) for key in AFFINE))
+    parameters.update(weight=weight, bias=bias)
     try:
         return forward(input)
     finally:
-        own.update(kept)
+        parameters.update(own)

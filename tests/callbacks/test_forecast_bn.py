@@ -1,4 +1,4 @@
-"""PreciseBN without a pass: what `source="training"` writes, and when `when_needed` runs a pass."""
+"""ForecastBNCallback: what it writes and refuses; and `skip_below` of PreciseBNCallback, which uses the forecast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bn import PreciseBNCallback
+from lightning_bn import ForecastBNCallback, FromLoader, PreciseBNCallback
 from tests.callbacks.zoo import (
     Evaluated,
     Images,
@@ -29,7 +29,7 @@ from tests.ranks import run_on_ranks
 
 
 class Learning(TinyNet):
-    """Takes steps of a given size, none by default, and counts how often it is run."""
+    """Trains with a given learning rate, 0 by default, and counts its training steps."""
 
     def __init__(self, lr: float = 0.0) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def close(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) 
 )
 def test_of_fixed_weights_it_writes_what_a_pass_would_and_the_ema_has_not(trainer: dict[str, Any]) -> None:
     module = Learning()
-    fit(module, PreciseBNCallback(source="training"), one_batch(), max_epochs=1, **trainer)
+    fit(module, ForecastBNCallback(), one_batch(), max_epochs=1, **trainer)
     plain, passed = Learning(), Learning()
     fit(plain, [], one_batch(), max_epochs=1, **trainer)
     fit(passed, PreciseBNCallback(8), one_batch(), max_epochs=1, **trainer)
@@ -70,7 +70,7 @@ def test_of_fixed_weights_it_writes_what_a_pass_would_and_the_ema_has_not(traine
 
 def test_the_model_is_run_in_training_steps_only() -> None:
     module = Learning(0.1)
-    callback = PreciseBNCallback(source="training")
+    callback = ForecastBNCallback()
     passes = Passes(callback)
     fit(module, [callback, passes], one_batch(6), max_epochs=3)
     assert module.forwards == 18
@@ -80,38 +80,38 @@ def test_the_model_is_run_in_training_steps_only() -> None:
 
 def test_a_saved_model_reproduces_the_metric_that_was_logged() -> None:
     evaluated = Evaluated()
-    fit(Learning(0.5), [PreciseBNCallback(source="training"), evaluated], max_epochs=2)
+    fit(Learning(0.5), [ForecastBNCallback(), evaluated], max_epochs=2)
     for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
         assert validation_loss(loaded(state)) == pytest.approx(metrics["val_loss"], rel=1e-5)
 
 
 def test_without_validation_it_is_written_before_the_epochs_checkpoints() -> None:
-    callback = PreciseBNCallback(source="training")
+    callback = ForecastBNCallback()
     passes = Passes(callback)
     fit(Learning(0.1), [callback, passes], one_batch(), None, max_epochs=2)
     assert passes.seen == [("epoch end", 6), ("epoch end", 12)]
 
 
 class Writes(Callback):
-    """Writes something into the running statistics before every validation, and keeps what steps then recover."""
+    """Overwrites running statistics after every validation."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             pl_module.bn1.running_mean.fill_(50.0)
 
 
-def test_what_anybody_writes_between_steps_is_where_the_next_step_starts_from() -> None:
+def test_statistics_written_between_steps_do_not_change_the_forecast() -> None:
     """A step's batch is recovered from the statistics before *that* step: of fixed weights, the forecast stays."""
     written = []
     for others in ([], [Writes()]):
         evaluated = Evaluated()
-        fit(Learning(), [PreciseBNCallback(source="training"), evaluated, *others], one_batch(12), max_epochs=3)
+        fit(Learning(), [ForecastBNCallback(), evaluated, *others], one_batch(12), max_epochs=3)
         written.append(evaluated.states[-1]["bn1.running_mean"])
     assert torch.allclose(*written, atol=1e-3)
 
 
 class PoisonedOnce(Callback):
-    """A batch of NaN has been there."""
+    """Writes NaN into the statistics, as a batch with NaN does."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) == (0, 4):
@@ -121,16 +121,16 @@ class PoisonedOnce(Callback):
 
 def test_running_statistics_that_a_nan_has_poisoned_are_replaced() -> None:
     module = Learning()
-    fit(module, [PoisonedOnce(), PreciseBNCallback(source="training")], one_batch(6), max_epochs=1)
+    fit(module, [PoisonedOnce(), ForecastBNCallback()], one_batch(6), max_epochs=1)
     assert all(value.isfinite().all() for value in statistics_of(module).values())
 
 
-# -------------------------------------------------------------------------------------------- what cannot be forecast
-def said(*arguments: Any, **kwargs: Any) -> list[str]:
+# ----------------------------------------------------------------------------------- layers without a forecast
+def messages_of(*arguments: Any, **kwargs: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(*arguments, **kwargs)
-    return [str(w.message) for w in caught if "PreciseBN" in str(w.message)]
+    return [str(w.message) for w in caught if "ForecastBN" in str(w.message)]
 
 
 def change(module: TinyNet, reason: str) -> TinyNet:
@@ -144,8 +144,8 @@ def change(module: TinyNet, reason: str) -> TinyNet:
 @pytest.mark.parametrize("reason", ["momentum 0", "batches not tracked"])
 def test_a_layer_that_cannot_be_recovered_is_named_and_left_as_it_is(reason: str) -> None:
     module, plain = change(Learning(0.1), reason), change(Learning(0.1), reason)
-    callback = PreciseBNCallback(source="training")
-    messages = said(module, callback)
+    callback = ForecastBNCallback()
+    messages = messages_of(module, callback)
     fit(plain)
     assert any(f"'bn1' ({reason})" in message for message in messages)
     assert callback.result is not None and list(callback.result) == ["bn2"]
@@ -163,21 +163,36 @@ class FarOff(Learning):
 
 
 def test_a_layer_with_means_of_too_many_sigma_is_named_and_left_as_it_is() -> None:
-    callback = PreciseBNCallback(source="training")
-    messages = said(FarOff(), callback, max_epochs=1)
+    callback = ForecastBNCallback()
+    messages = messages_of(FarOff(), callback, max_epochs=1)
     assert any("'bn1' (means of many sigma)" in message for message in messages)
     assert callback.result is not None and list(callback.result) == ["bn2"]
 
 
 def test_a_model_of_16_bit_statistics_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cannot be recovered.*16-bit statistics.*source='train_dataloader'"):
-        fit(TinyNet(), PreciseBNCallback(source="training"), precision="bf16-true")
+    with pytest.raises(ValueError, match=r"cannot be recovered.*16-bit statistics.*use PreciseBNCallback"):
+        fit(TinyNet(), ForecastBNCallback(), precision="bf16-true")
 
 
-@pytest.mark.parametrize("options", [{"source": "training"}, {"when_needed": True}])
-def test_averaged_weights_are_refused_with_the_reason(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="WeightAveraging evaluates other weights than those that are trained"):
-        fit(TinyNet(), [WeightAveraging(), PreciseBNCallback(**options)])
+@pytest.mark.parametrize(
+    ("make", "alternative"),
+    [
+        (ForecastBNCallback, "use PreciseBNCallback"),
+        (lambda: PreciseBNCallback(skip_below=0.1), "leave out skip_below="),
+    ],
+)
+def test_averaged_weights_are_refused_with_the_reason(make: Any, alternative: str) -> None:
+    refused = f"WeightAveraging evaluates other weights than those that are trained.*{alternative}"
+    with pytest.raises(ValueError, match=refused):
+        fit(TinyNet(), [WeightAveraging(), make()])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_estimators_of_one_layer_are_refused(swapped: bool) -> None:
+    both = [PreciseBNCallback(8), ForecastBNCallback()]
+    with pytest.raises(ValueError, match=r"act on layer 'bn1' \(2 in all\)"):
+        fit(TinyNet(), both[::-1] if swapped else both)
+    fit(TinyNet(), [PreciseBNCallback(8, layers="bn1"), ForecastBNCallback(layers="bn2")])
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -193,37 +208,19 @@ class ScheduledFreely(TinyNet):
 
 def test_schedule_free_optimizers_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="ScheduleFree evaluates other weights"):
-        fit(ScheduledFreely(), PreciseBNCallback(source="training"))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_samples": 10},
-        {"forward": "forward"},
-        {"stages": ["test"]},
-        {"batch_size_fn": len},
-        {"shard": False},
-        {"replay_bytes": 1},
-        {"when_needed": True},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_a_pass_are_refused_where_there_is_none(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(options))}=.*source='training' runs none"):
-        PreciseBNCallback(source="training", **options)
+        fit(ScheduledFreely(), ForecastBNCallback())
 
 
 @pytest.mark.parametrize("threshold", [-1.0, "0.1", float("nan")])
-def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
-    with pytest.raises(ValueError, match="needed_above"):
-        PreciseBNCallback(needed_above=threshold)
+def test_a_wrong_threshold_is_refused(threshold: Any) -> None:
+    with pytest.raises(ValueError, match="skip_below"):
+        PreciseBNCallback(skip_below=threshold)
 
 
-# --------------------------------------------------------------------------------------------------- passes when needed
+# ------------------------------------------------------------------------------------------------------- skip_below
 def test_a_pass_is_run_while_the_ema_is_off_and_not_when_it_is_not() -> None:
     """Of fixed weights, the EMA of 24 steps is off by 8 % of its start, after a pass by nothing."""
-    module, callback = Learning(), PreciseBNCallback(8, when_needed=True, needed_above=0.05)
+    module, callback = Learning(), PreciseBNCallback(8, skip_below=0.05)
     passes = Passes(callback)
     fit(module, [callback, passes], one_batch(12), max_epochs=4)
     assert passes.seen == [("validation", 12)]
@@ -231,7 +228,7 @@ def test_a_pass_is_run_while_the_ema_is_off_and_not_when_it_is_not() -> None:
 
 def test_a_skipped_pass_leaves_the_running_statistics_to_the_ema() -> None:
     module, plain = Learning(0.1), Learning(0.1)
-    callback = PreciseBNCallback(8, when_needed=True, needed_above=1e9)
+    callback = PreciseBNCallback(8, skip_below=1e9)
     fit(module, callback)
     fit(plain)
     assert callback.result is None
@@ -239,10 +236,10 @@ def test_a_skipped_pass_leaves_the_running_statistics_to_the_ema() -> None:
 
 
 def test_without_a_forecast_the_pass_is_run() -> None:
-    callback = PreciseBNCallback(8, when_needed=True, needed_above=1e9)
+    callback = PreciseBNCallback(8, skip_below=1e9)
     passes = Passes(callback)
     fit(Learning(0.1), [callback, passes], val_check_interval=1, max_epochs=1)
-    assert passes.seen == [("validation", 1)], "one step says nothing of how well the next is forecast"
+    assert passes.seen == [("validation", 1)], "a forecast needs two steps"
 
 
 def test_before_a_test_the_pass_is_run_whatever_a_forecast_says() -> None:
@@ -250,7 +247,7 @@ def test_before_a_test_the_pass_is_run_whatever_a_forecast_says() -> None:
         return train_loader()
 
     module = Learning(0.1)
-    callback = PreciseBNCallback(8, source=given, when_needed=True, needed_above=1e9, stages=["test"])
+    callback = PreciseBNCallback(8, source=FromLoader(given), skip_below=1e9, stages=["test"])
     trainer = fit(module, callback)
     assert callback.result is None
     trainer.test(module, train_loader(), verbose=False)
@@ -258,11 +255,11 @@ def test_before_a_test_the_pass_is_run_whatever_a_forecast_says() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ DDP
-def forecast_on_rank(options: dict[str, Any], broadcast: bool) -> Any:
+def forecast_on_rank(kind: Any, options: dict[str, Any], broadcast: bool) -> Any:
     from lightning.pytorch.strategies import DDPStrategy
 
     module, evaluated = Learning(0.1), Evaluated()
-    callback = PreciseBNCallback(**options)
+    callback = kind(**options)
     loader = train_loader(size=64, batch_size=4)
     strategy = DDPStrategy(broadcast_buffers=broadcast)
     fit(module, [callback, evaluated], loader, devices=2, strategy=strategy, max_epochs=2)
@@ -272,7 +269,7 @@ def forecast_on_rank(options: dict[str, Any], broadcast: bool) -> Any:
 @pytest.mark.ddp
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_what_ranks_evaluate_is_identical(broadcast: bool) -> None:
-    first, second = run_on_ranks(forecast_on_rank, 2, {"source": "training"}, broadcast)
+    first, second = run_on_ranks(forecast_on_rank, 2, ForecastBNCallback, {}, broadcast)
     assert first == second
     assert not first[1]
 
@@ -280,14 +277,12 @@ def test_what_ranks_evaluate_is_identical(broadcast: bool) -> None:
 @pytest.mark.ddp
 def test_ranks_agree_on_whether_a_pass_is_needed() -> None:
     """Where each has running statistics of its own, and would decide on its own."""
-    first, second = run_on_ranks(
-        forecast_on_rank, 2, {"num_samples": 8, "when_needed": True, "needed_above": 0.3}, False
-    )
+    first, second = run_on_ranks(forecast_on_rank, 2, PreciseBNCallback, {"num_samples": 8, "skip_below": 0.3}, False)
     assert first[1] == second[1]
 
 
-def test_resumed_with_other_layers_it_begins_anew_and_says_so() -> None:
-    callback = PreciseBNCallback(source="training")
+def test_resumed_with_other_layers_it_begins_anew_with_a_warning() -> None:
+    callback = ForecastBNCallback()
     fit(TinyNet(), callback)
     state = callback.state_dict()
 
@@ -300,5 +295,5 @@ def test_resumed_with_other_layers_it_begins_anew_and_says_so() -> None:
             super().__init__()
             self.third = nn.BatchNorm1d(3)
 
-    other = PreciseBNCallback(source="training")
-    assert any("begins a new forecast" in message for message in said(Wider(), [Widened(), other]))
+    other = ForecastBNCallback()
+    assert any("begins a new forecast" in message for message in messages_of(Wider(), [Widened(), other]))

@@ -1,0 +1,108 @@
+"""The context of a pass: the Trainer, its module, the modules' modes in training, and the layers to estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional.precise import estimable_layers
+from lightning_bn.layers.find import Layers
+from lightning_bn.layers.modes import keep_in_eval
+from lightning_bn.trainer.compat import recorded_modes
+from lightning_bn.trainer.isolation import is_lightning_module
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """The surroundings of one pass, computed once.
+
+    Attributes:
+        trainer: The Trainer.
+        module: Its module.
+        modes: Each module -> whether it was in train mode at the last training batch.
+        layers: Qualified name -> layer to estimate: chosen, not frozen, in train mode when the model trains.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    modes: dict[nn.Module, bool]
+    layers: dict[str, _BatchNorm]
+
+    @classmethod
+    def of(cls, trainer: Trainer, module: LightningModule, layers: Layers) -> PassContext:
+        """The context of a pass that begins now, over the layers that the patterns match."""
+        modes = modes_of_training(trainer, module)
+        return cls(trainer, module, modes, estimable_layers(module, layers, modes.__getitem__))
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return self.module.device
+
+
+def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
+    """The mode of each module at the last training batch.
+
+    Outside a fit, a model that is in eval mode as a whole gives no hint: all modules count as in train mode.
+    """
+    recorded = recorded_modes(trainer)
+    if recorded is None:
+        return {m: m.training for m in module.modules()}
+    if trainer.state.fn != "fit" and not recorded.get("", False):
+        return dict.fromkeys(module.modules(), True)
+    return {m: recorded.get(name, m.training) for name, m in module.named_modules()}
+
+
+@contextmanager
+def set_modes(
+    modes: dict[nn.Module, bool], like_training: bool, estimated: Collection[nn.Module]
+) -> Iterator[Callable[[], None]]:
+    """Set the modes for a pass: eval, but for the layers to estimate and what a training step needs.
+
+    Modules with children keep their mode: a training step may return something else in eval mode (torchvision's
+    detectors do). Modules without children (Dropout, DropPath), attention, whose dropout is part of it, and BatchNorm
+    layers that are not estimated are in eval mode, also after a step has called `train()`.
+
+    Args:
+        modes: Each module and its mode at the last training batch.
+        like_training: Whether the training step is run.
+        estimated: Layers whose statistics are estimated.
+
+    Yields:
+        A function to call before each forward, because steps set modes.
+    """
+    estimated = set(estimated)
+    wanted = {m: m in estimated or (mode and like_training and _mode_may_change_output(m)) for m, mode in modes.items()}
+
+    def begin() -> None:
+        for m, mode in wanted.items():
+            if m.training != mode:
+                m.training = mode
+
+    with keep_in_eval([m for m in modes if m not in estimated and not _mode_may_change_output(m)]):
+        begin()
+        yield begin
+
+
+def _mode_may_change_output(m: nn.Module) -> bool:
+    """Whether the mode may decide which outputs there are, rather than how noisy they are."""
+    if isinstance(m, (_BatchNorm, nn.MultiheadAttention)):
+        return False
+    return next(m.children(), None) is not None or is_lightning_module(m)
+
+
+@contextmanager
+def batch_domain(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Iterator[None]:
+    """Let the callbacks with domains set the domain of a batch that is run outside Lightning's loops."""
+    with ExitStack() as stack:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "use_domain_of"):
+                stack.enter_context(callback.use_domain_of(batch, dataloader_idx))
+        yield
