@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Spread
 from lightning_bn import BNStatsMonitor
+from lightning_bn.callbacks.monitor_output import log_figures
 from lightning_bn.core.moments import Moments
 from lightning_bn.tracking.history import MAX_ROWS
 from lightning_bn.tracking.record import DriftRecord
@@ -216,7 +217,7 @@ def _measure(network: str, samples: int, pixels: int, device: str, minutes: floa
         assert monitor._record is not None
         held, bytes_a_channel = _fill(monitor._record)
         started = time.perf_counter()
-        monitor._draw(trainer, monitor._record)
+        log_figures(trainer, monitor._record)
         drawn = time.perf_counter() - started
     case, rows, plain = f"{network} | {samples} of {pixels} px", [], turns.seconds[PLAIN]
     for name, seconds in turns.seconds.items():
@@ -235,12 +236,13 @@ def _fill(record: DriftRecord) -> tuple[int, float]:
     """Fills the history with the last row; returns the bytes of all tensors, and of those per channel."""
     assert record.last is not None
     for row in range(4 * MAX_ROWS):
-        record.traces.add(row, record.observer.traced)
+        record.traces.add(row, record.traces.points[-1])
         if row < MAX_ROWS:
             record.history.add(row, record.last.per_layer())
-    record.observer.before_batch()
-    observing = _bytes(vars(record.observer))
-    record.observer.abandon()
+    for _ in range(15):  # most of the steps that may wait for their arithmetic
+        record.observer.before_batch()
+        record.observer.after_batch()
+    observing = _bytes(vars(record.observer)) + _bytes(vars(record.observer._recorder))
     history = _bytes(record.history.state_dict()) + _bytes(record.traces.state_dict())
     return observing + history, observing / sum(layer.num_features for layer in record.layers.values())
 

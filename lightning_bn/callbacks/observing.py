@@ -1,4 +1,4 @@
-"""What observers share: nothing that they meet in a fit ends it."""
+"""Base of the monitors: errors within a fit become warnings."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from lightning_bn.core.ranks import OUT_OF_MEMORY
 
 
 class ObservingCallback(BatchNormCallback):
-    """A callback that only looks, and what it says once a fit."""
+    """A callback that only observes, and warns of each problem once per fit."""
 
-    _said: frozenset[str] = frozenset()
+    _warned: frozenset[str] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the one-time warnings."""
-        self._said = frozenset()
+        self._warned = frozenset()
 
     @contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
-        """Go on after an error in here, and say once ``what`` it was in the way of."""
+    def _errors_as_warnings(self, failed: str) -> Iterator[None]:
+        """Turn an error into a warning that says what ``failed``; out-of-memory errors are raised."""
         try:
             yield
         except OUT_OF_MEMORY:
@@ -32,20 +31,18 @@ class ObservingCallback(BatchNormCallback):
         except Exception as error:
             cause = str(error) if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: {error}"
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-            # by its place: a message may hold what differs from batch to batch
-            self._say(f"{type(self).__name__} {what}: {cause}", key=f"{what}, {frame.f_code.co_filename}:{line}")
+            # The place is the key, since messages may differ from batch to batch.
+            self._warn_once(f"{type(self).__name__} {failed}: {cause}", f"{failed}, {frame.f_code.co_filename}:{line}")
 
-    def _say(self, message: str, key: str = "") -> None:
-        if (key or message) not in self._said:
+    def _warn_once(self, message: str, key: str = "") -> None:
+        if (key or message) not in self._warned:
             rank_zero_warn(message)
-        self._said |= {key or message}
+        self._warned |= {key or message}
 
-    def _present(self, trainer: Trainer, layer: str | None = None) -> set[str]:
-        """Names of the classes of the Trainer's callbacks, of those that act on ``layer`` if one is given."""
-        return {
-            kind.__name__
+    def _has_callback(self, trainer: Trainer, name: str, layer: str) -> bool:
+        """Return whether a callback of the class of this name, or of a subclass, acts on a layer."""
+        return any(
+            name in (kind.__name__ for kind in type(callback).__mro__)
             for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, BatchNormCallback)
-            and (layer is None or layer in callback.chosen_layers(trainer.lightning_module))
-            for kind in type(callback).__mro__
-        }
+            if isinstance(callback, BatchNormCallback) and layer in callback.chosen_layers(trainer.lightning_module)
+        )

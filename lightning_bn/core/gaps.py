@@ -1,6 +1,6 @@
-"""Gap: how far one set of statistics lies from another, in one number for a layer's means and one for its variances.
+"""Gap between two sets of statistics of a layer, in one number for its means and one for its variances.
 
-Each is the root mean square over channels of an *offset*, which keeps its sign and its channel.
+Each gap is the root mean square over channels of an offset, which keeps its sign and its channel.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 _SMALLEST_VARIANCE = 1e-12
-"""Stands in for the variance of a dead channel, whose gap in units of its own sigma would be infinite."""
+"""Keeps the offsets of dead channels finite."""
 
 
 def mean_offsets(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
-    """How many sigma each channel's mean has moved: ``(mean - from_mean) / sqrt(from_var)``, ``(C,)``."""
+    """Distance of each channel's means in sigma: ``(mean - from_mean) / sqrt(from_var)``, ``(C,)``."""
     return (mean - from_mean) / from_var.clamp(min=_SMALLEST_VARIANCE).sqrt()
 
 
@@ -23,15 +23,7 @@ def var_offsets(var: Tensor, from_var: Tensor) -> Tensor:
 
 
 def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
-    """Root mean square over channels of ``(mean - from_mean) / sqrt(from_var)``: how many sigma the means have moved.
-
-    Args:
-        mean: New means, ``(C,)``.
-        from_mean: Means they are held against, ``(C,)``.
-        from_var: Variances that give the unit, ``(C,)``.
-
-    Returns:
-        A scalar, 0 for equal statistics.
+    """Root mean square over channels of ``(mean - from_mean) / sqrt(from_var)``, a scalar in float64.
 
     Example:
         >>> import torch
@@ -42,14 +34,7 @@ def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
 
 
 def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
-    """Root mean square over channels of ``log(var / from_var)``: 0.7 is a factor of two, up or down.
-
-    Args:
-        var: New variances, ``(C,)``.
-        from_var: Variances they are held against, ``(C,)``.
-
-    Returns:
-        A scalar, 0 for equal statistics.
+    """Root mean square over channels of ``log(var / from_var)``, a scalar in float64; 0.7 is a factor of two.
 
     Example:
         >>> import torch

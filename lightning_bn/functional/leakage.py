@@ -1,4 +1,4 @@
-"""Leakage: whether samples that a BatchNorm layer normalizes together were put together at random (paper, Sec. 6)."""
+"""batch_leakage: test whether normalization batches are random in their samples (paper, Sec. 6)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ from lightning_bn.layers.find import Layers
 from lightning_bn.layers.modes import keep_in_eval
 
 _MAX_ROWS = 4096
-"""Of one call of one layer, of all ranks; more are thinned at random."""
+"""Rows of one call of one layer, of all ranks; of more a random part is tested."""
 
 
 @dataclass(frozen=True)
 class BatchLeakage:
-    """How alike the samples of normalization batches are.
+    """Result of a leakage test.
 
     Attributes:
-        p_value: Probability of batches as unlike chance as these, over all layers, if they were put together at random.
-        icc: Layer's name -> intra-class correlation of the samples that it normalizes together: positive if they are
-            alike, negative if they are balanced, about 0 if they were put together at random. Of a layer that is called
-            several times in a forward, that of the most conspicuous call.
-        noise: Layer's name -> standard deviation that the correlation has without leakage.
-        left_out: Layer's name -> why it could not be tested, where it was given rows and they are not its samples.
+        p_value: p-value over all layers, under the hypothesis of random batches.
+        icc: Layer name -> intra-class correlation of samples normalized together: positive if they are alike, negative
+            if they are balanced, about 0 if random. For a layer with several calls, that of the most extreme call.
+        noise: Layer name -> standard deviation of the correlation without leakage.
+        left_out: Layer name -> why it could not be tested.
     """
 
     p_value: float
@@ -46,7 +45,7 @@ class BatchLeakage:
 
     @property
     def worst_layer(self) -> str:
-        """The layer whose correlation is the most times its noise."""
+        """The layer with the largest ratio of correlation and noise."""
         return max(self.icc, key=lambda name: abs(self.icc[name]) / self.noise[name])
 
 
@@ -58,57 +57,38 @@ def batch_leakage(
     layers: Layers = None,
     batch_size_fn: BatchSizeFn | None = None,
 ) -> BatchLeakage:
-    r"""Test whether samples that are normalized together are alike, or balanced, more than chance has it.
+    r"""Test whether samples normalized together are more alike, or more balanced, than random ones (Sec. 6).
 
-    Where batches are put together by a pattern, a model can learn to read it off the batch statistics, and is lost in
-    evaluation: with batches of 16 classes x 2 images validation error was 51.1 % with population statistics and 23.3 %
-    with mini-batch statistics in batches of the same pattern (Fig. 8); in an R-CNN head whose batch is the regions of
-    one image, box AP was 30.7 instead of 41.7 (Table 3).
-
-    The model is run in eval mode, since in train mode BatchNorm subtracts from each batch what its samples share. Of
-    every sample a layer is given, the mean over space is kept; a layer's 16 leading principal components of those give
-    the intra-class correlation of its normalization batches,
+    The model runs in eval mode: train-mode BatchNorm removes the batch mean that shows the pattern. For each layer
+    the samples' means over space, projected on 16 principal components, give the intra-class correlation
 
     $$ICC = \frac{MS_B - MS_W}{MS_B + (m - 1) MS_W}$$
 
-    with $MS_B$ and $MS_W$ the mean squares between and within batches of $m$ rows. The p-value is that of the most
-    conspicuous layer against up to 19,999 random regroupings of the same rows into batches of the same sizes. It is
-    exact: over random batches it falls below 1 % in at most 1 % of tests. Layers that are given other rows than others
-    are, those of a head that runs on regions say, are tested by themselves, and the smallest p-value counts as often as
-    there are such sets of layers (Bonferroni). The calls of a layer within a forward, of several feature levels say,
-    are compared among themselves, not with each other.
+    with $MS_B$, $MS_W$ the mean squares between and within normalization batches of $m$ samples. The most extreme layer
+    is compared with up to 19,999 random regroupings of the same rows. Layers with other rows are tested separately, and
+    their p-values are combined (Bonferroni). A normalization batch is what the layer normalizes together in training:
+    `ghost_bn`, `sync_bn` and SyncBatchNorm count. Several rows of a sample (tokens, views) are averaged; the batch is
+    then run once more to assign rows to samples. If each normalization batch is a single sample's rows, rows are
+    compared.
 
-    A normalization batch is what a layer normalizes together when it trains: a call's rows, of one rank, or of all that
-    share statistics (`sync_bn`, SyncBatchNorm), or a group of them (`ghost_bn`).
-
-    Where a sample is several rows of a layer (tokens, views of an image), its rows are averaged: that they are alike
-    and always together is no leak. Which rows are of which sample is seen by running the model on a batch once more
-    with each sample in the next one's place; a layer of which that does not tell (regions of several images, nodes of
-    graphs) is left out. Where each normalization batch is the rows of a *single* sample, the rows themselves are
-    compared: they are put together by their sample, which is the leak of an R-CNN head on one image's regions.
-
-    When it does not help: it says that batches are not i.i.d., not what that costs; easy tasks take no harm (ten
-    digits as 8 classes x 2: 3.6 % error against 3.8). Some 4000 samples in 4 batches or more are needed to see 16
-    classes x 2 in 32. Epochs without repetition should not be mixed: a sample that comes in two batches, but never
-    twice in one, makes those more unlike than chance.
+    When it does not help: it does not measure the cost of leakage. It needs about 4000 samples in 4 batches or more.
 
     Args:
-        model: The model. ``DistributedDataParallel`` is looked through.
-        batches: Batches as they are put together in training. Under torch.distributed every rank calls this, each with
-            its own; it ends with the first rank that has no more. They have to end: cut an endless iterator off
-            (``itertools.islice``).
+        model: The model. ``DistributedDataParallel`` is unwrapped.
+        batches: Finitely many batches, composed as in training. Under torch.distributed every rank passes its own;
+            the test ends with the rank that has the fewest.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
 
     Returns:
-        The p-value, and the correlation of each layer; the same on all ranks.
+        The p-value, and the correlation of each layer; equal on all ranks.
 
     Raises:
-        ValueError: If there is nothing to compare: no layer, one normalization batch only, normalization batches of
-            one row, rows that are all equal but for rounding, or of which it cannot be told whose they are.
-        RuntimeError: If another rank met an error.
+        ValueError: If there is nothing to compare: no layer, a single normalization batch, only batches of one row,
+            equal rows, or rows that cannot be assigned to samples.
+        RuntimeError: If another rank failed.
 
     Example:
         >>> import torch
@@ -126,16 +106,15 @@ def batch_leakage(
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    chosen = estimable_layers(model, layers)
-    if not chosen:
+    estimable = estimable_layers(model, layers)
+    if not estimable:
         raise ValueError(
             f"All chosen BatchNorm layers of {type(model).__name__} are frozen, or in eval mode while the model is in "
-            "train mode: they normalize with the population, through which nothing leaks."
+            "train mode: they normalize with population statistics, through which nothing leaks."
         )
+    run, size_of = partial(forward or call_model, model), as_batch_size_fn(batch_size_fn)
     with keep_in_eval(list(model.modules())):
-        return measure_leakage(
-            chosen, batches, lambda batch: (forward or call_model)(model, batch), as_batch_size_fn(batch_size_fn)
-        )
+        return measure_leakage(estimable, batches, run, size_of)
 
 
 def measure_leakage(
@@ -143,28 +122,25 @@ def measure_leakage(
     batches: Iterable[Any],
     run: Callable[[Any], Any],
     batch_size_fn: BatchSizeFn,
+    *,
     seed: int = 0,
 ) -> BatchLeakage:
-    """Run batches through the fixed model and test what ``layers`` were given.
+    """Run batches through a model in eval mode and test the inputs of ``layers``.
 
     Args:
-        layers: Qualified name -> layer, in eval mode.
-        batches: This rank's batches; as many are run as the rank with fewest has.
+        layers: Qualified name -> layer.
+        batches: This rank's batches.
         run: Runs the model on one batch.
-        batch_size_fn: Samples in a batch.
-        seed: Of the regroupings.
+        batch_size_fn: Number of samples in a batch.
+        seed: Seed of the regroupings.
 
     Raises:
         ValueError: If there is nothing to compare.
-        RuntimeError: If another rank met an error.
+        RuntimeError: If another rank failed.
     """
     rows = RowMeans(layers)
     device = next(iter(layers.values())).running_mean.device  # type: ignore[union-attr]  # estimable layers have one
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        Handle(layers.values(), rows),
-    ):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), Handle(layers.values(), rows):
         iterator, missing = iter(batches), object()
         while True:
             with agreed(device):
@@ -176,106 +152,93 @@ def measure_leakage(
                 samples = batch_size_fn(batch)
                 rows.next_batch(samples)
                 run(batch)
-            unplaced, *_ = sum_over_ranks([rows.unplaced], device)
-            if unplaced:  # on all ranks: there may be collectives in a forward
+            needs_probe, *_ = sum_over_ranks([rows.needs_probe], device)
+            if needs_probe:  # on any rank: all run the model again, since its forward may contain collectives
                 with agreed(device):
                     rows.probe(partial(run, _rolled(batch, samples)))
-        return _tested(_of_all_ranks(layers, rows), _eps_of_all_ranks(layers, rows), _left_out(layers, rows), seed)
+    return _test_on_rank_zero(layers, rows, seed)
+
+
+def left_out_message(left_out: Mapping[str, str]) -> str:
+    """A sentence that names the layers left out, why, and what to do."""
+    name, reason = next(iter(left_out.items()))
+    others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+    return (
+        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass batch_size_fn=, a function "
+        "from batch to number of samples."
+    )
 
 
 def _rolled(batch: Any, samples: int) -> Any:
-    """A copy of a batch with each sample in the place of the one after it, as far as its tensors show samples."""
+    """A copy of a batch with each sample in the next one's place, in all tensors that hold samples."""
 
     def roll(tensor: Tensor) -> Tensor:
         twin = tensor.detach().clone()
         if twin.ndim and len(twin) == samples:
-            twin.copy_(twin.roll(1, 0))  # in place, so that it stays of its class
+            twin.copy_(twin.roll(1, 0))  # in place, to keep the tensor's class
         return twin
 
     try:
         return copied_with(roll, batch)
-    except TypeError:  # then nothing shows whose rows are whose
+    except TypeError:  # then the layout stays unknown
         return batch
 
 
-def _left_out(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, str]:
-    """Layers that any rank has left out, with its reason or the like."""
-    own = gather_rows(torch.tensor([[name in rows.left_out for name in layers]], dtype=torch.long)).amax(0)
-    reasons = {name: rows.left_out.get(name, "as another rank found, its rows are not its samples") for name in layers}
-    return {name: reason for (name, reason), left in zip(reasons.items(), own.tolist(), strict=True) if left}
-
-
-def _eps_of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[str, float]:
-    """Machine precision of each layer's coarsest input."""
-    own = torch.tensor([[rows.eps.get(name, 0.0) for name in layers]], dtype=torch.float64)
-    return dict(zip(layers, gather_rows(own).amax(0).tolist(), strict=True))
-
-
-def _of_all_ranks(layers: Mapping[str, _BatchNorm], rows: RowMeans) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """Means and normalization batches of all ranks' rows, of every call; on the CPU."""
-    calls = gather_rows(torch.tensor([[sum(name == n for n, _ in rows.seen) for name in layers]])).amax(0)
-    found = {}
-    for name, number in zip(layers, calls.tolist(), strict=True):
-        for call in range(number):
-            empty = torch.zeros(0, dtype=torch.long)
-            nothing = Rows(torch.zeros(0, layers[name].num_features, dtype=torch.float64), empty, empty)
-            kept = [nothing, *rows.seen.get((name, call), [])]
-            parts = [
-                torch.cat([part.cpu().to(like) for part in of])
-                for of, like in zip(zip(*kept, strict=True), nothing, strict=True)
-            ]
-            share = _MAX_ROWS // get_world_size()
-            if len(parts[0]) > share:  # the same ones in all layers that were given as many
-                thinned = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:share]
-                parts = [part[thinned] for part in parts]
-            found[name, call] = by_sample(Rows(*map(gather_rows, parts)))
-    return found
-
-
-def _tested(
-    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], eps: dict[str, float], left_out: dict[str, str], seed: int
-) -> BatchLeakage:
-    """The test on rank 0, whose result every rank takes: two kinds of processor may differ in the last bits."""
-    names = [name for name in dict.fromkeys(name for name, _ in calls) if name not in left_out]
+def _test_on_rank_zero(layers: Mapping[str, _BatchNorm], rows: RowMeans, seed: int) -> BatchLeakage:
+    """Test the rows of all ranks on rank 0 and share its result: processors may differ in the last bits."""
+    own = [[name in rows.left_out, sum(name == n for n, _ in rows.rows), rows.eps.get(name, 0.0)] for name in layers]
+    is_left_out, calls, eps = gather_rows(torch.tensor([own], dtype=torch.float64)).amax(0).T.tolist()
+    reason = "another rank cannot assign its rows to samples"
+    left_out = {name: rows.left_out.get(name, reason) for name, left in zip(layers, is_left_out, strict=True) if left}
+    numbers = dict(zip(layers, calls, strict=True))
+    gathered = {
+        (name, call): _of_all_ranks(rows.rows.get((name, call), []), layers[name].num_features)
+        for name in layers
+        for call in range(int(numbers[name]))
+    }
+    names = [name for name in layers if numbers[name] and name not in left_out]
     table: list[tuple[float, float]] = []
     with agreed(torch.device("cpu")):
         if get_rank() == 0:
-            table = _table({key: call for key, call in calls.items() if key[0] in names}, names, eps, seed)
-    (p_value, _), *rows = gather_rows(torch.tensor(table, dtype=torch.float64).view(-1, 2)).tolist()
-    tested = {name: row for name, row in zip(names, rows, strict=True) if row[0] == row[0]}  # else NaN
-    if not tested:
+            tested = {key: call for key, call in gathered.items() if key[0] in names}
+            table = _table(tested, names, dict(zip(layers, eps, strict=True)), seed)
+    (p_value, _), *results = gather_rows(torch.tensor(table, dtype=torch.float64).view(-1, 2)).tolist()
+    comparable_layers = {name: row for name, row in zip(names, results, strict=True) if row[0] == row[0]}  # else NaN
+    if not comparable_layers:
         raise ValueError(
-            "There is nothing to compare: a layer has to be given two normalization batches or more, one of them of "
-            "two rows or more, of rows that are finite and differ by more than rounding"
-            + (f", and that can be told apart by sample. {said_of(left_out)}" if left_out else ".")
+            "There is nothing to compare: a layer needs two normalization batches or more, one of them of two rows or "
+            "more, with rows that are finite and differ by more than rounding"
+            + (f", and that can be assigned to samples. {left_out_message(left_out)}" if left_out else ".")
         )
-    correlations, noises = ({name: row[i] for name, row in tested.items()} for i in (0, 1))
+    correlations, noises = ({name: row[i] for name, row in comparable_layers.items()} for i in (0, 1))
     return BatchLeakage(p_value, correlations, noises, left_out)
 
 
-def said_of(left_out: Mapping[str, str]) -> str:
-    """Layers that were left out, in a sentence that says what to do."""
-    name, reason = next(iter(left_out.items()))
-    others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-    return (
-        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass batch_size_fn=, a function from batch "
-        "to number of samples."
-    )
+def _of_all_ranks(inputs: list[Rows], channels: int) -> tuple[Tensor, Tensor]:
+    """Means and normalization batches of all ranks' samples of a call, on the CPU."""
+    none = torch.zeros(0, dtype=torch.long)
+    all_inputs = [Rows(torch.zeros(0, channels, dtype=torch.float64), none, none), *inputs]
+    parts = [torch.cat([part.cpu().to(of[0]) for part in of]) for of in zip(*all_inputs, strict=True)]
+    share = _MAX_ROWS // get_world_size()
+    if len(parts[0]) > share:  # the same rows in all layers with as many
+        part = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))[:share]
+        parts = [values[part] for values in parts]
+    return by_sample(Rows(*map(gather_rows, parts)))
 
 
 def _table(
     calls: dict[tuple[str, int], tuple[Tensor, Tensor]], names: list[str], eps: dict[str, float], seed: int
 ) -> list[tuple[float, float]]:
-    """The p-value, then the correlation and noise of each layer; NaN for one that has nothing to compare."""
+    """The p-value, then correlation and noise of each layer; NaN for a layer with nothing to compare."""
     found: dict[str, tuple[float, float]] = {}
-    together: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # by which rows share which batches
+    by_groups: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # layers with the same rows in the same groups
     for (name, _), (means, batches) in calls.items():
         components = leading_components(means, eps=eps[name])
         if comparable(components, batches):
             correlation, noise = icc(components, batches), icc_noise(components, batches)
             if name not in found or abs(correlation / noise) > abs(found[name][0] / found[name][1]):
                 found[name] = correlation, noise
-            together.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
-    p_values = [permutation_test(components, batches, seed=seed) for batches, components in together.values()]
+            by_groups.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
+    p_values = [permutation_test(components, batches, seed=seed) for batches, components in by_groups.values()]
     p_value = min(1.0, len(p_values) * min(p_values, default=1.0))
     return [(p_value, 0.0), *(found.get(name, (torch.nan, torch.nan)) for name in names)]

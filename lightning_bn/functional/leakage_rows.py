@@ -1,4 +1,4 @@
-"""Row means: the layer does what it does, and the mean over space of each row of its inputs is kept, by sample."""
+"""RowMeans: a behavior that records the mean over space of each sample, and its normalization batch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Behavior, behaviors_of
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
-_MAX_ROWS_OF_A_CALL = 256
-"""Of a head that is given a thousand regions an image, a random part says as much."""
+_MAX_ROWS_PER_CALL = 256
+"""A random part of a larger input says as much."""
 
-_MAX_IN_A_BATCH = 2**20
-"""Samples of a batch, or groups of an input."""
+_MAX_BATCH_SIZE = 2**20
+"""Upper bound of samples in a batch, and of groups in an input: makes their numbers unique."""
 
 
 class Rows(NamedTuple):
-    """What is kept of an input.
+    """Recorded rows of an input.
 
     Attributes:
         means: Means over space, ``(n, C)``.
-        batches: The number of each one's normalization batch, ``(n,)``: the same on all ranks that share the batch, and
-            on no other.
-        samples: The number of each one's sample, ``(n,)``, which no other has on any rank.
+        batches: Number of each row's normalization batch, ``(n,)``, unique over all ranks.
+        samples: Number of each row's sample, ``(n,)``, unique over all ranks.
     """
 
     means: Tensor
@@ -40,81 +39,76 @@ class Rows(NamedTuple):
 
 
 class RowMeans(Behavior):
-    """Keep each row's mean over space, and the number of the normalization batch it is in when the model trains.
+    """Record each row's mean over space, and the normalization batch that it is in when the model trains.
 
-    Where a batch of several samples comes as several rows of each (tokens, views), one mean of each sample is kept.
-    Which rows are of which sample is seen by `probe`; a layer of which it cannot be told is left out. The rows of a
-    batch of a single sample are kept as they are.
-
-    Of a larger input 256 rows are kept, chosen at random, the same ones in all layers that are given as many rows.
+    If a batch of several samples has several rows per sample (tokens, views), the mean of each sample is recorded.
+    `probe` finds out which rows belong to which sample. A layer for which it cannot is left out.
 
     Args:
         layers: Qualified name -> layer.
 
     Attributes:
-        seen: Layer's name and number of its call within a batch -> what is kept of each input.
-        eps: Layer's name -> machine precision of its coarsest input.
-        left_out: Layer's name -> why nothing of it counts.
+        rows: Layer name and number of its call within a batch -> rows of each input.
+        eps: Layer name -> machine precision of its coarsest input.
+        left_out: Layer name -> why it is not tested.
     """
 
     name = "row means"
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self.seen: dict[tuple[str, int], list[Rows]] = {}
+        self.rows: dict[tuple[str, int], list[Rows]] = {}
         self.eps: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
         self._names = {layer: name for name, layer in layers.items()}
         self._batch, self._samples = -1, 0
         self._calls: dict[str, int] = {}
-        self._places: dict[tuple[str, int], tuple[int, int]] = {}
-        """How often a sample's rows are begun anew in an input, and how many it had when that was seen."""
-        self._unplaced: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        """Means and normalization batches of this batch's inputs of which it has not been seen."""
+        # call -> number of blocks in which the samples repeat, and rows per sample when that was found
+        self._layouts: dict[tuple[str, int], tuple[int, int]] = {}
+        # call -> means and normalization batches of this batch's input with an unknown layout
+        self._unknown: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._rolled: dict[tuple[str, int], Tensor] | None = None
 
     def next_batch(self, samples: int) -> None:
-        """What comes from now on belongs to the next batch, of so many samples."""
-        self._batch += 1
-        self._samples = samples
-        self._calls = {}
+        """Begin the next batch, of so many samples."""
+        self._batch, self._samples, self._calls = self._batch + 1, samples, {}
 
     @property
-    def unplaced(self) -> bool:
-        """Whether some of this batch's rows await a `probe`."""
-        return bool(self._unplaced)
+    def needs_probe(self) -> bool:
+        """This batch has rows with an unknown layout."""
+        return bool(self._unknown)
 
     def probe(self, run: Callable[[], object]) -> None:
-        """See which rows are of which sample.
+        """Find out which rows belong to which sample.
 
         Args:
-            run: Shows the same batch once more, each sample in the place of the one after it.
+            run: Runs the model on the same batch with each sample in the next one's place.
         """
         self._rolled, self._calls = {}, {}
         try:
             run()
-            for (name, call), (means, batches) in self._unplaced.items():
+            for (name, call), (means, batches) in self._unknown.items():
                 rolled = self._rolled.get((name, call))
-                turns = None if rolled is None else _turns(means, rolled, self._samples, self.eps[name])
-                if turns is None:
-                    rows = f"which of {len(means)} rows are of which of {self._samples} samples cannot be told"
-                    self.left_out[name] = rows
+                blocks = None if rolled is None else _blocks(means, rolled, self._samples, self.eps[name])
+                if blocks is None:
+                    unknown = f"its {len(means)} rows cannot be assigned to {self._samples} samples"
+                    self.left_out[name] = unknown
                 else:
-                    self._places[name, call] = turns, len(means) // self._samples
-                    self._keep(name, call, means, batches)
+                    self._layouts[name, call] = blocks, len(means) // self._samples
+                    self._record(name, call, means, batches)
         finally:
-            self._rolled, self._unplaced = None, {}
+            self._rolled, self._unknown = None, {}
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Keep the means of what the layer's ``batch_norm`` call is given, then do as ever."""
+        """Record the input of the layer's ``batch_norm`` call."""
         called = False
 
-        def instead(call: BatchNormCall) -> Tensor:
+        def recorded(call: BatchNormCall) -> Tensor:
             nonlocal called
             called = True
             self._read(layer, call.input)
             return call.run()
 
-        output = replace_batch_norm(instead, self._names[layer], forward, input, required=False)
+        output = replace_batch_norm(recorded, self._names[layer], forward, input, required=False)
         if not called:
             self.left_out[self._names[layer]] = "its forward does not call torch.nn.functional.batch_norm"
         return output
@@ -130,38 +124,40 @@ class RowMeans(Behavior):
             self._rolled[name, call] = means
             return
         self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
-        first = (self._batch * get_world_size() + _first_rank(layer)) * _MAX_IN_A_BATCH
-        self._keep(name, call, means, first + _groups(layer, input))
+        first = (self._batch * get_world_size() + _first_rank(layer)) * _MAX_BATCH_SIZE
+        self._record(name, call, means, first + _groups(layer, input))
 
-    def _keep(self, name: str, call: int, means: Tensor, batches: Tensor) -> None:
-        each, rest = divmod(len(means), max(self._samples, 1))
+    def _record(self, name: str, call: int, means: Tensor, batches: Tensor) -> None:
+        per_sample, rest = divmod(len(means), max(self._samples, 1))
         if self._samples == 1 or len(means) == self._samples:
             samples = torch.arange(len(means)) % self._samples
         elif rest or not self._samples:
             self.left_out[name] = f"{len(means)} rows of {self._samples} samples: their numbers differ"
             return
         else:
-            turns, seen = self._places.get((name, call), (0, 0))
-            if not turns or (turns > 1 and each != seen):  # one turn is one turn, however many rows it has
-                self._unplaced[name, call] = means, batches
+            blocks, known_for = self._layouts.get((name, call), (0, 0))
+            if not blocks or (blocks > 1 and per_sample != known_for):  # a single block may have any length
+                self._unknown[name, call] = means, batches
                 return
-            samples = _samples_of_rows(self._samples, each, turns)
-            means, together = _means_by(samples, means), batches
-            batches = together[_first_of_each(samples)]
-            if not torch.equal(batches[samples], together):
+            samples = torch.arange(self._samples).repeat_interleave(per_sample // blocks).repeat(blocks)
+            means, of_rows = _means_by(samples, means), batches
+            batches = of_rows.new_zeros(self._samples).index_copy_(0, samples, of_rows)
+            if not torch.equal(batches[samples], of_rows):
                 self.left_out[name] = "a sample's rows are in several normalization batches (ghosts)"
                 return
             samples = torch.arange(self._samples)
-        kept = _chosen(len(means), self._batch)
-        samples = samples + (self._batch * get_world_size() + get_rank()) * _MAX_IN_A_BATCH
-        self.seen.setdefault((name, call), []).append(Rows(means[kept], batches[kept], samples[kept]))
+        if len(means) > _MAX_ROWS_PER_CALL:  # the same rows in all layers with as many
+            generator = torch.Generator().manual_seed(self._batch)
+            part = torch.randperm(len(means), generator=generator)[:_MAX_ROWS_PER_CALL]
+            means, batches, samples = means[part], batches[part], samples[part]
+        samples = samples + (self._batch * get_world_size() + get_rank()) * _MAX_BATCH_SIZE
+        self.rows.setdefault((name, call), []).append(Rows(means, batches, samples))
 
 
 def by_sample(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Means and normalization batches of samples; of rows, where each normalization batch is a single sample's.
+    """Means and normalization batches of samples; of rows if each normalization batch is a single sample's.
 
-    In such a batch rows are put together by their sample, which is what a head that runs on the regions of one image
-    takes harm from. Where samples are put together, theirs are the means to compare.
+    In such a batch, as in an R-CNN head on one image's regions, rows are grouped by their sample.
     """
     pairs, place = torch.stack([rows.batches, rows.samples], 1).unique(dim=0, return_inverse=True)
     if len(pairs) == len(rows.batches.unique()):
@@ -169,51 +165,30 @@ def by_sample(rows: Rows) -> tuple[Tensor, Tensor]:
     return _means_by(place, rows.means), pairs[:, 0]
 
 
-def _samples_of_rows(samples: int, each: int, turns: int) -> Tensor:
-    """The sample of each row, where so many turns hold a part of each sample's rows."""
-    return torch.arange(samples).repeat_interleave(each // turns).repeat(turns)
-
-
-def _turns(means: Tensor, rolled: Tensor, samples: int, eps: float) -> int | None:
-    """The turns in which rows come, by what they are once each sample is in the next one's place; None if by none."""
+def _blocks(means: Tensor, rolled: Tensor, samples: int, eps: float) -> int | None:
+    """Number of blocks with the same number of rows of every sample, from the rows of the rolled batch; or None."""
     if len(rolled) != len(means):
         return None
     means, rolled = means.nan_to_num(), rolled.nan_to_num()
-    each = len(means) // samples
-    for turns in (t for t in range(1, each + 1) if each % t == 0):
-        expected = means.view(turns, samples, each // turns, -1).roll(1, 1).view_as(means)
-        if (rolled - expected).abs().amax() <= max(1e-4, 4 * eps) * means.abs().amax():  # a place's rounding
-            return turns
+    per_sample = len(means) // samples
+    for blocks in (b for b in range(1, per_sample + 1) if per_sample % b == 0):
+        expected = means.view(blocks, samples, per_sample // blocks, -1).roll(1, 1).view_as(means)
+        # rounding depends on a row's position
+        if (rolled - expected).abs().amax() <= max(1e-4, 4 * eps) * means.abs().amax():
+            return blocks
     return None
 
 
 def _means_by(places: Tensor, rows: Tensor) -> Tensor:
-    """Means of the rows of each place."""
     counts = places.bincount()  # on the CPU: CUDA's is refused where only deterministic algorithms are allowed
     sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, places.to(rows.device), rows)
     return sums / counts.to(rows.device)[:, None]
 
 
-def _first_of_each(places: Tensor) -> Tensor:
-    first = torch.empty(int(places.amax()) + 1, dtype=torch.long)
-    first[places.flip(0)] = torch.arange(len(places)).flip(0)
-    return first
-
-
-def _chosen(rows: int, seed: int) -> Tensor:
-    """The rows to keep of so many."""
-    if rows <= _MAX_ROWS_OF_A_CALL:
-        return torch.arange(rows)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:_MAX_ROWS_OF_A_CALL]
-
-
 def _groups(layer: _BatchNorm, input: Tensor) -> Tensor:
-    """The number of each row's group within the input."""
-    for behavior in behaviors_of(layer):
-        groups = behavior.normalization_groups(input)
-        if groups is not None:  # one at most: no layer can have two
-            return groups
-    return torch.zeros(len(input), dtype=torch.long)
+    """Index of each row's normalization group within the input."""
+    groups = (behavior.normalization_groups(input) for behavior in behaviors_of(layer))
+    return next((g for g in groups if g is not None), torch.zeros(len(input), dtype=torch.long))
 
 
 def _first_rank(layer: _BatchNorm) -> int:

@@ -1,1 +1,1 @@
-"""What training shows of its own statistics: recovery, drift, history, forecast."""
+"""Batch statistics of training steps: their recovery, drift, history and forecast."""

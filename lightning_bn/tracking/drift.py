@@ -1,10 +1,13 @@
-"""Drift: how far batch statistics lie from the EMA over a window of steps, split into *lag* and *noise*.
+"""Gap, lag and noise: the distance of batch statistics from the EMA over a window of steps.
 
-For each channel the offsets of a window have a mean and a spread. The mean is lag: the EMA is stale, as with large
-learning rates (the paper's Issue 1). The spread is noise: the normalization batch is small (Issue 2). Both together
-are the gap: ``gap^2 = lag^2 + noise^2``.
+The offset of a channel is ``(batch mean - EMA mean) / EMA sigma``, or ``log(batch variance / EMA variance)``. Over a
+window, with root mean squares over the channels of a layer:
 
-A window is a `Moments` value over offsets, so it can be added up over steps and merged over ranks.
+- gap: of all offsets;
+- lag: of each channel's mean offset. The EMA is out of date, as with large learning rates (the paper's Issue 1);
+- noise: of each channel's standard deviation. The normalization batch is small (Issue 2).
+
+So ``gap^2 = lag^2 + noise^2``.
 """
 
 from __future__ import annotations
@@ -18,15 +21,18 @@ from torch import Tensor
 
 from lightning_bn.core.moments import Moments
 
+AGGREGATES = (
+    *("mean_gap_p50", "mean_gap_p95", "mean_gap_max", "worst_layer", "var_gap_p95", "var_gap_max"),
+    *("lag_max", "noise_max", "dead_channels", "nonfinite_layers"),
+)
+"""Values for all layers together."""
+
+QUANTITIES = ("mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise", "dead", "nonfinite")
+"""Values for each layer."""
+
 
 class Drift(NamedTuple):
-    """Root mean squares over the channels of each layer, ``(..., L)``; NaN for a layer without a measured channel.
-
-    Attributes:
-        gap: Of all offsets in the window.
-        lag: Of the channels' mean offsets.
-        noise: Of the channels' standard deviations of offsets.
-    """
+    """Gap, lag and noise of each layer, ``(..., L)``; NaN for a layer without a measured channel."""
 
     gap: Tensor
     lag: Tensor
@@ -35,13 +41,13 @@ class Drift(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """What a window of batches says of each layer, in their order; every tensor is ``(L,)`` float64.
+    """Result of a window for each layer; every tensor is ``(L,)`` float64.
 
     Attributes:
         means: Drift of the means, in sigma of the EMA.
         variances: Drift of the log variances.
-        dead: Fraction of channels whose variance is near zero; they count in no gap.
-        nonfinite: Fraction of channels in which a NaN or infinite statistic was seen; they count in no gap.
+        dead: Fraction of channels whose variance is near zero. They count in no gap.
+        nonfinite: Fraction of channels with a NaN or infinite statistic. They count in no gap.
         channels: Number of channels.
         direct: Layer name -> why its batches were measured directly, or not at all.
     """
@@ -54,46 +60,31 @@ class Observation:
     direct: Mapping[str, str]
 
     def per_layer(self) -> dict[str, Tensor]:
-        """Every quantity by its name in logs."""
-        found = {"mean_gap": self.means.gap, "var_gap": self.variances.gap}
-        found |= {"lag": self.means.lag, "noise": self.means.noise}
-        found |= {"var_lag": self.variances.lag, "var_noise": self.variances.noise}
-        return found | {"dead": self.dead, "nonfinite": self.nonfinite}
+        """`QUANTITIES` by name."""
+        means, variances = self.means, self.variances
+        values = (means.gap, variances.gap, means.lag, means.noise, variances.lag, variances.noise)
+        return dict(zip(QUANTITIES, (*values, self.dead, self.nonfinite), strict=True))
 
     def aggregates(self) -> dict[str, float]:
-        """Ten figures for all layers together: where to look first. NaN where no layer was measured."""
+        """`AGGREGATES` by name; NaN if no layer was measured."""
         gaps, var_gaps = self.means.gap, self.variances.gap
         measured = not bool(gaps.isnan().all())
-        return {
-            "mean_gap_p50": float(gaps.nanquantile(0.5)),
-            "mean_gap_p95": float(gaps.nanquantile(0.95)),
-            "mean_gap_max": float(gaps.nanquantile(1.0)),
-            "worst_layer": float(gaps.nan_to_num(-1.0).argmax()) if measured else torch.nan,
-            "var_gap_p95": float(var_gaps.nanquantile(0.95)),
-            "var_gap_max": float(var_gaps.nanquantile(1.0)),
-            "lag_max": float(self.means.lag.nanquantile(1.0)),
-            "noise_max": float(self.means.noise.nanquantile(1.0)),
-            "dead_channels": float((self.dead * self.channels).sum().round()),
-            "nonfinite_layers": float((self.nonfinite > 0).sum()),
-        }
-
-
-AGGREGATES = (
-    *("mean_gap_p50", "mean_gap_p95", "mean_gap_max", "worst_layer", "var_gap_p95", "var_gap_max"),
-    *("lag_max", "noise_max", "dead_channels", "nonfinite_layers"),
-)
-"""Figures for all layers together."""
-
-QUANTITIES = ("mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise", "dead", "nonfinite")
-"""What there is of each layer."""
+        values = (
+            *(gaps.nanquantile(q) for q in (0.5, 0.95, 1.0)),
+            gaps.nan_to_num(-1.0).argmax() if measured else torch.nan,
+            *(var_gaps.nanquantile(q) for q in (0.95, 1.0)),
+            *(part.nanquantile(1.0) for part in (self.means.lag, self.means.noise)),
+            (self.dead * self.channels).sum().round(),
+            (self.nonfinite > 0).sum(),
+        )
+        return {name: float(value) for name, value in zip(AGGREGATES, values, strict=True)}
 
 
 def split(window: Moments, sizes: Sequence[int]) -> Drift:
     """Split the offsets of a window into lag and noise, layer by layer.
 
-    With an EMA that follows perfectly, lag is not quite 0: the EMA carries noise of its own, and so does a mean of few
-    batches. At momentum 0.1 they read as a lag of 0.06 of the noise over 50 consecutive batches, of 0.26 over 10, and
-    of 0.32 over every fifth of 50. Over a single batch everything is lag.
+    Even for a perfect EMA lag is above 0, because the EMA and the window mean are noisy. At momentum 0.1 it is 0.06 of
+    the noise over 50 consecutive batches, 0.26 over 10, and 0.32 over every fifth of 50. Over one batch all is lag.
 
     Args:
         window: Moments of offsets, ``(..., C)``, channels of all layers side by side; the count is that of steps.
@@ -111,12 +102,7 @@ def split(window: Moments, sizes: Sequence[int]) -> Drift:
 
 
 def is_dead(var: Tensor, eps: float | Tensor) -> Tensor:
-    """Which channels have a variance near zero, below ``eps / 100``: what the layer puts out varies by a tenth at most.
-
-    Args:
-        var: Variance of each channel, ``(C,)``.
-        eps: The layer's, or that of each channel, ``(C,)``.
-    """
+    """Which channels have a variance below ``eps / 100``: their normalized values vary by at most a tenth."""
     return var < 0.01 * eps
 
 

@@ -1,8 +1,7 @@
-"""History: what was seen of each layer, and of a few channels, over a whole run, in bounded memory.
+"""History of a run in bounded memory: values of each layer row by row, and a few channels batch by batch.
 
-A run of any length is drawn into a picture of some hundred columns, so not more than that need be kept. When a history
-is full, neighbors are merged, and from then on each of its rows takes twice as many as before: all of the run is kept
-at one resolution.
+A figure has a few hundred columns, so a full history merges neighboring rows. From then on each row holds twice as many
+rows as before: the whole run stays at one resolution.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 512
-"""Twice the columns that a picture shows at least."""
+"""Twice the columns that a figure shows at least."""
 
 
 class History:
-    """Root mean squares of quantities of each layer, over the whole run and row by row.
+    """Root mean squares of quantities of each layer, row by row.
 
     Args:
         quantities: Their names.
@@ -26,7 +25,7 @@ class History:
 
     Attributes:
         steps: Step of each row, ascending: the last of those that it holds.
-        rows_seen: Rows ever added.
+        rows_seen: Number of rows added.
 
     Example:
         >>> import torch
@@ -40,8 +39,8 @@ class History:
         self.steps: list[int] = []
         self.rows_seen = 0
         self._stride, self._in_last = 1, 1
+        # quantity -> for each row, the sum of squares and the number of rows in which a layer was measured
         self._sums = {name: torch.empty(0, 2, layers) for name in quantities}
-        """Quantity -> for each row, sums of squares and the number of rows in which a layer was measured."""
 
     def __getitem__(self, quantity: str) -> Tensor:
         """All rows of a quantity, ``(rows, L)`` float32; NaN where a layer was not measured."""
@@ -52,32 +51,26 @@ class History:
         return _rms(*self._sums[quantity].sum(0))
 
     def add(self, step: int, row: Mapping[str, Tensor]) -> None:
-        """Add a row; a NaN in it counts for nothing."""
+        """Add a row; NaN values are ignored."""
         self.rows_seen += 1
-        begins = not self.steps or self._in_last == self._stride
-        if begins and len(self.steps) == MAX_ROWS:
-            self.steps, self._stride, begins = self.steps[1::2], 2 * self._stride, True
+        is_new = not self.steps or self._in_last == self._stride
+        if is_new and len(self.steps) == MAX_ROWS:
+            self.steps, self._stride = self.steps[1::2], 2 * self._stride
             self._sums = {name: sums.unflatten(0, (-1, 2)).sum(1) for name, sums in self._sums.items()}
-        self._in_last = 1 if begins else self._in_last + 1
-        self.steps = [*self.steps, step] if begins else [*self.steps[:-1], step]
+        self._in_last = 1 if is_new else self._in_last + 1
+        self.steps = [*self.steps, step] if is_new else [*self.steps[:-1], step]
         for name, sums in self._sums.items():
             measured = ~row[name].isnan()
             added = torch.stack([row[name].nan_to_num(0.0).square(), measured]).float()
-            self._sums[name] = torch.cat([sums, added[None]]) if begins else torch.cat([sums[:-1], sums[-1:] + added])
+            self._sums[name] = torch.cat([sums, added[None]]) if is_new else torch.cat([sums[:-1], sums[-1:] + added])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain types and tensors."""
-        place = {"steps": list(self.steps), "rows_seen": self.rows_seen}
-        return {**place, "stride": self._stride, "in_last": self._in_last, "sums": dict(self._sums)}
+        position = {"steps": list(self.steps), "rows_seen": self.rows_seen}
+        return {**position, "stride": self._stride, "in_last": self._in_last, "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
         self.steps, self.rows_seen, self._sums = list(state["steps"]), state["rows_seen"], dict(state["sums"])
         self._stride, self._in_last = state["stride"], state["in_last"]
-
-
-def _rms(squares: Tensor, numbers: Tensor) -> Tensor:
-    return (squares / numbers).sqrt()
 
 
 class Traces:
@@ -96,7 +89,7 @@ class Traces:
         self._stride, self._seen = 1, 0
 
     def add(self, step: int, point: Tensor) -> None:
-        """Add a batch, or pass over it, as all but every n-th are once that is needed."""
+        """Add a batch; of a long run every n-th batch is kept."""
         if self._seen % self._stride == 0:
             if len(self.steps) == 4 * MAX_ROWS:
                 self.steps, self.points, self._stride = self.steps[::2], self.points[::2], 2 * self._stride
@@ -105,12 +98,14 @@ class Traces:
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in plain types and tensors."""
         points = torch.stack(self.points) if self.points else torch.empty(0)
-        place = {"steps": list(self.steps), "stride": self._stride, "seen": self._seen}
-        return {**place, "points": points, "precise": dict(self.precise)}
+        position = {"steps": list(self.steps), "stride": self._stride, "seen": self._seen}
+        return {**position, "points": points, "precise": dict(self.precise)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
         self.steps, self.points, self.precise = list(state["steps"]), list(state["points"]), dict(state["precise"])
         self._stride, self._seen = state["stride"], state["seen"]
+
+
+def _rms(squares: Tensor, numbers: Tensor) -> Tensor:
+    return (squares / numbers).sqrt()

@@ -1,8 +1,7 @@
-"""Gaps as `torchmetrics.Metric` classes, for a MetricCollection of one's own.
+"""Gaps as `torchmetrics.Metric` classes.
 
 All are updated with the same four vectors, ``(C,)`` each: mean and variance of a batch, mean and variance of the EMA
-before it. They add up over updates and over ranks as `Moments` do, and compute what the functions of `gaps` and
-`drift` say.
+before it.
 """
 
 from __future__ import annotations
@@ -20,29 +19,25 @@ from lightning_bn.tracking.drift import is_dead, split
 
 
 class _Gap(Metric):
-    """Moments of offsets over updates."""
-
     is_differentiable = False
     full_state_update = False
     offsets: Tensor
 
-    def __init__(self, channels: int, part: Literal["gap", "lag", "noise"] = "gap", **kwargs: Any) -> None:
+    def __init__(self, channels: int, *, part: Literal["gap", "lag", "noise"] = "gap", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if part not in ("gap", "lag", "noise"):
             raise ValueError(f"part must be 'gap', 'lag' or 'noise' but is {part!r}.")
         self.part = part
-        self.add_state("offsets", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_added)
+        self.add_state("offsets", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merge)
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch."""
         offsets = self._offsets_of(*(v.to(self.offsets) for v in (mean, var, ema_mean, ema_var)))
         if offsets.shape != self.offsets[0].shape:
             raise ValueError(
                 f"{type(self).__name__} was made for {self.offsets.shape[1]} channels, and was given statistics of "
                 f"shape {tuple(mean.shape)}."
             )
-        seen = Moments(*self.offsets) + Moments(torch.ones_like(offsets), offsets, torch.zeros_like(offsets))
-        self.offsets = torch.stack([seen.count, seen.mean, seen.m2])
+        self.offsets = _merge([self.offsets, torch.stack([torch.ones_like(offsets), offsets, 0 * offsets])])
 
     def compute(self) -> Tensor:
         """The part of the gap that was asked for; NaN before the first update."""
@@ -50,15 +45,14 @@ class _Gap(Metric):
         return getattr(drift, self.part)[0]  # type: ignore[no-any-return]
 
     @abstractmethod
-    def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor:
-        """Each channel's offset, ``(C,)``."""
+    def _offsets_of(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> Tensor: ...
 
 
 class MeanGap(_Gap):
     """Root mean square, over channels and updates, of ``(mean - ema_mean) / sqrt(ema_var)``; or its lag or noise.
 
     Args:
-        channels: Of the layer.
+        channels: Number of channels of the layer.
         part: ``"gap"``; ``"lag"``, the part that all updates share; or ``"noise"``, their spread. ``gap^2 = lag^2 +
             noise^2``.
         kwargs: For `torchmetrics.Metric`.
@@ -67,7 +61,8 @@ class MeanGap(_Gap):
         >>> import torch
         >>> from torchmetrics import MetricCollection
         >>> from lightning_bn import MeanGap, VarGap
-        >>> gaps = MetricCollection({"lag": MeanGap(1, "lag"), "noise": MeanGap(1, "noise"), "var_gap": VarGap(1)})
+        >>> parts = {part: MeanGap(1, part=part) for part in ("lag", "noise")}
+        >>> gaps = MetricCollection({**parts, "var_gap": VarGap(1)})
         >>> for mean in (0.5, 1.5):
         ...     gaps.update(torch.tensor([mean]), torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]))
         >>> {name: value.item() for name, value in gaps.compute().items()}
@@ -81,11 +76,11 @@ class MeanGap(_Gap):
 class VarGap(_Gap):
     """Root mean square, over channels and updates, of ``log(var / ema_var)``; or its lag or noise.
 
-    Both variances are unbiased, as running variances are. With few values a channel the log of an unbiased variance
-    lies below that of the true one by about ``1 / (values - 1)``: that reads as lag.
+    Both variances are unbiased, as running variances are. With few values per channel the log of a batch variance is
+    too low by about ``1 / (values - 1)``, which appears as lag.
 
     Args:
-        channels: Of the layer.
+        channels: Number of channels of the layer.
         part: As in `MeanGap`.
         kwargs: For `torchmetrics.Metric`.
 
@@ -104,10 +99,10 @@ class VarGap(_Gap):
 
 
 class DeadChannels(Metric):
-    """Fraction of channels without variance (see `is_dead`), over all updates.
+    """Fraction of channels with a variance below ``eps / 100``, over all updates.
 
     Args:
-        eps: The layer's.
+        eps: The layer's eps.
         kwargs: For `torchmetrics.Metric`.
 
     Example:
@@ -132,7 +127,7 @@ class DeadChannels(Metric):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch, of which only the variance counts."""
+        """Add a batch; only its variance counts."""
         self.dead += is_dead(var, self.eps).sum()
         self.channels += var.numel()
 
@@ -142,10 +137,10 @@ class DeadChannels(Metric):
 
 
 class NonFiniteChannels(Metric):
-    """Fraction of channels of which any of the four statistics was NaN or infinite in any update, on any rank.
+    """Fraction of channels with a NaN or infinite statistic in any update, on any rank.
 
     Args:
-        channels: Of the layer.
+        channels: Number of channels of the layer.
         kwargs: For `torchmetrics.Metric`.
 
     Example:
@@ -167,17 +162,14 @@ class NonFiniteChannels(Metric):
         self.add_state("seen", torch.zeros(channels), dist_reduce_fx="max")
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch."""
         finite = torch.stack([mean, var, ema_mean, ema_var]).isfinite().all(0)
         self.seen = self.seen.maximum((~finite).to(self.seen))
 
     def compute(self) -> Tensor:
-        """The fraction."""
         return self.seen.mean()
 
 
-def _added(states: Tensor) -> Tensor:
-    """Moments of several ranks, ``(ranks, 3, C)``, added up."""
+def _merge(states: Any) -> Tensor:
     first, *others = (Moments(*state) for state in states)
     total = sum(others, first)
     return torch.stack([total.count, total.mean, total.m2])

@@ -1,9 +1,7 @@
-"""Observing training: what batches the layers see, held against the EMA that evaluation will use.
+"""Observe training steps: how far their batch statistics are from the EMA that evaluation will use.
 
-What an observed batch had is recovered from running statistics (see `functional.recover`): a few vector operations for
-all layers together, and memory for a few numbers a channel. Layers for which that is not accurate, that store nothing
-in training (frozen ones), or that move their statistics otherwise than torch (`functional.trusted`) are measured
-directly.
+Batch statistics are recovered from running statistics (`running_stats`). Layers for which that is inaccurate or
+impossible (frozen, momentum 0, 16 bit, classes with another update rule) are measured directly.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +17,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.moments import Moments
-from lightning_bn.layers.behavior import Handle
+from lightning_bn.tracking.custom_layers import UNMEASURABLE, is_spread
 from lightning_bn.tracking.drift import Drift, Observation, is_dead, share_of_layers, split
-from lightning_bn.tracking.observed import Observed
+from lightning_bn.tracking.history import Traces
+from lightning_bn.tracking.layer_calls import Call
 from lightning_bn.tracking.recovery import MAX_ERROR
-from lightning_bn.tracking.running_stats import Recovery, not_recoverable
-from lightning_bn.tracking.trusted import UNSEEN, is_spread, not_trusted, to_be_checked
+from lightning_bn.tracking.running_stats import Snapshot, StepRecorder, not_recoverable
+
+_MAX_PENDING = 16
+"""Steps that wait for their arithmetic, which is done for all of them at once; bounds memory."""
+
+_NOT_MEASURED = "not measured: synchronized over ranks, and its batches cannot be recovered"
+
+
+class _ObservedStep(NamedTuple):
+    """A step that awaits its arithmetic; ``measured``: layer index -> mean and variance, None if it was not called."""
+
+    number: int
+    snapshot: Snapshot
+    measured: dict[int, Tensor | None]
 
 
 class Observer:
@@ -32,11 +43,11 @@ class Observer:
 
     Args:
         layers: Qualified name -> layer; each stores running statistics.
-        channels: Places, in the vector of all layers' channels, of channels to trace one by one.
+        channels: Indices of traced channels in the vector of all layers' channels.
 
     Attributes:
         batches: Batches in the window so far.
-        traced: Of the traced channels in the last observed batch, the EMA's mean before it and its own, ``(2, k)``.
+        traces: EMA and batch mean of the traced channels.
 
     Example:
         >>> import torch
@@ -52,87 +63,83 @@ class Observer:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:
-        self._recovery = Recovery(layers)
-        self._layers, self._sizes, self._eps = self._recovery.layers, self._recovery.sizes, self._recovery.eps
+        self._recorder = StepRecorder(layers)
+        self._layers, self._sizes, self._eps = self._recorder.layers, self._recorder.sizes, self._recorder.eps
         self._channels = torch.tensor(list(channels), dtype=torch.int64, device=self._eps.device)
-        self._observed = Observed(layers)
-        self._begun: tuple[Handle, dict[str, str], set[str]] | None = None
-        self._inaccurate: set[str] = set()
-        self._not_trusted: dict[str, str] = {}
-        self._closely = True
-        self.traced = self._eps.new_empty(2, len(channels))
+        self._reasons: dict[str, str] = {}
+        self.traces = Traces()
         self._empty_window()
 
     def _empty_window(self) -> None:
         total = sum(self._sizes)
         zeros = self._eps.new_zeros
-        self.batches = 0
+        self.batches, self._check = 0, True
+        self._pending: list[_ObservedStep] = []
         self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
         self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
         self._direct: dict[str, str] = {}
+        self._inaccurate: set[str] | None = None
 
     def before_batch(self) -> None:
         """Call right before a batch reaches the model, in the modes in which it will."""
-        self.abandon()
-        if self.batches == 0:
-            self._judge_accuracy()
-            self._closely = True
-        reasons = {name: reason for name, layer in self._layers.items() if (reason := self._not_recovered(name, layer))}
-        checked = set(to_be_checked(self._layers)) - set(reasons) if self._closely else set()
-        measured = {name for name, reason in reasons.items() if reason not in (_NOT_AT_ALL, UNSEEN)}
-        self._observed.begin()
-        handle = Handle([self._layers[name] for name in measured | checked], self._observed)
-        self._begun = handle, reasons, checked
-        self._recovery.before_batch(self._closely)
+        if self._inaccurate is None:
+            self._inaccurate = self._inaccurate_layers()
+        reasons = ((name, self._not_recovered(name, layer)) for name, layer in self._layers.items())
+        self._reasons = {name: reason for name, reason in reasons if reason}
+        measured = [name for name, reason in self._reasons.items() if reason not in (_NOT_MEASURED, UNMEASURABLE)]
+        self._recorder.before_batch(check=self._check, measured=measured)
 
-    def after_batch(self) -> bool:
-        """Call right after it, or never: a batch that failed leaves no trace. Whether one was observed."""
-        around = self._recovery.after_batch()
-        if around is None or self._begun is None:
+    def after_batch(self, step: int = 0) -> bool:
+        """Call right after the batch, or not at all. Returns whether it was observed."""
+        snapshot = self._recorder.after_batch()
+        if snapshot is None:
             return False
-        _, reasons, checked = self._begun
-        self.abandon()
-        self._closely = False
-        if checked:
-            self._not_trusted |= not_trusted(self._recovery, around, checked, self._observed)
-        unseen = {name: UNSEEN for name in reasons if self._layers[name] in self._observed.unseen}
-        self._not_trusted |= unseen
-        reasons |= {name: why for name, why in self._not_trusted.items() if name in checked or name in unseen}
-        self._direct.update(reasons)
-        before, after, batch, _, called = (found[0] for found in self._recovery.recover([around]))
-        parts = zip(self._layers.items(), batch.split(self._sizes, 1), called.split(self._sizes), strict=True)
-        for (name, layer), statistics, was_called in parts if reasons else ():
-            if name in reasons:
-                calls = [] if layer in self._observed.unseen else self._observed.seen.get(layer, [])
-                was_called.fill_(bool(calls))
-                if calls:
-                    seen = functools.reduce(operator.add, (call.moments for call in calls))
-                    statistics.copy_(torch.stack([seen.mean, seen.m2 / (seen.count - 1)]))
-        self._add(before, batch, called)
-        self._nonfinite |= ~after.isfinite().all(0)
-        self.traced = torch.stack([before[0], batch[0]])[:, self._channels]
+        inputs, untrusted, compared = self._recorder.inputs, self._recorder.untrusted, self._recorder.compared
+        untrusted |= {name: UNMEASURABLE for name in self._reasons if self._layers[name] in inputs.unmeasurable}
+        self._reasons |= {n: why for n, why in untrusted.items() if n in compared or why == UNMEASURABLE}
+        self._direct |= self._reasons
+        measured = {
+            index: _average(inputs.calls.get(layer, ()) if layer not in inputs.unmeasurable else ())
+            for index, (name, layer) in enumerate(self._layers.items())
+            if name in self._reasons
+        }
+        self._pending.append(_ObservedStep(step, snapshot, measured))
+        self.batches, self._check = self.batches + 1, False
+        if len(self._pending) == _MAX_PENDING:
+            self._add_pending()
         return True
 
-    def _add(self, ema: Tensor, batch: Tensor, called: Tensor) -> None:
-        finite = (batch.isfinite() & ema.isfinite()).all(0)
-        dead = is_dead(batch[1], self._eps)
-        compared = called & finite & ~dead & ~is_dead(ema[1], self._eps)
-        offsets = torch.stack([mean_offsets(batch[0], ema[0], ema[1]), var_offsets(batch[1], ema[1])])
-        offsets = torch.where(compared, offsets, 0.0)
-        self._window += Moments(compared.to(offsets.dtype), offsets, torch.zeros_like(offsets))
-        self._dead = torch.where(called & finite, dead, self._dead)
-        self._nonfinite |= called & ~finite
-        self.batches += 1
+    def _add_pending(self) -> None:
+        """Add the pending steps to the window."""
+        if not self._pending:
+            return
+        ema, after, batch, _, called = self._recorder.recover([step.snapshot for step in self._pending])
+        for row, step in enumerate(self._pending):
+            for layer, statistics in step.measured.items():
+                channels = slice(self._recorder.starts[layer], self._recorder.starts[layer + 1])
+                called[row, channels] = statistics is not None
+                if statistics is not None:
+                    batch[row, :, channels] = statistics
+        finite = (batch.isfinite() & ema.isfinite()).all(1)
+        dead = is_dead(batch[:, 1], self._eps)
+        compared = called & finite & ~dead & ~is_dead(ema[:, 1], self._eps)
+        offsets = torch.stack([mean_offsets(batch[:, 0], ema[:, 0], ema[:, 1]), var_offsets(batch[:, 1], ema[:, 1])], 1)
+        for offset, counts in zip(torch.where(compared[:, None], offsets, 0.0), compared.to(offsets), strict=True):
+            self._window += Moments(counts, offset, torch.zeros_like(offset))
+        for row, known in zip(dead, called & finite, strict=True):
+            self._dead = torch.where(known, row, self._dead)
+        self._nonfinite |= (called & ~finite | ~after.isfinite().all(1)).any(0)
+        points = torch.stack([ema[:, 0], batch[:, 0]], 1)[..., self._channels]
+        for step, point in zip(self._pending, points, strict=True):
+            self.traces.add(step.number, point)
+        self._pending = []
 
     def abandon(self) -> None:
-        """Take back from the layers what an observed batch was given, whether or not it came to its end."""
-        if self._begun is not None:
-            self._begun[0].undo()
-        self._begun = None
-        self._recovery.abandon()
+        self._recorder.abandon()
 
     def take(self) -> Observation:
-        """What the window says; and start a new one."""
+        """Return the window's result, and start a new window."""
+        self._add_pending()
         window = Moments(*(v.cpu() for v in (self._window.count, self._window.mean, self._window.m2)))
         drift = split(window, self._sizes)
         means, variances = (Drift(*(part[row] for part in drift)) for row in (0, 1))
@@ -142,37 +149,43 @@ class Observer:
         return observation
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far, in plain types and tensors."""
+        self._add_pending()
         return {
             "batches": self.batches,
             "window": [v.clone() for v in (self._window.count, self._window.mean, self._window.m2)],
             "dead": self._dead.clone(),
             "nonfinite": self._nonfinite.clone(),
             "direct": dict(self._direct),
-            "inaccurate": sorted(self._inaccurate),
-            "not_trusted": dict(self._not_trusted),
+            "inaccurate": None if self._inaccurate is None else sorted(self._inaccurate),
+            "untrusted": dict(self._recorder.untrusted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a window."""
-        self.batches = state["batches"]
+        self.batches, self._pending = state["batches"], []
         self._window = Moments(*(v.to(self._eps) for v in state["window"]))
         self._dead, self._nonfinite = (state[key].to(self._eps.device) for key in ("dead", "nonfinite"))
-        self._direct, self._inaccurate = dict(state["direct"]), set(state["inaccurate"])
-        self._not_trusted = dict(state["not_trusted"])
+        self._direct = dict(state["direct"])
+        self._inaccurate = None if state["inaccurate"] is None else set(state["inaccurate"])
+        self._recorder.untrusted = dict(state["untrusted"])
 
     def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
         """Why a layer's batch statistics are not recovered; empty if they are."""
-        known = self._not_trusted.get(name, "")
-        if known == UNSEEN:
-            return known
-        reason = not_recoverable(layer) or ("mean of many sigma" if name in self._inaccurate else "") or known
-        return _NOT_AT_ALL if reason and is_spread(layer) else reason
+        untrusted = self._recorder.untrusted.get(name, "")
+        if untrusted == UNMEASURABLE:
+            return untrusted
+        inaccurate = "mean of many sigma" if name in (self._inaccurate or ()) else ""
+        reason = not_recoverable(layer) or inaccurate or untrusted
+        return _NOT_MEASURED if reason and is_spread(layer) else reason
 
-    def _judge_accuracy(self) -> None:
-        """From where the running statistics are now: which layers to measure directly in the window that begins."""
-        worst = [float(part.amax()) for part in self._recovery.inaccuracy().cpu().split(self._sizes)]
-        self._inaccurate = {n for n, e in zip(self._layers, worst, strict=True) if MAX_ERROR < e < torch.inf}
+    def _inaccurate_layers(self) -> set[str]:
+        """Layers whose running means are too many sigma from 0 for recovery; waits for the device."""
+        worst = [float(part.amax()) for part in self._recorder.recovery_errors().cpu().split(self._sizes)]
+        return {n for n, error in zip(self._layers, worst, strict=True) if MAX_ERROR < error < torch.inf}
 
 
-_NOT_AT_ALL = "not measured: a layer synced over ranks whose statistics cannot be recovered"
+def _average(calls: Sequence[Call]) -> Tensor | None:
+    """Mean and unbiased variance over some calls, ``(2, C)``; None if there are none."""
+    if not calls:
+        return None
+    total = functools.reduce(operator.add, (call.moments for call in calls))
+    return torch.stack([total.mean, total.m2 / (total.count - 1)])

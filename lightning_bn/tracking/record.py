@@ -1,11 +1,9 @@
-"""The record of a monitored run: rows for loggers, and all that its pictures and its table are made from.
-
-An `Observer` sees batches; the record turns its windows into rows and remembers them.
-"""
+"""Record of a monitored run: the rows for loggers, and the data of its figures and its table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,40 +13,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.population import LayerStatistics
 from lightning_bn.tracking.drift import Observation
-from lightning_bn.tracking.history import History, Traces
+from lightning_bn.tracking.history import History
 from lightning_bn.tracking.observer import Observer
 
 COLUMNS = [
     *("index", "layer", "channels", "momentum", "NBS", "batch statistics", "mean gap", "lag", "noise", "variance gap"),
     *("dead", "not finite", "EMA to precise, mean gap", "EMA to precise, variance gap"),
 ]
-"""Of the table: NBS in samples, gaps in sigma or log ratios, dead and not finite as fractions of the channels."""
+"""Columns of the table. NBS is in samples, gaps in sigma or log ratios, dead and not finite are fractions."""
 
 
 class DriftRecord:
-    """What has been seen of layers so far.
+    """Everything that was observed of some layers.
 
     Args:
         layers: Qualified name -> layer.
-        keys: Layer name -> its part of metric keys, for those that get keys of their own.
-        quantities: What is logged of these.
-        channels: Layer name -> channel to trace; None for the first of the first, the middle and the last layer.
+        keys: Layer name -> its part of metric keys, for layers with keys of their own.
+        quantities: Values to log for these.
+        channels: Layer name -> channel to trace; None for channel 0 of the first, the middle and the last layer.
         prefix: Start of all keys.
 
     Attributes:
         layers: The layers by name.
         names: Their names.
-        observer: Sees the batches.
+        channels: Traced layers and channels.
+        observer: Watches the batches.
         history: Gaps of every row.
         traces: The traced channels.
-        last: The last row's observation.
-        moved: Layer name -> squares of the mean gap and variance gap from its EMA to its precise statistics, added up
-            over passes, and the number of passes.
-        nonfinite_said: Whether anybody has been told of non-finite statistics.
-        nbs: Layer name -> its normalization batch size, in samples; NaN where nobody has said.
+        last: Observation of the last row.
+        moved: Layer name -> sums over passes of the squared mean gap and variance gap from its EMA to its precise
+            statistics, and the number of passes.
+        nonfinite_said: Whether a warning about non-finite statistics was given.
+        nbs: Layer name -> normalization batch size in samples; NaN if unknown.
 
     Raises:
-        ValueError: If there is no such channel.
+        ValueError: If a layer or channel to trace does not exist.
     """
 
     def __init__(
@@ -59,30 +58,21 @@ class DriftRecord:
         channels: Mapping[str, int] | None,
         prefix: str,
     ) -> None:
-        self.names = list(layers)
-        self.keys = dict(keys)
-        self.quantities = tuple(quantities)
-        self.prefix = prefix
-        self.layers = dict(layers)
-        self.channels = _checked(layers, channels)
-        starts = dict(
-            zip(layers, _cumulative(layer.get_buffer("running_mean").numel() for layer in layers.values()), strict=True)
-        )
+        self.layers, self.names = dict(layers), list(layers)
+        self.keys, self.quantities, self.prefix = dict(keys), tuple(quantities), prefix
+        self.channels = _traced_channels(layers, channels)
+        sizes = [layer.get_buffer("running_mean").numel() for layer in layers.values()]
+        starts = dict(zip(layers, accumulate(sizes, initial=0), strict=False))
         self.observer = Observer(layers, [starts[name] + channel for name, channel in self.channels])
+        self.traces = self.observer.traces
         self.history = History(("mean_gap", "var_gap", "lag", "noise"), len(layers))
-        self.traces = Traces()
         self.last: Observation | None = None
         self.moved: dict[str, tuple[float, float, int]] = {}
         self.nonfinite_said = False
         self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)
 
-    def after_batch(self, step: int) -> None:
-        """Call after every batch; those that were not observed count for nothing."""
-        if self.observer.after_batch():
-            self.traces.add(step, self.observer.traced)
-
     def take_row(self, step: int) -> dict[str, float]:
-        """The row of the window that ends here, by full keys; always the same keys."""
+        """Return the row of the window that ends here, by full keys; the keys are always the same."""
         self.last = self.observer.take()
         of_layers = self.last.per_layer()
         self.history.add(step, of_layers)
@@ -95,7 +85,7 @@ class DriftRecord:
     def note_pass(
         self, step: int, statistics: Mapping[str, LayerStatistics], moved: Mapping[str, tuple[float, float]]
     ) -> None:
-        """Note that population statistics were recomputed, and by how much they moved."""
+        """Note recomputed population statistics, and each layer's gaps from its EMA to them."""
         for name, (mean_gap, var_gap) in moved.items():
             if name in self.layers:
                 mean_squares, var_squares, passes = self.moved.get(name, (0.0, 0.0, 0))
@@ -110,20 +100,19 @@ class DriftRecord:
         return gaps
 
     def table(self) -> list[list[Any]]:
-        """A row a layer; see `COLUMNS`."""
+        """One row per layer; see `COLUMNS`."""
         assert self.last is not None  # drawn after the first row
         of_layers = {quantity: values.tolist() for quantity, values in self.last.per_layer().items()}
         rows, precise = [], self.precise_gaps()
         for i, (name, layer) in enumerate(self.layers.items()):
             measured = [of_layers[q][i] for q in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
-            uncalled = of_layers["mean_gap"][i] != of_layers["mean_gap"][i]  # NaN
-            source = self.last.direct.get(name, "no batch to compare" if uncalled else "recovered")
+            is_uncalled = of_layers["mean_gap"][i] != of_layers["mean_gap"][i]  # NaN
+            source = self.last.direct.get(name, "no batch to compare" if is_uncalled else "recovered")
             first = [i, name, layer.num_features, layer.momentum, self.nbs[name], source]
             rows.append([*first, *measured, *precise[:, i].tolist()])
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but the last row, in plain types and tensors."""
         return {
             "layers": {name: layer.num_features for name, layer in self.layers.items()},
             "channels": [list(channel) for channel in self.channels],
@@ -135,10 +124,10 @@ class DriftRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back, but for traces of other channels.
+        """Continue from a state; traces of other channels are dropped.
 
         Raises:
-            ValueError: If it is a record of other layers; nothing is then taken.
+            ValueError: If it is a record of other layers; nothing is then changed.
         """
         if state["layers"] != {name: layer.num_features for name, layer in self.layers.items()}:
             raise ValueError("The checkpoint's record is one of other layers.")
@@ -151,10 +140,10 @@ class DriftRecord:
 
 
 def check_channels(channels: Any) -> None:
-    """Refuse what no model can have: channels to trace that are no mapping from layer name to number.
+    """Validate ``trace_channels`` without a model.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is no mapping from layer names to numbers.
         ValueError: If it is empty, or a channel is negative.
     """
     if channels is None:
@@ -162,12 +151,12 @@ def check_channels(channels: Any) -> None:
     if not isinstance(channels, Mapping):
         raise TypeError(f"trace_channels must map layer names to channels, or be None, but is {channels!r}.")
     if not channels:
-        raise ValueError("trace_channels is empty: name at least one, or leave it None.")
+        raise ValueError("trace_channels is empty: name at least one layer, or use None.")
     for name, channel in channels.items():
-        check_int(f"trace_channels: that of layer {name!r}", channel, at_least=0)
+        check_int(f"trace_channels: the channel of layer {name!r}", channel, at_least=0)
 
 
-def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:
+def _traced_channels(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | None) -> list[tuple[str, int]]:
     names = list(layers)
     if channels is None:
         return [(name, 0) for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1]))]
@@ -179,10 +168,3 @@ def _checked(layers: Mapping[str, _BatchNorm], channels: Mapping[str, int] | Non
                 f"trace_channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
             )
     return list(channels.items())
-
-
-def _cumulative(sizes: Iterable[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts[:-1]

@@ -1,7 +1,8 @@
-"""EMA recovery: the statistics of a training batch, from the running statistics before and after it.
+"""Recover the statistics of a training batch from the running statistics before and after it.
 
-A layer called ``k`` times moves its running statistics from ``r0`` to ``r1 = kept * r0 + (1 - kept) * batch``, where
-``kept = (1 - momentum)^k``. So ``batch`` can be solved for, without a hook and without reading an activation.
+A layer that is called k times moves its running statistics from r0 to ``r1 = decay * r0 + (1 - decay) * batch``, with
+``decay = (1 - momentum)^k``. Solved for the batch, ``batch = (r1 - decay * r0) / (1 - decay)``: no hook, and no read of
+an activation.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 from torch import Tensor
 
 MAX_ERROR = 1e-2
-"""Sigma by which a recovered mean may be off; where it may be more, the layer is measured directly."""
+"""Largest error of a recovered mean, in sigma. Layers with a larger one are measured directly."""
 
 
 def ema_decay(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
-    """What is left of the running statistics after some calls.
+    """Weight of the old running statistics after some calls: ``(1 - momentum)^calls``.
 
     Args:
-        momentum: Each layer's momentum, ``(L,)``; NaN for None, a cumulative average.
+        momentum: Momentum of each layer, ``(L,)``; NaN for None, the average of all batches.
         calls: Calls of each layer, ``(L,)``.
-        tracked: ``num_batches_tracked`` of each layer before them, ``(L,)``.
+        tracked: ``num_batches_tracked`` of each layer before these calls, ``(L,)``.
 
     Example:
         >>> import torch
@@ -30,20 +31,19 @@ def ema_decay(momentum: Tensor, calls: Tensor, tracked: Tensor) -> Tensor:
     return averaged.where(momentum.isnan(), (1 - momentum) ** calls)
 
 
-def recovered(before: Tensor, after: Tensor, kept: Tensor) -> Tensor:
+def solve_batch_stats(before: Tensor, after: Tensor, decay: Tensor) -> Tensor:
     """Batch statistics that moved running statistics from ``before`` to ``after``; of several calls, their average.
 
-    ``(after - kept * before) / (1 - kept)``. Variances come out unbiased, as running variances are. NaN where nothing
-    was called.
+    Variances are unbiased, as running variances are. NaN for a layer that was not called.
 
     Example:
         >>> import torch
-        >>> recovered(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.5]))
+        >>> solve_batch_stats(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.5]))
         tensor([3.])
     """
-    return (after - kept * before) / (1 - kept)
+    return (after - decay * before) / (1 - decay)
 
 
-def recovery_error(mean: Tensor, var: Tensor, kept: Tensor) -> Tensor:
-    """Sigma by which rounding of a float32 running mean may put a recovered mean off: ``2^-23 |mean| / (m sigma)``."""
-    return 2**-23 * mean.abs() / ((1 - kept) * var.sqrt())
+def recovery_error(mean: Tensor, var: Tensor, decay: Tensor) -> Tensor:
+    """Error of a recovered mean by float32 rounding, in sigma: ``2^-23 |mean| / ((1 - decay) sigma)``."""
+    return 2**-23 * mean.abs() / ((1 - decay) * var.sqrt())

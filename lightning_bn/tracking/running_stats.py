@@ -1,16 +1,14 @@
-"""Recovering what batches a model saw in training from its running statistics, without the data.
+"""Record the running statistics around training steps, and recover the steps' batch statistics from them.
 
-Around each batch, running statistics are copied before and after; what the batch must have been follows from the two
-(see `statistics.recovery`). A few vector operations for all layers together, and for many batches at once.
-
-That takes the number of calls that moved the statistics, and their momenta. A layer that counts one call is taken at
-its word, where its statistics have moved. Any other is witnessed: its calls are noted on the host.
+A step costs two copies of all running statistics; the arithmetic is done later, for many steps at once. Recovery needs
+the number of calls and their momenta. A layer whose counter says "one call" is called once if its statistics moved. All
+other layers, and layers of custom classes, get a behavior that records the momentum of every call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,70 +19,76 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
+from lightning_bn.tracking.custom_layers import CUSTOM_UPDATE, UNMEASURABLE, custom_layers, differs_from_torch
 from lightning_bn.tracking.drift import is_dead
-from lightning_bn.tracking.observed import Witnessed
-from lightning_bn.tracking.recovery import ema_decay, recovered, recovery_error
+from lightning_bn.tracking.layer_calls import MeasureInputs, RecordMomenta
+from lightning_bn.tracking.recovery import ema_decay, recovery_error, solve_batch_stats
 
-_ONE_BY_COUNTER, _BY_COUNTER = -1, -2
-"""In the place of a number of calls: one if the layer's counter says so; as many as it says."""
+_ONE_IF_COUNTED, _AS_COUNTED = -1, -2
+"""In place of a number of calls: 1 if ``num_batches_tracked`` rose by 1, else unknown; or as much as it rose."""
 
 
-class RunningStatsBeforeAfter(NamedTuple):
-    """What was read around a batch, of all layers.
+class Snapshot(NamedTuple):
+    """Running statistics of all layers around a step.
 
     Attributes:
-        before: Running means, then running variances, before the batch, ``(2C,)``, in the layers' own precision.
+        before: Running means, then running variances, before the step, ``(2C,)``, in the layers' own precision.
         after: The same after it.
-        tracked: Batches tracked before it, ``(L,)``.
-        calls: Calls of each layer, ``(L,)``; 0 where they, or their momenta, are not known.
-        momentum: Of these calls, NaN for None, ``(L,)``; several at other momenta are one that moves as much.
+        tracked: ``num_batches_tracked`` before the step, ``(L,)``.
+        tracked_after: The same after it.
+        calls: Calls of each layer: a number, `_ONE_IF_COUNTED` or `_AS_COUNTED`; 0 if unknown.
+        momenta: Their momentum. Calls at several momenta are one call that moves as much.
     """
 
     before: Tensor
     after: Tensor
     tracked: Tensor
-    calls: Tensor
-    momentum: Tensor
+    tracked_after: Tensor
+    calls: list[int]
+    momenta: list[float | None]
 
 
-class Step(NamedTuple):
-    """A batch and the running statistics around it; means and variances, ``(2, C)`` each. Or many, ``(N, ...)``.
+class RecoveredSteps(NamedTuple):
+    """Statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each.
 
     Attributes:
-        before: Running statistics before the batch.
+        before: Running statistics before the step.
         after: Running statistics after it.
-        batch: Statistics of the batch; those of several calls are averaged.
-        kept: What was left of the running statistics from before, ``(C,)``.
-        called: Channels of the layers that were called, ``(C,)``.
+        batch: Batch statistics; those of several calls are averaged.
+        decay: Weight of ``before`` in ``after``, ``(N, C)``.
+        called: Whether the channel's layer was called and its batch is known, ``(N, C)``.
     """
 
     before: Tensor
     after: Tensor
     batch: Tensor
-    kept: Tensor
+    decay: Tensor
     called: Tensor
 
 
-class Recovery:
-    """Recovers the batch statistics of layers, whose channels lie side by side in one vector.
+class StepRecorder:
+    """Records steps of layers whose channels lie side by side in one vector.
 
     Args:
         layers: Qualified name -> layer; each stores running statistics.
 
     Attributes:
         layers: These layers.
-        sizes: Number of channels of each.
-        layer_of: Number of the layer of each channel, ``(C,)``.
+        sizes: Number of channels of each layer.
+        layer_of: Index of each channel's layer, ``(C,)``.
         eps: The layer's eps for each channel, ``(C,)``, in the precision and on the device of all results.
+        inputs: Inputs of the layers that were measured or compared in the last step.
+        compared: Names of layers whose recovered batch was compared with their measured inputs in the last step.
+        untrusted: Layer name -> why its batches cannot be recovered, found by comparing them with measured ones.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> bn = nn.BatchNorm1d(1)
-        >>> recovery = Recovery({"bn": bn})
-        >>> recovery.before_batch()
+        >>> recorder = StepRecorder({"bn": bn})
+        >>> recorder.before_batch()
         >>> _ = bn(torch.tensor([[1.0], [3.0]]))
-        >>> recovery.recover([recovery.after_batch()]).batch.round(decimals=3)  # mean and unbiased variance
+        >>> recorder.recover([recorder.after_batch()]).batch.round(decimals=3)  # mean and unbiased variance
         tensor([[[2.],
                  [2.]]], dtype=torch.float64)
     """
@@ -92,140 +96,157 @@ class Recovery:
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.layers = dict(layers)
         self.sizes = [layer.get_buffer("running_mean").numel() for layer in layers.values()]
-        home = next(iter(layers.values())).get_buffer("running_mean").device
-        self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(home)
+        self.starts = [0, *accumulate(self.sizes)]
+        device = next(iter(layers.values())).get_buffer("running_mean").device
+        self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
         eps = torch.tensor([layer.eps for layer in layers.values()], dtype=torch.float64)
-        self.eps = eps.to(home, torch.float32 if home.type == "mps" else torch.float64)[self.layer_of]
-        self._momenta: list[float | None] = []
-        self._on_device: dict[str, tuple[list[float], Tensor]] = {}
-        self._witness, self._handle = Witnessed(), Handle((), Witnessed())
-        self._witnessed = {layer for layer in layers.values() if own_class(layer) not in OF_TORCH}
-        self._starts = [0, *accumulate(self.sizes)]
-        self._none_tracked = torch.zeros((), dtype=torch.int64, device=home)
-        self._together = all(layer.get_buffer("running_mean").device == home for layer in layers.values())
-        self._before: tuple[Tensor, Tensor] | None = None
+        self.eps = eps.to(device, torch.float32 if device.type == "mps" else torch.float64)[self.layer_of]
+        self.inputs = MeasureInputs(layers)
+        self.untrusted: dict[str, str] = {}
+        self._one_device = all(layer.get_buffer("running_mean").device == device for layer in layers.values())
+        self._buffers = [layer._buffers for layer in layers.values()]
+        self._none_tracked = torch.zeros((), dtype=torch.int64, device=device)
+        self._momenta, self._handles = RecordMomenta(), list[Handle]()
+        self._recorded = {layer for layer in layers.values() if own_class(layer) not in OF_TORCH}
+        self.compared: list[str] = []
+        self._calls_by_counter: list[int] = []
+        self._before: tuple[Tensor, Tensor, list[float | None]] | None = None
 
-    def before_batch(self, closely: bool = False) -> None:
+    def before_batch(self, check: bool = True, measured: Collection[str] = ()) -> None:
         """Call right before a batch reaches the model.
 
         Args:
-            closely: Witness all layers, to find those that need it: now and then, since it has compiled models
-                compiled for it, once.
+            check: Record the momenta of all layers, to find those that need it, and compare layers of custom classes
+                with their measured inputs. Compiled models are compiled once more for the first step with it.
+            measured: Names of layers whose inputs to measure.
         """
         self.abandon()
-        layers = self.layers.values() if closely else self._witnessed
-        self._witness.begin()
-        self._handle = Handle([layer for layer in layers if not has_behavior(layer, "domain")], self._witness)
-        self._before = self._read()
-        self._momenta = self._momenta_now()
+        if check or not self._calls_by_counter:
+            self._calls_by_counter = [
+                _AS_COUNTED if has_behavior(layer, "domain") else _ONE_IF_COUNTED for layer in self.layers.values()
+            ]
+        custom = custom_layers(self.layers) if check else {}
+        self.compared = [name for name in custom if name not in self.untrusted and name not in measured]
+        if self.compared or measured:
+            self.inputs.begin()
+            self._handles.append(Handle([self.layers[n] for n in (*self.compared, *measured)], self.inputs))
+        self._momenta.begin()
+        if check or self._recorded:
+            by_counter = zip(self.layers.values(), self._calls_by_counter, strict=True)
+            counted_once = [layer for layer, calls in by_counter if calls != _AS_COUNTED]
+            recorded = [layer for layer in counted_once if check or layer in self._recorded]
+            self._handles.append(Handle(recorded, self._momenta))
+        self._before = *self._read(), [layer.momentum for layer in self.layers.values()]
 
-    def after_batch(self) -> RunningStatsBeforeAfter | None:
-        """Call right after it, or never. What was read, for `recover`; None if its beginning was not seen."""
+    def after_batch(self) -> Snapshot | None:
+        """Call right after the batch, or not at all. None if its beginning was not seen."""
         if self._before is None:
             return None
-        # What was read after the batch before is no substitute for this one's `before`: nothing tells that none wrote
-        # in between. A batch norm's kernel and `tensor.data` leave `tensor._version` as it is.
-        (before, tracked), (after, tracked_after) = self._before, self._read()
+        # The `after` of the previous step does not replace this step's `before`: others may have written in between,
+        # and neither the batch-norm kernel nor `tensor.data` changes `tensor._version`.
+        (before, tracked, momenta), (after, tracked_after) = self._before, self._read()
         self.abandon()
-        number, momenta = self._unwrap_batch_sampler()
-        counted, known = tracked_after - tracked, self._tensor("calls", number)
-        calls = torch.where(known >= 0, known, counted.where((counted == 1) | (known == _BY_COUNTER), 0))
-        return RunningStatsBeforeAfter(before, after, tracked, calls.to(counted), self._momentum(momenta))
-
-    def _unwrap_batch_sampler(self) -> tuple[list[float], list[float | None]]:
-        """Of each layer: how many calls there were, or that its counter says so; and at which momentum."""
-        calls: list[float] = []
-        momenta: list[float | None] = []
-        for layer, before in zip(self.layers.values(), self._momenta, strict=True):
-            noted, now = self._witness.momenta.get(layer), vars(layer)["momentum"]
-            if layer._buffers["num_batches_tracked"] is None:  # `not_recoverable`
-                calls.append(0)
-                momenta.append(before)
-                continue
-            if noted is None:  # within a compiled region, or not called
-                if before != now:  # which says nothing of the one with which the batch was taken in
-                    self._witnessed.add(layer)
-                ours = has_behavior(layer, "domain")
-                calls.append(0 if before != now else _BY_COUNTER if ours else _ONE_BY_COUNTER)
-                momenta.append(before)
-                continue
-            if noted != [now]:
-                self._witnessed.add(layer)
-            plain_average = [m for m in noted if m is None]
-            if plain_average:  # its weights follow from the counter, which others may have moved in between
-                calls.append(len(noted) if len(plain_average) == len(noted) else 0)
-                momenta.append(None)
-            else:
-                moved = 1 - math.prod(1 - m for m in noted if m is not None)
-                calls.append(int(moved != 0))
-                momenta.append(noted[0] if len(noted) == 1 else moved)
-        return calls, momenta
-
-    def recover(self, batches: Sequence[RunningStatsBeforeAfter], layers: slice = slice(None)) -> Step:
-        """What batches were, ``N`` of them at once.
-
-        Args:
-            batches: What was read around each.
-            layers: Some layers, by number; the result holds their channels alone. All by default.
-        """
-        first, end, _ = layers.indices(len(self.sizes))
-        channels = slice(self._starts[first], self._starts[end])
-        layer_of = self.layer_of[channels] - first
-        before, after = (
-            torch.stack([read.view(2, -1)[:, channels] for read in side]).to(self.eps)
-            for side in ([b.before for b in batches], [b.after for b in batches])
-        )
-        tracked, calls, momentum = (
-            torch.stack([read[layers] for read in each])
-            for each in ([b.tracked for b in batches], [b.calls for b in batches], [b.momentum for b in batches])
-        )
-        kept = ema_decay(momentum, calls.to(momentum), tracked.to(momentum)).index_select(1, layer_of)
-        # of a call at momentum 0 the layer's counter tells nothing
-        moved = (before != after).any(1) | is_dead(after[:, 1], self.eps[channels])
-        called = (calls > 0).index_select(1, layer_of) & moved
-        return Step(before, after, recovered(before, after, kept[:, None]), kept, called)
+        snapshot = Snapshot(before, after, tracked, tracked_after, *self._calls(momenta))
+        if self.compared:
+            self.untrusted |= self._differing(snapshot)
+        return snapshot
 
     def abandon(self) -> None:
-        """Forget a batch that has begun, and take back from the layers what they were given for it."""
         self._before = None
-        self._handle.undo()
+        while self._handles:
+            self._handles.pop().undo()
+
+    def recover(self, steps: Sequence[Snapshot], layers: slice = slice(None)) -> RecoveredSteps:
+        """Recover the batch statistics of some steps.
+
+        Args:
+            steps: What was recorded.
+            layers: Restricts the result to the channels of these layers, by index.
+        """
+        first, end, _ = layers.indices(len(self.sizes))
+        channels = slice(self.starts[first], self.starts[end])
+        layer_of = self.layer_of[channels] - first
+        before, after = (
+            torch.stack(side).unflatten(1, (2, -1))[..., channels].to(self.eps)
+            for side in ([s.before for s in steps], [s.after for s in steps])
+        )
+        tracked = torch.stack([s.tracked for s in steps])[:, layers]
+        counted = torch.stack([s.tracked_after for s in steps])[:, layers] - tracked
+        momenta = [[torch.nan if m is None else m for m in s.momenta[layers]] for s in steps]
+        momentum = torch.tensor(momenta, dtype=self.eps.dtype).to(self.eps.device, non_blocking=True)
+        calls = torch.tensor([s.calls[layers] for s in steps]).to(self.eps.device, non_blocking=True)
+        calls = torch.where(calls >= 0, calls, counted.where((counted == 1) | (calls == _AS_COUNTED), 0))
+        decay = ema_decay(momentum, calls, tracked).index_select(1, layer_of)
+        # The counter also counts calls at momentum 0, which move nothing.
+        moved = (before != after).any(1) | is_dead(after[:, 1], self.eps[channels])
+        called = (calls > 0).index_select(1, layer_of) & moved
+        return RecoveredSteps(before, after, solve_batch_stats(before, after, decay[:, None]), decay, called)
 
     def running(self) -> Tensor:
-        """Running means and variances as they are, ``(2, C)``: a copy."""
+        """A copy of the running means and variances, ``(2, C)``."""
         return self._read()[0].view(2, -1).to(self.eps)
 
-    def inaccuracy(self) -> Tensor:
-        """Sigma by which a mean recovered now may be off by rounding, ``(C,)``; 0 for dead channels."""
-        running, tracked = self.running(), self._read()[1].to(self.eps)
-        kept = ema_decay(self._momentum(self._momenta_now()), torch.ones_like(tracked), tracked)[self.layer_of]
-        return torch.where(is_dead(running[1], self.eps), 0.0, recovery_error(running[0], running[1], kept))
+    def recovery_errors(self) -> Tensor:
+        """Error of a mean recovered now, in sigma, ``(C,)``; 0 for dead channels."""
+        (running, tracked), momenta = self._read(), [layer.momentum for layer in self.layers.values()]
+        mean, var = running.view(2, -1).to(self.eps)
+        momentum = torch.tensor([torch.nan if m is None else m for m in momenta]).to(self.eps)
+        decay = ema_decay(momentum, torch.ones_like(tracked), tracked)[self.layer_of]
+        return torch.where(is_dead(var, self.eps), 0.0, recovery_error(mean, var, decay))
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        """Running means and variances, ``(2C,)``, and batches tracked, ``(L,)``: copies, twice a step."""
-        layers = [layer._buffers for layer in self.layers.values()]
-        buffers = [b[kind] for kind in ("running_mean", "running_var") for b in layers]
-        tracked = [self._none_tracked if (count := b["num_batches_tracked"]) is None else count for b in layers]
-        if not self._together:
-            home = self.eps.device
-            buffers, tracked = [b.to(home) for b in buffers], [t.to(home) for t in tracked]  # type: ignore[union-attr]
-        return torch.cat(buffers), torch.stack(tracked)  # type: ignore[arg-type]
+        running = [b["running_mean"] for b in self._buffers] + [b["running_var"] for b in self._buffers]
+        tracked = [self._none_tracked if (n := b["num_batches_tracked"]) is None else n for b in self._buffers]
+        if not self._one_device:
+            running, tracked = ([t.to(self.eps.device) for t in part] for part in (running, tracked))  # type: ignore[union-attr]
+        return torch.cat(running), torch.stack(tracked)  # type: ignore[arg-type]
 
-    def _momenta_now(self) -> list[float | None]:
-        return [layer.momentum for layer in self.layers.values()]
+    def _calls(self, momenta_before: list[float | None]) -> tuple[list[int], list[float | None]]:
+        """Calls of each layer and their momentum, as far as they are known without its counter."""
+        momenta_after = [layer.momentum for layer in self.layers.values()]
+        if not self._momenta.momenta and momenta_after == momenta_before:  # most steps
+            return self._calls_by_counter, momenta_before
+        calls, momenta = list(self._calls_by_counter), list(momenta_before)
+        for index, (layer, before) in enumerate(zip(self.layers.values(), momenta_before, strict=True)):
+            recorded = self._momenta.momenta.get(layer)
+            if recorded is None and layer.momentum == before:
+                continue
+            if layer._buffers["num_batches_tracked"] is None:
+                calls[index] = 0
+            elif recorded is None:  # not called, or compiled: the momentum of the call is unknown
+                self._recorded.add(layer)
+                calls[index] = 0
+            else:
+                if recorded != [layer.momentum]:
+                    self._recorded.add(layer)
+                calls[index], momenta[index] = _as_one_call(recorded)
+        return calls, momenta
 
-    def _momentum(self, momenta: list[float | None]) -> Tensor:
-        return self._tensor("momentum", [torch.nan if m is None else m for m in momenta])
+    def _differing(self, snapshot: Snapshot) -> dict[str, str]:
+        """Compared layers whose recovered batch is not the measured one; waits for the device once."""
+        reasons, differs = {}, {}
+        for index, (name, layer) in enumerate(self.layers.items()):
+            if name in self.compared and layer in self.inputs.unmeasurable:
+                reasons[name] = UNMEASURABLE
+            elif name in self.compared and layer in self.inputs.calls:
+                step, tracked = self.recover([snapshot], slice(index, index + 1)), snapshot.tracked[index]
+                differs[name] = differs_from_torch(
+                    self.inputs.calls[layer], tracked, step.before[0], step.batch[0], step.called[0], layer.eps
+                )
+        verdicts = torch.stack(list(differs.values())).tolist() if differs else []
+        return reasons | {name: CUSTOM_UPDATE for name, verdict in zip(differs, verdicts, strict=True) if verdict}
 
-    def _tensor(self, kind: str, values: list[float]) -> Tensor:
-        """A number of each layer; made anew only when one has changed, and without waiting for the device."""
-        if kind not in self._on_device or self._on_device[kind][0] != values:
-            tensor = torch.tensor(values, dtype=self.eps.dtype).to(self.eps.device, non_blocking=True)
-            self._on_device[kind] = values, tensor
-        return self._on_device[kind][1]
+
+def _as_one_call(momenta: list[float | None]) -> tuple[int, float | None]:
+    """Number of calls, and their momentum; calls at different momenta are one call that moves as much."""
+    if None in momenta:  # mixed calls are unknown: the weight of None depends on the counter, which others may change
+        return (len(momenta) if set(momenta) == {None} else 0), None
+    moved = 1 - math.prod(1 - m for m in momenta if m is not None)
+    return int(moved != 0), momenta[0] if len(momenta) == 1 else moved
 
 
 def not_recoverable(layer: _BatchNorm) -> str:
-    """Why a layer's batch statistics cannot be recovered in its present mode; empty if they can."""
+    """Why the batches of a layer cannot be recovered in its present mode; empty if they can."""
     running_mean = layer._buffers["running_mean"]
     if is_frozen(layer) or not layer.training:
         return "frozen"

@@ -21,7 +21,6 @@ from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
-    InMemory,
     Passes,
     TinyNet,
     digest,
@@ -72,25 +71,24 @@ def warned(module: Any, callbacks: Any, *args: Any, **kwargs: Any) -> tuple[Trai
     return trainer, [m for m in said if "BatchLeakage" in m or m.startswith("Batches ")]
 
 
-@pytest.mark.parametrize("pattern", ["16 x 2", "in order"])
-def test_a_pattern_alarms_within_one_epoch_and_then_it_rests(pattern: str) -> None:
+def test_a_pattern_alarms_within_one_epoch_and_then_it_rests() -> None:
     monitor = BatchLeakageMonitor()
     passes = Passes(monitor)
-    trainer, said = warned(TinyNet(), [monitor, passes], loader(pattern), val=None, max_epochs=2)
+    trainer, said = warned(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=2)
     assert monitor.alarmed and monitor.p_value <= 0.01
     assert len(said) == 1 and "Batches leak information: In epoch 0 the samples that layer 'bn" in said[0]
     (row,) = [row for _, row in trainer.loggers[0].rows if "batch_leakage/p_value" in row]
     assert set(row) == {f"batch_leakage/{k}" for k in ("p_value", "epoch_p_value", "icc_worst", "icc/bn1", "icc/bn2")}
     assert row["batch_leakage/p_value"] == monitor.p_value and row["batch_leakage/icc_worst"] > 0
     assert passes.seen == [("epoch end", 64)]
-    assert monitor._evidence.epochs == 1 and monitor._pass._kept is None
+    assert monitor._evidence.epochs == 1 and monitor._pass._reservoir is None
 
 
 def test_shuffled_batches_do_not_alarm() -> None:
-    monitor = BatchLeakageMonitor()
-    trainer, said = warned(TinyNet(), monitor, loader("shuffled"), max_epochs=3)
+    monitor = BatchLeakageMonitor(1024)
+    trainer, said = warned(TinyNet(), monitor, loader("shuffled"), max_epochs=2)
     assert not monitor.alarmed and said == []
-    assert len(trainer.loggers[0].logged("batch_leakage/epoch_p_value")) == 3
+    assert len(trainer.loggers[0].logged("batch_leakage/epoch_p_value")) == 2
 
 
 def test_balanced_batches_alarm_and_are_called_so() -> None:
@@ -99,16 +97,6 @@ def test_balanced_batches_alarm_and_are_called_so() -> None:
     balanced = DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=order.tolist())
     _, said = warned(TinyNet(), BatchLeakageMonitor(), balanced, val=None, max_epochs=1)
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
-
-
-def test_interleaved_ghosts_mend_what_contiguous_ones_keep() -> None:
-    """Two ghosts of 16: one image of each kind, or eight kinds twice."""
-    monitors = {grouping: BatchLeakageMonitor(alpha=1e-9) for grouping in ("interleaved", "contiguous")}
-    for grouping, monitor in monitors.items():
-        ghosts = GhostBNCallback(size=16, grouping=grouping)
-        fit(TinyNet(), [monitor, ghosts], loader("16 x 2"), val=None, max_epochs=1)
-    assert monitors["contiguous"].p_value < 0.01
-    assert monitors["interleaved"].result.icc["bn1"] < monitors["contiguous"].result.icc["bn1"] / 3
 
 
 def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
@@ -160,31 +148,21 @@ def test_comparing_beside_mini_batch_inference_is_refused() -> None:
 
 # ------------------------------------------------------------------------------------------------------- says so
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"alpha": 0}, "alpha must be"),
-        ({"alpha": 2.0}, "alpha must be"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"same_pattern": in_pattern}, "same_pattern is for log_errors=True"),
-        ({"forward": "backward"}, "forward must be"),
+        ({"alpha": 0}, ValueError, "alpha must be"),
+        ({"alpha": 2.0}, ValueError, "alpha must be"),
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+        ({"same_pattern": in_pattern}, ValueError, "same_pattern is for log_errors=True"),
+        ({"forward": "backward"}, ValueError, "forward must be"),
+        ({"batch_size_fn": 5}, TypeError, "batch_size_fn must be a function from a batch .* but is 5"),
+        ({"log_errors": "x"}, TypeError, "log_errors must be True or False but is 'x'"),
+        ({"layers": 3}, TypeError, "layers must be a glob pattern .* but is 3"),
+        ({"log_errors": True, "same_pattern": "x"}, TypeError, "same_pattern must be a function .* but is 'x'"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BatchLeakageMonitor(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"batch_size_fn": 5}, "batch_size_fn must be a function from a batch .* but is 5"),
-        ({"log_errors": "x"}, "log_errors must be True or False but is 'x'"),
-        ({"layers": 3}, "layers must be a glob pattern .* but is 3"),
-        ({"log_errors": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
-    ],
-)
-def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         BatchLeakageMonitor(**arguments)
 
 
@@ -233,28 +211,12 @@ TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"batch_size_fn": raising(KeyError("size"))},
         "tests nothing in this epoch: KeyError: 'size'",
     ),
-    "count leaks a StopIteration": (
-        TinyNet,
-        {"batch_size_fn": raising(StopIteration)},
-        "batch_size_fn raised StopIteration",
-    ),
     "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
     "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise max_bytes, or lower"),
-    "too large, as counted": (
-        TinyNet,
-        {"num_samples": 20, "batch_size_fn": len, "max_bytes": 4000},
-        "keeps 10 batches",
-    ),
     "no copy": (Uncopyable, {}, "TypeError: no copies of this one"),
     "the step raises": (FailsInEval, {}, "ZeroDivisionError: in the step"),
-    "forward raises": (TinyNet, {"forward": raising(RuntimeError("in forward"))}, "this epoch: in forward"),
     "forward leaks a StopIteration": (TinyNet, {"forward": raising(StopIteration)}, "StopIteration"),
     "not finite": (NotFinite, {}, "There is nothing to compare"),
-    "no loader": (
-        TinyNet,
-        {"log_errors": True, "same_pattern": raising(StopIteration)},
-        "compares nothing.*StopIteration",
-    ),
     "an empty loader": (
         TinyNet,
         {"log_errors": True, "same_pattern": lambda _: []},
@@ -276,8 +238,14 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(make: Any, argu
         assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), torch.OutOfMemoryError("full")])
-@pytest.mark.parametrize("where", ["batch_size_fn", "forward", "same_pattern"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("batch_size_fn", MemoryError()),
+        ("forward", KeyboardInterrupt()),
+        ("same_pattern", torch.OutOfMemoryError("full")),
+    ],
+)
 def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException, where: str) -> None:
     module = TinyNet()
     monitor = BatchLeakageMonitor(**{"log_errors": where == "same_pattern", where: raising(error)})
@@ -285,19 +253,6 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
         fit(module, monitor)
     assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
     assert all(type(m) is type(n) for m, n in zip(module.modules(), TinyNet().modules(), strict=True))
-
-
-class RefusesFigures(InMemory):
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if any(key.startswith("batch_leakage") for key in metrics):
-            raise OSError("disk full")
-
-
-def test_a_logger_that_raises_costs_what_it_would_have_logged_and_no_test(tmp_path: Path) -> None:
-    monitor = BatchLeakageMonitor()
-    trainer, said = warned(TinyNet(), monitor, loader("in order"), val=None, logger=RefusesFigures(), max_epochs=1)
-    assert [m.partition(":")[0] for m in said] == ["BatchLeakageMonitor could not log", "Batches leak information"]
-    assert monitor.alarmed and trainer.global_step == 64
 
 
 def test_a_layer_whose_rows_are_not_its_samples_is_named_once_and_the_others_are_tested() -> None:
@@ -311,22 +266,6 @@ def test_a_layer_whose_rows_are_not_its_samples_is_named_once_and_the_others_are
     assert set(monitor.result.icc) == {"bn2"}
 
 
-class OnTokens(TinyNet):
-    """Its second layer is given four rows a sample, which are alike."""
-
-    def features(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x))
-        tokens = torch.cat([x.flatten(2)[..., i : i + 6] for i in range(4)], 1).view(4 * len(x), -1)[:, :6]
-        return self.bn2(tokens[..., None, None]).view(len(x), 4, -1).mean(1)
-
-
-def test_rows_of_a_sample_do_not_alarm_in_shuffled_batches_and_do_in_sorted_ones() -> None:
-    for pattern, alarms in (("shuffled", False), ("in order", True)):
-        monitor = BatchLeakageMonitor(layers="bn2", num_samples=2048)
-        fit(OnTokens(), monitor, loader(pattern), val=None, max_epochs=1)
-        assert monitor.alarmed is alarms and set(monitor.result.icc) == {"bn2"}
-
-
 def test_it_advises_no_callback_that_is_there() -> None:
     for callbacks, ghosts in (([], True), ([GhostBNCallback(size=16, grouping="contiguous")], False)):
         _, said = warned(TinyNet(), [BatchLeakageMonitor(512), *callbacks], loader("in order"), val=None, max_epochs=1)
@@ -334,11 +273,6 @@ def test_it_advises_no_callback_that_is_there() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- state of a fit
-def test_before_a_test_it_knows_nothing() -> None:
-    monitor = BatchLeakageMonitor()
-    assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
-
-
 def fitted_in_a_fork() -> tuple[bool, BatchLeakageMonitor]:
     monitor = BatchLeakageMonitor()
     trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
@@ -352,14 +286,11 @@ def test_after_a_fit_in_another_process_the_parents_callback_knows_nothing() -> 
     assert fitted and monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
-def test_an_epoch_of_one_batch_is_said_once() -> None:
-    _, said = warned(TinyNet(), BatchLeakageMonitor(), train_loader(8, 8))
-    assert len(said) == 1 and "fewer than two batches" in said[0]
-
-
-def test_frozen_layers_are_said_once() -> None:
-    _, said = warned(TinyNet(), [BatchLeakageMonitor(), FreezeBNCallback(start_step=0, statistics="ema")])
-    assert len(said) == 1 and "normalize with the population" in said[0]
+def test_an_epoch_of_one_batch_and_frozen_layers_are_warned_of_once() -> None:
+    frozen = FreezeBNCallback(start_step=0, statistics="ema")
+    for others, loader, message in (([], train_loader(8, 8), "fewer than two batches"), ([frozen], None, "population")):
+        _, said = warned(TinyNet(), [BatchLeakageMonitor(), *others], loader or train_loader())
+        assert len(said) == 1 and message in said[0]
 
 
 def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() -> None:
@@ -386,13 +317,13 @@ def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- which batches are kept
 def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
     kept: Counter[int] = Counter()
-    for seed in range(2000):
+    for seed in range(1000):
         reservoir = BatchReservoir(3, seed)
         for number in range(10):
             reservoir.keep(torch.tensor(number))
         assert reservoir.held == 3
         kept.update(int(b) for b in reservoir.batches())
-    assert all(count == pytest.approx(600, abs=100) for count in kept.values()) and len(kept) == 10
+    assert all(count == pytest.approx(300, abs=70) for count in kept.values()) and len(kept) == 10
 
 
 def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:

@@ -81,7 +81,7 @@ def test_a_forecast_is_written_where_it_is_right_and_the_other_layer_is_left_and
 
 @pytest.mark.parametrize("name", LEFT[1:2])  # drawing its pictures takes seconds
 @pytest.mark.parametrize("fails_at", [-1, 0, 5])
-@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, 2), ForecastBNCallback])
+@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), ForecastBNCallback])
 def test_nothing_of_ours_is_left_in_the_layers_and_nothing_ends_the_fit(
     kind: Any, fails_at: int, name: str, tmp_path: Any
 ) -> None:

@@ -117,7 +117,7 @@ def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> Non
 def with_others() -> dict[str, Tensor]:
     """With a pass, a freeze and the monitor: all of them wait for nobody where they need not."""
     freeze = FreezeBNCallback(start_epoch=2, precise=PassConfig(32), warmup_epochs=0)
-    callbacks = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, 2)]
+    callbacks = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, window=2)]
     module = TinyNet()
     fit(module, callbacks, train_loader(32, 8), devices=2, strategy="ddp", max_epochs=3, precision="64-true")
     return numbers(module)
@@ -133,7 +133,7 @@ def test_it_works_together_with_a_pass_a_freeze_and_the_monitor() -> None:
 
 def judged() -> dict[str, str]:
     """How the monitor gets at each layer's batches, with momentum 0 in the first."""
-    monitor, module = BNStatsMonitor(1, 2), TinyNet()
+    monitor, module = BNStatsMonitor(1, window=2), TinyNet()
     module.bn1.momentum = 0.0
     found: dict[str, str] = {}
 

@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from lightning_bn import DeadChannels, MeanGap, Moments, NonFiniteChannels, VarGap
 from lightning_bn.tracking.drift import split
 from lightning_bn.tracking.history import MAX_ROWS, History, Traces
-from lightning_bn.tracking.recovery import ema_decay, recovered
+from lightning_bn.tracking.recovery import ema_decay, solve_batch_stats
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -46,12 +46,12 @@ def test_what_is_recovered_is_what_went_in(momentum: float | None, calls: int, t
         after = (1 - share) * after + share * batch
     m = torch.tensor(momentum if momentum is not None else torch.nan, dtype=torch.float64)
     kept = ema_decay(m, torch.tensor(calls), torch.tensor(tracked))
-    assert torch.allclose(recovered(before, after, kept), batch, rtol=0, atol=1e-11)
+    assert torch.allclose(solve_batch_stats(before, after, kept), batch, rtol=0, atol=1e-11)
 
 
 def test_metrics_are_the_functions_over_all_updates() -> None:
     seen = batches(5, 3)
-    metrics = MetricCollection({part: MeanGap(3, part) for part in ("gap", "lag", "noise")} | {"var": VarGap(3)})
+    metrics = MetricCollection({part: MeanGap(3, part=part) for part in ("gap", "lag", "noise")} | {"var": VarGap(3)})
     for batch in seen:
         metrics.update(*batch)
     offsets = torch.stack([(mean - ema) / var.sqrt() for mean, _, ema, var in seen])
@@ -79,7 +79,7 @@ def test_a_metric_refuses_other_channels_and_parts() -> None:
     with pytest.raises(ValueError, match=r"MeanGap was made for 3 channels.*\(4,\)"):
         MeanGap(3).update(*batches(1, 4)[0])
     with pytest.raises(ValueError, match="part must be 'gap', 'lag' or 'noise' but is 'drift'"):
-        VarGap(3, "drift")
+        VarGap(3, part="drift")
 
 
 def test_dead_and_nonfinite_channels_are_fractions() -> None:
@@ -92,17 +92,7 @@ def test_dead_and_nonfinite_channels_are_fractions() -> None:
     assert (dead.compute().item(), bad.compute().item()) == (0.25, 0.5)
 
 
-def test_history_stays_bounded_and_keeps_the_size_of_what_was_seen() -> None:
-    history = History(["gap"], layers=1)
-    for step in range(5 * MAX_ROWS):
-        history.add(step, {"gap": torch.tensor([3.0])})
-    assert MAX_ROWS // 2 <= len(history.steps) == len(history["gap"]) <= MAX_ROWS
-    assert history.steps == sorted(history.steps) and history.steps[-1] == 5 * MAX_ROWS - 1
-    assert history.rows_seen == 5 * MAX_ROWS
-    assert torch.allclose(history["gap"], torch.tensor(3.0))
-
-
-@pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1, 3000, 10_000])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1, 3000])
 def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: int) -> None:
     history, resumed = History(["gap"], layers=2), History(["gap"], layers=2)
     first = torch.tensor([2.0, torch.nan])
@@ -113,6 +103,7 @@ def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: i
         history.add(step, row)
         if step >= rows // 2:
             resumed.add(step, row)
+    assert len(history.steps) == len(history["gap"]) <= MAX_ROWS and history.rows_seen == rows
     spans = torch.tensor([-1, *history.steps]).diff()
     assert (spans[:-1] == spans[0]).all() and spans[-1] <= spans[0]
     early = -(-8 * rows // 10)

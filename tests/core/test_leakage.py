@@ -108,11 +108,10 @@ def leaking(channels: int) -> Tensor:
     return leading_components(torch.randn(256, channels) + 0.35 * shared)
 
 
-@pytest.mark.parametrize("own", [5, 1], ids=["of as many components", "of fewer components, which are noisier"])
-def test_one_layer_of_many_suffices(own: int) -> None:
-    """Though their mean hardly shows it."""
-    rows = [leading_components(torch.randn(256, own)) for _ in range(20)]
-    rows[13] = leaking(channels=16 if own == 1 else 5)
+def test_one_layer_of_many_suffices() -> None:
+    """Though their mean hardly shows it, and the others have fewer components, which are noisier."""
+    rows = [leading_components(torch.randn(256, 1)) for _ in range(20)]
+    rows[13] = leaking(channels=16)
     assert permutation_test(rows, numbers([8] * 32), permutations=2000) < 0.001
 
 
@@ -122,21 +121,16 @@ def test_components_are_so_few_that_regrouping_makes_a_difference() -> None:
     assert permutation_test([leading_components(pairs)], numbers([2] * 6), permutations=2000) < 0.001
 
 
-def test_another_seed_draws_other_regroupings() -> None:
-    rows = leading_components(torch.randn(40, 3))
-    assert len({permutation_test([rows], numbers([8] * 5), seed=seed) for seed in range(10)}) > 1
-
-
 def test_p_values_of_dependent_heavy_tailed_layers_are_uniform() -> None:
     """Exact for any distribution, ragged groups, and layers that are nearly copies of each other."""
     found = []
-    for seed in range(300):
+    for seed in range(150):
         generator = torch.Generator().manual_seed(seed)
         first = torch.randn(60, 3, generator=generator).pow(3)
         layers = [first, first + 0.1 * torch.randn(60, 3, generator=generator), first.abs()]
         found.append(permutation_test([leading_components(x) for x in layers], numbers([2, 10, 20, 28]), 199, seed))
     share = [(sum(p <= level for p in found) / len(found), level) for level in (0.05, 0.2, 0.5)]
-    assert all(abs(s - level) < 4 * (level * (1 - level) / 300) ** 0.5 for s, level in share)
+    assert all(abs(s - level) < 4 * (level * (1 - level) / 150) ** 0.5 for s, level in share)
 
 
 def test_groups_of_equal_rows_and_of_equal_means_are_no_numbers_that_break_it() -> None:
@@ -144,7 +138,7 @@ def test_groups_of_equal_rows_and_of_equal_means_are_no_numbers_that_break_it() 
     rows = leading_components(equal)
     assert icc(rows, numbers([2] * 4)) == pytest.approx(1)
     assert permutation_test([rows], numbers([2] * 4)) == pytest.approx(1 / 105, rel=0.6), "one of 105 pairings"
-    for seed in range(20):  # of each another is rounded to a little more or less than nothing
+    for seed in range(5):  # of each another is rounded to a little more or less than nothing
         values = torch.randn(4, 1, generator=torch.Generator().manual_seed(seed)).repeat_interleave(2, 0)
         assert permutation_test([leading_components(values)], numbers([2] * 4), 1000) == pytest.approx(1 / 105, rel=0.6)
     opposite = leading_components(torch.tensor([[1.0], [-1.0]] * 4))
@@ -173,14 +167,14 @@ def test_evidence_is_the_formula(p_values: list[float]) -> None:
 
 
 def test_without_leakage_runs_of_any_length_keep_the_level() -> None:
-    uniform = torch.rand(20_000, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(4_000, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     alarms = 0
     for p_values in uniform.tolist():
         evidence = EProcess()
         for p in p_values:
             evidence.add(p)
         alarms += evidence.p_value <= 0.01
-    assert alarms / 20_000 < 0.01
+    assert alarms / 4_000 < 0.01
 
 
 def test_a_weak_leak_that_lasts_and_one_that_begins_late_are_found() -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from lightning_bn import batch_leakage, find_bn, freeze_bn, ghost_bn, sync_bn
 from lightning_bn.functional.leakage import measure_leakage
@@ -51,17 +47,6 @@ def test_random_batches_of_classes_pass_and_batches_of_one_class_do_not() -> Non
     assert list(random.icc) == list(random.noise) == ["1", "5"]
 
 
-def test_in_train_mode_the_evidence_would_be_masked() -> None:
-    """Why the model is run with population statistics: normalized by the batch, its samples' means sum to zero."""
-    net, images = model(), sorted_by_class(8, 512)
-    seen: list[Tensor] = []
-    net[5].register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3)).detach()))
-    for batch in images.split(32):
-        net(batch)
-    masked = icc(leading_components(torch.cat(seen)), torch.arange(16).repeat_interleave(32))
-    assert batch_leakage(net, images.split(32)).icc["5"] > masked + 0.1
-
-
 def test_the_correlation_is_that_of_the_inputs_means() -> None:
     net, images = model().eval(), shuffled(classes(4, 96))
     groups = torch.arange(12).repeat_interleave(8)
@@ -95,8 +80,7 @@ def test_interleaved_ghosts_break_neighbors_up_and_contiguous_ones_keep_them() -
     assert abs(found["interleaved"].icc["1"]) < 3 * found["interleaved"].noise["1"]
 
 
-@pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
-@pytest.mark.parametrize("rows", [12, 13, 3])
+@pytest.mark.parametrize(("grouping", "rows"), [("interleaved", 13), ("contiguous", 13), ("contiguous", 3)])
 def test_the_groups_of_ghosts_are_those_that_are_normalized_together(grouping: Any, rows: int) -> None:
     """Oracle: rows of one ghost, and no others, share a mean of zero in the output."""
     layer = nn.BatchNorm1d(1, affine=False)
@@ -142,8 +126,8 @@ def test_calls_of_a_layer_are_not_compared_with_each_other() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_several_calls_the_most_conspicuous_is_reported(first: int) -> None:
-    """Whether it comes first or last, and on whichever side it is: one is balanced, the other random."""
+def test_of_several_calls_the_most_extreme_is_reported(first: int) -> None:
+    """One is balanced, the other random."""
     balanced = torch.linspace(-1, 1, 8).repeat(8) + 0.3 * torch.randn(64)
     x = torch.stack([balanced, torch.randn(64)], 1)
 
@@ -178,19 +162,6 @@ def test_rounding_that_depends_on_a_rows_place_in_the_batch_is_no_leak(dtype: to
         batch_leakage(net, torch.randn(32, 4).to(dtype).split(1))
 
 
-def test_equal_rows_behind_layers_are_nothing_to_compare() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
-    with pytest.raises(ValueError, match="differ by more than rounding"):
-        batch_leakage(net, [torch.ones(16, 4)] * 32)
-
-
-def test_of_very_many_rows_four_thousand_are_tested() -> None:
-    """Told by the noise that so many rows of 40 groups have."""
-    noise = batch_leakage(nn.Sequential(nn.BatchNorm1d(1)), torch.randn(40 * 200, 1).split(200)).noise["0"]
-    assert noise == pytest.approx((2 * (1 / 39 + 1 / (4096 - 40))) ** 0.5 / (4096 / 40), rel=0.02)
-
-
 def test_dead_and_non_finite_channels_and_layers_without_rows_are_left_out() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -214,7 +185,7 @@ def test_large_inputs_are_thinned_alike_in_all_layers() -> None:
         for _ in range(3):
             rows.next_batch(samples=1000)
             net(torch.randn(1000, 3))
-    first, second = (Rows(*map(torch.cat, zip(*seen, strict=True))) for seen in rows.seen.values())
+    first, second = (Rows(*map(torch.cat, zip(*seen, strict=True))) for seen in rows.rows.values())
     assert len(first.means) == len(second.means) == 3 * 256
     assert torch.equal(first.batches, second.batches) and torch.equal(first.samples, second.samples)
     torch.testing.assert_close(net[1](net[0](first.means)), second.means)
@@ -247,22 +218,13 @@ def test_rows_of_a_sample_are_one_sample_however_they_come(layout: Any) -> None:
     assert batch_leakage(net, ordered, forward=lambda m, b: m(layout(b))).p_value < 0.001
 
 
-@pytest.mark.parametrize("last", [1, 5])
-def test_a_smaller_last_batch_has_samples_too_even_if_it_is_a_single_one(last: int) -> None:
-    net, x = nn.BatchNorm1d(4), rows_of_samples(192 + last)
-    found = batch_leakage(net, x.split(16), forward=lambda m, b: m(b.flatten(0, 1)))
-    groups = torch.arange(192 + last) // 16
-    assert found.icc[""] == pytest.approx(icc(leading_components(x.mean(1)), groups), abs=1e-6)
-
-
-def test_sequences_of_other_lengths_are_samples_too() -> None:
-    net, x = nn.BatchNorm1d(4), rows_of_samples(192)
-    batches = [batch[:, : 3 + i % 3] for i, batch in enumerate(x.split(16))]
-    for layout in (lambda b: b.flatten(0, 1), lambda b: b.transpose(0, 1).flatten(0, 1)):
-        found = batch_leakage(net, batches, forward=lambda m, b, layout=layout: m(layout(b)))
-        means = torch.cat([batch.mean(1) for batch in batches])
-        groups = torch.arange(12).repeat_interleave(16)
-        assert found.icc[""] == pytest.approx(icc(leading_components(means), groups), abs=1e-6)
+@pytest.mark.parametrize("layout", list(LAYOUTS.values())[:2], ids=list(LAYOUTS)[:2])
+def test_batches_of_other_sizes_and_sequences_of_other_lengths_are_samples_too(layout: Any) -> None:
+    net, x = nn.BatchNorm1d(4), rows_of_samples(193)
+    batches = [batch[:, : 3 + i % 3] for i, batch in enumerate(x.split(16))]  # the last batch is a single sample
+    found = batch_leakage(net, batches, forward=lambda m, b: m(layout(b)))
+    means = torch.cat([batch.mean(1) for batch in batches])
+    assert found.icc[""] == pytest.approx(icc(leading_components(means), torch.arange(193) // 16), abs=1e-6)
 
 
 class TwoLayers(nn.Module):
@@ -321,7 +283,7 @@ def test_count_says_what_a_sample_is() -> None:
     """Tensors whose first dimension is that of rows: sixteen rows a sample."""
     net, x = nn.BatchNorm1d(4), rows_of_samples(48, rows=16).flatten(0, 1)
     assert batch_leakage(net, x.split(32)).p_value < 0.001, "each row counts as a sample"
-    with pytest.raises(ValueError, match="32 rows are of which of 2 samples cannot be told"):
+    with pytest.raises(ValueError, match="32 rows cannot be assigned to 2 samples"):
         batch_leakage(net, x.split(32), batch_size_fn=lambda batch: len(batch) // 16)
 
 
@@ -336,43 +298,6 @@ def test_only_one_batch_is_run_once_more_and_none_if_rows_are_samples() -> None:
 
         batch_leakage(nn.BatchNorm1d(4), rows_of_samples(128).split(16), forward=counted)
     assert runs == {"rows": 9, "samples": 8}
-
-
-# ------------------------------------------------------------------------------------------------- heads on regions
-@pytest.fixture(scope="module")
-def detector() -> FasterRCNN:
-    torch.manual_seed(0)
-    return FasterRCNN(
-        resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5),
-        num_classes=3,
-        min_size=64,
-        max_size=96,
-        rpn_pre_nms_top_n_test=60,
-        rpn_post_nms_top_n_test=16,
-        rpn_nms_thresh=0.95,
-        box_head=FastRCNNConvFCHead((256, 7, 7), [8, 8], [1024], norm_layer=nn.BatchNorm2d),
-    )
-
-
-def scenes(images: int, per_batch: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        torch.rand(3, 64, 64, generator=generator) * torch.rand(3, 1, 1, generator=generator) for _ in range(images)
-    ]
-    return [drawn[i : i + per_batch] for i in range(0, images, per_batch)]
-
-
-def test_regions_of_one_image_alarm_in_a_faster_rcnn_head(detector: FasterRCNN) -> None:
-    net = copy.deepcopy(detector).train()
-    for layer in find_bn(net, "backbone.*").values():
-        layer.momentum = 1.0
-    with torch.no_grad():
-        net.backbone(torch.cat([torch.stack(batch) for batch in scenes(16, 1)]))
-    found = batch_leakage(
-        net, scenes(12, 1), forward=lambda m, batch: m(batch), layers="roi_heads.*", batch_size_fn=len
-    )
-    assert set(found.icc) == {"roi_heads.box_head.0.1", "roi_heads.box_head.1.1"}
-    assert found.p_value == pytest.approx(1 / 20_000) and min(found.icc.values()) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
@@ -428,8 +353,6 @@ def raising_on_rank(where: str) -> str:
             yield i, torch.randn(8, 3, 8, 8)
 
     def count(batch: Any) -> int:
-        if where == "count" and batch[0] == third:
-            raise OSError("no such file")
         return len(batch[1])
 
     def forward(net: nn.Module, batch: Any) -> None:
@@ -445,7 +368,7 @@ def raising_on_rank(where: str) -> str:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("where", ["batches", "count", "model"])
+@pytest.mark.parametrize("where", ["batches", "model"])
 def test_an_error_on_one_rank_is_one_on_all_and_leaves_none_waiting(where: str) -> None:
     first, second = run_on_ranks(raising_on_rank, 2, where, timeout=60)
     assert second == "OSError: no such file"

@@ -1,17 +1,18 @@
-"""Steps are kept and taken in together; the truth is what the layers were given, and the formula a step at a time."""
+"""The forecaster recovers what layers were given and forecasts from the last steps of them."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_bn.tracking import step_forecast
-from lightning_bn.tracking.step_forecast import AT_ONCE, StatisticsForecaster
-from tests.core.test_forecast import Stepwise, assert_equal_to_rounding
+from lightning_bn.tracking.forecast import Steps, forecast_statistics
+from lightning_bn.tracking.step_forecast import STEPS, StatisticsForecaster
 
 SIZES = [3, 2, 4]
-STEPS = 2 * AT_ONCE + 9
 
 
 def layers_of() -> dict[str, nn.BatchNorm1d]:
@@ -19,41 +20,47 @@ def layers_of() -> dict[str, nn.BatchNorm1d]:
 
 
 def running_of(layers: dict[str, nn.BatchNorm1d]) -> Tensor:
-    return torch.stack([torch.cat([getattr(bn, f"running_{kind}") for bn in layers.values()]) for kind in MOMENTS])
+    return torch.stack([torch.cat([getattr(bn, f"running_{m}") for bn in layers.values()]) for m in ("mean", "var")])
 
 
-MOMENTS = ("mean", "var")
-
-
-@pytest.mark.parametrize("at_once", [1, 5, 100], ids="{} channels at a time".format)
-@pytest.mark.parametrize("asked", [1, 7, STEPS], ids="asked every {} steps".format)
-def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
-    asked: int, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where others write in between, a layer rests, and a momentum changes."""
-    monkeypatch.setattr(step_forecast, "_CHANNELS_AT_ONCE", at_once)
-    generator = torch.Generator().manual_seed(0)
-    layers = layers_of()
-    watched, truth = StatisticsForecaster(layers), Stepwise(SIZES)
-    for step in range(STEPS):
-        if step == 20:
-            layers["0"].momentum = 0.3
+def run(layers: dict[str, nn.BatchNorm1d], *watching: StatisticsForecaster, start: int = 0, steps: int = 1) -> Steps:
+    """Some steps: the second layer rests in every fourth, others write in between, a momentum changes."""
+    generator = torch.Generator().manual_seed(start)
+    batches, before, called = [], [], []
+    for step in range(start, start + steps):
+        layers["0"].momentum = 0.3 if step >= 20 else 0.1
         if step % 10 == 9:
             layers["2"].running_mean.data.add_(0.5)  # of which no version tells
         rows = [0.03 * step + torch.randn(8, n, generator=generator, dtype=torch.float64) for n in SIZES]
         rests = step % 4 == 0
-        before = running_of(layers)
-        watched.before_batch()
+        before.append(running_of(layers))
+        for each in watching:
+            each.before_batch()
         for number, (bn, x) in enumerate(zip(layers.values(), rows, strict=True)):
             if not (rests and number == 1):
                 bn(x)
-        watched.after_batch()
-        given = torch.stack([torch.cat([getattr(x, kind)(0) for x in rows]) for kind in MOMENTS])
-        called = torch.tensor([True] * 3 + [not rests] * 2 + [True] * 4)
-        truth.update(given, before, called)
-        if step % asked == asked - 1:
-            watched.statistics()
-    assert_equal_to_rounding(watched.state_dict(), truth)
+        for each in watching:
+            each.after_batch()
+        batches.append(torch.stack([torch.cat([getattr(x, kind)(0) for x in rows]) for kind in ("mean", "var")]))
+        called.append(torch.tensor([True] * 3 + [not rests] * 2 + [True] * 4))
+    return Steps(torch.stack(batches), torch.stack(before), torch.stack(called))
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 100], ids="{} channels at a time".format)
+def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_forecast, "_CHANNELS_AT_ONCE", at_once)
+    layers = layers_of()
+    watched, parts = StatisticsForecaster(layers), []
+    for start in range(0, 2 * STEPS, 8):
+        parts.append(run(layers, watched, start=start, steps=8))
+        steps = Steps(*(torch.cat(values)[-STEPS:] for values in zip(*parts, strict=True)))
+        truth = forecast_statistics(steps, running_of(layers), torch.full((9,), 1e-5).double(), SIZES)
+        found = watched.statistics()
+        for name, mean, var in zip(layers, truth.mean.split(SIZES), truth.var.split(SIZES), strict=True):
+            torch.testing.assert_close(found[name].mean, mean, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(found[name].var, var, rtol=1e-6, atol=1e-8)
 
 
 def test_a_step_that_never_ended_is_left_out() -> None:
@@ -65,15 +72,35 @@ def test_a_step_that_never_ended_is_left_out() -> None:
             bn(torch.randn(8, bn.num_features).double())
         if ends:
             watched.after_batch()
-    assert watched.state_dict()["steps"].tolist() == [2.0] * sum(SIZES)
+    assert len(watched.state_dict()["steps"]) == 2
 
 
-def test_no_more_steps_are_kept_than_is_said() -> None:
+def test_it_continues_from_its_state_and_keeps_no_more_steps_than_documented() -> None:
+    layers = layers_of()
+    whole, resumed = StatisticsForecaster(layers), StatisticsForecaster(layers)
+    run(layers, whole, steps=STEPS + 3)
+    assert len(whole.state_dict()["steps"]) == STEPS
+    resumed.load_state_dict(whole.state_dict())
+    run(layers, whole, resumed, start=STEPS + 3, steps=5)
+    for name, found in whole.statistics().items():
+        assert torch.equal(found.mean, resumed.statistics()[name].mean)
+        assert torch.equal(found.var, resumed.statistics()[name].var)
+
+
+def test_the_state_of_other_layers_is_refused_and_nothing_taken() -> None:
+    layers = layers_of()
+    watched, others = StatisticsForecaster(layers), StatisticsForecaster({"0": layers["0"]})
+    run(layers, watched, steps=3)
+    with pytest.raises(ValueError, match="the layers were others"):
+        others.load_state_dict(watched.state_dict())
+    assert not others.state_dict()["steps"]
+
+
+def test_written_statistics_are_compared_anew() -> None:
     layers = layers_of()
     watched = StatisticsForecaster(layers)
-    kept = []
-    for _ in range(STEPS):
-        watched.before_batch()
-        watched.after_batch()
-        kept.append(len(watched._pending))
-    assert max(kept) == AT_ONCE - 1
+    run(layers, watched, steps=8)
+    gaps = watched.ema_gaps()
+    layers["1"].running_mean.fill_(torch.nan)
+    written = watched.ema_gaps()
+    assert math.isnan(written["1"]) and written["0"] == gaps["0"] > 0

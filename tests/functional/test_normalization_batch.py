@@ -190,7 +190,7 @@ def test_it_counts_the_ranks_of_a_layers_own_group() -> None:
 
 
 def synced_and_frozen() -> str:
-    callbacks = [SyncBNCallback(), FreezeBNCallback(start_step=1, statistics="ema"), BNStatsMonitor(1, 2)]
+    callbacks = [SyncBNCallback(), FreezeBNCallback(start_step=1, statistics="ema"), BNStatsMonitor(1, window=2)]
     return warnings_of(callbacks, devices=2, strategy="ddp")
 
 
