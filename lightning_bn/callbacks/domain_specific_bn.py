@@ -176,7 +176,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end  # type: ignore[assignment]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """After a fit, add the affine of domains, which the module no longer has."""

@@ -274,6 +274,6 @@ class FreezeBNCallback(BatchNormCallback):
         harmful = [sizes[name] for name in storing_layers(module, self.layers) if sizes[name] >= _HARMFUL_SIZE]
         if harmful:
             rank_zero_warn(
-                f"FreezeBNCallback freezes layers whose normalization batch holds {max(harmful):g} samples. In the paper "
-                "FrozenBN helps up to 8 and costs accuracy from 16 on (Fig. 5 and 6)."
+                f"FreezeBNCallback freezes layers whose normalization batch holds {max(harmful):g} samples. In the "
+                "paper FrozenBN helps up to 8 and costs accuracy from 16 on (Fig. 5 and 6)."
             )

@@ -36,38 +36,36 @@ class Pair(NamedTuple):
     reason: str
 
 
-PAIRS = {
-    frozenset(kinds): Pair(verdict, reason)
-    for *kinds, verdict, reason in (
-        ("population", "frozen", "works", "PreciseBN until the switch, then frozen statistics and no passes"),
-        ("population", "mini-batch", "works", "batch statistics only in the stages of mini-batch inference"),
-        ("population", "adapted", "works", "AdaBN starts from PreciseBN's statistics and restores them"),
-        ("population", "ghost", "works", "a pass normalizes whole batches: estimates need large ones (Table 2)"),
-        ("population", "sync", "works", "in a pass ranks do not synchronize; their moments are merged at its end"),
-        ("population", "domain", "works", "a pass estimates the statistics of evaluation: per domain, or shared"),
-        ("population", "row shuffle", "works", "a pass exchanges no rows"),
-        ("forecast", "frozen", "works", "a forecast until the switch, then frozen statistics"),
-        ("forecast", "population", "refused", "both write the running statistics that evaluation uses"),
-        ("frozen", "mini-batch", "works", "mini-batch statistics until the switch, then frozen ones"),
-        ("frozen", "ghost", "works", "ghost batches until the switch; frozen layers have none"),
-        ("frozen", "sync", "works", "synchronized until the switch; frozen layers need no other rank"),
-        ("frozen", "domain", "works", "a frozen layer uses the statistics of evaluation: per domain, or shared"),
-        ("frozen", "row shuffle", "works", "rows are exchanged until the switch"),
-        ("frozen", "adapted", "warns", "weights trained with frozen statistics need those: accuracy 77.9 -> 48.5 %"),
-        ("ghost", "row shuffle", "works", "ghost batches are groups of the exchanged rows"),
-        ("leakage monitor", "mini-batch", "works", "`log_errors=True` is refused if validation uses batch statistics"),
-        ("leakage monitor", "row shuffle", "works", "its pass exchanges no rows, so it tests each rank's own rows"),
-        ("mini-batch", "adapted", "refused", "both choose the statistics of evaluation: the batch's or the target's"),
-        ("mini-batch", "domain", "refused", "both choose the statistics of evaluation: the batch's or the domain's"),
-        ("adapted", "domain", "refused", "both choose the statistics of evaluation: the target's or the domain's"),
-        ("ghost", "sync", "refused", "one makes the normalization batch smaller than the device's, the other larger"),
-        ("ghost", "domain", "refused", "both choose which samples of a batch are normalized together"),
-        ("sync", "domain", "refused", "ranks with different domains would wait for each other"),
-        ("sync", "row shuffle", "refused", "ranks that normalize their rows as one batch need not exchange them"),
-        ("domain", "row shuffle", "refused", "rows that move to another rank lose their domain"),
-        ("domain", "leakage monitor", "refused", "rows of several domains differ, which the test reports as leakage"),
-    )
-}
+_ROWS: list[tuple[str, str, Literal["works", "warns", "refused"], str]] = [
+    ("population", "frozen", "works", "PreciseBN until the switch, then frozen statistics and no passes"),
+    ("population", "mini-batch", "works", "batch statistics only in the stages of mini-batch inference"),
+    ("population", "adapted", "works", "AdaBN starts from PreciseBN's statistics and restores them"),
+    ("population", "ghost", "works", "a pass normalizes whole batches: estimates need large ones (Table 2)"),
+    ("population", "sync", "works", "in a pass ranks do not synchronize; their moments are merged at its end"),
+    ("population", "domain", "works", "a pass estimates the statistics of evaluation: per domain, or shared"),
+    ("population", "row shuffle", "works", "a pass exchanges no rows"),
+    ("forecast", "frozen", "works", "a forecast until the switch, then frozen statistics"),
+    ("forecast", "population", "refused", "both write the running statistics that evaluation uses"),
+    ("frozen", "mini-batch", "works", "mini-batch statistics until the switch, then frozen ones"),
+    ("frozen", "ghost", "works", "ghost batches until the switch; frozen layers have none"),
+    ("frozen", "sync", "works", "synchronized until the switch; frozen layers need no other rank"),
+    ("frozen", "domain", "works", "a frozen layer uses the statistics of evaluation: per domain, or shared"),
+    ("frozen", "row shuffle", "works", "rows are exchanged until the switch"),
+    ("frozen", "adapted", "warns", "weights trained with frozen statistics need those: accuracy 77.9 -> 48.5 %"),
+    ("ghost", "row shuffle", "works", "ghost batches are groups of the exchanged rows"),
+    ("leakage monitor", "mini-batch", "works", "`log_errors=True` is refused if validation uses batch statistics"),
+    ("leakage monitor", "row shuffle", "works", "its pass exchanges no rows, so it tests each rank's own rows"),
+    ("mini-batch", "adapted", "refused", "both choose the statistics of evaluation: the batch's or the target's"),
+    ("mini-batch", "domain", "refused", "both choose the statistics of evaluation: the batch's or the domain's"),
+    ("adapted", "domain", "refused", "both choose the statistics of evaluation: the target's or the domain's"),
+    ("ghost", "sync", "refused", "one makes the normalization batch smaller than the device's, the other larger"),
+    ("ghost", "domain", "refused", "both choose which samples of a batch are normalized together"),
+    ("sync", "domain", "refused", "ranks with different domains would wait for each other"),
+    ("sync", "row shuffle", "refused", "ranks that normalize their rows as one batch need not exchange them"),
+    ("domain", "row shuffle", "refused", "rows that move to another rank lose their domain"),
+    ("domain", "leakage monitor", "refused", "rows of several domains differ, which the test reports as leakage"),
+]
+PAIRS = {frozenset(row[:2]): Pair(*row[2:]) for row in _ROWS}
 """What is known of two kinds on one layer; pairs that are not listed work and do not affect each other."""
 
 REPEATABLE = ("frozen", "mini-batch")

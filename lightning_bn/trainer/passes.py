@@ -28,8 +28,8 @@ from lightning_bn.functional.measure import PassConfig as MeasureConfig
 from lightning_bn.functional.measure import measure
 from lightning_bn.functional.precise import write_running_stats
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
-from lightning_bn.lockstep.pooled import ModelProfile
 from lightning_bn.lockstep.scheduler import LockstepError
+from lightning_bn.lockstep.trial import ModelProfile
 from lightning_bn.trainer.compat import train_loaders
 from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.failures import located

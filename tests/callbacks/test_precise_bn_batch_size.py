@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.testing import assert_close
 
+import lightning_bn.lockstep.pooled as pooled
 import lightning_bn.lockstep.trial as trial
 from lightning_bn import PreciseBNCallback
 from tests.callbacks.zoo import TinyNet, digest, exact_statistics, fit, statistics_of, train_loader

@@ -134,7 +134,7 @@ def test_a_pickle_in_between_is_a_plain_model_with_the_targets_statistics() -> N
 def test_what_would_not_work_is_refused_by_name() -> None:
     model = trained(cnn())
     before = buffers_of(model)
-    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match="Layer .5. already has AdaBN"):
+    with adapt_bn(model, images(8), layers="5"), pytest.raises(ValueError, match=r"Layer .5. already has AdaBN"):
         adapt_bn(model, images(8))
     with (
         mini_batch_inference(model, layers="5"),

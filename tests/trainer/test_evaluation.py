@@ -95,8 +95,18 @@ class Within(Callback):
 
     def state(self, trainer: Trainer, module: Any) -> list[Any]:
         connector = {k: v for k, v in vars(trainer._logger_connector).items() if k != "trainer"}
-        state = [digest(list(random_states())), state_but_statistics(module), digest(module.state_dict()), str(connector)]
-        return [*state, str(trainer._results), digest(module.outputs), {n: m.training for n, m in module.named_modules()}]
+        state = [
+            digest(list(random_states())),
+            state_but_statistics(module),
+            digest(module.state_dict()),
+            str(connector),
+        ]
+        return [
+            *state,
+            str(trainer._results),
+            digest(module.outputs),
+            {n: m.training for n, m in module.named_modules()},
+        ]
 
 
 def loaders(n: int) -> Any:

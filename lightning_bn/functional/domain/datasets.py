@@ -111,9 +111,10 @@ class SplitByDomain(Behavior):
         if isinstance(domain, Tensor) and by_batch and not in_pass:
             self._check_counts(layer, input, domain)
         rows = []
-        if len(present) > 1:
-            rows = [(domain == d).nonzero().flatten().to(input.device) for d in present]
-        assignment, outputs = DomainAssignment(0, parts=len(present)), []
+        if isinstance(domain, Tensor) and len(present) > 1:
+            rows = [torch.eq(domain, d).nonzero().flatten().to(input.device) for d in present]
+        assignment = DomainAssignment(0, parts=len(present))
+        outputs: list[Tensor] = []
         for d in range(self._datasets.number):
             if d in present:
                 assignment.domain = d

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class _JointLayer(LevelBehavior):
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = self.levels.current_forward()
-        if current is None or not uses_batch_stats(module):
+        if current is None or not uses_batch_stats(cast(_BatchNorm, module)):
             return call(*args, **kwargs)
         if current.lockstep is None:
             raise TypeError(
