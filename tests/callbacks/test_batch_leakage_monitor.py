@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
 from lightning_bn.trainer.leakage_pass import BatchReservoir
-from tests.callbacks.test_precise_bn import Detector, Scenes, count_images
+from tests.callbacks.test_detectors import Detector, Scenes, count_images
 from tests.callbacks.zoo import (
     Evaluated,
     Passes,

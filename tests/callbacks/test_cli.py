@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -93,7 +94,7 @@ def arguments() -> Iterator[Any]:
             hints = get_type_hints(init)
             for argument in list(inspect.signature(init).parameters)[1:]:
                 for value in values_of(hints[argument], argument):
-                    text = value.__name__ if callable(value) else str(value)
+                    text = value.__name__ if callable(value) else re.sub(r"<function (\w+) at \w+>", r"\1", str(value))
                     yield pytest.param(name, argument, value, id=f"{name}-{argument}-{text}")
 
 
