@@ -581,7 +581,6 @@ def test_a_loader_that_cannot_be_read_twice_is_refused_and_both_alternatives_wor
         ({"stages": "validate"}, "stages must be a list .* but is 'validate'"),
         ({"stages": ["fit"]}, r"stages must be a list .* but is \['fit'\]"),
     ],
-    ids=str,
 )
 def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], refused: str) -> None:
     with pytest.raises((ValueError, TypeError), match=refused):
