@@ -13,7 +13,7 @@ from torch import Tensor
 
 _CHUNK_ROWS = 2048  # rows that the CPU kernel sums in float32 at a time: its rounding error grows with their number
 MAX_KERNEL_ROWS = 2**15
-"""Rows up to which float32 sums over rows keep a variance to 1e-3 of itself, whatever the values."""
+"""Up to this many rows, float32 sums over rows keep any variance to 1e-3 of itself."""
 MAX_KERNEL_SHIFT = 6000.0**2
 """Limit of ``(rows * mean)^2 / var``, up to which float32 sums over rows keep a mean to 1e-4 sigma."""
 

@@ -16,7 +16,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 
 
 def save_rng_state(cuda: bool = True) -> Callable[[], None]:
-    """Save the states of Python, NumPy, torch and, with ``cuda``, all CUDA devices; return a function to restore them."""
+    """Save the states of Python, NumPy, torch and, with ``cuda``, CUDA devices; return a function to restore them."""
     python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_available() else []
 

@@ -164,7 +164,7 @@ class BatchMode(Behavior):
         if stored != call.input.shape[1]:
             raise TypeError(
                 f"Layer {name!r} stores statistics of {stored} channels, and its forward normalizes "
-                f"{call.input.shape[1]}: which of them belong together cannot be told. Leave it out by layers=."
+                f"{call.input.shape[1]}: lightning_bn cannot match them. Leave it out by layers=."
             )
         if self.exchange is not None:
             mean, var = self.exchange(name, self._moments_of(call.input), self.takes(layer, call))

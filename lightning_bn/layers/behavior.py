@@ -1,8 +1,8 @@
 """Behaviors change what a layer computes, and replace no module, parameter or buffer.
 
-A layer with behaviors gets a generated subclass of its own class, whose `forward` applies them, innermost first. A
-behavior changes attributes of the layer only while its forward runs. So between forwards the state dict, pickles and
-copies are those of the plain layer, and handles can be undone in any order.
+A layer with behaviors gets a generated subclass whose `forward` applies them, innermost first. A behavior changes
+attributes of the layer only while its forward runs. So between forwards the state dict, pickles and copies are those
+of the plain layer, and handles can be undone in any order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Behavior(ABC):
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Compute the output for ``input`` (not always a tensor); ``forward`` is the layer's own within inner behaviors."""
+        """Compute the output for ``input`` (any type); ``forward`` is the layer's own, wrapped by inner behaviors."""
 
     def normalization_batch(self, samples: float) -> float:
         """Return the samples normalized together in train mode; without this behavior they are ``samples``."""

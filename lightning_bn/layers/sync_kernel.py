@@ -64,10 +64,7 @@ class _BatchNormOverRanks(torch.autograd.Function):  # exchanges in float64, so 
                 f"Expected more than 1 value per channel when training, got input size {list(input.shape)} and nothing "
                 f"on the other ranks of {get_world_size(group)}."
             )
-        for running, value in (
-            (call.running_mean, pooled.mean),
-            (call.running_var, pooled.m2 / max(total - 1, 1)),
-        ):
+        for running, value in ((call.running_mean, pooled.mean), (call.running_var, pooled.m2 / max(total - 1, 1))):
             if running is not None and total:
                 running.lerp_(value.to(running.dtype), call.momentum)
         mean, var = pooled.mean.to(wide), pooled.var.to(wide)

@@ -33,8 +33,8 @@ class NotEnoughMemoryError(MemoryError):
 class PooledForward:
     """Runs micro-batches as one normalization batch.
 
-    The first one also runs alone: before, to estimate its memory, and afterwards, to check that the others did not influence
-    it. Above ``memory_limit`` bytes per rank, waiting ones are offloaded; with None, too little memory is an error.
+    The first one also runs alone: before, to estimate its memory, and afterwards, to check that the others do not
+    change it. Above ``memory_limit`` bytes per rank, waiting ones are offloaded; with None, that is an error.
 
     Attributes:
         left_out: This rank's micro-batches that gave a layer non-finite values, and the layer.

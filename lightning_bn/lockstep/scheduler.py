@@ -101,12 +101,12 @@ def _preserve_warning_filters() -> Iterator[None]:
     # `catch_warnings` around them would make Python forget which warnings it has issued.
     filters: Any = warnings.filters
     before = filters[:]
-    shows = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
+    hooks = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
     try:
         yield
     finally:
         if warnings.filters is not filters or filters[:] != before:
             warnings.filters = filters
             filters[:] = before
-        for name, show in shows.items():
-            setattr(warnings, name, show)
+        for name, hook in hooks.items():
+            setattr(warnings, name, hook)

@@ -22,8 +22,8 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # getter and setter
 class ThreadState:
     """Keeps the thread's state at construction, and later the state at the end of the last `activate` block.
 
-    It includes settings of the whole process that have context managers: the default device and dtype, cuDNN's flags. The
-    *cache* of autocast is shared, as it holds casts of shared weights.
+    It includes settings of the whole process with context managers: the default device and dtype, cuDNN's flags.
+    The *cache* of autocast is shared, as it holds casts of shared weights.
 
     Example:
         >>> import torch
@@ -121,10 +121,7 @@ def _replace_stack(
 
 def _autocast(kind: str) -> list[Setting]:
     return [
-        (
-            functools.partial(torch.is_autocast_enabled, kind),
-            functools.partial(torch.set_autocast_enabled, kind),
-        ),
+        (functools.partial(torch.is_autocast_enabled, kind), functools.partial(torch.set_autocast_enabled, kind)),
         (functools.partial(torch.get_autocast_dtype, kind), functools.partial(torch.set_autocast_dtype, kind)),
     ]
 
