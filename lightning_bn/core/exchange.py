@@ -205,9 +205,8 @@ def _checksum(tensors: Sequence[Tensor]) -> int:
         return sum(int(values.sum()) for values in sample) % 2**62
 
 
-_Key: TypeAlias = tuple[
-    tuple[int, int], ...
-]  # number of rows and checksum of each rank# the last routes of each generator, for recomputed forwards
+_Key: TypeAlias = tuple[tuple[int, int], ...]  # number of rows and checksum of each rank
+# the last routes of each generator, for recomputed forwards
 _ROUTES: WeakKeyDictionary[torch.Generator, deque[tuple[_Key, Route | None]]] = WeakKeyDictionary()
 
 

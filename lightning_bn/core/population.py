@@ -62,6 +62,13 @@ class PopulationStatistics(dict[str, LayerStatistics]):
         batch_size: Samples that were normalized jointly, on average: B of the paper's Table 2.
         left_out: Batches of all ranks that are not included, because a layer received non-finite values.
         spilled: Bytes that this rank moved to the host's memory or to disk.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import precise_bn
+        >>> statistics = precise_bn(torch.nn.Sequential(torch.nn.BatchNorm1d(2)), [torch.zeros(8, 2), torch.ones(8, 2)])
+        >>> statistics.num_samples, statistics["0"].mean
+        (16, tensor([0.5000, 0.5000], dtype=torch.float64))
     """
 
     def __init__(

@@ -181,7 +181,7 @@ class BatchMode(Behavior):
             output = call._replace(running_mean=slot[0], running_var=slot[1], training=True, momentum=1.0).run()
             if kernel_was_accurate(input, *slot):
                 return output
-        with torch.no_grad():  # the user's forward may need gradients
+        with torch.no_grad():  # gradients may be enabled in the user's forward
             mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
             if slot:
                 self._fill(slot, mean, var, count)

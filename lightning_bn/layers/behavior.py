@@ -117,8 +117,10 @@ class Handle:
         >>> from lightning_bn import freeze_bn
         >>> model = nn.Sequential(nn.BatchNorm1d(2))
         >>> with freeze_bn(model):
-        ...     model[0]
-        BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, frozen)
+        ...     "frozen" in repr(model)
+        True
+        >>> "frozen" in repr(model)
+        False
     """
 
     def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
