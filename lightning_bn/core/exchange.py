@@ -60,7 +60,7 @@ class Route:
 
 @dataclass
 class Exchange:
-    """State of one exchange, from `exchange_rows` to `restore_rows`.
+    """Holds the state of one exchange, from `exchange_rows` to `restore_rows`.
 
     Attributes:
         route: Where this rank's rows go; None if no rows were exchanged.

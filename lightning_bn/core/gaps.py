@@ -27,7 +27,7 @@ def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
 
 
 def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
-    """Return the root mean square over channels of ``log(var / from_var)``, a scalar in float64; 0.7: a factor of two.
+    """Return the root mean square over channels of ``log(var / from_var)``, a float64 scalar: 0.69 for a factor of 2.
 
     Example:
         >>> import torch

@@ -23,7 +23,7 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's batch in one step of all ranks.
+    """Holds a rank's batch in one step of all ranks.
 
     Attributes:
         number: Its place among this rank's batches, from 0.

@@ -20,7 +20,7 @@ MAX_KERNEL_SHIFT = 6000.0**2
 
 @dataclass(frozen=True)
 class Moments:
-    r"""Store count, mean and M2 (sum of squared deviations from the mean) of each channel; ``+`` merges exactly.
+    r"""Stores count, mean and M2 (sum of squared deviations from the mean) of each channel; ``+`` merges exactly.
 
     $M_2 = M_{2a} + M_{2b} + (\mu_b - \mu_a)^2 n_a n_b / (n_a + n_b)$
 
@@ -66,7 +66,7 @@ class Moments:
 
     @property
     def var(self) -> Tensor:
-        """Biased population variance, ``M2 / count``; 0 without values."""
+        """Return the biased population variance, ``M2 / count``; 0 without values."""
         return self.m2 / self.count.clamp(min=1)
 
     def __add__(self, other: Moments) -> Moments:

@@ -20,7 +20,7 @@ from lightning_bn.core.ranks import merge_over_ranks, sum_over_ranks
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Population statistics of one layer's inputs.
+    """Holds the population statistics of one layer's inputs.
 
     Attributes:
         mean: Mean of each channel over all batches, ``(C,)`` float64.

@@ -102,7 +102,7 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
 
 
 class AnotherRankFailedError(RuntimeError):
-    """Raised if another rank failed in a joint computation; that rank's error gives the cause."""
+    """Signals that another rank failed in a joint computation; that rank's error gives the cause."""
 
     def __init__(self) -> None:
         super().__init__("Another rank failed in the pass; its error says why.")

@@ -50,7 +50,7 @@ def save_generator(generator: Any) -> Callable[[], Any]:
 
 
 class RandomStream:
-    """A stream of torch's random numbers, on the CPU and on CUDA, that continues where it stopped."""
+    """Draws torch's random numbers, on the CPU and on CUDA, from its own state, which continues where it stopped."""
 
     def __init__(self, seed: int) -> None:
         on_cuda = [torch.Generator("cuda")] if torch.cuda.is_initialized() else []

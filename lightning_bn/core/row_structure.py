@@ -13,7 +13,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, dtype, device)  # may acco
 
 
 class RowStructure(NamedTuple):
-    """A flattened structure of tensors of rows."""
+    """Holds a flattened structure of tensors of rows."""
 
     tensors: list[Tensor]
     places: list[str]
@@ -46,7 +46,7 @@ class RowStructure(NamedTuple):
 
     @property
     def layout(self) -> int:
-        """Checksum of everything that must be equal on all ranks."""
+        """Return a checksum of everything that must be equal on all ranks."""
         return zlib.crc32(", ".join(self.describe()).encode())
 
     def describe(self) -> list[str]:

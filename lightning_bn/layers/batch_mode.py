@@ -34,7 +34,7 @@ SyncStatistics: TypeAlias = Callable[[str, Moments, bool], tuple[Tensor, Tensor]
 
 
 class BatchMode(Behavior):
-    """Normalize each input with its own batch statistics, and accumulate those of the inputs that are tracked.
+    """Normalizes each input with its own batch statistics, and accumulates those of the inputs that are tracked.
 
     With ``of_training``, the tracked inputs are those that would move the running statistics in training, and a call in
     eval mode uses the stored ones. Without, they are the inputs of all calls.

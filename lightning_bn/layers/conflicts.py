@@ -27,7 +27,7 @@ FEATURES = {
 
 
 class Pair(NamedTuple):
-    """Two features on one layer."""
+    """Rates two features on one layer."""
 
     verdict: Literal["works", "warns", "refused"]
     reason: str

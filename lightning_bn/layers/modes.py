@@ -15,7 +15,7 @@ _FLAGS = ("training", "momentum", "track_running_stats")
 
 @dataclass(frozen=True)
 class LayerFlags:
-    """Flags of BatchNorm layers that decide if a call is tracked.
+    """Reads and sets the flags of BatchNorm layers that decide if a call is tracked.
 
     A step may change them around a forward. Every step starts with the initial ones.
     """
@@ -24,11 +24,9 @@ class LayerFlags:
     initial: list[tuple[Any, ...]]
 
     def now(self) -> list[tuple[Any, ...]]:
-        """Return the current flags."""
         return [tuple([own[flag] for flag in _FLAGS]) for own in self.layers]
 
     def set(self, flags: list[tuple[Any, ...]]) -> None:
-        """Give the layers these flags."""
         for own, (training, momentum, tracks) in zip(self.layers, flags, strict=True):
             own["training"], own["momentum"], own["track_running_stats"] = training, momentum, tracks
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BatchNormCall(NamedTuple):
-    """The arguments of a ``batch_norm`` call."""
+    """Holds the arguments of a ``batch_norm`` call."""
 
     input: Tensor
     running_mean: Tensor | None
@@ -33,7 +33,7 @@ class BatchNormCall(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Values per channel in the input."""
+        """Return the values per channel in the input."""
         return self.input.numel() // max(self.input.shape[1], 1)
 
     def normalize_with(self, mean: Tensor, var: Tensor) -> Tensor:
@@ -84,16 +84,8 @@ def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
         momentum = 0.0 if buffers["num_batches_tracked"] is None else 1.0
     if training and not own["track_running_stats"]:
         mean = var = None
-    return BatchNormCall(
-        input,
-        mean,
-        var,
-        parameters["weight"],
-        parameters["bias"],
-        training or (mean is None and var is None),
-        momentum,
-        own["eps"],
-    )
+    by_batch = training or (mean is None and var is None)
+    return BatchNormCall(input, mean, var, parameters["weight"], parameters["bias"], by_batch, momentum, own["eps"])
 
 
 def replace_batch_norm(

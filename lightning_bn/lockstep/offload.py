@@ -58,7 +58,7 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def storages(self) -> list[UntypedStorage]:
-        """Storages still in use."""
+        """Return the storages still in use."""
         self._allocated = {key: ref for key, ref in self._allocated.items() if not ref.expired()}
         alive = [UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._allocated.values()]
         return [storage for storage in alive if storage is not None]

@@ -27,7 +27,7 @@ from lightning_bn.lockstep.trial import ADVICE, BatchSnapshot, LayerCall, ModelP
 
 
 class NotEnoughMemoryError(MemoryError):
-    """Raised before a pass takes more memory than is free for micro-batches that wait for each other."""
+    """Signals, before a pass takes it, that its micro-batches need more memory than is free."""
 
 
 class PooledForward:
@@ -61,7 +61,6 @@ class PooledForward:
 
     @property
     def spilled(self) -> int:
-        """Bytes offloaded so far."""
         return self._offload.spilled if self._offload else 0
 
     def max_batches(self, micro_batch: MicroBatch, share: float) -> int:

@@ -15,7 +15,7 @@ from lightning_bn.lockstep.trial import ADVICE
 
 
 class RankStatus(IntEnum):
-    """Position of a rank that is at no layer; layers have the numbers from 0 on."""
+    """Encodes the position of a rank that is at no layer; layers have the numbers from 0 on."""
 
     ABSENT = -1
     FINISHED = 1_000_000

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class LockstepError(RuntimeError):
-    """Raised if batches cannot run in lockstep: they reach different layers, or influence each other."""
+    """Signals that batches cannot run in lockstep: they reach different layers, or influence each other."""
 
 
 class Lockstep(Generic[P, V, A]):

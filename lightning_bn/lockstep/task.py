@@ -65,5 +65,4 @@ class Task(greenlet, Generic[P, V, A, T]):
             yield
 
     def position(self) -> str:
-        """Describe its position, for messages."""
         return "had ended" if self.dead else f"was at {self.point}"

@@ -23,7 +23,7 @@ _MAX_MEAN_SHIFT = 1e-2  # in sigma, between a joint and a single run: the roundi
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory of a micro-batch: the most bytes alive at a layer, its samples, and its number of layer calls."""
+    """Holds the most bytes that a micro-batch keeps alive at a layer, its samples, and its number of layer calls."""
 
     num_bytes: int
     samples: int
@@ -32,7 +32,7 @@ class MemoryEstimate(NamedTuple):
 
 @dataclass
 class ModelProfile:
-    """Facts about a model from its first micro-batch, valid for later passes.
+    """Holds facts about a model from its first micro-batch, valid for later passes.
 
     Attributes:
         memory: Memory of a micro-batch; None until one was run.
@@ -46,7 +46,7 @@ class ModelProfile:
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer in a joint run: the first micro-batch's moments, and the statistics for its normalization."""
+    """Records a layer's call in a joint run: the first micro-batch's moments, and the statistics to normalize with."""
 
     name: str
     moments: Moments
@@ -71,7 +71,7 @@ class BatchSnapshot:
 
 
 class Trial:
-    """Runs a micro-batch alone."""
+    """Runs the first micro-batch alone."""
 
     def __init__(self, mode: BatchMode, flags: LayerFlags, run: Callable[[Any], Any], profile: ModelProfile) -> None:
         self._mode, self._flags, self._run, self.profile = mode, flags, run, profile
