@@ -7,12 +7,7 @@ from typing import Any
 
 
 def lazily(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package.
-
-    Args:
-        package: Its ``__name__``.
-        modules: Name -> the submodule that defines it, or the submodule of that name.
-    """
+    """Return ``__getattr__`` and ``__dir__`` of a package; ``modules`` maps each name to its submodule."""
     namespace = vars(sys.modules[package])
 
     def get(name: str) -> Any:

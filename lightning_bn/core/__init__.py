@@ -1,1 +1,1 @@
-"""Arithmetic and checks that know no model: moments, population statistics, gaps, ranks, batches."""
+"""Arithmetic and checks that know no model."""

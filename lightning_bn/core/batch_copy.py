@@ -14,24 +14,12 @@ _HOST = torch.device("cpu")
 
 
 def copied(batch: Any) -> Any:
-    """Return a deep copy of a batch.
-
-    Of a view of a large tensor only the view is copied; ``copy.deepcopy`` would copy the whole storage.
-
-    Raises:
-        TypeError: If something in it cannot be copied.
-    """
+    """Return a deep copy of a batch; unlike ``copy.deepcopy``, it copies only the view of a larger storage."""
     return copied_with(lambda tensor: _clone(tensor, tensor.device), batch)
 
 
 def copied_with(twin_of: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Return a deep copy of a batch in which ``twin_of(tensor)`` replaces each tensor.
-
-    A tensor that occurs twice is replaced by the same twin twice.
-
-    Raises:
-        TypeError: If something in the batch cannot be copied.
-    """
+    """Return a deep copy of a batch in which ``twin_of(tensor)`` replaces each tensor, once per tensor."""
     try:
         with _Copying(twin_of):
             return copy.deepcopy(batch)
@@ -55,14 +43,7 @@ def bytes_of(batch: Any) -> int:
 
 
 class HostCopy:
-    """A copy of a batch in the host's memory.
-
-    Each tensor remembers its device: a batch on a GPU may hold tensors of the CPU (``batch_sizes`` of a
-    `PackedSequence`).
-
-    Raises:
-        TypeError: If something in the batch cannot be copied.
-    """
+    """Keeps a copy of a batch in the host's memory, and the device of each tensor."""
 
     def __init__(self, batch: Any) -> None:
         self._devices: dict[int, torch.device] = {}
@@ -79,14 +60,7 @@ class HostCopy:
 
 
 class _Copying(TorchFunctionMode):
-    """Replaces every tensor that ``copy.deepcopy`` reaches, however deep in objects.
-
-    Objects are not rebuilt from other parts, because a class may check the types of its parts.
-
-    Args:
-        twin_of: Returns the replacement.
-    """
-
+    # Replaces tensors inside copy.deepcopy: a class may check the types of its parts, so nothing is rebuilt
     def __init__(self, twin_of: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._twin_of = twin_of

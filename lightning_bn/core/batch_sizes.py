@@ -1,4 +1,4 @@
-"""How many samples a batch holds, whatever its structure."""
+"""Number of samples in a batch of any structure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_bn.core.checks import NoStopIteration
 
 BatchSizeFn: TypeAlias = Callable[[Any], int]
-"""Samples in a batch."""
+"""Returns the number of samples in a batch."""
 _ARRAYS = (Tensor, np.ndarray)
-_CHANNELS = {1, 3, 4}
-"""Of images: gray, color, and color with transparency or depth."""
+_CHANNELS = {1, 3, 4}  # of images: gray, color, and color with transparency or depth
 
 
 def as_batch_size_fn(batch_size_fn: BatchSizeFn | None) -> BatchSizeFn:
-    """Return the user's function with a check of its results, or `infer_batch_size`.
-
-    Raises:
-        TypeError: If it is no function.
-    """
+    """Return the user's function with a check of its results, or `infer_batch_size`."""
     if batch_size_fn is None:
         return infer_batch_size
     if not callable(batch_size_fn):
@@ -39,13 +34,7 @@ def as_batch_size_fn(batch_size_fn: BatchSizeFn | None) -> BatchSizeFn:
 
 @dataclass(frozen=True)
 class Checked:
-    """Wraps the user's function and validates its result. Picklable if the function is.
-
-    Raises:
-        TypeError: If the result is not a number.
-        ValueError: If the result is not a number of samples.
-        RuntimeError: If the function raises StopIteration, which would silently end a loop over batches.
-    """
+    """Calls the user's function and validates its result; picklable if the function is."""
 
     batch_size_fn: BatchSizeFn
 
@@ -81,23 +70,18 @@ def infer_batch_size(batch: Any) -> int:
     list of other tensors within a batch                           nothing
     =============================================================  ===================================================
 
-    A tuple is a list. Two refinements: images in a list are views of a batch if another part is as long as they are,
-    and no part is as long as the list. And a batch that is a list of mappings or pairs is a list of different things
-    where they have no key in common (inputs, targets), or where each looks like a batch (two tensors of equal length),
-    as those of several loaders do. So is, within a batch as well, one of mappings with a tensor of 4 and more
-    dimensions in each.
+    A tuple is a list. Images in a list are views of a batch if another part is as long as they are, and no part is as
+    long as the list. A batch that is a list of mappings or pairs holds different things if they share no key (inputs,
+    targets), or if each looks like a batch (two tensors of equal length). A list of mappings within a batch does so if
+    each has a tensor of 4 or more dimensions.
 
-    The kind of each part decides, not its size, so that a batch of another size (the last one) is read the same way.
-    The one exception are tensors of 3 dimensions and first size 1, 3 or 4: alone in a batch they are images.
-
-    Raises:
-        ValueError: If the structure does not determine it.
+    The kind of each part decides, not its size, so a smaller last batch is read the same way. The exception: lone
+    tensors of 3 dimensions and first size 1, 3 or 4 are images.
     """
     if isinstance(batch, Tensor) and batch.ndim:
         return batch.size(0)
-    # Lightning's extract_batch_size is the first size of the first tensor, whatever holds it, and 1 for a scalar: 3
-    # for a list of RGB images. It walks through any iterable, which would use up an iterator, and counts the rows of
-    # packed sequences and the nodes of graphs. Where a batch's first tensor is a part of its own, both agree.
+    # Lightning's extract_batch_size takes the first size of the first tensor: 3 for a list of RGB images. It also uses
+    # up iterators, and counts the rows of packed sequences and the nodes of graphs.
     parts = list(_parts(batch, outermost=True))
     for part in parts:
         if part.certain:
@@ -114,15 +98,8 @@ def infer_batch_size(batch: Any) -> int:
 
 
 class _Part(NamedTuple):
-    """A part of a batch.
-
-    Attributes:
-        readings: Possible numbers of samples, the likeliest first.
-        certain: Whether the first part of this kind decides; others only count if there is none.
-    """
-
-    readings: Sequence[int]
-    certain: bool
+    readings: Sequence[int]  # possible numbers of samples, the likeliest first
+    certain: bool  # the first such part decides; others count only if there is none
 
 
 def _parts(batch: Any, outermost: bool = False) -> Iterator[_Part]:
@@ -168,18 +145,17 @@ def _parts_of_arrays(arrays: Sequence[Any], outermost: bool) -> Iterator[_Part]:
 
 
 def _size(part: Any) -> int | None:
-    """Return the samples of an array, packed sequence or graph; None for all else."""
     if isinstance(part, PackedSequence):
         return int(part.batch_sizes[0])
     if isinstance(part, _ARRAYS):
-        first = part.size(0) if isinstance(part, Tensor) and part.ndim else None  # a nested one has no shape
+        first = part.size(0) if isinstance(part, Tensor) and part.ndim else None  # a nested tensor has no shape
         return int(part.shape[0]) if isinstance(part, np.ndarray) and part.ndim else first
     graphs = getattr(part, "num_graphs", None)
     return graphs if isinstance(graphs, int) else None
 
 
 def _looks_like_a_batch(record: Any, outermost: bool) -> bool:
-    """Return True if it has a tensor that no sample has; boxes and labels of an image have equal lengths, too."""
+    # a tensor that no sample has decides; boxes and labels of one image also have equal lengths
     arrays = [value for value in _values(record) if isinstance(value, _ARRAYS) and value.ndim]
     alike = outermost and len(arrays) > 1 and len({_size(array) for array in arrays}) == 1
     return alike or any(array.ndim > 3 for array in arrays)
@@ -199,7 +175,6 @@ def _names(record: Any) -> set[Any]:
 
 
 def _is_record(part: Any) -> bool:
-    """Return True if its parts have names, so that each has its own meaning."""
     named_tuple = isinstance(part, tuple) and hasattr(part, "_fields") and not isinstance(part, PackedSequence)
     return named_tuple or isinstance(part, Mapping) or (is_dataclass(part) and not isinstance(part, type))
 
@@ -209,7 +184,6 @@ def _is_list(part: Any) -> bool:
 
 
 def _is_mixed(part: Any) -> bool:
-    """Return True for a list of a tensor and something else."""
     return _is_list(part) and any(isinstance(p, _ARRAYS) for p in part) and len({_kind(p) for p in part}) > 1
 
 

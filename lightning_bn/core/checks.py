@@ -7,12 +7,7 @@ from typing import Any
 
 
 def check_int(name: str, value: Any, at_least: int) -> None:
-    """Refuse an argument that is not a whole number of at least so much.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is too small.
-    """
+    """Raise unless an argument is a whole number and large enough."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number but is {value!r}.")
     if value < at_least:
@@ -20,27 +15,15 @@ def check_int(name: str, value: Any, at_least: int) -> None:
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuse an argument that is neither True nor False: of ``"no"``, Python would make a yes.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Raise unless an argument is True or False: Python takes ``"no"`` as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False but is {value!r}.")
 
 
 class NoStopIteration:
-    """Turns a StopIteration from within into a RuntimeError: it would end the loop around it, without a message.
+    """Turns a StopIteration, which would silently end the loop around it, into a RuntimeError naming ``what``."""
 
-    Args:
-        what: What runs in it, for the message.
-
-    Raises:
-        RuntimeError: Naming ``what``.
-    """
-
-    # A class, because contextlib.contextmanager re-raises the StopIteration instead of an error that it caused.
-
+    # contextlib.contextmanager would re-raise the StopIteration instead of the error
     def __init__(self, what: str) -> None:
         self._what = what
 

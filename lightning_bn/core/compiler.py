@@ -1,4 +1,4 @@
-"""``torch.compiler.disable`` without the 6 seconds that its import of ``torch._dynamo`` takes."""
+"""A ``torch.compiler.disable`` that does not import ``torch._dynamo`` (6 seconds) before it is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def disable_compile(function: F) -> F:
-    """Have torch.compile break the graph at a function, and run it and all that it calls eagerly."""
+    """Make torch.compile break the graph at a function, and run it and all that it calls eagerly."""
     disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)

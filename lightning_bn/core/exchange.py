@@ -1,11 +1,8 @@
-"""Random exchange of rows among ranks, with gradients (paper, Sec. 6.1).
+"""Random exchange of rows among ranks, with gradients.
 
-One random permutation of all ranks' rows is cut into equal runs, one per rank. Every rank draws the same permutation,
-so it knows which of its rows go where. One all-to-all sends them. Outputs and gradients take the inverse route.
-
-A collective in backward waits for every rank. Each exchange therefore has an *anchor*, a scalar that its backward
-always passes through. On a rank without rows or history the anchor makes the exchange part of the graph. `add_anchors`
-connects it to a loss that does not depend on the exchanged rows.
+Every rank draws the same permutation of all ranks' rows and cuts it into equal runs, one per rank. One all-to-all sends
+the rows; outputs and gradients take the inverse route. A collective in backward waits for every rank, so each exchange
+has an *anchor*, a scalar through which its backward always passes, even on a rank without rows.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Route:
-    """Row indices of one rank: ``sent`` is ordered by target rank, ``received_at`` by source rank."""
+    """Lists the row indices of one rank: ``sent`` ordered by target rank, ``received_at`` by source rank."""
 
     sent: Tensor
     sent_sizes: list[int]
@@ -63,7 +60,13 @@ class Route:
 
 @dataclass
 class Exchange:
-    """State of one exchange, from `exchange_rows` to `restore_rows`; ``route`` is None if no rows were exchanged."""
+    """Holds the state of one exchange, from `exchange_rows` to `restore_rows`.
+
+    Attributes:
+        route: Where this rank's rows go; None if no rows were exchanged.
+        group: The ranks; None for all.
+        anchor: Scalar that connects the exchange to the graph.
+    """
 
     route: Route | None
     group: dist.ProcessGroup | None
@@ -74,18 +77,15 @@ def exchange_rows(rows: T, *, generator: torch.Generator, group: dist.ProcessGro
     r"""Exchange rows at random among ranks, with gradients.
 
     Rank $r$ has $n_r$ rows, possibly zero, and gets $n / k$ of all $n = \sum_r n_r$ rows in random order, rounded up or
-    down. If $n < 2k$, every rank keeps its own rows.
+    down. If $n < 2k$, or with one rank, every rank keeps its own rows.
 
-    Collective: every rank must call it, and `restore_rows`, the same number of times in the same order. If any rank
-    needs gradients, every rank's loss must depend on the restored output (use ``0 * output.sum()`` if nothing else).
-    Second derivatives are not supported.
-
-    Rows that are recomputed in a backward (activation checkpointing) take the route of the forward: the latest of the
-    generator's last 256 exchanges with the same rows on all ranks.
+    Every rank must call it and `restore_rows` in the same order. If any rank needs gradients, every rank's loss must
+    depend on the restored output (use ``0 * output.sum()``). Second derivatives are not supported. Activation
+    checkpointing works: recomputed rows take the route of the forward, among the generator's last 256 exchanges.
 
     Args:
-        rows: A tensor or any pytree of tensors ``(n_r, ...)``. Only the number of rows may differ between ranks; keys
-            have the same order on all. Numbers, strings and 0-dimensional tensors are not exchanged.
+        rows: A tensor or any pytree of tensors ``(n_r, ...)``; ranks may differ only in $n_r$. Numbers, strings and
+            0-dimensional tensors stay.
         generator: CPU generator that draws the order, in the same state on every rank.
         group: The ranks; None for all.
 
@@ -93,10 +93,8 @@ def exchange_rows(rows: T, *, generator: torch.Generator, group: dist.ProcessGro
         The rows that this rank has now, in the same structure, and the exchange, for `restore_rows`.
 
     Raises:
-        ValueError: If tensors differ in the number of rows, or, on every rank, if the ranks' rows differ in dtype,
-            shape or place in the structure, or their generators in state.
-        TypeError: If the structure holds anything else that may contain rows, such as a list of as many numbers as
-            there are rows, or if ``generator`` is not a CPU generator.
+        ValueError: If tensors differ in the number of rows, or ranks in dtype, shape, structure or generator state.
+        TypeError: If a list or object in the structure may contain rows, or if ``generator`` is not on the CPU.
         RuntimeError: In a backward, if the rows match no recorded exchange.
 
     Example:
@@ -138,16 +136,22 @@ def restore_rows(outputs: T, *, exchange: Exchange) -> T:
     """Return the outputs for exchanged rows to each row's original rank and index.
 
     Args:
-        outputs: A tensor or any pytree of tensors ``(rows, ...)``, with one row per row that this rank was given.
+        outputs: A tensor or any pytree of tensors ``(rows, ...)``, with one row per row that this rank got.
         exchange: Returned by `exchange_rows`.
 
     Returns:
         The same structure, with one row per original row of this rank.
 
     Raises:
-        ValueError: If tensors have another number of rows, or, on every rank, if outputs differ in dtype, shape or
-            place in the structure.
-        TypeError: If the structure holds anything else that may contain rows.
+        ValueError: If tensors have another number of rows, or ranks differ in dtype, shape or structure.
+        TypeError: If a list or object in the structure may contain rows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import exchange_rows, restore_rows
+        >>> rows, exchange = exchange_rows(torch.ones(2, 1), generator=torch.Generator())
+        >>> restore_rows(rows, exchange=exchange).shape
+        torch.Size([2, 1])
     """
     if exchange.route is None:
         return outputs
@@ -168,8 +172,6 @@ def add_anchors(outputs: T, anchors: Sequence[Tensor]) -> T:
 
 
 class _Header(NamedTuple):
-    """Integers that a rank sends to all others before an exchange."""
-
     rows: int
     drawn: int
     layout: int
@@ -195,7 +197,7 @@ def _all_gather_headers(
 
 
 def _checksum(tensors: Sequence[Tensor]) -> int:
-    """Sum of the bits of 65536 evenly spaced values per tensor, which identifies recomputed rows."""
+    # bits of 65536 evenly spaced values per tensor, which identify recomputed rows
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     with torch.no_grad():
         plain = [(torch.view_as_real(t) if t.is_complex() else t).contiguous().flatten() for t in tensors]
@@ -203,11 +205,9 @@ def _checksum(tensors: Sequence[Tensor]) -> int:
         return sum(int(values.sum()) for values in sample) % 2**62
 
 
-_Key: TypeAlias = tuple[tuple[int, int], ...]
-"""Number of rows and checksum of each rank."""
-
+_Key: TypeAlias = tuple[tuple[int, int], ...]  # number of rows and checksum of each rank
+# the last routes of each generator, for recomputed forwards
 _ROUTES: WeakKeyDictionary[torch.Generator, deque[tuple[_Key, Route | None]]] = WeakKeyDictionary()
-"""The last routes of each generator, for recomputed forwards."""
 
 
 def _new_route(generator: torch.Generator, key: _Key, group: dist.ProcessGroup | None) -> Route | None:
@@ -231,10 +231,10 @@ def _recorded_route(generator: torch.Generator, key: _Key) -> Route | None:
 
 
 def _exchange(structure: RowStructure, route: Route, exchange: Exchange, headers: Sequence[_Header]) -> Any:
-    """Send the rows; if any rank needs gradients, all join the exchange of gradients."""
     tensors: Sequence[Tensor] = structure.tensors
     device = tensors[0].device
     route = route.to(device)
+    # if any rank needs gradients, all must join the exchange of gradients
     if not any(header.needs_gradient for header in headers):
         return structure.rebuild(_all_to_all(route, exchange.group, tensors))
     anchor = torch.zeros((), device=device, requires_grad=True) if exchange.anchor is None else exchange.anchor
@@ -244,8 +244,6 @@ def _exchange(structure: RowStructure, route: Route, exchange: Exchange, headers
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends rows along a route, and their gradients along its inverse."""
-
     @staticmethod
     def forward(
         ctx: Any, route: Route, group: dist.ProcessGroup | None, anchor: Tensor, *tensors: Tensor
@@ -276,7 +274,7 @@ class _AddAnchors(torch.autograd.Function):
 
 
 def _all_to_all(route: Route, group: dist.ProcessGroup | None, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Send rows of all tensors in one all-to-all, concatenated to rows of bytes."""
+    # one all-to-all: rows of all tensors are concatenated to rows of bytes
     parts = [_as_bytes(t.detach().index_select(0, route.sent)) for t in tensors]
     sent = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     sent = sent.to(collective_device(sent.device))

@@ -1,4 +1,4 @@
-"""Gap between two sets of statistics of a layer, in one number for its means and one for its variances.
+"""Gap between two sets of statistics of a layer: one number for its means and one for its variances.
 
 Each gap is the root mean square over channels of an offset, which keeps its sign and its channel.
 """
@@ -8,33 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMALLEST_VARIANCE = 1e-12
-"""Keeps the offsets of dead channels finite."""
+_SMALLEST_VARIANCE = 1e-12  # keeps the offsets of dead channels finite
 
 
 def mean_offsets(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
-    """Distance of each channel's means in sigma: ``(mean - from_mean) / sqrt(from_var)``, ``(C,)``."""
+    """Return the distance of each channel's means in sigma: ``(mean - from_mean) / sqrt(from_var)``, ``(C,)``."""
     return (mean - from_mean) / from_var.clamp(min=_SMALLEST_VARIANCE).sqrt()
 
 
 def var_offsets(var: Tensor, from_var: Tensor) -> Tensor:
-    """Log ratio of each channel's variances: ``log(var / from_var)``, ``(C,)``."""
+    """Return the log ratio of each channel's variances: ``log(var / from_var)``, ``(C,)``."""
     return torch.log(var.clamp(min=_SMALLEST_VARIANCE) / from_var.clamp(min=_SMALLEST_VARIANCE))
 
 
 def mean_gap(mean: Tensor, from_mean: Tensor, from_var: Tensor) -> Tensor:
-    """Root mean square over channels of ``(mean - from_mean) / sqrt(from_var)``, a scalar in float64.
-
-    Example:
-        >>> import torch
-        >>> mean_gap(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]))
-        tensor(0.7071, dtype=torch.float64)
-    """
+    """Return the root mean square over channels of ``(mean - from_mean) / sqrt(from_var)``, a scalar in float64."""
     return mean_offsets(mean.double(), from_mean.double(), from_var.double()).square().mean().sqrt()
 
 
 def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
-    """Root mean square over channels of ``log(var / from_var)``, a scalar in float64; 0.7 is a factor of two.
+    """Return the root mean square over channels of ``log(var / from_var)``, a float64 scalar: 0.69 for a factor of 2.
 
     Example:
         >>> import torch

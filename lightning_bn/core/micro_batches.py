@@ -1,6 +1,7 @@
-"""Batches of all ranks, step by step: every rank runs as many forwards as the one with the most batches.
+"""Batches of all ranks, step by step, so that collectives inside the model match.
 
-So collectives inside the model match. A rank without a batch left repeats its last one, which then counts for nothing.
+Every rank runs as many forwards as the one with the most batches. A rank without a batch left repeats its last one, and
+does not measure it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's batch in one step of all ranks.
+    """Holds a rank's batch in one step of all ranks.
 
     Attributes:
-        batch: The batch.
-        number: Its place among this rank's batches; the first is 0.
-        is_padding: Whether it is only run to match the other ranks' collectives.
-        samples: Samples in it, on this rank.
-        global_size: Samples of all ranks in this step.
-        ranks: Ranks with a batch of their own.
+        number: Its place among this rank's batches, from 0.
+        is_padding: Whether it only runs to match the other ranks' collectives.
+        samples: Samples on this rank; ``global_size`` is the sum over ranks.
+        ranks: Number of ranks whose batch is no padding.
         is_small: Whether one of these holds fewer samples than `SynchronizedBatches.min_size`.
     """
 
@@ -45,16 +44,12 @@ class MicroBatch:
 
 @dataclass
 class SynchronizedBatches:
-    """Yields a `MicroBatch` in every step in which a rank has samples.
-
-    Ranks fail together: one that raises while it fetches or runs a batch informs the others, which raise as well.
+    """Yields a `MicroBatch` in every step in which a rank has samples; if one rank fails, all raise.
 
     Attributes:
         batches: This rank's batches.
-        num_samples: Stop after so many samples of all ranks; None takes all batches.
-        batch_size_fn: Samples in a batch.
-        device: Device of the model.
-        every_rank: Whether every rank must have a batch, because layers wait for those of all ranks (SyncBatchNorm).
+        num_samples: Samples of all ranks after which it stops; None takes all batches.
+        every_rank: Whether every rank must have a batch, because SyncBatchNorm layers wait for all ranks.
         min_size: Batches of fewer samples are small.
     """
 
@@ -91,11 +86,7 @@ class SynchronizedBatches:
                 yield MicroBatch(batch, number, is_padding, size, global_size, ranks, bool(small))
 
     def check_failures(self) -> None:
-        """Raise if another rank has failed in its batch.
-
-        Raises:
-            AnotherRankFailedError: If so.
-        """
+        """Raise `AnotherRankFailedError` if another rank has failed in its batch."""
         *_, failed = sum_over_ranks([False, 0, False, False], self.device)
         if failed:
             raise AnotherRankFailedError

@@ -1,7 +1,6 @@
 """Moments: count, mean and sum of squared deviations of each channel, and how to merge them.
 
-Merging them in float64 (Chan et al., 1983) is exact where the textbook ``E[x^2] - E[x]^2`` cancels: at mean 1e4 and
-standard deviation 1 the latter has produced variances of -8.
+Merging in float64 (Chan et al., 1983) is exact where the textbook ``E[x^2] - E[x]^2`` cancels.
 """
 
 from __future__ import annotations
@@ -12,19 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_ROWS = 2048
-"""Rows that the CPU kernel adds up in float32 at a time: its rounding error grows with their number."""
+_CHUNK_ROWS = 2048  # rows that the CPU kernel sums in float32 at a time: its rounding error grows with their number
 MAX_KERNEL_ROWS = 2**15
-"""Rows up to which float32 sums over rows keep a variance to 1e-3 of itself, whatever the values."""
+"""Up to this many rows, float32 sums over rows keep any variance to 1e-3 of itself."""
 MAX_KERNEL_SHIFT = 6000.0**2
 """Limit of ``(rows * mean)^2 / var``, up to which float32 sums over rows keep a mean to 1e-4 sigma."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and M2 (the sum of squared deviations from the mean) of each channel.
+    r"""Stores count, mean and M2 (sum of squared deviations from the mean) of each channel; ``+`` merges exactly.
 
-    Shapes: ``mean`` and ``m2`` are ``(C,)`` in float64, ``count`` is ``()`` or ``(C,)`` in float64.
+    $M_2 = M_{2a} + M_{2b} + (\mu_b - \mu_a)^2 n_a n_b / (n_a + n_b)$
+
+    Attributes:
+        count: Values per channel, ``()`` or ``(C,)`` in float64.
+        mean: Means, ``(C,)`` in float64.
+        m2: Sums of squared deviations, ``(C,)`` in float64.
 
     Example:
         >>> import torch
@@ -40,20 +43,20 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str | None = None) -> Moments:
-        """Moments of no values: the neutral element of ``+``."""
+        """Return the moments of no values: the neutral element of ``+``."""
         count, mean, m2 = torch.zeros(3, channels, dtype=torch.float64, device=device)
         return cls(count, mean, m2)
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Moments of the values of ``x`` of shape ``(N, C, ...)``, per channel."""
+        """Measure each channel of ``x`` of shape ``(N, C, ...)``."""
         mean, var = batch_statistics(x)
         count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device)
         return cls(count, mean.double(), var.double() * count)
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:
-        """Moments of the values of all parts, in a fixed number of operators; counts may stay on the CPU."""
+        """Merge the moments of all parts, in a fixed number of operators; counts may stay on the CPU."""
         counts = torch.stack([part.count for part in parts])
         means, m2s = torch.stack([part.mean for part in parts]), torch.stack([part.m2 for part in parts])
         count = counts.sum(0)
@@ -63,11 +66,10 @@ class Moments:
 
     @property
     def var(self) -> Tensor:
-        """Population variance, ``M2 / count``: biased, as in the paper's Eq. 2; 0 without values."""
+        """Return the biased population variance, ``M2 / count``; 0 without values."""
         return self.m2 / self.count.clamp(min=1)
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of both sets of values together."""
         count = self.count + other.count
         share = other.count / count.clamp(min=1)  # of no values at all: 0, not NaN
         delta = other.mean - self.mean
@@ -77,8 +79,7 @@ class Moments:
 def may_use_kernel(x: Tensor) -> bool:
     """Return True if torch's batch-norm kernel can measure ``x`` accurately, large means excepted.
 
-    On CUDA it always can. On the CPU it sums in float64 if the values of a channel are contiguous, but in float32, row
-    by row, if the channels of a row are (channels_last, ``(N, C)``).
+    On the CPU it sums contiguous channels in float64, but channels_last and ``(N, C)`` inputs row by row in float32.
     """
     if x.device.type != "cpu":
         return x.device.type == "cuda"
@@ -93,17 +94,11 @@ def kernel_was_accurate(x: Tensor, mean: Tensor, var: Tensor) -> bool:
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of ``x``, by the statistics half of torch's batch-norm kernel.
+    """Return mean and biased variance of each channel of ``x`` ``(N, C, ...)``, ``(C,)`` each, in float32 or float64.
 
-    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU if channels are contiguous),
-    variance within 1e-5 relative and ``(2^-22 mean)^2``, which is the effect of rounding the mean to float32. Where
-    the kernel alone misses that, it gets a few rows at a time, after the mean was subtracted if that is large.
-
-    Args:
-        x: Floating-point tensor of shape ``(N, C, ...)`` with at least one value per channel.
-
-    Returns:
-        Mean and variance, each ``(C,)``, in float32 or float64.
+    Accuracy: mean within ``1e-6 sigma + 2^-22 |mean|`` (``4e-6 sigma`` on the CPU if channels are contiguous), variance
+    within 1e-5 relative and ``(2^-22 mean)^2``. Where torch's kernel alone is less accurate, it gets a few rows at a
+    time, and a large mean is subtracted first.
     """
     if x.device.type == "cuda":
         return _kernel(x)
@@ -133,9 +128,8 @@ def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(chunks: Sequence[Tensor], origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Statistics of values that come in chunks, relative to ``origin``."""
     first, scratch, statistics = chunks[0], None, []
-    if origin is not None or first.element_size() == 2:  # one buffer for all chunks: many would fragment the heap
+    if origin is not None or first.element_size() == 2:  # one buffer for all: many would fragment the heap
         scratch = torch.empty(first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
     for chunk in chunks:
         if scratch is not None:

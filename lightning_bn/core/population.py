@@ -1,6 +1,6 @@
-"""Population statistics: the moments of all inputs that each layer of a fixed model received.
+"""Population statistics: the moments of all inputs of each layer of a fixed model.
 
-A batch is added with one merge for all layers: their moments lie side by side in one long vector.
+One merge adds a batch for all layers, because their moments lie in one long vector.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from lightning_bn.core.ranks import merge_over_ranks, sum_over_ranks
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Population statistics of one layer's inputs.
+    """Holds the population statistics of one layer's inputs.
 
     Attributes:
         mean: Mean of each channel over all batches, ``(C,)`` float64.
         var: Biased variance of each channel over all batches, between-batch variance included, ``(C,)`` float64.
         count: Values per channel (rows x space).
         calls: Number of the layer's calls.
-        standard_error: Standard error of ``mean`` in units of sigma, ``(C,)``, from the spread of the calls' means;
-            NaN for a single call.
-        var_standard_error: Standard error of ``var`` relative to it, ``(C,)``, from the spread of the calls' mean
-            squared deviations; likewise.
+        standard_error: Standard error of ``mean`` in sigma, ``(C,)``, from the spread of the calls' means; NaN for one.
+        var_standard_error: Relative standard error of ``var``, ``(C,)``, from the spread of the calls' mean squared
+            deviations; NaN for one call.
         domains: Statistics per domain, if the layer keeps them (`domain_bn`); None for a domain without inputs.
-            ``mean`` and ``var`` are then of all domains, each weighted by its count.
+            ``mean`` and ``var`` then weight each domain by its count.
     """
 
     mean: Tensor
@@ -45,7 +44,7 @@ class LayerStatistics:
 
     @classmethod
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
-        """Statistics of all parts together."""
+        """Merge the statistics of all parts."""
         count = sum(p.count for p in parts)
         pooled = Moments.merge([Moments(p.mean.new_tensor(float(p.count)), p.mean, p.var * p.count) for p in parts])
         mean_errors = torch.stack([p.count / count * p.standard_error * p.var.sqrt() for p in parts])
@@ -55,14 +54,21 @@ class LayerStatistics:
 
 
 class PopulationStatistics(dict[str, LayerStatistics]):
-    """Qualified layer name -> [`LayerStatistics`][lightning_bn.LayerStatistics], of the layers that were reached.
+    """Maps the name of each layer that was called to its [`LayerStatistics`][lightning_bn.LayerStatistics].
 
     Attributes:
         num_samples: Samples of all ranks.
         num_batches: Batches of all ranks.
         batch_size: Samples that were normalized jointly, on average: B of the paper's Table 2.
         left_out: Batches of all ranks that are not included, because a layer received non-finite values.
-        spilled: Bytes that were moved to the host's memory or to disk meanwhile, on this rank.
+        spilled: Bytes that this rank moved to the host's memory or to disk.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import precise_bn
+        >>> statistics = precise_bn(torch.nn.Sequential(torch.nn.BatchNorm1d(2)), [torch.zeros(8, 2), torch.ones(8, 2)])
+        >>> statistics.num_samples, statistics["0"].mean
+        (16, tensor([0.5000, 0.5000], dtype=torch.float64))
     """
 
     def __init__(
@@ -79,9 +85,9 @@ class PopulationStatistics(dict[str, LayerStatistics]):
         self.batch_size, self.spilled, self.left_out = batch_size, spilled, left_out
 
     def gaps_to(self, other: PopulationStatistics) -> dict[str, tuple[float, float]]:
-        """Mean gap and variance gap of each layer, in units of the ``other`` statistics.
+        """Return the mean gap and variance gap of each layer, in units of the ``other`` statistics.
 
-        It tells whether B matters: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
+        To see if B matters: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
         """
         return {
             name: (
@@ -102,14 +108,14 @@ class PopulationStatistics(dict[str, LayerStatistics]):
 
 @dataclass(eq=False)
 class Slots:
-    """Where the statistics of one layer's calls within a batch are written.
+    """Holds the memory for the statistics of one layer's calls within a batch.
 
     Attributes:
-        views: Mean and *unbiased* variance of the n-th call, ``(C,)`` each: a batch-norm kernel can fill them as if
-            they were running statistics, with momentum 1.
+        views: Mean and *unbiased* variance of the n-th call, ``(C,)`` each: a batch-norm kernel fills them as running
+            statistics with momentum 1.
         counts: Values per channel of the calls so far.
         is_reached: Whether the layer was called in any batch.
-        accurate_count: Values up to which the kernel was seen to be accurate on this layer's inputs.
+        accurate_count: Largest count at which the kernel was accurate on this layer's inputs.
     """
 
     views: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -119,20 +125,10 @@ class Slots:
 
 
 class Accumulator:
-    r"""Adds up the statistics of every call of every layer.
+    """Adds up the statistics of every call of every layer, without waiting for the device before the end.
 
-    A batch in which a layer received non-finite values is left out, of all layers. A device is asked for that only
-    once, at the end.
-
-    Sums are taken in float64 around the mean $p$ of a layer's first call. The population's variance includes
-    $(p - \mu)^2$ times the first call's share of the values, so it is no difference of much larger sums.
-
-    Attributes:
-        channels: Layer name -> number of channels.
-        slots: Layer name -> where the statistics of its next calls go.
-        order: Layers in the order of their first calls.
-        device: Device of the sums: the layers' own, or the CPU if that has no float64.
-        dtype: Precision of the slots.
+    A batch in which a layer received non-finite values is left out, of all layers. Float64 sums around the mean of a
+    layer's first call keep the variance from being a difference of much larger sums.
 
     Example:
         >>> accumulator = Accumulator({"bn": 1})
@@ -169,7 +165,6 @@ class Accumulator:
         self._add_scratch()
 
     def _add_scratch(self) -> None:
-        """Make slots for one more call of every layer."""
         sizes = list(self.channels.values())
         self._scratch.append(torch.zeros(2, sum(sizes), dtype=self.dtype, device=self._scratch_device))
         means, variances = (row.split(sizes) for row in self._scratch[-1])
@@ -177,7 +172,7 @@ class Accumulator:
             slots.views.append((views[0], views[1]))
 
     def slot(self, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """Where to write mean and *unbiased* variance, ``(C,)`` each, of a layer's next call, of ``count`` values."""
+        """Return where to write mean and *unbiased* variance, ``(C,)``, of a layer's next call of ``count`` values."""
         slots = self.slots[name]
         if len(slots.counts) == len(slots.views):
             self._add_scratch()
@@ -197,7 +192,7 @@ class Accumulator:
             places = torch.tensor([place.get(id(slots), len(layers)) for slots in layers])
             self._places = places.to(self.device, non_blocking=True)[self._layers]
         first_bad = self._no_place
-        # a CPU needs one operator to tell that all is well; another device is not asked now
+        # a CPU checks all with one operator; another device is not asked now
         if self.device.type != "cpu" or not math.isfinite(sum([float(s.sum()) for s in filled])):
             for scratch in filled:
                 is_finite = scratch.sum(0).to(self.device).isfinite()
@@ -209,14 +204,13 @@ class Accumulator:
                 is_first = (self._places < len(layers)) & (known == len(layers)) & mean.isfinite()
                 self._pivot.copy_(torch.where(is_first, mean.double(), self._pivot))
             self._add(mean, var, sizes, None if first_bad is self._no_place else first_bad < len(layers))
-            scratch.zero_()  # momentum 1 keeps a NaN that is there: 0 * NaN
+            scratch.zero_()  # momentum 1 would keep an old NaN: 0 * NaN
         self._batches.append((first_bad, counts))
         for slots in layers:
             slots.counts.clear()
 
     def _add(self, mean: Tensor, var: Tensor, counts: tuple[int, ...], is_bad: Tensor | None) -> None:
-        """Add one call of every layer, with few operators and no new memory."""
-        if self._weights is None or self._weights[0] != counts:  # most batches are like the one before
+        if self._weights is None or self._weights[0] != counts:  # most batches equal the one before
             count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
             self._weights = counts, count, count.square(), (count - 1).clamp_(min=0) / count.clamp(min=1)
         _, count, squared_count, to_biased = self._weights
@@ -232,11 +226,9 @@ class Accumulator:
         self._cross.addcmul_(self._weighted_row[0], self._row[1])
 
     def statistics(self) -> tuple[dict[str, LayerStatistics], dict[int, str]]:
-        """Statistics of all ranks so far; a collective, and one question to the device.
+        """Return the statistics of all ranks so far (a collective), and this rank's batches that were left out.
 
-        Returns:
-            The statistics of the layers that were called; and the batches of this rank that were left out, by the
-            number of their `end_of_batch`, with the layer that received non-finite values first.
+        The latter map the number of an `end_of_batch` to the first layer that received non-finite values.
         """
         first_bad = torch.stack([self._no_place, *[place for place, _ in self._batches]]).tolist()[1:]
         layers, names = len(self.slots), {id(slots): name for name, slots in self.slots.items()}

@@ -1,6 +1,6 @@
-"""Collectives: every rank calls each of these functions, and gets the same result. Without torch.distributed, one rank.
+"""Collectives: every rank calls each of these functions, and gets the same result.
 
-An error on one rank must reach all others, so that none waits in a collective.
+Without torch.distributed there is one rank. An error on one rank must reach all others, so that none waits forever.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lightning_bn.core.moments import Moments
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""Never caught, like `KeyboardInterrupt`: whatever follows would fail as well."""
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # never caught: the next steps would fail as well
 
 
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -92,7 +91,7 @@ def merge_over_ranks(moments: Moments, group: dist.ProcessGroup | None = None) -
 
 
 def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
-    """`merge_over_ranks` in one all-gather, for a single layer, where latency dominates."""
+    """Merge the moments of all ranks in one all-gather, for a single layer, where latency dominates."""
     own = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2])
     gathered = own.new_empty(get_world_size(group), *own.shape)
     dist.all_gather(list(gathered), own, group=group)
@@ -103,7 +102,7 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
 
 
 class AnotherRankFailedError(RuntimeError):
-    """Another rank failed in a joint computation."""
+    """Signals that another rank failed in a joint computation; that rank's error gives the cause."""
 
     def __init__(self) -> None:
         super().__init__("Another rank failed in the pass; its error says why.")
@@ -111,7 +110,7 @@ class AnotherRankFailedError(RuntimeError):
 
 @contextmanager
 def agreed(device: torch.device) -> Iterator[None]:
-    """Raise on every rank if the body raises on any: the own error, or `AnotherRankFailedError`.
+    """Raise on every rank if the body raises on any: its own error, or `AnotherRankFailedError`.
 
     The body must contain no collective that a rank with an error would not reach.
     """
@@ -129,23 +128,18 @@ def agreed(device: torch.device) -> Iterator[None]:
         raise AnotherRankFailedError
 
 
+# world group (another object after a restart of torch.distributed) and size -> this rank's group, once per user
 _GROUPS: dict[tuple[dist.ProcessGroup, int], list[dist.ProcessGroup]] = {}
-"""World group (another object after a restart of torch.distributed) and size -> this rank's group, once per user."""
 
 
 def acquire_group(size: int) -> tuple[dist.ProcessGroup | None, Callable[[], Any]]:
-    """Return this rank's group of ``size`` consecutive ranks, and a function that releases it.
-
-    The last user's release destroys the group. All ranks together need no new group (None without torch.distributed).
-
-    Raises:
-        ValueError: If ``size`` does not divide the number of ranks.
-    """
+    """Return this rank's group of ``size`` consecutive ranks, and a function that releases it."""
     world = dist.group.WORLD
     if get_world_size() % size:
         raise ValueError(
             f"group_size={size}, but there are {get_world_size()} ranks: group_size must divide the number of ranks."
         )
+    # all ranks together need no new group
     if world is None or size == get_world_size():
         return world, lambda: None
     users = _GROUPS.setdefault((world, size), [])

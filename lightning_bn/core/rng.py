@@ -12,15 +12,11 @@ import numpy as np
 import torch
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-"""Classes of random number generators that `save_generator` can save."""
+"""Generators that `save_generator` can save."""
 
 
 def save_rng_state(cuda: bool = True) -> Callable[[], None]:
-    """Save the global states of Python, NumPy and torch; returns a function that restores them.
-
-    Args:
-        cuda: Include those of all CUDA devices.
-    """
+    """Save the states of Python, NumPy, torch and, with ``cuda``, CUDA devices; return a function to restore them."""
     python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_available() else []
 
@@ -45,7 +41,7 @@ def preserve_rng_state(cuda: bool = True) -> Iterator[None]:
 
 
 def save_generator(generator: Any) -> Callable[[], Any]:
-    """Save the state of one of `GENERATORS`; returns a function that restores it."""
+    """Save the state of one of `GENERATORS`; return a function that restores it."""
     if isinstance(generator, np.random.Generator):
         return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
     if isinstance(generator, random.Random):
@@ -54,11 +50,7 @@ def save_generator(generator: Any) -> Callable[[], Any]:
 
 
 class RandomStream:
-    """A stream of torch's random numbers, on the CPU and on CUDA, that continues where it was left.
-
-    Args:
-        seed: Seed of the stream.
-    """
+    """Draws torch's random numbers, on the CPU and on CUDA, from its own state, which continues where it stopped."""
 
     def __init__(self, seed: int) -> None:
         on_cuda = [torch.Generator("cuda")] if torch.cuda.is_initialized() else []

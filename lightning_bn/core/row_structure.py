@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, device, dtype
 from torch.utils import _pytree as pytree
 
-_PLAIN = (type(None), bool, int, float, complex, str, dtype, device)
-"""Types that may accompany the tensors and are not exchanged."""
+_PLAIN = (type(None), bool, int, float, complex, str, dtype, device)  # may accompany the tensors and are not exchanged
 
 
 class RowStructure(NamedTuple):
-    """A flattened structure."""
+    """Holds a flattened structure of tensors of rows."""
 
     tensors: list[Tensor]
     places: list[str]
@@ -47,7 +46,7 @@ class RowStructure(NamedTuple):
 
     @property
     def layout(self) -> int:
-        """Checksum of everything that must be equal on all ranks."""
+        """Return a checksum of everything that must be equal on all ranks."""
         return zlib.crc32(", ".join(self.describe()).encode())
 
     def describe(self) -> list[str]:
@@ -61,7 +60,6 @@ def _has_rows(leaf: Any) -> bool:
 
 
 def _places(value: Any, leaves: int) -> list[str]:
-    """The key path of each leaf, such as ``[1]['boxes']``."""
     try:
         return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
     except ValueError:  # a registered container without key paths
@@ -69,8 +67,7 @@ def _places(value: Any, leaves: int) -> list[str]:
 
 
 def _check_hidden_rows(value: Any, rows: int, source: str) -> None:
-    """Raise for a list with one plain value per row, which would stay while rows change ranks."""
-
+    # a list with one plain value per row would stay while rows change ranks
     def hides_rows(part: Any) -> bool:
         if type(part) not in (list, tuple) or len(part) != rows or rows < 2:
             return False

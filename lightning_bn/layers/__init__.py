@@ -1,1 +1,1 @@
-"""What one BatchNorm layer can do: find layers, attach a behavior to a layer, detach it."""
+"""Operations on single BatchNorm layers: find them, attach a behavior, detach it."""

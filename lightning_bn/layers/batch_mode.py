@@ -1,9 +1,8 @@
-"""Batch mode: the layer normalizes each input with that input's own statistics, and measures them.
+"""Batch mode: a layer normalizes each input with that input's own statistics, and measures them.
 
-Where torch's training kernel is accurate, it gets scratch buffers with momentum 1, so that the batch statistics are a
-by-product of the normalization. Elsewhere the input is read first, and normalized with what was read. The layer's own
-buffers are never written: torch's own classes are replaced by their known computation, and the forward of any other
-class gets copies of its buffers.
+Where torch's training kernel is accurate, it fills scratch buffers with momentum 1 while it normalizes. Elsewhere the
+input is measured first. The layer's own buffers are never written: torch's own classes are replaced by their known
+computation, and the forward of any other class gets copies of its buffers.
 """
 
 from __future__ import annotations
@@ -31,21 +30,17 @@ from lightning_bn.layers.behavior import Behavior, behaviors_of
 from lightning_bn.layers.override import PLAIN, BatchNormCall, plain_call, raise_not_visible, replace_batch_norm, tracks
 
 SyncStatistics: TypeAlias = Callable[[str, Moments, bool], tuple[Tensor, Tensor]]
-"""Takes a layer's name, its input's moments, and whether they count for the population. Returns the mean and biased
-variance to normalize with."""
+"""Takes a layer's name, its input's moments, and if they are tracked; returns mean and biased variance to use."""
 
 
 class BatchMode(Behavior):
-    """Normalize each input with its own batch statistics, and accumulate those of the inputs that are tracked.
+    """Normalizes each input with its own batch statistics, and accumulates those of the inputs that are tracked.
 
-    Args:
-        layers: Qualified name -> layer.
-        accumulator: Where the statistics go.
-        of_training: Track the inputs that would move the layer's running statistics in training; a call in eval mode
-            then uses the stored ones. If False, track the inputs of all calls, whatever the mode.
+    With ``of_training``, the tracked inputs are those that would move the running statistics in training, and a call in
+    eval mode uses the stored ones. Without, they are the inputs of all calls.
 
     Attributes:
-        is_padding: Whether the current batch is only run to match the other ranks' collectives, and not measured.
+        is_padding: Whether the current batch only matches the other ranks' collectives, and is not measured.
         exchange: Returns the statistics to normalize with; None takes the input's own.
     """
 
@@ -61,7 +56,7 @@ class BatchMode(Behavior):
         self._of_training = of_training
         self._buffers = {layer: dict(layer._buffers) for layer in layers.values()}
         self._plain = {layer for layer in layers.values() if type(layer) in PLAIN}  # without other behaviors
-        # what the short way in `forward` needs; layers on another device than the slots take the long one
+        # for the fast path in `forward`; layers on another device than the slots do not take it
         self._slots = {
             layer: accumulator.slots[self._names[layer]]
             for layer in self._plain
@@ -92,14 +87,13 @@ class BatchMode(Behavior):
             self._fill(self.accumulator.slot(name, count), *batch_statistics(input.detach()), count)
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Normalize the input of the layer's ``batch_norm`` call with its own statistics."""
         own = vars(layer)
         if self._of_training and not own["training"]:  # set by the step: it uses the stored statistics here
             return forward(input)
         if layer not in self._plain or len(own["_behaviors"]) > 1:
             return self._forward_of_other(layer, forward, input)
         layer._check_input_dim(input)
-        # Most calls end here, without another frame: `_normalize` does the same in general.
+        # the fast path of most calls; `_normalize` does the same in general
         slots, weight, count = self._slots.get(layer), own["_parameters"]["weight"], input.numel() // input.shape[1]
         if (
             slots is not None
@@ -116,7 +110,7 @@ class BatchMode(Behavior):
             if (is_accurate or count <= MAX_KERNEL_ROWS) and input.shape[1] == len(mean):
                 bias, cudnn = own["_parameters"]["bias"], torch.backends.cudnn.enabled
                 output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, own["eps"], cudnn)
-                # Asked at first only: later inputs are averaged with it, so their errors count in its sigma.
+                # only asked at first: later inputs are averaged with it, so their errors count in its sigma
                 if is_accurate or not (mean.square() * count**2 > MAX_KERNEL_SHIFT * var).any():
                     slots.counts.append(count)
                     if not is_accurate:
@@ -131,17 +125,17 @@ class BatchMode(Behavior):
         output, is_called = self._watched(layer, forward, input)
         if is_called:
             return output
-        # a hand-written forward makes no such call: if its output is what torch's would be, it normalizes its input.
-        # One input shows nothing about the next: there may be a mask.
+        # a hand-written forward without such a call: it normalizes its input if its output equals torch's. This is
+        # checked for every input, because there may be a mask
         if not is_plain(layer, input, output):
             raise_not_visible(self._names[layer])
         return self._answer(layer, plain_call(layer, input))
 
     def _watched(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> tuple[Any, bool]:
-        """Run the layer's forward; returns its output, and whether it has called ``batch_norm`` for that."""
+        # returns the output, and whether the forward has called `batch_norm` for it
         own, buffers, is_called = vars(layer), layer._buffers, False
         training, synced = own["training"], isinstance(layer, SyncBatchNorm)
-        # a subclass may count batches and write its statistics itself: it does so to copies
+        # a subclass may write counts and statistics itself, to copies
         copies = {key: value if value is None else value.clone() for key, value in self._buffers[layer].items()}
 
         def instead(call: BatchNormCall) -> Tensor:
@@ -150,7 +144,7 @@ class BatchMode(Behavior):
             if synced and training:  # in eval mode its own forward passes a momentum of 0 for None
                 own["training"], call = True, call._replace(training=True, momentum=1.0)
             output = self._answer(layer, call)
-            buffers.update(copies)  # another forward that ran while this one waited has put its own there
+            buffers.update(copies)  # another forward that ran meanwhile has put its own there
             return output
 
         buffers.update(copies)
@@ -170,7 +164,7 @@ class BatchMode(Behavior):
         if stored != call.input.shape[1]:
             raise TypeError(
                 f"Layer {name!r} stores statistics of {stored} channels, and its forward normalizes "
-                f"{call.input.shape[1]}: which of them belong together cannot be told. Leave it out by layers=."
+                f"{call.input.shape[1]}: lightning_bn cannot match them. Leave it out by layers=."
             )
         if self.exchange is not None:
             mean, var = self.exchange(name, self._moments_of(call.input), self.takes(layer, call))
@@ -178,7 +172,6 @@ class BatchMode(Behavior):
         return self._normalize(layer, name, call)
 
     def _normalize(self, layer: _BatchNorm, name: str, call: BatchNormCall) -> Tensor:
-        """Normalize an input with its own statistics; an input without rows has none, and needs none."""
         input, count = call.input, call.values
         is_tracked = self.takes(layer, call) and not self.is_padding and count > 0
         slot = self.accumulator.slot(name, count) if is_tracked else None
@@ -188,7 +181,7 @@ class BatchMode(Behavior):
             output = call._replace(running_mean=slot[0], running_var=slot[1], training=True, momentum=1.0).run()
             if kernel_was_accurate(input, *slot):
                 return output
-        with torch.no_grad():  # the user's forward may have gradients of its own
+        with torch.no_grad():  # gradients may be enabled in the user's forward
             mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
             if slot:
                 self._fill(slot, mean, var, count)
@@ -198,16 +191,15 @@ class BatchMode(Behavior):
             pooled = merge_over_ranks(Moments(weight, mean.double(), var.double() * weight), group)
             mean, var = pooled.mean, pooled.var
         elif count > 1 and dtype.itemsize == 2:
-            return call.normalize_by_itself()  # as torch does in training: bit by bit what the next layers train on
+            return call.normalize_by_itself()  # as torch does in training, bit by bit
         return call.normalize_with(mean, var)
 
     @torch.no_grad()
     def _moments_of(self, input: Tensor) -> Moments:
-        """Moments of an input; the count stays on the CPU, where it is known."""
         count = input.numel() // input.shape[1]
         mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
         mean, var = (v.to(self.accumulator.device).double() for v in (mean, var))
-        return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * count)
+        return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * count)  # count stays on the CPU
 
     @staticmethod
     def _fill(slot: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, count: int) -> None:
@@ -228,7 +220,7 @@ def is_plain(layer: _BatchNorm, input: Any, output: Any) -> bool:
     if call.training or mean is None or var is None:
         mean, var = batch_statistics(input)
     if not (mean.isfinite() & var.isfinite()).all():
-        return True  # there is nothing to compare, and the batch is left out
+        return True  # not comparable, and the batch is left out
     expected = call.normalize_with(mean, var)
     eps = max(torch.finfo(x.dtype).eps for x in (input, output, expected))
     lost = float((1 + mean.square() / (var + call.eps)).amax())  # digits, in the textbook's E[x^2] - E[x]^2
@@ -248,7 +240,7 @@ def forward_with_buffers(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> Tensor:
-    """Run the layer's own forward in another mode, with other buffers; past the slow ``nn.Module.__setattr__``."""
+    """Run the layer's own forward in another mode with other buffers; bypasses the slow ``nn.Module.__setattr__``."""
     own, buffers = vars(layer), layer._buffers
     flags, stored = {"training": own["training"], "momentum": own["momentum"]}, dict(buffers)
     own.update(training=training, momentum=None)

@@ -1,10 +1,8 @@
 """Behaviors change what a layer computes, and replace no module, parameter or buffer.
 
-A layer with behaviors gets a generated subclass of its own class. The subclass's `forward` applies the behaviors,
-innermost first. A behavior may change attributes of the layer only while the layer's forward runs. So between forwards
-the state dict, pickles and copies are those of the plain layer, and handles can be undone in any order.
-
-A `ModuleBehavior` can be attached to any module: it wraps the whole call.
+A layer with behaviors gets a generated subclass whose `forward` applies them, innermost first. A behavior changes
+attributes of the layer only while its forward runs. So between forwards the state dict, pickles and copies are those
+of the plain layer, and handles can be undone in any order.
 """
 
 from __future__ import annotations
@@ -33,43 +31,37 @@ class Behavior(ABC):
     """Wraps the forward of every BatchNorm layer that it is attached to."""
 
     kind = ""
-    """The feature it belongs to, a key of `lightning_bn.layers.conflicts.FEATURES`."""
+    """Feature: a key of `lightning_bn.layers.conflicts.FEATURES`."""
     name: str
-    """Shown in ``repr(model)`` behind the layer's own description."""
+    """Suffix of the layer's ``repr``."""
     outermost = False
-    """Wraps all other behaviors, later ones included: it decides what the layer gets as input."""
+    """Wraps all other behaviors, later ones included: it chooses the layer's input."""
     innermost = False
-    """All other behaviors wrap it: it sees the layer's own ``batch_norm`` call before others change it."""
+    """All other behaviors wrap it: it gets the layer's ``batch_norm`` call before others change it."""
     not_copied = ""
     """Warning for a deep copy, which is a plain layer; empty if the copy evaluates like the original."""
 
     @abstractmethod
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Compute the layer's output.
-
-        Args:
-            layer: The layer.
-            forward: Its own forward, wrapped by the behaviors within this one.
-            input: The first argument; not always a tensor, as a subclass of BatchNorm may take something else.
-        """
+        """Compute the output for ``input`` (any type); ``forward`` is the layer's own, wrapped by inner behaviors."""
 
     def normalization_batch(self, samples: float) -> float:
-        """Samples normalized together in train mode; without this behavior it would be ``samples``."""
+        """Return the samples normalized together in train mode; without this behavior they are ``samples``."""
         return samples
 
     def domain(self, layer: _BatchNorm) -> int | None:
-        """Domain of the layer's current input, if this behavior keeps statistics per domain."""
+        """Return the domain of the layer's current input, if this behavior keeps statistics per domain."""
         return None
 
     def normalization_groups(self, input: Tensor) -> Tensor | None:
-        """Number of the normalization batch of each row of ``input``, ``(N,)``; None if there is one batch."""
+        """Return the normalization batch of each row of ``input``, ``(N,)``; None if there is one batch."""
         return None
 
 
 class ModuleBehavior(Behavior):
     """Wraps every call of a module of any class.
 
-    The call and not the forward, because Lightning sets the ``forward`` of a LightningModule on the instance.
+    It wraps no forward, because Lightning sets the ``forward`` of a LightningModule on the instance.
     """
 
     @abstractmethod
@@ -77,12 +69,11 @@ class ModuleBehavior(Behavior):
         """Compute the module's output; ``call`` is the plain call, hooks included."""
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Of a BatchNorm layer it wraps the forward."""
         return self.call(layer, forward, input)
 
 
 def behaviors_of(layer: nn.Module) -> tuple[Behavior, ...]:
-    """The behaviors of a layer, innermost first."""
+    """Return the behaviors of a layer, innermost first."""
     return tuple(vars(layer).get(_LIST, ()))
 
 
@@ -92,7 +83,7 @@ def has_behavior(layer: nn.Module, *kinds: str) -> bool:
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer without behaviors."""
+    """Return the class of a layer without its behaviors."""
     return type(layer).__bases__[1] if behaviors_of(layer) else type(layer)
 
 
@@ -105,7 +96,7 @@ def attach(layer: nn.Module, behavior: Behavior) -> None:
 
 
 def detach(layer: nn.Module, behavior: Behavior) -> None:
-    """Remove a behavior; without any left, the layer has its own class again."""
+    """Remove a behavior; without any left, the layer gets its own class back."""
     left = tuple(b for b in behaviors_of(layer) if b is not behavior)
     vars(layer)[_LIST] = left
     if not left:
@@ -116,7 +107,20 @@ def detach(layer: nn.Module, behavior: Behavior) -> None:
 class Handle:
     """Detaches a behavior from its layers, by ``undo()`` or at the end of a ``with`` block.
 
-    A second ``undo()`` does nothing.
+    Args:
+        layers: Layers or modules that get the behavior.
+        behavior: What to attach.
+        also: Functions that ``undo()`` calls, too.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_bn import freeze_bn
+        >>> model = nn.Sequential(nn.BatchNorm1d(2))
+        >>> with freeze_bn(model):
+        ...     "frozen" in repr(model)
+        True
+        >>> "frozen" in repr(model)
+        False
     """
 
     def __init__(self, layers: Iterable[nn.Module], behavior: Behavior, also: Iterable[Callable[[], Any]] = ()) -> None:
@@ -129,7 +133,7 @@ class Handle:
         self._undo.append(functools.partial(detach, layer, behavior))
 
     def undo(self) -> None:
-        """Detach the behavior."""
+        """Detach the behavior; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -142,9 +146,7 @@ class Handle:
         self.undo()
 
 
-class _BehavingClass(nn.Module):
-    """First base of every generated class; the second is the module's own class."""
-
+class _BehavingClass(nn.Module):  # first base of a generated class; the second is the module's own class
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), *(b.name for b in behaviors_of(self))]))
 
@@ -152,12 +154,12 @@ class _BehavingClass(nn.Module):
         plain: nn.Module = object.__new__(type(self).__bases__[1])
         vars(plain).update({key: value for key, value in vars(self).items() if key != _LIST})
         rebuild, *rest = cast("tuple[Any, ...]", plain.__reduce_ex__(protocol))
-        # pickle accepts copyreg's __newobj__ only for the class of the object that it was asked to pickle
+        # pickle accepts copyreg's __newobj__ only for the class of the pickled object
         return (object.__new__ if getattr(rebuild, "__name__", "") == "__newobj__" else rebuild, *rest)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         for warning in [b.not_copied for b in behaviors_of(self) if b.not_copied]:
-            if warning not in memo and get_rank() == 0:  # once per copy, whatever the number of layers
+            if warning not in memo and get_rank() == 0:  # once per copy of a model
                 warnings.warn(warning, stacklevel=3)
             memo[warning] = warning
         own_deepcopy = getattr(super(), "__deepcopy__", None)  # as torch.fx.GraphModule has
@@ -169,8 +171,6 @@ class _BehavingClass(nn.Module):
 
 
 class _BehavingLayer(_BehavingClass):
-    """Base of generated BatchNorm classes: behaviors wrap the forward."""
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_replaced():  # inside another layer (timm's SplitBatchNorm2d): this call is not the outer layer's
             with _pop_mode_temporarily():
@@ -181,7 +181,7 @@ class _BehavingLayer(_BehavingClass):
             (input,) = args
         else:
             forward, input = _bind_rest(forward, args, kwargs)
-        if len(behaviors) == 1:  # the usual case, without a frame of its own
+        if len(behaviors) == 1:  # the usual case, without another frame
             return behaviors[0].forward(layer, forward, input)
         for behavior in behaviors:
             forward = functools.partial(behavior.forward, layer, forward)
@@ -189,8 +189,6 @@ class _BehavingLayer(_BehavingClass):
 
 
 class _BehavingModule(_BehavingClass):
-    """Base of all other generated classes: behaviors wrap the call."""
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not behaviors_of(self):  # torch.compile kept a bound call from when there were behaviors
             return type(self).__call__(self, *args, **kwargs)
@@ -203,7 +201,7 @@ class _BehavingModule(_BehavingClass):
 def _bind_rest(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[[Any], Any], Any]:
-    """Bind all arguments but the first, and return that too; it may be passed by keyword, under any name."""
+    # the first argument is left; it may be passed by keyword, under any name
     if args:
         return lambda input: forward(input, *args[1:], **kwargs), args[0]
     name = next(iter(signature(forward).parameters))

@@ -1,7 +1,4 @@
-"""Features that cannot act on one layer: the one table, asked by every verb and every callback.
-
-A feature is named by its ``kind``: that of its `Behavior`, and that of its callback.
-"""
+"""Table of the features that cannot act on one layer, named by the ``kind`` of their behavior or callback."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ FEATURES = {
 
 
 class Pair(NamedTuple):
-    """Two features on one layer."""
+    """Rates two features on one layer."""
 
     verdict: Literal["works", "warns", "refused"]
     reason: str
@@ -66,10 +63,10 @@ _ROWS: list[tuple[str, str, Literal["works", "warns", "refused"], str]] = [
     ("domain", "leakage monitor", "refused", "rows of several domains differ, which the test reports as leakage"),
 ]
 PAIRS = {frozenset(row[:2]): Pair(*row[2:]) for row in _ROWS}
-"""What is known of two kinds on one layer; pairs that are not listed work and do not affect each other."""
+"""Pairs that are not listed work and do not affect each other."""
 
 REPEATABLE = ("frozen", "mini-batch")
-"""Kinds of which a layer may have two: they do the same as one."""
+"""A layer may have two of these kinds: they do the same as one."""
 
 
 def find_conflict(kind: str, other: str) -> str | None:
@@ -81,17 +78,7 @@ def find_conflict(kind: str, other: str) -> str | None:
 
 
 def check_conflicts(layers: Mapping[str, nn.Module], kind: str, model: nn.Module | None = None) -> None:
-    """Raise if a layer has a behavior that conflicts with a feature.
-
-    Args:
-        layers: Qualified name -> layer that is to get the feature.
-        kind: The feature.
-        model: Also look at the behaviors of its modules that contain a layer.
-
-    Raises:
-        ValueError: Naming the layer, both features and the reason.
-        TypeError: If the layer is torch's SyncBatchNorm and the feature conflicts with SyncBN.
-    """
+    """Raise if a layer, or a module of ``model`` that contains it, has a behavior that conflicts with a feature."""
     changed = [m for m in model.modules() if behaviors_of(m)] if model is not None else []
     for name, layer in layers.items():
         around = [m for m in changed if m is not layer and any(layer is inner for inner in m.modules())]

@@ -1,4 +1,4 @@
-"""Finding BatchNorm layers by qualified name."""
+"""Search for BatchNorm layers by qualified name."""
 
 from __future__ import annotations
 
@@ -49,22 +49,14 @@ def find_bn(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
 
 
 def find_modules(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Find modules by qualified name, without those inside another match.
-
-    Raises:
-        ValueError: If a pattern matches none.
-    """
+    """Find modules by qualified name, without those inside another match."""
     every = {name: m for name, m in model.named_modules() if name}
     names = match_names(every, as_patterns(modules, "modules"), "modules", f"module of {type(model).__name__}")
     return {name: every[name] for name in names if not any(name.startswith(f"{outer}.") for outer in names)}
 
 
 def changeable_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
-    """`find_bn`, for layers that are to get a behavior.
-
-    Raises:
-        ValueError: If a layer has a ``forward`` on the instance.
-    """
+    """Find BatchNorm layers that can get a behavior; raise if one has a ``forward`` on the instance."""
     found = find_bn(model, layers)
     for name, layer in found.items():
         if "forward" in vars(layer):
@@ -76,11 +68,7 @@ def changeable_layers(model: nn.Module, layers: Layers = None) -> dict[str, _Bat
 
 
 def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
-    """`changeable_layers` with population statistics; by default others are left out.
-
-    Raises:
-        ValueError: If a layer chosen by ``layers`` has none (``track_running_stats=False``), or if no layer has.
-    """
+    """Find changeable layers with running statistics; raise if ``layers`` chooses one without."""
     found = changeable_layers(model, layers)
     without = [name for name, layer in found.items() if layer.running_mean is None or layer.running_var is None]
     if without and (layers is not None or len(without) == len(found)):
@@ -89,11 +77,7 @@ def storing_layers(model: nn.Module, layers: Layers = None) -> dict[str, _BatchN
 
 
 def as_patterns(given: Layers, option: str = "layers") -> tuple[str, ...]:
-    """Return the glob patterns of an argument; for ``layers``, None stands for every layer.
-
-    Raises:
-        TypeError: If it is neither a pattern nor a list of patterns.
-    """
+    """Return the glob patterns of an argument; for ``layers``, None stands for every layer."""
     if given is None and option == "layers":
         return ("*",)
     patterns = (given,) if isinstance(given, str) else given
@@ -103,11 +87,7 @@ def as_patterns(given: Layers, option: str = "layers") -> tuple[str, ...]:
 
 
 def match_names(names: Iterable[str], patterns: Sequence[str], option: str, kind: str) -> list[str]:
-    """Return the names that match any of the glob patterns.
-
-    Raises:
-        ValueError: If a pattern matches none; the message has the ``option`` and the ``kind`` of things named.
-    """
+    """Return the names that match any of the glob patterns; raise if a pattern matches none."""
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

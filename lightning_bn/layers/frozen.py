@@ -1,4 +1,4 @@
-"""The behavior of FrozenBN: a layer uses its stored statistics in any mode (paper, Sec. 4.3)."""
+"""Behavior of FrozenBN: a layer uses its stored statistics in any mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class Frozen(Behavior):
     name = "frozen"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Normalize ``input`` with the stored statistics."""
         mode = layer.training  # no context manager, because torch.compile traces through this
         layer.training = False
         try:
@@ -28,12 +27,11 @@ class Frozen(Behavior):
             layer.training = mode
 
     def normalization_batch(self, samples: float) -> float:
-        """NaN: the layer uses the population statistics."""
-        return torch.nan
+        return torch.nan  # the layer uses the population statistics
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Whether statistics are frozen by `freeze_bn`, or by `BaseFinetuning`, which switches tracking off."""
+    """Return True if `freeze_bn`, or `BaseFinetuning`, which switches tracking off, has frozen the statistics."""
     return has_behavior(layer, "frozen") or (
         getattr(layer, "running_mean", None) is not None and not layer.track_running_stats
     )

@@ -1,4 +1,4 @@
-"""Modes during a pass: what a step sets is honored while it runs, and restored afterwards."""
+"""Modes during a pass: changes by a step hold while it runs, and are reverted afterwards."""
 
 from __future__ import annotations
 
@@ -15,31 +15,25 @@ _FLAGS = ("training", "momentum", "track_running_stats")
 
 @dataclass(frozen=True)
 class LayerFlags:
-    """The flags of BatchNorm layers that decide whether a call is tracked.
+    """Reads and sets the flags of BatchNorm layers that decide if a call is tracked.
 
-    A step may change them around a forward that is not to be tracked. Every step starts with the initial ones, and
-    forwards that wait for each other keep their own.
+    A step may change them around a forward. Every step starts with the initial ones.
     """
 
     layers: list[dict[str, Any]]
     initial: list[tuple[Any, ...]]
 
     def now(self) -> list[tuple[Any, ...]]:
-        """Return the current flags."""
         return [tuple([own[flag] for flag in _FLAGS]) for own in self.layers]
 
     def set(self, flags: list[tuple[Any, ...]]) -> None:
-        """Give the layers these flags."""
         for own, (training, momentum, tracks) in zip(self.layers, flags, strict=True):
             own["training"], own["momentum"], own["track_running_stats"] = training, momentum, tracks
 
 
 @contextmanager
 def preserve_flags(layers: Collection[_BatchNorm], training: bool | None) -> Iterator[LayerFlags]:
-    """Put layers into a mode (None: the one they have), and restore them on leaving.
-
-    All attributes are restored: a layer may count its calls in one.
-    """
+    """Put layers into a mode (None: the one they have), and restore all their attributes on leaving."""
     attributes = [vars(layer) for layer in layers]
     before = [dict(own) for own in attributes]
     try:
@@ -55,21 +49,19 @@ def preserve_flags(layers: Collection[_BatchNorm], training: bool | None) -> Ite
 
 @contextmanager
 def keep_in_eval(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Keep modules in eval mode even if a step calls ``train()`` on them, and restore their modes on leaving.
-
-    ``train`` is replaced in ``nn.Module`` itself, not on the instances, so that a step can copy a module.
-    """
+    """Keep modules in eval mode even if a step calls ``train()`` on them, and restore their modes on leaving."""
     modes = {module: module.training for module in modules}
     original = nn.Module.train
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        original(self, mode)  # of the children, too
+        original(self, mode)  # also sets the children
         self.training = mode and self not in modes
         return self
 
     try:
         for module in modes:
-            vars(module)["training"] = False  # past the slow `nn.Module.__setattr__`
+            vars(module)["training"] = False  # bypasses the slow `nn.Module.__setattr__`
+        # not on the instances, so that a step can copy a module
         nn.Module.train = train  # type: ignore[method-assign,assignment]
         yield
     finally:

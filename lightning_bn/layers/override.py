@@ -1,8 +1,7 @@
-"""The one place that replaces a layer's ``batch_norm`` call.
+"""Replacement of a layer's ``batch_norm`` call.
 
-A layer normalizes the input of this call: a subclass may reshape, mask or unpack its own input first, and apply an
-activation afterwards (timm's `BatchNormAct2d`). So statistics are measured here, and a behavior that changes the
-computation does so here; the rest of the layer's forward is untouched.
+The call's input is what the layer normalizes: a subclass may reshape or mask its own input first, and apply an
+activation afterwards (timm's `BatchNormAct2d`). The rest of the layer's forward is untouched.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BatchNormCall(NamedTuple):
-    """The arguments of a ``batch_norm`` call."""
+    """Holds the arguments of a ``batch_norm`` call."""
 
     input: Tensor
     running_mean: Tensor | None
@@ -30,12 +29,11 @@ class BatchNormCall(NamedTuple):
     eps: float = 1e-5
 
     def run(self) -> Tensor:
-        """Run the call."""
         return F.batch_norm(*self)
 
     @property
     def values(self) -> int:
-        """Values per channel in the input."""
+        """Return the values per channel in the input."""
         return self.input.numel() // max(self.input.shape[1], 1)
 
     def normalize_with(self, mean: Tensor, var: Tensor) -> Tensor:
@@ -63,8 +61,7 @@ OF_TORCH: frozenset[type[nn.Module]] = PLAIN | {nn.SyncBatchNorm}
 def tracks(layer: _BatchNorm, call: BatchNormCall) -> bool:
     """Return True if this call would update the layer's running statistics in training.
 
-    The layer trains, tracks, and has a momentum other than 0 at this call: steps switch tracking off by flag, by
-    momentum, or by ``eval()`` of the layer, the model or a teacher. A subclass that updates its running statistics
+    Steps switch tracking off by flag, by momentum, or by ``eval()``. A subclass that updates its running statistics
     itself passes none to the call.
     """
     own = vars(layer)
@@ -87,16 +84,8 @@ def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
         momentum = 0.0 if buffers["num_batches_tracked"] is None else 1.0
     if training and not own["track_running_stats"]:
         mean = var = None
-    return BatchNormCall(
-        input,
-        mean,
-        var,
-        parameters["weight"],
-        parameters["bias"],
-        training or (mean is None and var is None),
-        momentum,
-        own["eps"],
-    )
+    by_batch = training or (mean is None and var is None)
+    return BatchNormCall(input, mean, var, parameters["weight"], parameters["bias"], by_batch, momentum, own["eps"])
 
 
 def replace_batch_norm(
@@ -108,15 +97,7 @@ def replace_batch_norm(
 ) -> Any:
     """Run a layer's own forward, with another function instead of its ``batch_norm`` call.
 
-    Args:
-        replacement: Takes the arguments of the call. Calls within it are not replaced.
-        layer: Qualified name, for the error.
-        forward: The layer's own forward.
-        input: Its first argument, a tensor or whatever the layer takes.
-        required: Whether a forward without such a call is an error.
-
-    Raises:
-        TypeError: If ``forward`` did not call ``torch.nn.functional.batch_norm``, nor ``torch.batch_norm``.
+    If ``required``, raise a TypeError if there is no such call. Calls within ``replacement`` are not replaced.
 
     Example:
         >>> import torch
@@ -151,9 +132,7 @@ def raise_not_visible(layer: str) -> NoReturn:
     )
 
 
-class _BatchNormOverride(TorchFunctionMode):
-    """Replaces ``batch_norm`` while active. It has no state, so that torch.compile traces through it."""
-
+class _BatchNormOverride(TorchFunctionMode):  # without state, so that torch.compile traces through it
     def __init__(self, replacement: Callable[[BatchNormCall], Tensor]) -> None:
         super().__init__()
         self._replacement = replacement

@@ -24,24 +24,19 @@ from lightning_bn.layers.override import BatchNormCall
 
 
 def synced_batch_norm(call: BatchNormCall, group: dist.ProcessGroup | None) -> Tensor:
-    """Run a train-mode ``batch_norm`` call over all ranks of a group, each of which may have any number of rows.
+    """Run a train-mode ``batch_norm`` call over all ranks of a group, each with any number of rows.
 
-    On CUDA the function of torch's SyncBatchNorm does it, with torch's kernels. Statistics of 16-bit inputs are
-    float32.
-
-    Raises:
-        ValueError: On every rank, if all inputs together hold one value per channel (CPU).
+    On CUDA it is torch's SyncBatchNorm. On the CPU, a single value per channel on all ranks is a ValueError.
     """
     input, running_mean, running_var, weight, bias, _, momentum, eps = call
     if torch.is_grad_enabled() and not input.requires_grad and _requires_grad(weight, bias):
-        # A rank's empty input may have no history where those of other ranks have one. All ranks must run the
-        # exchange of the backward, so every input gets a gradient.
+        # every input gets a gradient, because all ranks must run the exchange of the backward
         input = input.detach().requires_grad_()
     if not input.is_cuda:
         return cast(Tensor, _BatchNormOverRanks.apply(input, weight, bias, call, group))
-    # For an empty input torch sends zeros in the input's dtype; other ranks send float32 for 16-bit inputs.
+    # torch sends the input's dtype if it is empty, but float32 for other 16-bit inputs
     x = input if input.numel() else input.to(_wide(input))
-    # The kernels would copy another layout themselves, and hide the input from autograd.
+    # the kernels would copy another layout, and hide the input from autograd
     if not any(x.is_contiguous(memory_format=last) for last in (torch.channels_last, torch.channels_last_3d)):
         x = x.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -50,9 +45,7 @@ def synced_batch_norm(call: BatchNormCall, group: dist.ProcessGroup | None) -> T
     return cast(Tensor, output).to(input.dtype)
 
 
-class _BatchNormOverRanks(torch.autograd.Function):
-    """Exchanges are in float64, so inputs of ranks may differ in dtype."""
-
+class _BatchNormOverRanks(torch.autograd.Function):  # exchanges in float64, so ranks may differ in dtype
     @staticmethod
     def forward(
         ctx: Any,
@@ -71,10 +64,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
                 f"Expected more than 1 value per channel when training, got input size {list(input.shape)} and nothing "
                 f"on the other ranks of {get_world_size(group)}."
             )
-        for running, value in (
-            (call.running_mean, pooled.mean),
-            (call.running_var, pooled.m2 / max(total - 1, 1)),
-        ):
+        for running, value in ((call.running_mean, pooled.mean), (call.running_var, pooled.m2 / max(total - 1, 1))):
             if running is not None and total:
                 running.lerp_(value.to(running.dtype), call.momentum)
         mean, var = pooled.mean.to(wide), pooled.var.to(wide)
@@ -107,8 +97,6 @@ class _BatchNormOverRanks(torch.autograd.Function):
 
 
 class _BatchNormOnCuda(TorchSyncBatchNorm):
-    """torch's own function, but for gradients that are differentiated: its kernels have no derivatives."""
-
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *_, ctx.eps, _momentum, ctx.group, _ranks = args
@@ -116,15 +104,13 @@ class _BatchNormOnCuda(TorchSyncBatchNorm):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # torch's kernels have no derivatives
             counts = ctx.saved_tensors[-1]
             return *_differentiable_gradients(ctx, grads[0], max(int(counts.sum()), 1)), *[None] * 6
         return cast("tuple[Tensor | None, ...]", TorchSyncBatchNorm.backward(ctx, *grads))
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Every rank's loss depends on the sum, so its gradient is a sum over ranks, too."""
-
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
@@ -134,18 +120,18 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # every rank's loss depends on the sum
         return cast(Tensor, _SumOverRanks.apply(grads[0], ctx.group)), None
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor, total: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias as differentiable functions, in float64, which autograd rounds."""
     input, weight, mean, *_ = ctx.saved_tensors
     dims, shape = [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
 
     def mean_over_ranks(own: Tensor) -> Tensor:
         return cast(Tensor, _SumOverRanks.apply(own, ctx.group)) / total
 
-    # shifted by the mean as a constant first: squares of a large mean would lose the variance
+    # float64, shifted by the mean as a constant first: squares of a large mean would lose the variance
     x, dy = input.double() - mean.double().view(shape), grad.double()
     x = x - mean_over_ranks(x.sum(dims)).view(shape)
     sigma = (mean_over_ranks(x.square().sum(dims)) + ctx.eps).sqrt()

@@ -1,1 +1,1 @@
-"""Batches that wait for each other at every BatchNorm layer."""
+"""Execution of batches that wait for each other at every BatchNorm layer."""

@@ -1,7 +1,6 @@
-"""Memory of suspended forwards: how much they keep alive, how much is free, and how to offload it meanwhile.
+"""Memory of suspended forwards: its size, the free memory, and offloading.
 
-A storage can be shrunk to nothing and grown again: every reference to its tensors, in whatever frame or closure of
-the network, stays valid.
+A storage can be shrunk to nothing and grown again: every reference to its tensors stays valid.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ from lightning_bn.lockstep.thread_state import ThreadState
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Tracks the storages that are allocated while it is active, and which of them are still in use.
-
-    Args:
-        manager: Notified of every storage that is used here and was not allocated here.
+    """Tracks the storages that are allocated while it is active, and reports other storages that are used.
 
     Example:
         >>> import torch
@@ -57,28 +53,23 @@ class AllocationTracker(TorchDispatchMode):
         return output
 
     def share(self, key: int) -> bool:
-        """Stop tracking a storage that others use as well; returns whether it was tracked."""
+        """Stop tracking a storage that others use as well; return True if it was tracked."""
         return self._allocated.pop(key, None) is not None
 
     @property
     def storages(self) -> list[UntypedStorage]:
-        """The storages still in use."""
+        """Return the storages still in use."""
         self._allocated = {key: ref for key, ref in self._allocated.items() if not ref.expired()}
         alive = [UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._allocated.values()]
         return [storage for storage in alive if storage is not None]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the storages still in use."""
         return sum(storage.nbytes() for storage in self.storages)
 
 
 class OffloadedStorages:
-    """Storages whose contents are elsewhere until `restore`: those of a GPU in main memory, or all in a file.
-
-    Args:
-        storages: Storages of one device; their memory is freed.
-    """
+    """Keeps the contents of one device's storages until `restore`: in main memory (GPU only), or in a file."""
 
     def __init__(self, storages: list[UntypedStorage]) -> None:
         self._sizes = [(s, s.nbytes()) for s in storages if s.nbytes() and s.resizable()]
@@ -94,7 +85,7 @@ class OffloadedStorages:
             storage.resize_(0)
 
     def _write(self) -> Path:
-        # closed afterwards: more forwards may wait than a process may have open files
+        # closed, because a process can have only a limited number of open files
         descriptor, name = tempfile.mkstemp(prefix="lightning_bn_")
         try:
             with open(descriptor, "wb") as file:
@@ -125,14 +116,7 @@ class OffloadedStorages:
 
 
 class OffloadManager:
-    """Memory budget of suspended forwards; offloads the one that has waited longest first.
-
-    Args:
-        limit: Bytes.
-
-    Attributes:
-        spilled: Bytes offloaded so far.
-    """
+    """Keeps suspended forwards within ``limit`` bytes; it offloads the one that has waited longest first."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.spilled = limit, 0
@@ -143,7 +127,7 @@ class OffloadManager:
 
     @contextmanager
     def keep_track(self) -> Iterator[AllocationTracker]:
-        """Track the allocations of a forward that is run within."""
+        """Track the allocations of a forward."""
         tracker = AllocationTracker(self)
         self._trackers.append(tracker)
         try:
@@ -160,7 +144,7 @@ class OffloadManager:
 
     @contextmanager
     def waiting(self, tracker: AllocationTracker, shared: Iterable[Tensor]) -> Iterator[None]:
-        """Allow offloading while a forward waits, except for the tensors that it has ``shared`` with the others."""
+        """Allow offloading while a forward waits, except for the ``shared`` tensors."""
         for tensor in shared:
             tracker.share(tensor.untyped_storage()._cdata)
         self._waiting[tracker] = tracker.num_bytes
@@ -173,7 +157,7 @@ class OffloadManager:
             self._restore(tracker)
 
     def _offload(self, tracker: AllocationTracker) -> None:
-        with self._thread.activate():  # else the running forward's tracker would see these copies as its own
+        with self._thread.activate():  # else the running forward's tracker would count these copies
             self._offloaded[tracker] = OffloadedStorages(tracker.storages)
         self.spilled += self._offloaded[tracker].num_bytes
         del self._waiting[tracker]
@@ -185,7 +169,7 @@ class OffloadManager:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the host, what its memory and this process's container allow."""
+    """Return the free bytes of a device; on the host, the limit of the container counts as well."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free: int = torch.cuda.mem_get_info(device)[0]
@@ -196,7 +180,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_in_container() -> Iterator[int]:
-    """Yield the rest of each limit of control groups (v2, v1) that there is."""
+    # limits of control groups, v2 and v1
     v1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     for limit, usage in (("memory.max", "memory.current"), v1):
         try:
@@ -211,5 +195,5 @@ def _as_bytes(storage: UntypedStorage) -> ctypes.Array[ctypes.c_ubyte]:
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:
-    # sparse tensors have no storage of their own
+    # sparse tensors have no storage
     return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and torch._C._has_storage(x))

@@ -1,7 +1,7 @@
 """Normalization batches larger than the batches: micro-batches in lockstep, pooled over all ranks.
 
 Every layer normalizes all micro-batches with the pooled moments of their inputs. That equals one tensor with all
-samples (B of Table 2), but no such tensor is made: micro-batches may have any size and structure.
+samples, but micro-batches may have any size and structure.
 """
 
 from __future__ import annotations
@@ -27,22 +27,14 @@ from lightning_bn.lockstep.trial import ADVICE, BatchSnapshot, LayerCall, ModelP
 
 
 class NotEnoughMemoryError(MemoryError):
-    """Micro-batches that wait for each other would need more memory than is free; raised before they take it."""
+    """Signals, before a pass takes it, that its micro-batches need more memory than is free."""
 
 
 class PooledForward:
     """Runs micro-batches as one normalization batch.
 
-    The first micro-batch is run twice more by itself: before, to estimate its memory, and afterwards, with the pooled
-    statistics, to check that the others did not influence it.
-
-    Args:
-        mode: Behavior of the measured layers.
-        flags: Flags of these layers.
-        run: Runs the model on one batch.
-        memory_limit: Bytes that waiting micro-batches may take on each rank; the rest is moved to the host's memory or
-            to disk. None raises an error if the estimate exceeds free memory.
-        profile: Facts about the model that are known already; new ones are added.
+    The first one also runs alone: before, to estimate its memory, and afterwards, to check that the others do not
+    change it. Above ``memory_limit`` bytes per rank, waiting ones are offloaded; with None, that is an error.
 
     Attributes:
         left_out: This rank's micro-batches that gave a layer non-finite values, and the layer.
@@ -69,36 +61,29 @@ class PooledForward:
 
     @property
     def spilled(self) -> int:
-        """Bytes moved elsewhere so far."""
         return self._offload.spilled if self._offload else 0
 
     def max_batches(self, micro_batch: MicroBatch, share: float) -> int:
-        """Number of such micro-batches that fit into a share of the free memory, on every rank."""
+        """Return how many such micro-batches fit into a share of the free memory, on every rank."""
         with self._positions.synchronized_errors():
             fitting = int(share * self.free() // max(self.memory(micro_batch), 1))
         (fewest,) = max_over_ranks([-fitting], self._device)
         return max(-fewest, 1)
 
     def memory(self, micro_batch: MicroBatch) -> int:
-        """Bytes that a micro-batch keeps alive."""
+        """Estimate the bytes that a micro-batch keeps alive."""
         return self._trial.memory(micro_batch).num_bytes
 
     def free(self) -> int:
-        """Bytes of memory that this rank may still take."""
+        """Return the bytes of memory that this rank may still take."""
         free = free_memory(self._device)
         return free if self._device.type == "cuda" else free // get_world_size()  # ranks share the host
 
     def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
         """Run micro-batches jointly, and accumulate the pooled statistics of every call of a layer.
 
-        Args:
-            micro_batches: This rank's, as many as on every other; none on a rank that never had a batch. Iterating a
-                second time continues where the first time ended.
-            progress: Called with the share of the work that is done.
-
-        Raises:
-            LockstepError: If they reach different layers, or influence each other.
-            NotEnoughMemoryError: If they need more memory than is free, without ``memory_limit``.
+        Every rank needs equally many, or none if it never had a batch. Iterating twice continues where the first time
+        ended. ``progress`` gets the share of the work that is done.
         """
         running: list[MicroBatch] = []
         calls = self._run_jointly(micro_batches, running, progress)
@@ -123,7 +108,7 @@ class PooledForward:
     def _run_jointly(
         self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch], progress: Callable[[float], None]
     ) -> list[LayerCall]:
-        """Run micro-batches jointly, and append them to ``running``; returns the first one's layer calls."""
+        # appends to `running`, and returns the first micro-batch's layer calls
         calls: list[LayerCall] = []
         done = 0
         self._finite, self._tracked, self._snapshot = [], [], None
@@ -149,10 +134,7 @@ class PooledForward:
         return calls
 
     def _find_nonfinite(self, running: Sequence[MicroBatch]) -> list[MicroBatch] | None:
-        """Find this rank's micro-batches that gave non-finite values to the first layer of any rank that got some.
-
-        Later layers get them from all micro-batches. One question to the device for all layers. None if there are none.
-        """
+        # only the first such layer of any rank decides: later ones mix all micro-batches. None if all are finite
         finite = torch.stack([row for _, row in self._finite]).tolist() if self._finite else []
         first = next((i for i, row in enumerate(finite) if not all(row)), RankStatus.FINISHED)
         (minus_first,) = max_over_ranks([-first], self._device)
@@ -165,7 +147,6 @@ class PooledForward:
         return bad
 
     def _functions(self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
-        """Yield micro-batches as functions to run, while there is memory for them."""
         free: int | None = None
         for micro_batch in micro_batches:
             memory = self._trial.memory(micro_batch)
@@ -187,7 +168,7 @@ class PooledForward:
         def function() -> None:
             self._flags.set(self._flags.initial)
             if self._offload is None:
-                self._run(copied(batch))  # a step may change it, and it may have to run again
+                self._run(copied(batch))  # a step may change it, and it may run again
             else:
                 with self._offload.keep_track() as tracker:
                     _TRACKER.set(tracker)
@@ -212,7 +193,6 @@ class PooledForward:
     def _pool(
         self, name: str, inputs: Sequence[tuple[Moments, bool]], running: Sequence[MicroBatch]
     ) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of a layer's inputs in all micro-batches of all ranks."""
         is_tracked = {tracked for _, tracked in inputs}
         if len(is_tracked) > 1:
             raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {ADVICE}")
@@ -229,8 +209,7 @@ class PooledForward:
             self._tracked.append((name, count, pooled))
         return pooled.mean, pooled.var
 
-    def _join_collectives(self) -> None:
-        """Enter the other ranks' collectives, on a rank without micro-batches."""
+    def _join_collectives(self) -> None:  # on a rank without micro-batches
         while (position := self._positions.all_reduce(RankStatus.ABSENT)) < 2 * len(self._names):
             name = self._names[position % len(self._names)]
             nothing = Moments.empty(self._accumulator.channels[name], self._accumulator.device)
@@ -238,7 +217,6 @@ class PooledForward:
 
 
 _TRACKER: ContextVar[AllocationTracker] = ContextVar("tracker")
-"""Tracks the allocations of the micro-batch that is running."""
 
 
 def _without_values(moments: Moments) -> Moments:

@@ -1,4 +1,4 @@
-"""Positions of ranks that run micro-batches in lockstep: all are at one layer's call, or raise together."""
+"""Comparison of ranks that run micro-batches in lockstep: all are at one call of a layer, or raise together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_bn.lockstep.trial import ADVICE
 
 
 class RankStatus(IntEnum):
-    """Position of a rank that is at no layer; layers have the numbers from 0 on."""
+    """Encodes the position of a rank that is at no layer; layers have the numbers from 0 on."""
 
     ABSENT = -1
     FINISHED = 1_000_000
@@ -24,12 +24,7 @@ class RankStatus(IntEnum):
 
 
 class RankPositions:
-    """Compares the positions of all ranks.
-
-    Args:
-        names: Layers, in the order of their numbers. A call that is not tracked has the number ``len(names)`` higher.
-        device: Device of the model.
-    """
+    """Compares the positions of all ranks; an untracked call of a layer has the number ``len(names)`` higher."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names, self._device, self._is_over = names, device, False
@@ -50,12 +45,7 @@ class RankPositions:
             self.all_reduce(RankStatus.FINISHED)
 
     def all_reduce(self, position: int) -> int:
-        """Return the position of all ranks with micro-batches: a layer's number, or a `RankStatus`.
-
-        Raises:
-            LockstepError: If positions differ.
-            AnotherRankFailedError: If a rank has failed.
-        """
+        """Return the position of all ranks with micro-batches; raise if positions differ, or a rank has failed."""
         lowest = -RankStatus.FAILED if position == RankStatus.ABSENT else -position
         last, minus_first = max_over_ranks([position, lowest], self._device)
         self._is_over = last >= RankStatus.FINISHED or last != -minus_first

@@ -1,8 +1,7 @@
-"""Lockstep: functions wait for each other wherever they need an answer that depends on all of them.
+"""Lockstep: functions wait for each other at every point that needs an answer from all of them.
 
-A function is suspended when it reaches a point. When all have reached the same one, their answers are computed
-together, and they continue. So a network can process many batches as if they were one: they wait for each other at
-every BatchNorm layer. Each batch passes each layer once, so the cost is *linear* in depth.
+When all functions have reached the same point, their answers are computed together, and they continue. So a network
+processes many batches as one, and each batch passes each layer once: the cost is *linear* in depth.
 """
 
 from __future__ import annotations
@@ -25,20 +24,14 @@ T = TypeVar("T")
 
 
 class LockstepError(RuntimeError):
-    """Functions cannot run in lockstep: they reach different points, or influence each other."""
+    """Signals that batches cannot run in lockstep: they reach different layers, or influence each other."""
 
 
 class Lockstep(Generic[P, V, A]):
-    """Runs functions that wait for each other.
+    """Runs functions that wait for each other, by turns in one thread, each with its own thread state.
 
-    They run by turns in one thread, and each keeps its own thread state. They resume in reverse order, because the
-    last one's data are still in cache.
-
-    Args:
-        answer: Called with a point and the functions' values, in their order; returns each one's answer.
-        own_random_numbers: Give each function its own stream of torch's random numbers, which depends on the state of
-            the global one and does not advance it.
-        advice: What to do if they cannot run in lockstep, for messages.
+    ``answer(point, values)`` returns one answer per function. With ``own_random_numbers``, each function has its own
+    stream of torch's random numbers, and the global one does not advance.
 
     Example:
         >>> def pool(point, values):
@@ -58,7 +51,7 @@ class Lockstep(Generic[P, V, A]):
         self._own_random_numbers, self._advice = own_random_numbers, advice
 
     def exchange(self, point: P, value: V) -> A:
-        """Wait, inside a function, until all others have reached ``point``; returns this function's answer."""
+        """Wait, inside a function, until all others have reached ``point``; return this function's answer."""
         task = self._task.running()
         if task is None:
             raise LockstepError(
@@ -67,11 +60,9 @@ class Lockstep(Generic[P, V, A]):
         return task.exchange(point, value)
 
     def run(self, functions: Iterable[Callable[[], T]]) -> list[T]:
-        """Run functions to their end; returns their results.
+        """Run functions to their end, and return their results.
 
-        Raises:
-            LockstepError: If some reach another point than others, or end where others wait. An error in a function is
-                raised as it is. All are unwound then: their ``finally`` clauses have run.
+        On an error, or if points differ, all are unwound: their ``finally`` clauses have run.
         """
         tasks: list[Task[P, V, A, T]] = []
         streams = random_streams() if self._own_random_numbers else itertools.repeat(None)
@@ -86,7 +77,7 @@ class Lockstep(Generic[P, V, A]):
                     answers = self._answer(tasks[0].point, [task.value for task in tasks])
                     for task, answer in zip(tasks, answers, strict=True):
                         task.answer = answer
-                    order = order[::-1]
+                    order = order[::-1]  # the last one's data are still in cache
                     for task in order:
                         task.resume()
                 return [task.result for task in tasks]
@@ -106,18 +97,16 @@ class Lockstep(Generic[P, V, A]):
 
 @contextmanager
 def _preserve_warning_filters() -> Iterator[None]:
-    """Restore the filters: `catch_warnings` blocks that end in another order than they began leave theirs behind.
-
-    Another `catch_warnings` would do, but it makes Python forget which warnings it has shown.
-    """
+    # `catch_warnings` blocks of functions may end in another order than they began, and leave their filters. Another
+    # `catch_warnings` around them would make Python forget which warnings it has issued.
     filters: Any = warnings.filters
     before = filters[:]
-    shows = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
+    hooks = {name: getattr(warnings, name) for name in ("showwarning", "_showwarnmsg_impl") if hasattr(warnings, name)}
     try:
         yield
     finally:
         if warnings.filters is not filters or filters[:] != before:
             warnings.filters = filters
             filters[:] = before
-        for name, show in shows.items():
-            setattr(warnings, name, show)
+        for name, hook in hooks.items():
+            setattr(warnings, name, hook)

@@ -1,4 +1,4 @@
-"""A function that can be suspended in its middle, with its own thread state: a greenlet."""
+"""Functions that can be suspended, each with its own thread state: greenlets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ T = TypeVar("T")
 
 
 class Task(greenlet, Generic[P, V, A, T]):
-    """A function that runs until it waits at its next point.
-
-    Args:
-        function: It calls `exchange` at a point.
-        random: Its own stream of random numbers, if any.
-    """
+    """Runs a function until it waits at its next point, where it calls `exchange`."""
 
     point: P
     value: V
@@ -43,7 +38,7 @@ class Task(greenlet, Generic[P, V, A, T]):
         return current if isinstance(current, Task) else None
 
     def exchange(self, point: P, value: V) -> A:
-        """Wait, inside the function, at a point with a value; returns the answer."""
+        """Wait, inside the function, at a point with a value; return the answer."""
         assert self.parent is not None  # in which `resume` was called
         answer: A = self.parent.switch((point, value))
         return answer
@@ -59,7 +54,7 @@ class Task(greenlet, Generic[P, V, A, T]):
             self.point, self.value = returned
 
     def unwind(self) -> None:
-        """End the function where it waits. Its errors are suppressed, because an earlier one is the cause."""
+        """End the function where it waits, and suppress its errors, because an earlier one is the cause."""
         while self and not self.dead:
             with self._own_state(), suppress(BaseException):
                 self.throw(GreenletExit)
@@ -70,5 +65,4 @@ class Task(greenlet, Generic[P, V, A, T]):
             yield
 
     def position(self) -> str:
-        """Return its position, for messages."""
         return "had ended" if self.dead else f"was at {self.point}"

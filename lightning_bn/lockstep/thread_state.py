@@ -1,4 +1,4 @@
-"""The state that torch keeps per thread, saved and restored for functions that run by turns in one thread.
+"""State that torch keeps per thread, saved and restored for functions that run by turns in one thread.
 
 Otherwise a function that waits inside ``torch.autocast`` would leave it on for all others.
 """
@@ -14,19 +14,16 @@ import torch
 from torch._C import _autograd
 from torch.utils import _device, _python_dispatch
 
-_C: Any = torch._C
-"""The stacks of modes and hooks have no public functions."""
+_C: Any = torch._C  # the stacks of modes and hooks have no public functions
 
-Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""Getter and setter."""
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # getter and setter
 
 
 class ThreadState:
-    """The thread's state at construction, and later the state at the end of the last `activate` block.
+    """Keeps the thread's state at construction, and later the state at the end of the last `activate` block.
 
-    Grad and inference mode, autocast, modes, saved-tensor hooks, CUDA's device and stream; and settings of the whole
-    process that have context managers: the default device and dtype, cuDNN's flags. The *cache* of autocast is shared,
-    as it holds casts of shared weights.
+    It includes settings of the whole process with context managers: the default device and dtype, cuDNN's flags.
+    The *cache* of autocast is shared, as it holds casts of shared weights.
 
     Example:
         >>> import torch
@@ -46,7 +43,7 @@ class ThreadState:
     def activate(self) -> Iterator[None]:
         """Switch the thread to this state, and back on leaving."""
         before = _Snapshot.now()
-        # Inference mode has no setter. Leaving restores the value at entering, whatever happened between.
+        # inference mode has no setter; leaving restores the value at entering
         with torch.inference_mode(self._own.inference):
             self._own.replace(before)
             try:
@@ -57,8 +54,6 @@ class ThreadState:
 
 
 class _Snapshot(NamedTuple):
-    """State of a thread at one time."""
-
     inference: bool
     grad: bool
     settings: tuple[Any, ...]
@@ -79,8 +74,7 @@ class _Snapshot(NamedTuple):
             torch.cuda.current_stream() if torch.cuda.is_initialized() else None,
         )
 
-    def replace(self, other: _Snapshot) -> None:
-        """Switch the thread from the other state to this one."""
+    def replace(self, other: _Snapshot) -> None:  # switches the thread from `other` to this state
         dispatch, function, hooks = (
             (lambda: _C._pop_torch_dispatch_stack(None), _C._push_on_torch_dispatch_stack),
             (_C._pop_torch_function_stack, _C._push_on_torch_function_stack),
@@ -105,8 +99,7 @@ def _listed(length: int, at: Callable[[int], Any]) -> tuple[Any, ...]:
     return tuple(at(i) for i in range(length)) if length else ()
 
 
-def _saved_tensor_hooks() -> tuple[tuple[Any, Any], ...]:
-    """Return the whole stack; only its top can be read."""
+def _saved_tensor_hooks() -> tuple[tuple[Any, Any], ...]:  # only the top of the stack can be read
     found: list[tuple[Any, Any]] = []
     while (top := _autograd._top_saved_tensors_default_hooks(False)) is not None:
         found.insert(0, top)
@@ -128,16 +121,13 @@ def _replace_stack(
 
 def _autocast(kind: str) -> list[Setting]:
     return [
-        (
-            functools.partial(torch.is_autocast_enabled, kind),
-            functools.partial(torch.set_autocast_enabled, kind),
-        ),
+        (functools.partial(torch.is_autocast_enabled, kind), functools.partial(torch.set_autocast_enabled, kind)),
         (functools.partial(torch.get_autocast_dtype, kind), functools.partial(torch.set_autocast_dtype, kind)),
     ]
 
 
+# flags of active dispatch modes, kept for torch.compile; their names differ between versions
 _IN_A_MODE = [name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value in (0, 1)]
-"""Flags of active dispatch modes, kept for torch.compile; their names differ between versions."""
 
 
 def _set_in_a_mode(values: tuple[bool, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Single runs of the first micro-batch: the memory that it needs, and whether joint runs change its inputs."""
+"""Single runs of the first micro-batch: they measure its memory, and check if joint runs change its inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from lightning_bn.lockstep.offload import AllocationTracker
 from lightning_bn.lockstep.scheduler import LockstepError
 
 ADVICE = "Leave the layers in question out by layers=, or pass normalization_batch_size='loader'."
-_MAX_MEAN_SHIFT = 1e-2
-"""Sigma by which a mean may differ between a joint and a single run: the rounding of 16-bit types."""
+_MAX_MEAN_SHIFT = 1e-2  # in sigma, between a joint and a single run: the rounding of 16-bit types
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory of a micro-batch: the most bytes alive at a layer, its samples, and its number of layer calls."""
+    """Holds the most bytes that a micro-batch keeps alive at a layer, its samples, and its number of layer calls."""
 
     num_bytes: int
     samples: int
@@ -33,12 +32,12 @@ class MemoryEstimate(NamedTuple):
 
 @dataclass
 class ModelProfile:
-    """Facts about a model that its first micro-batch shows. They hold for later passes.
+    """Holds facts about a model from its first micro-batch, valid for later passes.
 
     Attributes:
         memory: Memory of a micro-batch; None until one was run.
-        is_independent: Whether it was checked that micro-batches do not influence each other.
-        warned: Subjects of the warnings that were given: each is given once.
+        is_independent: Whether a check has found that micro-batches do not influence each other.
+        warned: Subjects of the warnings so far; each is given once.
     """
 
     memory: MemoryEstimate | None = None
@@ -47,7 +46,7 @@ class ModelProfile:
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer in a joint run: the first micro-batch's moments, and the statistics for its normalization."""
+    """Records a layer's call in a joint run: the first micro-batch's moments, and the statistics to normalize with."""
 
     name: str
     moments: Moments
@@ -56,11 +55,11 @@ class LayerCall(NamedTuple):
 
 
 class BatchSnapshot:
-    """A copy of a micro-batch, since running it may change it, and the random states at its start."""
+    """Keeps a copy of a micro-batch, since running it may change it, and the random states at its start."""
 
     def __init__(self, batch: Any) -> None:
         self.batch = copied(batch)
-        self._restore_rng = save_rng_state(cuda=False)  # on CUDA, each micro-batch has a stream of its own
+        self._restore_rng = save_rng_state(cuda=False)  # on CUDA, each micro-batch has its own stream
 
     @contextmanager
     def random_numbers(self) -> Iterator[None]:
@@ -72,14 +71,7 @@ class BatchSnapshot:
 
 
 class Trial:
-    """Runs a micro-batch by itself.
-
-    Args:
-        mode: Behavior of the measured layers.
-        flags: Flags of these layers.
-        run: Runs the model on one batch.
-        profile: Facts that are known already; new ones are added.
-    """
+    """Runs the first micro-batch alone."""
 
     def __init__(self, mode: BatchMode, flags: LayerFlags, run: Callable[[Any], Any], profile: ModelProfile) -> None:
         self._mode, self._flags, self._run, self.profile = mode, flags, run, profile
@@ -102,11 +94,7 @@ class Trial:
         return self.profile.memory
 
     def verify(self, snapshot: BatchSnapshot, calls: Sequence[LayerCall]) -> None:
-        """Run the first micro-batch with the statistics of the joint run.
-
-        Raises:
-            LockstepError: If its layers' inputs differ from those in the joint run.
-        """
+        """Run the first micro-batch with the joint run's statistics; raise a LockstepError if layers' inputs differ."""
         remaining = iter(calls)
 
         def exchange(name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:
@@ -128,7 +116,7 @@ class Trial:
 
     @contextmanager
     def exchanging(self, exchange: SyncStatistics) -> Iterator[None]:
-        """Have the layers normalize with the statistics that ``exchange`` returns."""
+        """Make the layers normalize with the statistics that ``exchange`` returns."""
         before, self._mode.exchange = self._mode.exchange, exchange
         try:
             yield
@@ -140,4 +128,4 @@ def _differ(call: LayerCall, moments: Moments) -> bool:
     if call.moments.count != moments.count:
         return True
     shift = (moments.mean - call.moments.mean).abs() / (call.var + 1e-5).sqrt()
-    return bool(shift.amax() > _MAX_MEAN_SHIFT)  # False for NaN: non-finite values have a check of their own
+    return bool(shift.amax() > _MAX_MEAN_SHIFT)  # False for NaN: non-finite values have their own check
