@@ -11,7 +11,7 @@ from lightning_bn.core.checks import check_int
 
 @dataclass(frozen=True)
 class SwitchPoint:
-    """The point of a fit at which a callback switches, given in exactly one of four ways.
+    """Defines the point of a fit at which a callback switches, in exactly one of four ways.
 
     Attributes:
         last_n_epochs: The start of the last n epochs.
@@ -54,7 +54,7 @@ class SwitchPoint:
             )
 
     def reached(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether the fit has reached this point, right before the batch ``batch_idx`` of the current epoch."""
+        """Return whether the fit has reached this point, before batch ``batch_idx`` of the current epoch."""
         if self.start_step is not None:
             return trainer.global_step >= self.start_step
         last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps
