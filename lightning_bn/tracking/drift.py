@@ -39,23 +39,14 @@ class Drift(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """Holds the result of a window for each layer, in tensors ``(L,)``, float64.
+    """Holds the result of a window for each layer, in tensors ``(L,)``, float64."""
 
-    Attributes:
-        means: Drift of the means, in sigma of the EMA.
-        variances: Drift of the log variances.
-        dead: Fraction of channels whose variance is near zero. They count in no gap.
-        nonfinite: Fraction of channels with a NaN or infinite statistic. They count in no gap.
-        channels: Number of channels.
-        direct: Layer name -> why its batches were measured directly, or not at all.
-    """
-
-    means: Drift
-    variances: Drift
-    dead: Tensor
-    nonfinite: Tensor
-    channels: Tensor
-    direct: Mapping[str, str]
+    means: Drift  # in sigma of the EMA
+    variances: Drift  # of the log variances
+    dead: Tensor  # fraction of channels whose variance is near zero; they count in no gap
+    nonfinite: Tensor  # fraction of channels with a NaN or infinite statistic; they count in no gap
+    channels: Tensor  # number of channels
+    direct: Mapping[str, str]  # layer name -> why its batches were measured directly, or not at all
 
     def per_layer(self) -> dict[str, Tensor]:
         """Return `QUANTITIES` by name."""

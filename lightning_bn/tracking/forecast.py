@@ -38,32 +38,19 @@ _SMALLEST_VARIANCE = 1e-12
 
 
 class Forecast(NamedTuple):
-    """Holds the expected statistics of the next batches.
+    """Holds the expected statistics of the next batches."""
 
-    Attributes:
-        mean: Mean of each channel, ``(C,)``.
-        var: Variance of each channel over all batches, that of their means included, ``(C,)``.
-        error: Error of the last forecasts, root mean square over a layer's channels: means in sigma, and log variances,
-            ``(2, L)``; NaN for a layer without two known steps.
-    """
-
-    mean: Tensor
-    var: Tensor
-    error: Tensor
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), over all batches, that of their means included
+    error: Tensor  # of the last forecasts, (2, L): means in sigma, and log variances; NaN without two known steps
 
 
 class Steps(NamedTuple):
-    """Holds the last ``N`` steps in order, with the channels of all layers concatenated.
+    """Holds the last ``N`` steps in order, with the channels of all layers concatenated."""
 
-    Attributes:
-        batch: Mean and variance of each channel in the steps' batches, ``(N, 2, C)``.
-        running: Running statistics before each step, ``(N, 2, C)``.
-        known: Channels for which both are known, ``(N, C)``.
-    """
-
-    batch: Tensor
-    running: Tensor
-    known: Tensor
+    batch: Tensor  # mean and variance, (N, 2, C)
+    running: Tensor  # running statistics before each step, (N, 2, C)
+    known: Tensor  # channels for which both are known, (N, C)
 
 
 def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Sequence[int]) -> Forecast:
@@ -71,18 +58,6 @@ def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Seque
 
     Dead channels, and steps in which a layer was not called, take no part in the regression. A layer without two known
     steps gets its running statistics, ``(2, C)``. ``eps``, ``(C,)``, sets precision and device.
-
-    Example:
-        >>> batches = torch.stack([0.1 * torch.arange(40.0), torch.ones(40)], 1).double()[..., None]  # the mean rises
-        >>> running = torch.tensor([[0.0], [1.0]]).double()
-        >>> before = []
-        >>> for batch in batches:
-        ...     before.append(running)
-        ...     running = 0.9 * running + 0.1 * batch
-        >>> steps = Steps(batches, torch.stack(before), torch.ones(40, 1, dtype=torch.bool))
-        >>> forecast = forecast_statistics(steps, running, torch.tensor([1e-5]).double(), [1])
-        >>> round(running[0].item(), 2), round(forecast.mean.item(), 2)  # 4.0 would be right
-        (3.01, 4.0)
     """
     batch, before, known = _unknown_first(steps)
     layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(eps.device)

@@ -57,18 +57,12 @@ class History:
 
 
 class Traces:
-    """Holds EMA and batch means of a few channels by batch, and precise means: the paper's Fig. 2.
-
-    Attributes:
-        steps: Step of each point, ascending.
-        points: EMA before each batch and mean of the batch, ``(2, k)``.
-        precise: Step -> population means of the channels.
-    """
+    """Holds EMA and batch means of a few channels by batch, and precise means: the paper's Fig. 2."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
-        self.points: list[Tensor] = []
-        self.precise: dict[int, Tensor] = {}
+        self.points: list[Tensor] = []  # EMA before each batch and mean of the batch, (2, k)
+        self.precise: dict[int, Tensor] = {}  # step -> population means
         self._stride, self._seen = 1, 0
 
     def add(self, step: int, point: Tensor) -> None:

@@ -39,18 +39,6 @@ class Observer:
     """Compares the batch statistics of layers with their EMA, over a window of batches.
 
     ``channels`` are the indices of traced channels in the vector of all layers' channels.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> bn = nn.BatchNorm1d(1)
-        >>> observer = Observer({"bn": bn})
-        >>> for shift in (0.5, 0.5):
-        ...     observer.before_batch()
-        ...     _ = bn(torch.tensor([[-1.0], [1.0]]) + shift)
-        ...     _ = observer.after_batch()
-        >>> observer.take().means.lag  # 0.5 sigma at first, then a tenth less
-        tensor([0.4645], dtype=torch.float64)
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:

@@ -26,15 +26,8 @@ COLUMNS = [
 class DriftRecord:
     """Holds all observations of some layers.
 
-    Attributes:
-        keys: Layer name -> its part of metric keys, for layers with keys of their own.
-        quantities: Values to log for these.
-        channels: Traced layers and channels; by default channel 0 of the first, the middle and the last layer.
-        last: Observation of the last row.
-        moved: Layer name -> sums over passes of the squared mean gap and variance gap from its EMA to its precise
-            statistics, and the number of passes.
-        nonfinite_said: Whether a warning about non-finite statistics was given.
-        nbs: Layer name -> normalization batch size in samples; NaN if unknown.
+    ``keys`` maps layers with keys of their own to a part of these, and ``quantities`` are logged for them. By default,
+    ``channels`` are traced in the first, the middle and the last layer. ``prefix`` starts all keys.
     """
 
     def __init__(
@@ -54,9 +47,10 @@ class DriftRecord:
         self.traces = self.observer.traces
         self.history = History(("mean_gap", "var_gap", "lag", "noise"), len(layers))
         self.last: Observation | None = None
+        # layer name -> sums of squared mean gap and variance gap from EMA to precise statistics, and number of passes
         self.moved: dict[str, tuple[float, float, int]] = {}
         self.nonfinite_said = False
-        self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)
+        self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)  # normalization batch sizes in samples
 
     def take_row(self, step: int) -> dict[str, float]:
         """Return the row of the window that ends here, by full keys; the keys are always the same."""
@@ -113,7 +107,7 @@ class DriftRecord:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state; drop traces of other channels."""
         if state["layers"] != {name: layer.num_features for name, layer in self.layers.items()}:
-            raise ValueError("The checkpoint's record is of other layers.")
+            raise ValueError("The checkpoint's record is one of other layers.")
         self.nonfinite_said = state["nonfinite_said"]
         self.observer.load_state_dict(state["observer"])
         self.history.load_state_dict(state["history"])

@@ -28,41 +28,24 @@ _ONE_IF_COUNTED, _AS_COUNTED = -1, -2
 
 
 class Snapshot(NamedTuple):
-    """Holds the running statistics of all layers around a step.
+    """Holds the running statistics of all layers around a step."""
 
-    Attributes:
-        before: Running means, then running variances, before the step, ``(2C,)``, in the layers' own precision.
-        after: Those after it.
-        tracked: ``num_batches_tracked`` before the step, ``(L,)``.
-        tracked_after: Those after it.
-        calls: Calls of each layer: a number, `_ONE_IF_COUNTED` or `_AS_COUNTED`; 0 if unknown.
-        momenta: Their momentum. Calls at several momenta are one call that moves as much.
-    """
-
-    before: Tensor
+    before: Tensor  # means, then variances, (2C,), in the layers' own precision
     after: Tensor
-    tracked: Tensor
+    tracked: Tensor  # num_batches_tracked before the step, (L,)
     tracked_after: Tensor
-    calls: list[int]
+    calls: list[int]  # a number, `_ONE_IF_COUNTED` or `_AS_COUNTED`; 0 if unknown
     momenta: list[float | None]
 
 
 class RecoveredSteps(NamedTuple):
-    """Holds the statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each.
-
-    Attributes:
-        before: Running statistics before the step.
-        after: Running statistics after it.
-        batch: Batch statistics; those of several calls are averaged.
-        decay: Weight of ``before`` in ``after``, ``(N, C)``.
-        called: Marks channels whose layer was called and whose batch is known, ``(N, C)``.
-    """
+    """Holds the statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each."""
 
     before: Tensor
     after: Tensor
-    batch: Tensor
-    decay: Tensor
-    called: Tensor
+    batch: Tensor  # an average, if there were several calls
+    decay: Tensor  # weight of before in after, (N, C)
+    called: Tensor  # channels whose layer was called and whose batch is known, (N, C)
 
 
 class StepRecorder:

@@ -13,8 +13,6 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from typing_extensions import Self
 
-# --- Loops and their loaders -----------------------------------------------------------------------------------------
-
 
 def train_loaders(trainer: Trainer) -> CombinedLoader | None:
     """Return the train dataloaders of the fit; None before they exist."""
@@ -68,9 +66,6 @@ def recorded_modes(trainer: Trainer) -> dict[str, bool] | None:
     return modes
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
 def log_step(trainer: Trainer) -> int:
     """Return the step at which `self.log` logs now."""
     # trainer.global_step is one ahead at a batch's end, and counts each optimizer. Between batches, as at an epoch's
@@ -97,9 +92,6 @@ def validation_was_skipped(trainer: Trainer) -> bool:
     if not getattr(loop, "restarted_on_train_batch_end", False):
         return False
     return bool(loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
-
-
-# --- Steps and metrics of an evaluation ------------------------------------------------------------------------------
 
 
 def run_hook(trainer: Trainer, module: LightningModule, name: str, *args: Any) -> Any:
@@ -159,9 +151,6 @@ class MetricsCollector:
     def end_epoch(self) -> None:
         """End the epoch, before the hooks of its end."""
         self._connector._evaluation_epoch_end()
-
-
-# --- Callbacks -------------------------------------------------------------------------------------------------------
 
 
 def state_key(callback: Callback, **differences: Any) -> str:

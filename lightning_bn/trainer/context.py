@@ -21,19 +21,12 @@ from lightning_bn.trainer.isolation import is_lightning_module
 
 @dataclass(frozen=True)
 class PassContext:
-    """Holds the surroundings of one pass.
-
-    Attributes:
-        trainer: The Trainer.
-        module: Its module.
-        modes: Each module -> whether it was in train mode at the last training batch.
-        layers: Qualified name -> layer to estimate: chosen, not frozen, in train mode when the model trains.
-    """
+    """Holds the surroundings of one pass."""
 
     trainer: Trainer
     module: LightningModule
-    modes: dict[nn.Module, bool]
-    layers: dict[str, _BatchNorm]
+    modes: dict[nn.Module, bool]  # whether in train mode at the last training batch
+    layers: dict[str, _BatchNorm]  # to estimate: chosen, not frozen, in train mode when the model trains
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule, layers: Layers) -> PassContext:

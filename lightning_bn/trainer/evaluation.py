@@ -47,7 +47,7 @@ def evaluate_isolated(
     batches: Iterable[tuple[Any, int, int]],
     prefix: str,
 ) -> dict[str, float]:
-    """Validate or test a second time within the evaluation that runs now, and return the metrics, keyed ``prefix/key``.
+    """Validate or test a second time, restore everything, and return the metrics, keyed ``prefix/key``.
 
     ``behavior``, such as a handle, is entered for it. The module's step and hooks run; the callbacks' hooks do not. Its
     torchmetrics start empty.

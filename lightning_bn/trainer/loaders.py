@@ -66,8 +66,7 @@ def evaluation_batches(
     check_loader_reiterable(
         live.flattened,
         "evaluated dataloader",
-        "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: "
-        "online=True, log_unadapted=False.",
+        "Give the Trainer a plain DataLoader or, with AdaBN, pass online=True, log_unadapted=False.",
     )
     loaders: Any = tree_map(_FreshIterator, live.iterables)
     if dataloader_idx is not None and sequential:
