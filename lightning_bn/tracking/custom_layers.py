@@ -1,7 +1,6 @@
-"""Check layers of custom classes: does the measured batch agree with the recovered one?
+"""Comparison of a custom layer's measured batch with the recovered one.
 
-torch's own classes update their running statistics by a known rule. A subclass may update them by another rule (biased
-variances, ``1 - momentum``, its own counter), so its inputs are measured on a batch now and then.
+torch's own classes update running statistics by a known rule. A subclass may use another one, such as biased variances.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _MAX_MEAN_DIFFERENCE, _MAX_VAR_DIFFERENCE = 1e-3, 1e-4
 
 
 def custom_layers(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """Layers of other classes than torch's own whose whole batch this rank sees."""
+    """Select layers of other classes than torch's own whose whole batch this rank sees."""
     return {
         name: layer
         for name, layer in layers.items()
@@ -37,25 +36,17 @@ def custom_layers(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
 
 
 def is_spread(layer: _BatchNorm) -> bool:
-    """Return whether a layer normalizes over several ranks: one rank then cannot measure its batch."""
+    """Return whether a layer normalizes over several ranks, so that one rank cannot measure its batch."""
     return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, "sync")) and get_world_size() > 1
 
 
 def differs_from_torch(
     calls: list[Call], tracked: Tensor, running: Tensor, batch: Tensor, called: Tensor, eps: float
 ) -> Tensor:
-    """Compare the recovered batch of a layer with its measured calls, averaged as torch's EMA would.
+    """Return whether a layer's recovered batch differs from its measured calls, averaged as torch's EMA would.
 
-    Args:
-        calls: Measured calls of one batch.
-        tracked: ``num_batches_tracked`` before them, ``()``.
-        running: Running statistics before them, ``(2, C)``.
-        batch: Recovered batch statistics, ``(2, C)``.
-        called: Whether the running statistics of each channel moved, ``(C,)``.
-        eps: The layer's eps.
-
-    Returns:
-        Whether they differ, a boolean tensor ``()``; reading it waits for the device.
+    ``tracked`` and ``running`` are the layer's counter and statistics before the calls. ``called``, ``(C,)``, marks
+    channels whose statistics moved. The result is a tensor ``()``; reading it waits for the device.
     """
     expected, decay = running, torch.ones((), dtype=running.dtype, device=running.device)
     for number, (moments, momentum) in enumerate(calls, 1):

@@ -1,13 +1,11 @@
 """Gap, lag and noise: the distance of batch statistics from the EMA over a window of steps.
 
-The offset of a channel is ``(batch mean - EMA mean) / EMA sigma``, or ``log(batch variance / EMA variance)``. Over a
-window, with root mean squares over the channels of a layer:
+The offset of a channel is ``(batch mean - EMA mean) / EMA sigma``, or ``log(batch variance / EMA variance)``. Each
+value is a root mean square over the channels of a layer, and ``gap^2 = lag^2 + noise^2``:
 
 - gap: of all offsets;
-- lag: of each channel's mean offset. The EMA is out of date, as with large learning rates (the paper's Issue 1);
+- lag: of each channel's mean offset. The EMA is out of date (the paper's Issue 1);
 - noise: of each channel's standard deviation. The normalization batch is small (Issue 2).
-
-So ``gap^2 = lag^2 + noise^2``.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ QUANTITIES = ("mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise", "de
 
 
 class Drift(NamedTuple):
-    """Gap, lag and noise of each layer, ``(..., L)``; NaN for a layer without a measured channel."""
+    """Holds gap, lag and noise of each layer, ``(..., L)``; NaN for a layer without a measured channel."""
 
     gap: Tensor
     lag: Tensor
@@ -41,32 +39,23 @@ class Drift(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """Result of a window for each layer; every tensor is ``(L,)`` float64.
+    """Holds the result of a window for each layer, in tensors ``(L,)``, float64."""
 
-    Attributes:
-        means: Drift of the means, in sigma of the EMA.
-        variances: Drift of the log variances.
-        dead: Fraction of channels whose variance is near zero. They count in no gap.
-        nonfinite: Fraction of channels with a NaN or infinite statistic. They count in no gap.
-        channels: Number of channels.
-        direct: Layer name -> why its batches were measured directly, or not at all.
-    """
-
-    means: Drift
-    variances: Drift
-    dead: Tensor
-    nonfinite: Tensor
-    channels: Tensor
-    direct: Mapping[str, str]
+    means: Drift  # in sigma of the EMA
+    variances: Drift  # of the log variances
+    dead: Tensor  # fraction of channels whose variance is near zero; they count in no gap
+    nonfinite: Tensor  # fraction of channels with a NaN or infinite statistic; they count in no gap
+    channels: Tensor  # number of channels
+    direct: Mapping[str, str]  # layer name -> why its batches were measured directly, or not at all
 
     def per_layer(self) -> dict[str, Tensor]:
-        """`QUANTITIES` by name."""
+        """Return `QUANTITIES` by name."""
         means, variances = self.means, self.variances
         values = (means.gap, variances.gap, means.lag, means.noise, variances.lag, variances.noise)
         return dict(zip(QUANTITIES, (*values, self.dead, self.nonfinite), strict=True))
 
     def aggregates(self) -> dict[str, float]:
-        """`AGGREGATES` by name; NaN if no layer was measured."""
+        """Return `AGGREGATES` by name; NaN if no layer was measured."""
         gaps, var_gaps = self.means.gap, self.variances.gap
         measured = not bool(gaps.isnan().all())
         values = (
@@ -81,14 +70,9 @@ class Observation:
 
 
 def split(window: Moments, sizes: Sequence[int]) -> Drift:
-    """Split the offsets of a window into lag and noise, layer by layer.
+    """Split the offsets of a window, ``(..., C)``, into lag and noise of each layer.
 
-    Even for a perfect EMA lag is above 0, because the EMA and the window mean are noisy. At momentum 0.1 it is 0.06 of
-    the noise over 50 consecutive batches, 0.26 over 10, and 0.32 over every fifth of 50. Over one batch all is lag.
-
-    Args:
-        window: Moments of offsets, ``(..., C)``, channels of all layers side by side; the count is that of steps.
-        sizes: Number of channels of each layer; they add up to ``C``.
+    The lag of a perfect EMA is above 0, because the EMA and the window mean are noisy.
 
     Example:
         >>> import torch
@@ -102,12 +86,12 @@ def split(window: Moments, sizes: Sequence[int]) -> Drift:
 
 
 def is_dead(var: Tensor, eps: float | Tensor) -> Tensor:
-    """Which channels have a variance below ``eps / 100``: their normalized values vary by at most a tenth."""
+    """Mark channels with a variance below ``eps / 100``: their normalized values vary by at most a tenth."""
     return var < 0.01 * eps
 
 
 def share_of_layers(where: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Fraction of each layer's channels for which ``where``, ``(C,)``, is true."""
+    """Return the fraction of each layer's channels for which ``where``, ``(C,)``, is true."""
     return torch.stack([part.double().mean() for part in where.split(list(sizes))])
 
 

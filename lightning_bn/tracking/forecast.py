@@ -1,15 +1,14 @@
-r"""Forecast: the statistics of the next batch, from those of the last steps.
+r"""A forecast of the statistics of the next batch, from those of the last steps.
 
 Candidates are the batch statistics averaged over the last 1, 2, 4, ... 32 steps, and the running statistics. With
 $a_{k,t}$ the candidates before step $t$ and $x_t$ the statistics of its batch (means in units of its sigma, and log
-variances), the forecast is $\sum_k w_k a_k$ with the weights that would have forecast the last ten or so batches best,
+variances), the forecast is $\sum_k w_k a_k$ with the weights that would have forecast the last batches best,
 
 $$w = \arg\min_{\sum w = 1} \sum_t 0.9^{T-t} \overline{(\textstyle\sum_k w_k a_{k,t} - x_t)^2} + \lambda |w - w_0|^2,$$
 
 one regression per layer for its means and one for its log variances. The bar is the mean over channels, $w_0$ the best
-single candidate and $\lambda$ its error. Negative weights allow trends: twice a short average minus a long one
-continues a straight line. The population's variance includes that of the batch means (paper, Eq. 2), which is taken
-from the forecast's error: $\sigma^2 = \exp(\text{forecast}) (1 + \text{error}^2)$.
+single candidate and $\lambda$ its error. Negative weights allow trends. The population's variance includes that of the
+batch means (paper, Eq. 2), estimated by the forecast's error: $\sigma^2 = \exp(\text{forecast}) (1 + \text{error}^2)$.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SPANS = (1, 2, 4, 8, 16, 32)
 """Averages over s steps: the weight of a step is ``1 - 1/s`` times that of the next one."""
 
 _DISCOUNT = 0.9
-"""Weight of a step's error one step later. Learning rates change, so weights that were best are so for a while."""
+"""Weight of a step's error one step later: the best weights change with the learning rate."""
 
 _RIDGE = 1.0
 """Strength of the pull towards the best single candidate, as a multiple of its squared error."""
@@ -39,56 +38,26 @@ _SMALLEST_VARIANCE = 1e-12
 
 
 class Forecast(NamedTuple):
-    """Expected statistics of the next batches.
+    """Holds the expected statistics of the next batches."""
 
-    Attributes:
-        mean: Mean of each channel, ``(C,)``.
-        var: Variance of each channel over all batches, that of their means included, ``(C,)``.
-        error: Error of the forecasts of the last batches, root mean square over a layer's channels: means in sigma, and
-            log variances, ``(2, L)``; NaN for a layer without two known steps.
-    """
-
-    mean: Tensor
-    var: Tensor
-    error: Tensor
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), over all batches, that of their means included
+    error: Tensor  # of the last forecasts, (2, L): means in sigma, and log variances; NaN without two known steps
 
 
 class Steps(NamedTuple):
-    """The last ``N`` steps, in their order, with the channels of all layers side by side.
+    """Holds the last ``N`` steps in order, with the channels of all layers concatenated."""
 
-    Attributes:
-        batch: Mean and variance of each channel in the steps' batches, ``(N, 2, C)``.
-        running: Running statistics before each step, ``(N, 2, C)``.
-        known: Channels for which both are known, ``(N, C)``.
-    """
-
-    batch: Tensor
-    running: Tensor
-    known: Tensor
+    batch: Tensor  # mean and variance, (N, 2, C)
+    running: Tensor  # running statistics before each step, (N, 2, C)
+    known: Tensor  # channels for which both are known, (N, C)
 
 
 def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Sequence[int]) -> Forecast:
-    """Forecast the statistics of the next batch; the formula is at the top of this file.
+    """Forecast the statistics of the next batch by the formula at the top of this file.
 
-    Dead channels, and steps in which a layer was not called, take no part in the regression.
-
-    Args:
-        steps: The last steps.
-        running: Running statistics now, ``(2, C)``; they are the forecast of a layer without two known steps.
-        eps: The layer's eps for each channel, ``(C,)``; sets precision and device.
-        sizes: Number of channels of each layer; they add up to ``C``.
-
-    Example:
-        >>> batches = torch.stack([0.1 * torch.arange(40.0), torch.ones(40)], 1).double()[..., None]  # the mean rises
-        >>> running = torch.tensor([[0.0], [1.0]]).double()
-        >>> before = []
-        >>> for batch in batches:
-        ...     before.append(running)
-        ...     running = 0.9 * running + 0.1 * batch
-        >>> steps = Steps(batches, torch.stack(before), torch.ones(40, 1, dtype=torch.bool))
-        >>> forecast = forecast_statistics(steps, running, torch.tensor([1e-5]).double(), [1])
-        >>> round(running[0].item(), 2), round(forecast.mean.item(), 2)  # 4.0 would be right
-        (3.01, 4.0)
+    Dead channels, and steps in which a layer was not called, take no part in the regression. A layer without two known
+    steps gets its running statistics, ``(2, C)``. ``eps``, ``(C,)``, sets precision and device.
     """
     batch, before, known = _unknown_first(steps)
     layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(eps.device)
@@ -100,7 +69,7 @@ def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Seque
     learns = (learns[:, sampled] & is_sampled).unflatten(1, (len(sizes), -1))
     weights, error = _fit(candidates, seen[..., sampled], learns)
 
-    poisoned = ~running.isfinite().all(0)  # a NaN batch stays in running statistics for ever
+    poisoned = ~running.isfinite().all(0)  # a NaN batch stays in running statistics
     now = torch.where(poisoned, averages[-1], _log_var(running[None])[0])
     mean, log_var = (weights[..., layer_of] * torch.cat([averages, now[None]])).sum(0)
     of_means = error[0, layer_of]
@@ -110,7 +79,7 @@ def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Seque
 
 
 def _unknown_first(steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's steps, those that are not known in front, where they weigh nothing."""
+    # unknown steps move to the front of their channel, where they weigh nothing
     batch, running, known = steps
     known = known & (batch + running).isfinite().all(1)
     if not bool(known.all()):
@@ -124,7 +93,7 @@ def _unknown_first(steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sample(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of the sampled channels, and whether they count, ``(L * 64,)``: small layers are padded."""
+    # indices of sampled channels, and whether they count: small layers are padded
     place, size = torch.arange(_SAMPLED_CHANNELS), torch.tensor(sizes)[:, None]
     spread = place * size // _SAMPLED_CHANNELS
     within = torch.where(size >= _SAMPLED_CHANNELS, spread, place.minimum(size - 1))
@@ -133,21 +102,17 @@ def _sample(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _averages(x: Tensor, known: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages of all steps over the spans, ``(K - 1, 2, C)``; and, for sampled channels, of the steps before each."""
     decay = 1 - 1 / torch.tensor(SPANS).to(x)[:, None, None]
     number = known.cumsum(0) if not bool(known.all()) else torch.arange(1, len(x) + 1, device=x.device)[:, None]
     gains = (1 - decay) / (1 - decay ** number.clamp(min=1))  # (K - 1, N, C), or (K - 1, N, 1) without unknown steps
     average, earlier = x.new_zeros(len(SPANS), *x.shape[1:]), []
     for step, gain in zip(x, gains.unbind(1), strict=True):
         earlier.append(average[..., sampled])
-        average = torch.lerp(
-            average, step, gain[:, None]
-        )  # the first known step has gain 1, and replaces what it finds
-    return average, torch.stack(earlier, 1)
+        average = torch.lerp(average, step, gain[:, None])  # gain 1 at the first known step, which replaces all
+    return average, torch.stack(earlier, 1)  # (K - 1, 2, C); and before each step, of the sampled channels
 
 
 def _fit(candidates: Tensor, seen: Tensor, learns: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of each candidate, ``(K, 2, L)``, and the error that they would have made, ``(2, L)``."""
     steps = learns.any(-1).to(seen)  # (N, L): in which a layer learns
     later = steps.flip(0).cumsum(0).flip(0) - steps
     weight = _DISCOUNT ** later[..., None] * learns
@@ -165,6 +130,7 @@ def _fit(candidates: Tensor, seen: Tensor, learns: Tensor) -> tuple[Tensor, Tens
     weights = free + ones * ((1 - free.sum(-1)) / ones.sum(-1))[..., None]  # they add up to 1
     error = (weights[..., None, :] @ products @ weights[..., None])[..., 0, 0].clamp(min=0).sqrt()
     error = torch.where(total.cpu() > 0, error, torch.nan)
+    # weights (K, 2, L), and the error that they would have made, (2, L)
     return weights.permute(2, 0, 1).to(seen), error.to(seen)
 
 

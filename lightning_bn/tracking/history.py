@@ -1,7 +1,6 @@
-"""History of a run in bounded memory: values of each layer row by row, and a few channels batch by batch.
+"""History of a run in bounded memory: values of each layer by row, and a few channels by batch.
 
-A figure has a few hundred columns, so a full history merges neighboring rows. From then on each row holds twice as many
-rows as before: the whole run stays at one resolution.
+A full history merges neighboring rows, so that the whole run has one resolution.
 """
 
 from __future__ import annotations
@@ -13,41 +12,25 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 512
-"""Twice the columns that a figure shows at least."""
+"""Twice the columns of a figure."""
 
 
 class History:
-    """Root mean squares of quantities of each layer, row by row.
-
-    Args:
-        quantities: Their names.
-        layers: Number of layers.
-
-    Attributes:
-        steps: Step of each row, ascending: the last of those that it holds.
-        rows_seen: Number of rows added.
-
-    Example:
-        >>> import torch
-        >>> history = History(["gap"], layers=2)
-        >>> history.add(49, {"gap": torch.tensor([0.5, 0.1])})
-        >>> history.steps, history["gap"]
-        ([49], tensor([[0.5000, 0.1000]]))
-    """
+    """Holds root mean squares of quantities of each layer, by row."""
 
     def __init__(self, quantities: Sequence[str], layers: int) -> None:
-        self.steps: list[int] = []
+        self.steps: list[int] = []  # the last step of each row
         self.rows_seen = 0
         self._stride, self._in_last = 1, 1
         # quantity -> for each row, the sum of squares and the number of rows in which a layer was measured
         self._sums = {name: torch.empty(0, 2, layers) for name in quantities}
 
     def __getitem__(self, quantity: str) -> Tensor:
-        """All rows of a quantity, ``(rows, L)`` float32; NaN where a layer was not measured."""
+        """Return all rows of a quantity, ``(rows, L)``; NaN where a layer was not measured."""
         return _rms(*self._sums[quantity].unbind(1))
 
     def overall(self, quantity: str) -> Tensor:
-        """Root mean square over all rows ever added, ``(L,)``."""
+        """Return the root mean square over all rows ever added, ``(L,)``."""
         return _rms(*self._sums[quantity].sum(0))
 
     def add(self, step: int, row: Mapping[str, Tensor]) -> None:
@@ -74,18 +57,12 @@ class History:
 
 
 class Traces:
-    """EMA, batch means and precise means of a few channels, batch by batch: the paper's Fig. 2.
-
-    Attributes:
-        steps: Step of each point, ascending.
-        points: For each, the channels' EMA before the batch and mean of the batch, ``(2, k)``.
-        precise: Step -> the channels' population means, where they were measured.
-    """
+    """Holds EMA and batch means of a few channels by batch, and precise means: the paper's Fig. 2."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
-        self.points: list[Tensor] = []
-        self.precise: dict[int, Tensor] = {}
+        self.points: list[Tensor] = []  # EMA before each batch and mean of the batch, (2, k)
+        self.precise: dict[int, Tensor] = {}  # step -> population means
         self._stride, self._seen = 1, 0
 
     def add(self, step: int, point: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Behaviors that note the calls of a layer and change nothing: `MeasureInputs` and `RecordMomenta`.
+"""Behaviors that record the calls of a layer and change nothing: `MeasureInputs` and `RecordMomenta`.
 
-Inside a compiled region neither does anything: it would change what is compiled, and with it the last bits of results.
+Both are inactive in compiled regions: they would change what is compiled, and with it the last bits of results.
 """
 
 from __future__ import annotations
@@ -20,23 +20,18 @@ from lightning_bn.layers.override import BatchNormCall, plain_call, replace_batc
 
 
 class Call(NamedTuple):
-    """Moments of an input that a layer normalized, and the layer's momentum at that call."""
+    """Holds the moments of an input that a layer normalized, and the layer's momentum at that call."""
 
     moments: Moments
     momentum: float | None
 
 
 class MeasureInputs(Behavior):
-    """Measure each input of two values a channel or more that would move the layer's running statistics.
+    """Measure each input that would move the layer's running statistics, at the cost of one more read.
 
-    For a layer that moves none in training (frozen, or momentum 0) all inputs are measured. Costs a read of each input.
-
-    Args:
-        layers: Qualified name -> layer.
-
-    Attributes:
-        calls: Layer -> its measured calls since `begin`.
-        unmeasurable: Layers without a ``batch_norm`` call whose output differs from that of torch's own layer.
+    For a layer that moves none in training (frozen, or momentum 0) all inputs are measured. ``calls`` has them since
+    `begin`. ``unmeasurable`` has the layers without a ``batch_norm`` call whose output differs from that of torch's
+    layer.
     """
 
     name = "inputs measured"
@@ -51,7 +46,6 @@ class MeasureInputs(Behavior):
         self.begin()
 
     def begin(self) -> None:
-        """Forget the calls; call before a batch."""
         self.calls: dict[_BatchNorm, list[Call]] = {}
         self._moving = {
             layer for layer in self._names if layer.training and not is_frozen(layer) and layer.momentum != 0
@@ -72,7 +66,7 @@ class MeasureInputs(Behavior):
         version = _version(input)
         output = replace_batch_norm(measured, self._names[layer], forward, input, required=False)
         if not called and layer not in self.unmeasurable:
-            # Compared at every call: equal outputs for one input prove nothing for the next, there may be a mask.
+            # Compared at every call: a mask may change the next output.
             with torch.no_grad():
                 if _version(input) == version and is_plain(layer, input, output):
                     self._measure(layer, plain_call(layer, input))
@@ -81,26 +75,21 @@ class MeasureInputs(Behavior):
         return output
 
     def _is_inner_call(self, layer: _BatchNorm, call: BatchNormCall) -> bool:
-        """Return whether an inner layer makes the call, as in timm's `SplitBatchNorm2d`."""
-        mean = call.running_mean
+        mean = call.running_mean  # of an inner layer in timm's SplitBatchNorm2d
         return mean is not None and any(mean is m._buffers["running_mean"] for m in self._inner[layer])
 
     @torch.no_grad()
     def _measure(self, layer: _BatchNorm, call: BatchNormCall) -> None:
         input = call.input.detach()
         stored = layer._buffers["running_mean"]
-        if stored is not None and input.shape[1] != len(stored):  # its channels cannot be matched to the stored ones
+        if stored is not None and input.shape[1] != len(stored):  # its channels do not match the stored ones
             self.unmeasurable.add(layer)
         elif call.values > 1 and (tracks(layer, call) or layer not in self._moving):
             self.calls.setdefault(layer, []).append(Call(Moments.of(input), vars(layer)["momentum"]))
 
 
 class RecordMomenta(Behavior):
-    """Record, on the host, the momentum of each call that the layer counts in ``num_batches_tracked``.
-
-    Attributes:
-        momenta: Layer -> the momenta of its counted calls since `begin`; empty for one whose calls were not counted.
-    """
+    """Record, on the host, the momentum of each call that a layer counts in ``num_batches_tracked``, since `begin`."""
 
     name = "momenta recorded"
     innermost = True
@@ -109,7 +98,6 @@ class RecordMomenta(Behavior):
         self.begin()
 
     def begin(self) -> None:
-        """Forget the momenta; call before a batch."""
         self.momenta: dict[_BatchNorm, list[float | None]] = {}
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
@@ -121,5 +109,4 @@ class RecordMomenta(Behavior):
 
 
 def _version(input: Any) -> int:
-    """Number of in-place changes of a tensor, as far as torch counts them."""
     return input._version if isinstance(input, Tensor) and not input.is_inference() else 0

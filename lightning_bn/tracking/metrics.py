@@ -1,8 +1,4 @@
-"""Gaps as `torchmetrics.Metric` classes.
-
-All are updated with the same four vectors, ``(C,)`` each: mean and variance of a batch, mean and variance of the EMA
-before it.
-"""
+"""Gaps between batch statistics and the EMA as `torchmetrics.Metric` classes."""
 
 from __future__ import annotations
 
@@ -40,7 +36,6 @@ class _Gap(Metric):
         self.offsets = _merge([self.offsets, torch.stack([torch.ones_like(offsets), offsets, 0 * offsets])])
 
     def compute(self) -> Tensor:
-        """The part of the gap that was asked for; NaN before the first update."""
         drift = split(Moments(*self.offsets), [self.offsets.shape[1]])
         return getattr(drift, self.part)[0]  # type: ignore[no-any-return]
 
@@ -49,13 +44,20 @@ class _Gap(Metric):
 
 
 class MeanGap(_Gap):
-    """Root mean square, over channels and updates, of ``(mean - ema_mean) / sqrt(ema_var)``; or its lag or noise.
+    """Measure the distance of batch means from the EMA, in sigma.
+
+    ``sqrt(mean(((mean - ema_mean) / sqrt(ema_var))^2))``, over channels and updates. Over one update all of it is lag.
+
+    ``update`` takes four vectors, ``(C,)``: mean and variance of a batch, then mean and variance of the EMA before it.
 
     Args:
         channels: Number of channels of the layer.
         part: ``"gap"``; ``"lag"``, the part that all updates share; or ``"noise"``, their spread. ``gap^2 = lag^2 +
             noise^2``.
         kwargs: For `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``part`` is unknown, or an update has another number of channels.
 
     Example:
         >>> import torch
@@ -74,15 +76,19 @@ class MeanGap(_Gap):
 
 
 class VarGap(_Gap):
-    """Root mean square, over channels and updates, of ``log(var / ema_var)``; or its lag or noise.
+    """Measure the distance of batch variances from the EMA, as a log ratio.
 
-    Both variances are unbiased, as running variances are. With few values per channel the log of a batch variance is
-    too low by about ``1 / (values - 1)``, which appears as lag.
+    ``sqrt(mean(log(var / ema_var)^2))``, over channels and updates. Both variances are unbiased, as running variances
+    are. With few values per channel the lag is too large: the log of a batch variance is low by about ``1 / (values -
+    1)``.
 
     Args:
         channels: Number of channels of the layer.
-        part: As in `MeanGap`.
+        part: ``"gap"``, ``"lag"`` or ``"noise"``, see `MeanGap`.
         kwargs: For `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``part`` is unknown, or an update has another number of channels.
 
     Example:
         >>> import torch
@@ -99,7 +105,7 @@ class VarGap(_Gap):
 
 
 class DeadChannels(Metric):
-    """Fraction of channels with a variance below ``eps / 100``, over all updates.
+    """Measure the fraction of channels with a variance below ``eps / 100``, over all updates; NaN before the first.
 
     Args:
         eps: The layer's eps.
@@ -127,17 +133,15 @@ class DeadChannels(Metric):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
-        """Add a batch; only its variance counts."""
         self.dead += is_dead(var, self.eps).sum()
         self.channels += var.numel()
 
     def compute(self) -> Tensor:
-        """The fraction; NaN before the first update."""
         return self.dead / self.channels
 
 
 class NonFiniteChannels(Metric):
-    """Fraction of channels with a NaN or infinite statistic in any update, on any rank.
+    """Measure the fraction of channels with a NaN or infinite statistic in any update, on any rank.
 
     Args:
         channels: Number of channels of the layer.

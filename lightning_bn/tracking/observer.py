@@ -1,7 +1,6 @@
-"""Observe training steps: how far their batch statistics are from the EMA that evaluation will use.
+"""The distance of training batches from the EMA that evaluation will use.
 
-Batch statistics are recovered from running statistics (`running_stats`). Layers for which that is inaccurate or
-impossible (frozen, momentum 0, 16 bit, classes with another update rule) are measured directly.
+Batch statistics are recovered from running statistics (`running_stats`), or measured where that is inaccurate.
 """
 
 from __future__ import annotations
@@ -25,41 +24,21 @@ from lightning_bn.tracking.recovery import MAX_ERROR
 from lightning_bn.tracking.running_stats import Snapshot, StepRecorder, not_recoverable
 
 _MAX_PENDING = 16
-"""Steps that wait for their arithmetic, which is done for all of them at once; bounds memory."""
+"""Steps whose arithmetic is done at once; bounds memory."""
 
 _NOT_MEASURED = "not measured: synchronized over ranks, and its batches cannot be recovered"
 
 
 class _ObservedStep(NamedTuple):
-    """A step that awaits its arithmetic; ``measured``: layer index -> mean and variance, None if it was not called."""
-
     number: int
     snapshot: Snapshot
-    measured: dict[int, Tensor | None]
+    measured: dict[int, Tensor | None]  # layer index -> mean and variance; None if it was not called
 
 
 class Observer:
-    """Watches the statistics of layers over batches.
+    """Compares the batch statistics of layers with their EMA, over a window of batches.
 
-    Args:
-        layers: Qualified name -> layer; each stores running statistics.
-        channels: Indices of traced channels in the vector of all layers' channels.
-
-    Attributes:
-        batches: Batches in the window so far.
-        traces: EMA and batch mean of the traced channels.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> bn = nn.BatchNorm1d(1)
-        >>> observer = Observer({"bn": bn})
-        >>> for shift in (0.5, 0.5):
-        ...     observer.before_batch()
-        ...     _ = bn(torch.tensor([[-1.0], [1.0]]) + shift)
-        ...     _ = observer.after_batch()
-        >>> observer.take().means.lag  # 0.5 sigma at first, then a tenth less
-        tensor([0.4645], dtype=torch.float64)
+    ``channels`` are the indices of traced channels in the vector of all layers' channels.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:
@@ -81,7 +60,7 @@ class Observer:
         self._inaccurate: set[str] | None = None
 
     def before_batch(self) -> None:
-        """Call right before a batch reaches the model, in the modes in which it will."""
+        """Begin a batch, in the modes in which the model will run."""
         if self._inaccurate is None:
             self._inaccurate = self._inaccurate_layers()
         reasons = ((name, self._not_recovered(name, layer)) for name, layer in self._layers.items())
@@ -90,7 +69,7 @@ class Observer:
         self._recorder.before_batch(check=self._check, measured=measured)
 
     def after_batch(self, step: int = 0) -> bool:
-        """Call right after the batch, or not at all. Returns whether it was observed."""
+        """End a batch and return whether it was observed; skip the call for a batch that failed."""
         snapshot = self._recorder.after_batch()
         if snapshot is None:
             return False
@@ -110,7 +89,6 @@ class Observer:
         return True
 
     def _add_pending(self) -> None:
-        """Add the pending steps to the window."""
         if not self._pending:
             return
         ema, after, batch, _, called = self._recorder.recover([step.snapshot for step in self._pending])
@@ -169,7 +147,6 @@ class Observer:
         self._recorder.untrusted = dict(state["untrusted"])
 
     def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
-        """Why a layer's batch statistics are not recovered; empty if they are."""
         untrusted = self._recorder.untrusted.get(name, "")
         if untrusted == UNMEASURABLE:
             return untrusted
@@ -178,13 +155,12 @@ class Observer:
         return _NOT_MEASURED if reason and is_spread(layer) else reason
 
     def _inaccurate_layers(self) -> set[str]:
-        """Layers whose running means are too many sigma from 0 for recovery; waits for the device."""
+        # waits for the device
         worst = [float(part.amax()) for part in self._recorder.recovery_errors().cpu().split(self._sizes)]
         return {n for n, error in zip(self._layers, worst, strict=True) if MAX_ERROR < error < torch.inf}
 
 
 def _average(calls: Sequence[Call]) -> Tensor | None:
-    """Mean and unbiased variance over some calls, ``(2, C)``; None if there are none."""
     if not calls:
         return None
     total = functools.reduce(operator.add, (call.moments for call in calls))

@@ -1,4 +1,4 @@
-"""Record of a monitored run: the rows for loggers, and the data of its figures and its table."""
+"""The record of a monitored run: the rows for loggers, and the data of its figures and its table."""
 
 from __future__ import annotations
 
@@ -24,30 +24,10 @@ COLUMNS = [
 
 
 class DriftRecord:
-    """Everything that was observed of some layers.
+    """Holds all observations of some layers.
 
-    Args:
-        layers: Qualified name -> layer.
-        keys: Layer name -> its part of metric keys, for layers with keys of their own.
-        quantities: Values to log for these.
-        channels: Layer name -> channel to trace; None for channel 0 of the first, the middle and the last layer.
-        prefix: Start of all keys.
-
-    Attributes:
-        layers: The layers by name.
-        names: Their names.
-        channels: Traced layers and channels.
-        observer: Watches the batches.
-        history: Gaps of every row.
-        traces: The traced channels.
-        last: Observation of the last row.
-        moved: Layer name -> sums over passes of the squared mean gap and variance gap from its EMA to its precise
-            statistics, and the number of passes.
-        nonfinite_said: Whether a warning about non-finite statistics was given.
-        nbs: Layer name -> normalization batch size in samples; NaN if unknown.
-
-    Raises:
-        ValueError: If a layer or channel to trace does not exist.
+    ``keys`` maps layers with keys of their own to a part of these, and ``quantities`` are logged for them. By default,
+    ``channels`` are traced in the first, the middle and the last layer. ``prefix`` starts all keys.
     """
 
     def __init__(
@@ -67,9 +47,10 @@ class DriftRecord:
         self.traces = self.observer.traces
         self.history = History(("mean_gap", "var_gap", "lag", "noise"), len(layers))
         self.last: Observation | None = None
+        # layer name -> sums of squared mean gap and variance gap from EMA to precise statistics, and number of passes
         self.moved: dict[str, tuple[float, float, int]] = {}
         self.nonfinite_said = False
-        self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)
+        self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)  # normalization batch sizes in samples
 
     def take_row(self, step: int) -> dict[str, float]:
         """Return the row of the window that ends here, by full keys; the keys are always the same."""
@@ -85,7 +66,7 @@ class DriftRecord:
     def note_pass(
         self, step: int, statistics: Mapping[str, LayerStatistics], moved: Mapping[str, tuple[float, float]]
     ) -> None:
-        """Note recomputed population statistics, and each layer's gaps from its EMA to them."""
+        """Add recomputed population statistics, and each layer's gaps from its EMA to them."""
         for name, (mean_gap, var_gap) in moved.items():
             if name in self.layers:
                 mean_squares, var_squares, passes = self.moved.get(name, (0.0, 0.0, 0))
@@ -94,13 +75,13 @@ class DriftRecord:
         self.traces.precise[step] = torch.tensor(means)
 
     def precise_gaps(self) -> Tensor:
-        """Mean gap and variance gap of each layer from EMA to precise statistics, ``(2, L)``: rms over all passes."""
+        """Return the gaps of each layer from EMA to precise statistics, ``(2, L)``: rms over all passes."""
         mean_squares, var_squares, passes = torch.tensor([self.moved.get(n, (0.0, 0.0, 0)) for n in self.names]).T
         gaps: Tensor = (torch.stack([mean_squares, var_squares]) / passes).sqrt()
         return gaps
 
     def table(self) -> list[list[Any]]:
-        """One row per layer; see `COLUMNS`."""
+        """Return one row per layer, with `COLUMNS`."""
         assert self.last is not None  # drawn after the first row
         of_layers = {quantity: values.tolist() for quantity, values in self.last.per_layer().items()}
         rows, precise = [], self.precise_gaps()
@@ -124,11 +105,7 @@ class DriftRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; traces of other channels are dropped.
-
-        Raises:
-            ValueError: If it is a record of other layers; nothing is then changed.
-        """
+        """Continue from a state; drop traces of other channels."""
         if state["layers"] != {name: layer.num_features for name, layer in self.layers.items()}:
             raise ValueError("The checkpoint's record is one of other layers.")
         self.nonfinite_said = state["nonfinite_said"]
@@ -140,12 +117,7 @@ class DriftRecord:
 
 
 def check_channels(channels: Any) -> None:
-    """Validate ``trace_channels`` without a model.
-
-    Raises:
-        TypeError: If it is no mapping from layer names to numbers.
-        ValueError: If it is empty, or a channel is negative.
-    """
+    """Raise TypeError or ValueError for ``trace_channels`` that are wrong for any model."""
     if channels is None:
         return
     if not isinstance(channels, Mapping):

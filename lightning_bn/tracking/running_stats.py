@@ -1,8 +1,7 @@
-"""Record the running statistics around training steps, and recover the steps' batch statistics from them.
+"""Running statistics around training steps, and the steps' batch statistics recovered from them.
 
-A step costs two copies of all running statistics; the arithmetic is done later, for many steps at once. Recovery needs
-the number of calls and their momenta. A layer whose counter says "one call" is called once if its statistics moved. All
-other layers, and layers of custom classes, get a behavior that records the momentum of every call.
+Recovery needs the number of calls and their momenta. A layer whose counter rises by 1 is called once if its statistics
+moved. A behavior records the momentum of every call of all other layers, and of layers of custom classes.
 """
 
 from __future__ import annotations
@@ -29,68 +28,31 @@ _ONE_IF_COUNTED, _AS_COUNTED = -1, -2
 
 
 class Snapshot(NamedTuple):
-    """Running statistics of all layers around a step.
+    """Holds the running statistics of all layers around a step."""
 
-    Attributes:
-        before: Running means, then running variances, before the step, ``(2C,)``, in the layers' own precision.
-        after: The same after it.
-        tracked: ``num_batches_tracked`` before the step, ``(L,)``.
-        tracked_after: The same after it.
-        calls: Calls of each layer: a number, `_ONE_IF_COUNTED` or `_AS_COUNTED`; 0 if unknown.
-        momenta: Their momentum. Calls at several momenta are one call that moves as much.
-    """
-
-    before: Tensor
+    before: Tensor  # means, then variances, (2C,), in the layers' own precision
     after: Tensor
-    tracked: Tensor
+    tracked: Tensor  # num_batches_tracked before the step, (L,)
     tracked_after: Tensor
-    calls: list[int]
+    calls: list[int]  # a number, `_ONE_IF_COUNTED` or `_AS_COUNTED`; 0 if unknown
     momenta: list[float | None]
 
 
 class RecoveredSteps(NamedTuple):
-    """Statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each.
-
-    Attributes:
-        before: Running statistics before the step.
-        after: Running statistics after it.
-        batch: Batch statistics; those of several calls are averaged.
-        decay: Weight of ``before`` in ``after``, ``(N, C)``.
-        called: Whether the channel's layer was called and its batch is known, ``(N, C)``.
-    """
+    """Holds the statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each."""
 
     before: Tensor
     after: Tensor
-    batch: Tensor
-    decay: Tensor
-    called: Tensor
+    batch: Tensor  # an average, if there were several calls
+    decay: Tensor  # weight of before in after, (N, C)
+    called: Tensor  # channels whose layer was called and whose batch is known, (N, C)
 
 
 class StepRecorder:
-    """Records steps of layers whose channels lie side by side in one vector.
+    """Records steps of layers whose channels are concatenated to one vector.
 
-    Args:
-        layers: Qualified name -> layer; each stores running statistics.
-
-    Attributes:
-        layers: These layers.
-        sizes: Number of channels of each layer.
-        layer_of: Index of each channel's layer, ``(C,)``.
-        eps: The layer's eps for each channel, ``(C,)``, in the precision and on the device of all results.
-        inputs: Inputs of the layers that were measured or compared in the last step.
-        compared: Names of layers whose recovered batch was compared with their measured inputs in the last step.
-        untrusted: Layer name -> why its batches cannot be recovered, found by comparing them with measured ones.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> bn = nn.BatchNorm1d(1)
-        >>> recorder = StepRecorder({"bn": bn})
-        >>> recorder.before_batch()
-        >>> _ = bn(torch.tensor([[1.0], [3.0]]))
-        >>> recorder.recover([recorder.after_batch()]).batch.round(decimals=3)  # mean and unbiased variance
-        tensor([[[2.],
-                 [2.]]], dtype=torch.float64)
+    ``layer_of`` is the layer index of each channel. ``compared`` names the layers whose recovered batch was compared
+    with their measured ``inputs`` in the last step. ``untrusted`` maps those that differed to the reason.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
@@ -113,12 +75,10 @@ class StepRecorder:
         self._before: tuple[Tensor, Tensor, list[float | None]] | None = None
 
     def before_batch(self, check: bool = True, measured: Collection[str] = ()) -> None:
-        """Call right before a batch reaches the model.
+        """Begin a step, and measure the inputs of the layers named in ``measured``.
 
-        Args:
-            check: Record the momenta of all layers, to find those that need it, and compare layers of custom classes
-                with their measured inputs. Compiled models are compiled once more for the first step with it.
-            measured: Names of layers whose inputs to measure.
+        ``check`` records the momenta of all layers and compares layers of custom classes with their inputs. Compiled
+        models are compiled once more for the first step with it.
         """
         self.abandon()
         if check or not self._calls_by_counter:
@@ -139,7 +99,7 @@ class StepRecorder:
         self._before = *self._read(), [layer.momentum for layer in self.layers.values()]
 
     def after_batch(self) -> Snapshot | None:
-        """Call right after the batch, or not at all. None if its beginning was not seen."""
+        """End a step; return None if its beginning was not seen."""
         if self._before is None:
             return None
         # The `after` of the previous step does not replace this step's `before`: others may have written in between,
@@ -157,12 +117,7 @@ class StepRecorder:
             self._handles.pop().undo()
 
     def recover(self, steps: Sequence[Snapshot], layers: slice = slice(None)) -> RecoveredSteps:
-        """Recover the batch statistics of some steps.
-
-        Args:
-            steps: What was recorded.
-            layers: Restricts the result to the channels of these layers, by index.
-        """
+        """Recover the batch statistics of some steps, for the channels of the layers in a slice."""
         first, end, _ = layers.indices(len(self.sizes))
         channels = slice(self.starts[first], self.starts[end])
         layer_of = self.layer_of[channels] - first
@@ -183,11 +138,11 @@ class StepRecorder:
         return RecoveredSteps(before, after, solve_batch_stats(before, after, decay[:, None]), decay, called)
 
     def running(self) -> Tensor:
-        """A copy of the running means and variances, ``(2, C)``."""
+        """Copy the running means and variances, ``(2, C)``."""
         return self._read()[0].view(2, -1).to(self.eps)
 
     def recovery_errors(self) -> Tensor:
-        """Error of a mean recovered now, in sigma, ``(C,)``; 0 for dead channels."""
+        """Return the error of a mean recovered now, in sigma, ``(C,)``; 0 for dead channels."""
         (running, tracked), momenta = self._read(), [layer.momentum for layer in self.layers.values()]
         mean, var = running.view(2, -1).to(self.eps)
         momentum = torch.tensor([torch.nan if m is None else m for m in momenta]).to(self.eps)
@@ -202,7 +157,6 @@ class StepRecorder:
         return torch.cat(running), torch.stack(tracked)  # type: ignore[arg-type]
 
     def _calls(self, momenta_before: list[float | None]) -> tuple[list[int], list[float | None]]:
-        """Calls of each layer and their momentum, as far as they are known without its counter."""
         momenta_after = [layer.momentum for layer in self.layers.values()]
         if not self._momenta.momenta and momenta_after == momenta_before:  # most steps
             return self._calls_by_counter, momenta_before
@@ -223,7 +177,6 @@ class StepRecorder:
         return calls, momenta
 
     def _differing(self, snapshot: Snapshot) -> dict[str, str]:
-        """Compared layers whose recovered batch is not the measured one; waits for the device once."""
         reasons, differs = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
             if name in self.compared and layer in self.inputs.unmeasurable:
@@ -233,20 +186,21 @@ class StepRecorder:
                 differs[name] = differs_from_torch(
                     self.inputs.calls[layer], tracked, step.before[0], step.batch[0], step.called[0], layer.eps
                 )
+        # waits for the device, once for all layers
         verdicts = torch.stack(list(differs.values())).tolist() if differs else []
         return reasons | {name: CUSTOM_UPDATE for name, verdict in zip(differs, verdicts, strict=True) if verdict}
 
 
 def _as_one_call(momenta: list[float | None]) -> tuple[int, float | None]:
-    """Number of calls, and their momentum; calls at different momenta are one call that moves as much."""
     if None in momenta:  # mixed calls are unknown: the weight of None depends on the counter, which others may change
         return (len(momenta) if set(momenta) == {None} else 0), None
+    # calls at different momenta are one call that moves as much
     moved = 1 - math.prod(1 - m for m in momenta if m is not None)
     return int(moved != 0), momenta[0] if len(momenta) == 1 else moved
 
 
 def not_recoverable(layer: _BatchNorm) -> str:
-    """Why the batches of a layer cannot be recovered in its present mode; empty if they can."""
+    """Return why the batches of a layer cannot be recovered in its present mode; empty if they can."""
     running_mean = layer._buffers["running_mean"]
     if is_frozen(layer) or not layer.training:
         return "frozen"

@@ -1,7 +1,6 @@
-"""Forecast the population statistics of the current weights from training steps: no forward and no data.
+"""A forecast of the population statistics of the current weights, from training steps: no forward and no data.
 
-A step is only recorded. The batch statistics of the last 32 steps are recovered (`running_stats`) and the forecast is
-made of them (`forecast`) when it is asked for.
+The batch statistics of the last 32 steps are recovered (`running_stats`) only when a forecast is made (`forecast`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lightning_bn.tracking.recovery import MAX_ERROR, recovery_error
 from lightning_bn.tracking.running_stats import Snapshot, StepRecorder
 
 STEPS = 32
-"""Steps that a forecast is made of. In its regression the oldest one weighs 4 % of the newest."""
+"""Steps in a forecast. In its regression the oldest one weighs 4 % of the newest."""
 
 _CHANNELS_AT_ONCE = 2048
 """Channels, in whole layers, that are forecast together, to bound memory."""
@@ -33,16 +32,10 @@ _INACCURATE = "means of many sigma"
 
 
 class StatisticsForecaster:
-    """Watches training steps and forecasts the statistics of the weights after the last one.
+    """Records training steps and forecasts the statistics of the weights after the last one.
 
-    With several ranks the first rank watches: DistributedDataParallel broadcasts its running statistics. All ranks get
-    its forecast.
-
-    Memory: copies of the running statistics around 32 steps, 512 bytes per channel in float32. While a forecast is
-    made, about 25 MB, or 12 kB per channel of a layer with more than 2,048.
-
-    Args:
-        layers: Qualified name -> layer; each stores running statistics.
+    The first rank records, because DistributedDataParallel broadcasts its running statistics. All ranks get its
+    forecast. The steps take 512 bytes per channel in float32, and a forecast about 25 MB.
 
     Example:
         >>> import torch
@@ -67,12 +60,11 @@ class StatisticsForecaster:
         self._latest: tuple[Tensor, Forecast] | None = None  # of these running statistics, since the last step
 
     def before_batch(self) -> None:
-        """Call right before a batch reaches the model."""
         if get_rank() == 0:
             self._recorder.before_batch(self._check)
 
     def after_batch(self) -> None:
-        """Call right after the batch, or not at all: a batch that failed leaves no trace."""
+        """End a step; skip the call for a batch that failed."""
         snapshot = self._recorder.after_batch()
         if snapshot is not None:
             self._steps.append(snapshot)
@@ -82,19 +74,19 @@ class StatisticsForecaster:
         self._recorder.abandon()
 
     def left(self) -> dict[str, str]:
-        """Layers that can have no forecast, and why, as the first rank knows it."""
+        """Return the layers that can have no forecast, and why, as the first rank knows it."""
         known = broadcast_from_rank_zero(self._recoverable().to(self._recorder.eps)).split(self._recorder.sizes)
         unknown = [name for name, part in zip(self._recorder.layers, known, strict=True) if not part.all()]
         return {name: self._recorder.untrusted.get(name, _INACCURATE) for name in unknown}
 
     def statistics(self) -> PopulationStatistics:
-        """The forecast of every layer of which two steps were seen and recovered accurately."""
+        """Forecast every layer with two steps that were recovered accurately."""
         return self._forecast()[0]
 
     def ema_gaps(self) -> dict[str, float]:
-        """Distance of a layer's running statistics from its forecast, for every layer that has one.
+        """Return the distance of running statistics from the forecast, for every layer that has one.
 
-        The larger of the mean gap (sigma) and the variance gap (log ratio), over channels that are not dead; NaN where
+        It is the larger of mean gap (sigma) and variance gap (log ratio) over channels that are not dead; NaN where
         running statistics are not finite.
         """
         forecast, running = self._forecast()
@@ -108,18 +100,13 @@ class StatisticsForecaster:
         return gaps
 
     def state_dict(self) -> dict[str, Any]:
-        """The last steps, in plain types and tensors on the CPU; empty on other ranks than the first."""
+        """Return the last steps, with tensors on the CPU; empty on other ranks than the first."""
         if get_rank() != 0:
             return {}
         steps = [{key: v.cpu() if isinstance(v, Tensor) else v for key, v in s._asdict().items()} for s in self._steps]
         return {"sizes": list(self._recorder.sizes), "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
-
-        Raises:
-            ValueError: If it is that of other layers.
-        """
         if state and state["sizes"] != self._recorder.sizes:
             raise ValueError("the layers were others, or had other numbers of channels.")
         device = self._recorder.eps.device
@@ -129,9 +116,8 @@ class StatisticsForecaster:
             self._steps.append(Snapshot(**values))
 
     def _forecast(self) -> tuple[PopulationStatistics, list[tuple[Tensor, Tensor]]]:
-        """The forecast, and mean and variance of each layer's running statistics, as the first rank has them."""
         self.abandon()  # a step that never ended
-        self._check = True  # who asks, waits for the device anyway
+        self._check = True  # the forecast waits for the device in any case
         recorder, running = self._recorder, self._recorder.running()
         if self._latest is None or not torch.equal(self._latest[0], running):
             parts = [self._forecast_part(running[:, channels], layers, channels) for layers, channels in self._parts]
@@ -159,7 +145,6 @@ class StatisticsForecaster:
         return forecast_statistics(Steps(step.batch, step.before, known), running, eps, sizes)
 
     def _recoverable(self) -> Tensor:
-        """Mark the channels of layers that can be recovered accurately in all channels, ``(C,)``."""
         recorder = self._recorder
         inaccurate = torch.stack([p.any() for p in (recorder.recovery_errors() > MAX_ERROR).split(recorder.sizes)])
         trusted = torch.tensor([name not in recorder.untrusted for name in recorder.layers])
@@ -167,7 +152,7 @@ class StatisticsForecaster:
 
 
 def _parts(sizes: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Consecutive layers of at most `_CHANNELS_AT_ONCE` channels, or one with more: their indices and channels."""
+    # indices of consecutive layers, and of their channels
     parts: list[tuple[slice, slice]] = []
     channel = 0
     for layer, size in enumerate(sizes):

@@ -1,1 +1,1 @@
-"""The only rooms that know a Trainer's internals."""
+"""The code that depends on a Trainer's internals."""

@@ -1,4 +1,4 @@
-"""WeightAveraging, which keeps a second model, and swaps its values into the module for validation and checkpoints."""
+"""WeightAveraging: a second model, whose values are swapped into the module for validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_with_swa(trainer: Trainer, callback: Callback) -> None:
 
 @contextmanager
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Swap averaged weights into the module, where there are any and no validation has done so."""
+    """Swap averaged weights into the module, if there are any and no validation has done so."""
     swapped = [a for a in weight_averagers(trainer) if averaged_model(a) is not None and not trainer.validating]
     for averager in swapped:
         swap_averaged_model(averager, module)
@@ -46,6 +46,6 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[None
 
 
 def weights_version(trainer: Trainer) -> tuple[int, ...]:
-    """Differs after every optimizer step and every update of an average: whenever a checkpoint's weights differ."""
+    """Return a value that changes with every optimizer step and every update of an average."""
     averages = map(averaged_model, weight_averagers(trainer))
     return (trainer.global_step, *(int(m.n_averaged) for m in averages if m is not None))

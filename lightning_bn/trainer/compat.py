@@ -1,6 +1,6 @@
-"""Access to private names of Lightning, all of it in this file. Checked with Lightning 2.5 to 2.6.
+"""Access to private names of Lightning 2.5 to 2.6, all of it in this file.
 
-Each function says why no public name does. `pytorch_lightning` has the same names, so its objects are used alike.
+The comments explain why no public name does. `pytorch_lightning` has the same names.
 """
 
 from __future__ import annotations
@@ -13,36 +13,34 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from typing_extensions import Self
 
-# --- Loops and their loaders -----------------------------------------------------------------------------------------
-
 
 def train_loaders(trainer: Trainer) -> CombinedLoader | None:
-    """The train dataloaders of the fit; None before they exist."""
+    """Return the train dataloaders of the fit; None before they exist."""
     # trainer.train_dataloader has the loaders without the mode of their combination.
     return trainer.fit_loop._combined_loader
 
 
 def evaluation_loop(trainer: Trainer) -> Any:
-    """The loop that validates, tests or predicts now, also within a fit."""
+    """Return the loop that validates, tests or predicts now, also within a fit."""
     # The public loops are one for each stage; which one is active is not public.
     return trainer._active_loop
 
 
 def evaluation_loaders(trainer: Trainer) -> CombinedLoader:
-    """The dataloaders that are evaluated now."""
+    """Return the dataloaders that are evaluated now."""
     # trainer.val_dataloaders and its like do not know the mode of combination.
     loaders: CombinedLoader = evaluation_loop(trainer)._combined_loader
     return loaders
 
 
 def combination_mode(loaders: CombinedLoader) -> Any:
-    """How loaders are combined: ``"sequential"``, ``"max_size_cycle"`` and so on."""
+    """Return how loaders are combined: ``"sequential"``, ``"max_size_cycle"`` and so on."""
     # CombinedLoader takes the mode and has no public attribute for it.
     return loaders._mode
 
 
 def unwrap_batch_sampler(loader: Any) -> tuple[Any, Any]:
-    """A loader's batch sampler, and the wrapper that `trainer.predict` puts around it to record indices, or None."""
+    """Return a loader's batch sampler, and the wrapper by which `trainer.predict` records indices, or None."""
     # The wrapper is an iterator over itself. A second iteration changes nothing but its attributes.
     sampler: Any = getattr(loader, "batch_sampler", None)
     wrapped = type(sampler).__name__ == "_IndexBatchSamplerWrapper"
@@ -58,7 +56,7 @@ def batch_to_device(trainer: Trainer, module: LightningModule, batch: Any, datal
 
 
 def recorded_modes(trainer: Trainer) -> dict[str, bool] | None:
-    """Module name -> whether it was in train mode before the evaluation that runs now; None while none runs."""
+    """Return, by module name, the train modes before the evaluation that runs now; None while none runs."""
     in_fit = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if in_fit else evaluation_loop(trainer)
     if loop is None or (in_fit and not trainer.validating):
@@ -68,11 +66,8 @@ def recorded_modes(trainer: Trainer) -> dict[str, bool] | None:
     return modes
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
 def log_step(trainer: Trainer) -> int:
-    """The step at which `self.log` logs now."""
+    """Return the step at which `self.log` logs now."""
     # trainer.global_step is one ahead at a batch's end, and counts each optimizer. Between batches, as at an epoch's
     # end, the counter is one ahead as well, and Lightning logs at the step before.
     epoch_loop = trainer.fit_loop.epoch_loop
@@ -82,7 +77,7 @@ def log_step(trainer: Trainer) -> int:
 
 
 def logs_at_this_batch(trainer: Trainer) -> bool:
-    """Whether `self.log` reaches the loggers at this batch's end: every ``log_every_n_steps``, if it made a step."""
+    """Return whether `self.log` reaches the loggers at this batch's end."""
     # Lightning has no public name for either condition.
     if not trainer._logger_connector.should_update_logs:
         return False
@@ -90,16 +85,13 @@ def logs_at_this_batch(trainer: Trainer) -> bool:
 
 
 def validation_was_skipped(trainer: Trainer) -> bool:
-    """Whether a resumed training skips a validation or an epoch's end that was due when its checkpoint was saved."""
-    # ModelCheckpoint(every_n_train_steps=) saves before the validation that the same batch triggers. A resumed fit goes
-    # on with the next batch. Nothing public says so.
+    """Return whether a resumed training skips a validation or an epoch's end that was due at its checkpoint."""
+    # ModelCheckpoint(every_n_train_steps=) saves before the validation that the same batch triggers. A resumed fit
+    # continues with the next batch. Nothing public indicates it.
     loop: Any = trainer.fit_loop.epoch_loop
     if not getattr(loop, "restarted_on_train_batch_end", False):
         return False
     return bool(loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
-
-
-# --- Steps and metrics of an evaluation ------------------------------------------------------------------------------
 
 
 def run_hook(trainer: Trainer, module: LightningModule, name: str, *args: Any) -> Any:
@@ -109,27 +101,24 @@ def run_hook(trainer: Trainer, module: LightningModule, name: str, *args: Any) -
 
 
 def hook_arguments(trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int | None) -> dict[str, Any]:
-    """The arguments that the evaluation loop passes to the hooks of a batch, by name."""
+    """Return the arguments that the evaluation loop passes to the hooks of a batch, by name."""
     # The loop decides which of them there are.
     return dict(evaluation_loop(trainer)._build_kwargs(batch, batch_idx, dataloader_idx))
 
 
 def step_arguments(trainer: Trainer, step: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of the module's ``step``, from those of its hooks."""
+    """Return the arguments of the module's ``step``, from those of its hooks."""
     # The step may take fewer than its hooks.
     return tuple(evaluation_loop(trainer)._build_step_args_from_hook_kwargs(arguments, step))
 
 
 class MetricsCollector:
-    """Collects what `self.log` gets while it is entered, averaged, reduced and named as Lightning does.
+    """Collect the values of `self.log` in ``metrics``, averaged, reduced and named as by Lightning.
 
     The results of the evaluation that runs, loggers and progress bars get none of it.
-
-    Attributes:
-        metrics: Key -> value, at the end of each dataloader and of the epoch.
     """
 
-    # `self.log` writes to the loop's results. Lightning has no public way to give it another place.
+    # `self.log` writes to the loop's results, and Lightning has no public way to change that.
 
     def __init__(self, trainer: Trainer) -> None:
         self.metrics: dict[str, Any] = {}
@@ -149,40 +138,35 @@ class MetricsCollector:
         vars(self._connector).update(connector)
 
     def start_batch(self, batch: Any, dataloader_idx: int | None) -> None:
-        """Call before each batch."""
         self._connector.on_batch_start(batch, dataloader_idx)
 
     def end_batch(self) -> None:
-        """Call after each batch."""
         self._connector.on_batch_end()
 
     def end_dataloader(self) -> None:
-        """Call after the last batch of each dataloader, and after the hooks of the epoch's end."""
+        """End a dataloader, or the hooks of the epoch's end."""
         self._connector.epoch_end_reached()
         self.metrics |= self._connector.metrics["log"]
 
     def end_epoch(self) -> None:
-        """Call before the hooks of the epoch's end."""
+        """End the epoch, before the hooks of its end."""
         self._connector._evaluation_epoch_end()
 
 
-# --- Callbacks -------------------------------------------------------------------------------------------------------
-
-
 def state_key(callback: Callback, **differences: Any) -> str:
-    """A key of a callback's state in checkpoints, which its differences from others of its class are part of."""
+    """Return a key of a callback's state in checkpoints, which depends on its differences from others of its class."""
     # Lightning's docs tell authors of callbacks to call this private method.
     return callback._generate_state_key(**differences)
 
 
 def weight_averagers(trainer: Trainer) -> list[Any]:
-    """The Trainer's WeightAveraging callbacks, recognized by their methods."""
+    """Return the Trainer's WeightAveraging callbacks, recognized by their methods."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if hasattr(c, "_swap_models") and hasattr(c, "_average_model")]
 
 
 def averaged_model(averager: Any) -> Any:
-    """The AveragedModel of a WeightAveraging callback; None before the fit."""
+    """Return the AveragedModel of a WeightAveraging callback; None before the fit."""
     # There is no public name for the averaged model, nor for the swap below.
     return averager._average_model
 

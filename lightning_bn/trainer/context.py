@@ -21,36 +21,28 @@ from lightning_bn.trainer.isolation import is_lightning_module
 
 @dataclass(frozen=True)
 class PassContext:
-    """The surroundings of one pass, computed once.
-
-    Attributes:
-        trainer: The Trainer.
-        module: Its module.
-        modes: Each module -> whether it was in train mode at the last training batch.
-        layers: Qualified name -> layer to estimate: chosen, not frozen, in train mode when the model trains.
-    """
+    """Holds the surroundings of one pass."""
 
     trainer: Trainer
     module: LightningModule
-    modes: dict[nn.Module, bool]
-    layers: dict[str, _BatchNorm]
+    modes: dict[nn.Module, bool]  # whether in train mode at the last training batch
+    layers: dict[str, _BatchNorm]  # to estimate: chosen, not frozen, in train mode when the model trains
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule, layers: Layers) -> PassContext:
-        """The context of a pass that begins now, over the layers that the patterns match."""
+        """Create the context of a pass that begins now, over the layers that the patterns match."""
         modes = modes_of_training(trainer, module)
         return cls(trainer, module, modes, estimable_layers(module, layers, modes.__getitem__))
 
     @property
     def device(self) -> torch.device:
-        """The module's device."""
         return self.module.device
 
 
 def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Module, bool]:
-    """The mode of each module at the last training batch.
+    """Return the mode of each module at the last training batch.
 
-    Outside a fit, a model that is in eval mode as a whole gives no hint: all modules count as in train mode.
+    Outside a fit, if the whole model is in eval mode, all modules count as in train mode.
     """
     recorded = recorded_modes(trainer)
     if recorded is None:
@@ -64,19 +56,11 @@ def modes_of_training(trainer: Trainer, module: LightningModule) -> dict[nn.Modu
 def set_modes(
     modes: dict[nn.Module, bool], like_training: bool, estimated: Collection[nn.Module]
 ) -> Iterator[Callable[[], None]]:
-    """Set the modes for a pass: eval, but for the layers to estimate and what a training step needs.
+    """Set the modes for a pass: eval, except for the ``estimated`` layers and modules that a training step needs.
 
-    Modules with children keep their mode: a training step may return something else in eval mode (torchvision's
-    detectors do). Modules without children (Dropout, DropPath), attention, whose dropout is part of it, and BatchNorm
-    layers that are not estimated are in eval mode, also after a step has called `train()`.
-
-    Args:
-        modes: Each module and its mode at the last training batch.
-        like_training: Whether the training step is run.
-        estimated: Layers whose statistics are estimated.
-
-    Yields:
-        A function to call before each forward, because steps set modes.
+    With ``like_training``, modules with children keep their mode in training: a step may return something else in eval
+    mode (torchvision's detectors do). Dropout, attention and other BatchNorm layers are in eval mode, also after a step
+    has called `train()`. Yields a function to call before each forward, because steps set modes.
     """
     estimated = set(estimated)
     wanted = {m: m in estimated or (mode and like_training and _mode_may_change_output(m)) for m, mode in modes.items()}
@@ -92,7 +76,7 @@ def set_modes(
 
 
 def _mode_may_change_output(m: nn.Module) -> bool:
-    """Whether the mode may decide which outputs there are, rather than how noisy they are."""
+    # may decide which outputs there are, rather than how noisy they are
     if isinstance(m, (_BatchNorm, nn.MultiheadAttention)):
         return False
     return next(m.children(), None) is not None or is_lightning_module(m)
@@ -100,7 +84,7 @@ def _mode_may_change_output(m: nn.Module) -> bool:
 
 @contextmanager
 def batch_domain(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Iterator[None]:
-    """Let the callbacks with domains set the domain of a batch that is run outside Lightning's loops."""
+    """Let the callbacks with domains set the domain of a batch outside Lightning's loops."""
     with ExitStack() as stack:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "use_domain_of"):

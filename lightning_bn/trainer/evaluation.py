@@ -1,4 +1,4 @@
-"""Second readings of the dataloaders that are evaluated now, to measure statistics or to evaluate under a behavior."""
+"""Additional passes over the evaluated dataloaders, to measure statistics or to evaluate under a behavior."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_bn.trainer.logging import progress_of
 from lightning_bn.trainer.passes import PassResult, gaps_from_running_stats
 
 TargetForward: TypeAlias = Literal["evaluation_step", "forward"] | Callable[[LightningModule, Any], Any]
-"""How a batch reaches the model: the muted step of the evaluation, ``forward``, or a function of module and batch."""
+"""The evaluation step, ``forward``, or a function of module and batch."""
 
 _STEP_CONTEXTS = {
     "validation": "val_step_context",
@@ -47,17 +47,10 @@ def evaluate_isolated(
     batches: Iterable[tuple[Any, int, int]],
     prefix: str,
 ) -> dict[str, float]:
-    """Run a second validation or test within the one that runs now, and return the metrics that it logs.
+    """Validate or test a second time, restore everything, and return the metrics, keyed ``prefix/key``.
 
-    The module's step and its hooks of the epoch and of batches run; the callbacks' hooks do not. Its torchmetrics start
-    empty. Everything is restored afterwards, see `isolate`.
-
-    Args:
-        behavior: Entered meanwhile, such as a handle.
-        trainer: The Trainer, while it validates or tests.
-        module: Its module.
-        batches: From `evaluation_batches`.
-        prefix: In front of each key: ``prefix/key``.
+    ``behavior``, such as a handle, is entered for it. The module's step and hooks run; the callbacks' hooks do not. Its
+    torchmetrics start empty.
     """
     stage = stage_of(trainer)
     if stage == "predict":
@@ -97,7 +90,7 @@ def measure_target(
     forward: TargetForward,
     batch_size_fn: BatchSizeFn | None,
 ) -> PassResult:
-    """Measure the population statistics of one of the dataloaders that are evaluated now; of all if combined."""
+    """Measure the population statistics of one of the evaluated dataloaders; of all if they are combined."""
     trainer, module = context.trainer, context.module
     if forward == "evaluation_step":
         check_step_takes_batch(trainer, module, "forward='forward' or a function of module and batch")
@@ -129,7 +122,7 @@ def measure_target(
 
 
 def check_step_takes_batch(trainer: Trainer, module: LightningModule, alternative: str) -> None:
-    """Raise ValueError for an evaluation step that fetches its batches itself, naming the ``alternative``."""
+    """Raise ValueError for an evaluation step that fetches batches itself; the message names the ``alternative``."""
     step = f"{stage_of(trainer)}_step"
     if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
         raise ValueError(
@@ -138,7 +131,7 @@ def check_step_takes_batch(trainer: Trainer, module: LightningModule, alternativ
 
 
 def stage_of(trainer: Trainer) -> str:
-    """``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks."""
+    """Return ``"validation"``, ``"test"`` or ``"predict"``, as in the names of hooks."""
     if trainer.testing or trainer.predicting:
         return "test" if trainer.testing else "predict"
     if trainer.validating or trainer.sanity_checking:
@@ -147,13 +140,13 @@ def stage_of(trainer: Trainer) -> str:
 
 
 def num_dataloaders(trainer: Trainer) -> int:
-    """The number of evaluated dataloaders that are read one after the other; combined ones count as one."""
+    """Count the evaluated dataloaders; combined ones count as one."""
     loaders = evaluation_loaders(trainer)
     return len(loaders.flattened) if combination_mode(loaders) == "sequential" else 1
 
 
 def has_batches(trainer: Trainer, dataloader_idx: int) -> bool:
-    """Whether this rank may get batches from a dataloader; True for a stream of unknown length."""
+    """Return whether this rank may get batches from a dataloader; True for a stream of unknown length."""
     return bool(evaluation_loop(trainer).max_batches[dataloader_idx] > 0)
 
 

@@ -16,7 +16,7 @@ from lightning_bn.trainer.logging import log_row
 
 T = TypeVar("T")
 OnError: TypeAlias = Literal["warn", "raise"]
-"""Whether a failed pass warns, and the fit goes on, or raises."""
+"""A failed pass warns, and the fit goes on, or it raises."""
 
 
 def check_on_error(on_error: Any) -> None:
@@ -26,10 +26,9 @@ def check_on_error(on_error: Any) -> None:
 
 
 def located(error: Exception, where: str) -> Exception:
-    """The error with ``where`` in front of its message.
+    """Prefix an error's message with ``where``, and return the error, or a `RuntimeError` caused by it.
 
-    It is the same object if its message can be changed, else a `RuntimeError` caused by it. `StopIteration` gets such a
-    `RuntimeError` as well, since it would end Lightning's epoch without a message.
+    The latter wraps errors whose message cannot change, and `StopIteration`, which would end Lightning's epoch.
     """
     if str(error).startswith(where):  # raised again
         return error
@@ -44,7 +43,7 @@ def located(error: Exception, where: str) -> Exception:
 
 @dataclass
 class Failures:
-    """The failed passes of one fit.
+    """Counts the failed passes of one fit.
 
     Once a pass has succeeded, a failed one warns, once for each cause. Out of memory, Ctrl-C and exits are always
     raised.
@@ -59,7 +58,7 @@ class Failures:
     _warned: set[str] = field(default_factory=set)
 
     def attempt(self, trainer: Trainer, run: Callable[[], T | None]) -> T | None:
-        """Return the result of ``run``, which is None if it had nothing to do; None after a failure that warns."""
+        """Return the result of ``run``; None after a failure that warns."""
         try:
             result = run()
         except Exception as error:
@@ -85,7 +84,7 @@ class Failures:
         if cause in self._warned or (isinstance(error, AnotherRankFailedError) and get_rank() != 0):
             return
         self._warned.add(cause)
-        # not rank_zero_warn: the rank with the error may be another
+        # not rank_zero_warn: another rank may have the error
         warnings.warn(
             f"{self.owner}: a pass failed, so {self.consequence}, and training goes on (on_error='raise' ends it "
             f"instead). The cause: {type(error).__name__}: {error}",

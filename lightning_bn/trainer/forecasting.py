@@ -1,4 +1,4 @@
-"""The forecast of a Trainer: population statistics of the current weights, from the training steps of a fit."""
+"""A forecast of the population statistics of the current weights, from the training steps of a Trainer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from lightning_bn.trainer.passes import PassResult, check_sharding
 class TrainerForecast:
     """Forecasts, within a fit, the population statistics of the current weights.
 
-    Args:
-        layers: Glob patterns over the layers to forecast.
-        owner: Name of the callback, for messages.
-        alternative: What to do where no forecast is possible, for messages.
+    ``owner``, the name of the callback, and ``alternative``, the advice if no forecast is possible, are for messages.
     """
 
     def __init__(self, layers: Layers, owner: str, alternative: str) -> None:
@@ -35,7 +32,6 @@ class TrainerForecast:
         self._warned: set[str] = set()
 
     def reset(self) -> None:
-        """Forget the last model."""
         self._forecaster, self._restored, self._warned = None, {}, set()
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -78,7 +74,7 @@ class TrainerForecast:
             self._forecaster.abandon()
 
     def skip_reason(self, context: PassContext) -> str:
-        """Why there is no forecast to write now; empty if there is one."""
+        """Return why there is no forecast to write now; empty if there is one."""
         if self._statistics(context):
             return ""
         assert self._forecaster is not None  # start has made it
@@ -97,7 +93,7 @@ class TrainerForecast:
         return PassResult.write(context.layers, statistics, started)
 
     def ema_gap(self, context: PassContext) -> float:
-        """The largest of the layers' `ema_gaps`; infinite if a layer has no forecast or non-finite statistics."""
+        """Return the largest of the layers' `ema_gaps`; infinite without a forecast or finite statistics."""
         assert self._forecaster is not None  # start has made it
         gaps = self._forecaster.ema_gaps()
         of_layers = [gaps.get(name, math.inf) for name in context.layers]

@@ -1,4 +1,4 @@
-"""The forward of a pass: how a batch reaches the model, what a module must offer for that, and a run without traces."""
+"""The forward of a pass: the ways that a batch reaches the model, and checks that a module supports them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_bn.trainer.failures import located
 from lightning_bn.trainer.isolation import isolate
 
 Forward: TypeAlias = Literal["training_step", "forward"] | Callable[[LightningModule, Any], Any]
-"""How a batch reaches the model: the muted training step, ``forward``, or a function of module and batch."""
+"""The training step, ``forward``, or a function of module and batch."""
 
 
 class NumberedBatch(NamedTuple):
-    """A batch of a pass, its number for messages, and its number of samples."""
+    """Holds a batch of a pass, its number for messages, and its number of samples."""
 
     number: int
     batch: Any
@@ -49,7 +49,7 @@ def numbered(batches: Iterator[Any], batch_size_fn: BatchSizeFn) -> Iterator[Num
 
 @contextmanager
 def isolated_forward(forward: Forward, context: PassContext, estimate: bool) -> Iterator[Callable[[Any], None]]:
-    """Yield a function of (number, batch, ...) that runs the fixed model on a batch and leaves no trace.
+    """Yield a function of (number, batch, ...) that runs the fixed model on a batch and restores everything.
 
     Its errors name the batch. With ``estimate``, the layers of the context are in train mode before each forward.
     """
@@ -93,7 +93,7 @@ def isolated_forward(forward: Forward, context: PassContext, estimate: bool) -> 
 
 
 def check_forward_argument(forward: Any) -> None:
-    """Raise ValueError for a value that is none of `Forward`."""
+    """Raise ValueError for a value that is not in `Forward`."""
     if not callable(forward) and forward not in ("training_step", "forward"):
         raise ValueError(f"forward must be 'training_step', 'forward' or a function but is {forward!r}.")
 
@@ -145,7 +145,7 @@ def check_call(forward: Forward, module: LightningModule, batch: Any, owner: str
 
 
 def example_forward(module: LightningModule, owner: str, child: str | None = None) -> str:
-    """Example code for a message: the callback with a function that runs the module and a ``child`` of it.
+    """Return example code for a message: the callback with a function that runs the module and a ``child``.
 
     The default child is the last one with BatchNorm layers, which is more often a discriminator than a generator.
     """
@@ -165,7 +165,6 @@ def _has_forward(module: LightningModule) -> bool:
 
 
 def _data_key(module: LightningModule, batch: Mapping[Any, Any]) -> Any:
-    """The most likely key of the input in a batch: one that is an argument of forward, or the first."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
@@ -174,7 +173,6 @@ def _data_key(module: LightningModule, batch: Mapping[Any, Any]) -> Any:
 
 
 def _mismatch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Why a function cannot be called with these arguments; empty if it can, or if that is unknown."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # compiled functions have none

@@ -1,7 +1,6 @@
-"""Isolation: what a forward changes in module, Trainer and random number generators is restored afterwards.
+"""Isolation: the changes of a forward to module, Trainer and random number generators are undone.
 
-Modules work on copies of their state and get the original objects back. So nothing has to be searched for changes or
-copied back, and an exception leaves nothing half restored.
+Modules work on copies of their state and get the original objects back, also after an exception.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from lightning_bn.core.rng import GENERATORS, preserve_rng_state, save_generator
 
 FixedModel: TypeAlias = Callable[[], AbstractContextManager[None]]
-"""Enter its result for each forward: every forward then begins with the same parameters."""
+"""Its result is entered for each forward, which then begins with the original parameters."""
 
 _USER_DICTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _TORCH_ATTRIBUTES = set(vars(nn.Module())) - _USER_DICTS
@@ -38,10 +37,9 @@ def isolate(
 ) -> Iterator[FixedModel]:
     """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and restore everything.
 
-    Restored are parameters and their gradients, modes, buffers, submodules, hooks, torchmetrics states, other
-    attributes of every module (containers one level deep), and random number generators: Python's, NumPy's, torch's on
-    every device, and those that module and data module hold. Loggers are muted, and so is `self.log` unless
-    ``may_log``. The Trainer reports ``stage``: augmentation on the device asks for training.
+    That includes parameters, gradients, modes, buffers, submodules, hooks, torchmetrics, other attributes (containers
+    one level deep), and random number generators. Loggers are muted, and so is `self.log` unless ``may_log``. The
+    Trainer reports ``stage``, because augmentation on the device asks for training.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_rng_state())
@@ -66,12 +64,11 @@ def _muted_loggers(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
 
 
 class _MutedLogger(DummyLogger):
-    """Discards what is logged. A step that asks for the folder or the name of the run gets the true one."""
-
     def __init__(self, logger: Logger) -> None:
         super().__init__()
         self._logger = logger
 
+    # a step may ask for the folder or the name of the run
     save_dir: Any = property(lambda self: self._logger.save_dir)
     log_dir: Any = property(lambda self: self._logger.log_dir)
     name: Any = property(lambda self: self._logger.name)
@@ -101,13 +98,12 @@ def _preserve_modules(module: LightningModule, may_log: bool) -> Iterator[None]:
 
 
 def _hooks_of(m: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """Each dict of hooks with a copy. The dict itself stays in place, because handles remove hooks from it."""
+    # The dict itself stays in place, because handles remove hooks from it.
     dicts = [value for key, value in vars(m).items() if key in _TORCH_ATTRIBUTES and isinstance(value, dict)]
     return [(hooks, copy.copy(hooks)) for hooks in dicts]
 
 
 def _shallow_clone(value: Any) -> Any:
-    """A copy that a forward may change in place: of tensors, and of containers and the tensors directly in them."""
     if isinstance(value, dict):
         twin = copy.copy(value)
         twin.update({key: _clone_array(v) for key, v in value.items()})
@@ -132,9 +128,8 @@ def _noop(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def _preserve_parameters(module: nn.Module) -> Iterator[FixedModel]:
-    """Point parameters to copies of their values meanwhile: a momentum encoder's step changes them, for instance."""
-    # The objects stay the same, since optimizers and DDP hold them. The original values are not written to, since an
-    # autograd graph may need them. The price is a second copy of the weights during a pass.
+    # Parameters point to copies of their values, since a momentum encoder's step changes them. Optimizers and DDP hold
+    # the objects, and an autograd graph may need the original values. The cost is a second copy of the weights.
     parameters = [*module.parameters(), *filter(is_lazy, module.buffers())]
     before = [(p, type(p), p.data, p.grad, p.requires_grad) for p in parameters]
     try:
@@ -152,13 +147,11 @@ def _preserve_parameters(module: nn.Module) -> Iterator[FixedModel]:
 
 
 def _can_point_to_copy(p: Tensor) -> bool:
-    """False for wrappers of other tensors, which cannot, and for lazy and inference tensors, which need not."""
+    # wrappers of other tensors cannot; lazy and inference tensors need not
     return not is_lazy(p) and type(p.data) is Tensor and p.layout == torch.strided and not p.is_inference()
 
 
 class _ParameterCopies:
-    """Points parameters to copies, and restores these before each forward once a forward has changed one."""
-
     def __init__(self, parameters: list[Tensor]) -> None:
         self._parameters = parameters
         self._originals = [p.data for p in parameters]
@@ -169,7 +162,6 @@ class _ParameterCopies:
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
-        """Run a forward that begins with the original values."""
         self._started += 1
         if self._started == 2 and not self._ended:  # in lockstep the first forward is suspended
             self._compare()
@@ -192,8 +184,8 @@ class _ParameterCopies:
         return [(p._version, p.data_ptr()) for p in self._parameters]
 
     def _compare(self) -> None:
-        # A change in place through `.data` has no new version. Steps change the same every time, so one look suffices:
-        # on a GPU each look waits.
+        # A change in place through `.data` has no new version. Steps change the same each time, so one comparison
+        # suffices: on a GPU each one waits.
         pairs = zip(self._originals, self._parameters, strict=True)
         self._changes = self._changes or not all(_same_bits(original, p.data) for original, p in pairs)
 
@@ -210,7 +202,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def _clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that share a storage where the originals do: on a GPU an RNN's weights are parts of one tensor."""
+    # Copies share a storage where the originals do: on a GPU an RNN's weights are parts of one tensor.
     users = Counter(t.untyped_storage()._cdata for t in tensors)
     shared: dict[int, torch.UntypedStorage] = {}
     copies = []
@@ -243,12 +235,12 @@ def _preserve_held_rng_state(module: nn.Module, datamodule: Any) -> Iterator[Non
 
 
 def is_lightning_module(o: Any) -> bool:
-    """Recognizes modules by their methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
+    """Recognize modules by their methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
     return callable(getattr(o, "training_step", None)) and callable(getattr(o, "log_dict", None))
 
 
 def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
-    """Objects with state, generators among them, from ``roots`` down some attributes and through short containers."""
+    """Find objects with state, generators among them, in attributes, closures and short containers."""
     objects: list[Any] = []
     seen: set[int] = set()
     level = list(roots)
@@ -274,7 +266,7 @@ def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
 
 
 def snapshot_state(o: Any) -> Callable[[], Any]:
-    """A function that restores the state that an object has now."""
+    """Return a function that restores the state that an object has now."""
     if isinstance(o, GENERATORS):
         return save_generator(o)
     return partial(vars(o).update, vars(o).copy())

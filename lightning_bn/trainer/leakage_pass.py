@@ -1,4 +1,4 @@
-"""The leakage pass: runs the fixed model again on batches of the last epoch. And the three errors of Fig. 8."""
+"""The leakage pass, which runs the fixed model again on batches of the last epoch, and the errors of Fig. 8."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ _MIN_BATCHES = 4
 
 
 class BatchReservoir:
-    """A random sample of the batches of an epoch, copied to the CPU (reservoir sampling).
-
-    Ranks with the same seed hold batches of the same steps.
-    """
+    """Holds a random sample of an epoch's batches on the CPU, of the same steps on ranks with one seed."""
 
     def __init__(self, num_batches: int, seed: int) -> None:
         self.num_batches = num_batches
@@ -40,18 +37,18 @@ class BatchReservoir:
 
     @property
     def held(self) -> int:
-        """Number of batches held now."""
+        """Count the batches held now."""
         return len(self._batches)
 
     def keep(self, batch: Any) -> None:
-        """Keep a copy of a batch, in place of another, or ignore it. Call before the training step can change it."""
+        """Copy a batch in place of another, or ignore it, before the training step can change it."""
         place = self._num_seen if self.held < self.num_batches else self._random.randrange(self._num_seen + 1)
         self._num_seen += 1
         if place < self.num_batches:
             self._batches[place : place + 1] = [HostCopy(batch)]
 
     def batches(self) -> Iterator[Any]:
-        """Copies of the batches, on their original devices."""
+        """Return copies of the batches, on their original devices."""
         return (kept.batch() for kept in self._batches)
 
 
@@ -76,17 +73,15 @@ class LeakagePass:
         self._error: Exception | None = None
 
     def check(self, module: LightningModule, trainer: Trainer) -> None:
-        """Validate model and strategy before training starts."""
         storing_layers(module, self.layers)
         check_sharding(trainer)
         check_forward(self.forward, module, "BatchLeakageMonitor")
 
     def reset(self) -> None:
-        """Drop the kept batches."""
         self._reservoir = self._error = None
 
     def keep(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        """Maybe keep a batch that is about to be trained on. `run` raises the error if that fails."""
+        """Keep a batch that is about to be trained on, or none; `run` raises the error if that fails."""
         try:
             if self._reservoir is None:
                 self._begin(module.device, batch, seed=trainer.current_epoch)
@@ -117,7 +112,7 @@ class LeakagePass:
         reservoir.keep(batch)
 
     def run(self, trainer: Trainer, module: LightningModule) -> BatchLeakage:
-        """Test the kept batches on the current model. All ranks do, or all raise."""
+        """Test the kept batches on the current model; all ranks do, or all raise."""
         with agreed(module.device):
             if self._error is not None:
                 raise self._error
@@ -140,7 +135,7 @@ def compare_statistics(
     same_pattern: Callable[[Trainer], Iterable[Any]] | None,
     prefix: str,
 ) -> dict[str, float]:
-    """Validation metrics with population and with mini-batch statistics, and with the latter in training's pattern.
+    """Return validation metrics with population, with mini-batch, and with mini-batch statistics in training's pattern.
 
     ``same_pattern`` returns, from the Trainer, a loader of validation samples that are batched as in training. The keys
     begin with ``prefix`` and ``/population``, ``/mini_batch`` or ``/same_pattern``.

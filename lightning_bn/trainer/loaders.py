@@ -33,10 +33,9 @@ from lightning_bn.trainer.isolation import CONTAINERS, find_stateful_objects, sn
 
 @contextmanager
 def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterator[Any]]:
-    """This rank's batches of the train dataloader, from a fresh iterator, on the device.
+    """Yield this rank's batches of the train dataloader, from a fresh iterator, on the device.
 
-    In a fit the Trainer's own loader is read, with its sampler and limits; otherwise the loader of module or data
-    module, sharded over ranks.
+    Outside a fit they are those of the module or data module, sharded over ranks.
     """
     if trainer.state.fn != "fit":
         with loader_batches(trainer, module, own_train_dataloader(trainer, module), shard=True) as batches:
@@ -58,17 +57,16 @@ def train_batches(trainer: Trainer, module: LightningModule) -> Iterator[Iterato
 def evaluation_batches(
     trainer: Trainer, module: LightningModule, dataloader_idx: int | None = None
 ) -> Iterator[Iterator[tuple[Any, int, int]]]:
-    """This rank's batches of the evaluated loaders, or of one of them, from fresh iterators, on the device.
+    """Yield this rank's batches of the evaluated loaders, or of one of them, from fresh iterators, on the device.
 
-    Each comes with its index in its loader, and the index of the loader, which is 0 for combined loaders.
+    Each is a tuple of batch, index of the batch, and index of the loader; the latter is 0 for combined loaders.
     """
     live = evaluation_loaders(trainer)
     sequential = combination_mode(live) == "sequential"
     check_loader_reiterable(
         live.flattened,
         "evaluated dataloader",
-        "Give the Trainer a plain DataLoader or, with AdaBN, take batches as they come: "
-        "online=True, log_unadapted=False.",
+        "Give the Trainer a plain DataLoader or, with AdaBN, pass online=True, log_unadapted=False.",
     )
     loaders: Any = tree_map(_FreshIterator, live.iterables)
     if dataloader_idx is not None and sequential:
@@ -93,16 +91,13 @@ def evaluation_batches(
 def loader_batches(
     trainer: Trainer, module: LightningModule, loader: Iterable[Any], shard: bool
 ) -> Iterator[Iterator[Any]]:
-    """This rank's batches of a loader of the user, on the device; with ``shard``, every n-th batch.
-
-    A mapping of loaders is combined as Lightning does.
-    """
+    """Yield this rank's batches of a loader of the user, on the device; with ``shard``, every n-th batch."""
     ranks = get_world_size() if shard else 1
     if ranks > 1:  # all ranks must shuffle alike
         seed, *_ = sum_over_ranks([random.getrandbits(31) if get_rank() == 0 else 0], module.device)
         for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
             seed_generator(seed)
-    if isinstance(loader, Mapping):
+    if isinstance(loader, Mapping):  # combined as by Lightning
         combined = CombinedLoader(tree_map(_FreshIterator, loader), "max_size_cycle")
         loader = (batch for batch, *_ in combined)
     with _preserve_loader_state([loader]):
@@ -111,7 +106,7 @@ def loader_batches(
 
 
 def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[Any]:
-    """The train dataloader that a data module or module defines, for ``trainer.validate``, ``test`` and ``predict``."""
+    """Return the train dataloader that a data module or module defines, outside a fit."""
     assert trainer.state.fn is not None
     verb = trainer.state.fn.value
     for owner in (getattr(trainer, "datamodule", None), module):
@@ -134,7 +129,7 @@ def own_train_dataloader(trainer: Trainer, module: LightningModule) -> Iterable[
 
 
 class ReplayBuffer:
-    """The last training batches of this rank, on the CPU, as many as hold ``num_samples``."""
+    """Holds the last training batches of this rank, ``num_samples`` or slightly more, on the CPU."""
 
     def __init__(self, num_samples: int, max_bytes: int) -> None:
         self.num_samples = num_samples
@@ -143,11 +138,11 @@ class ReplayBuffer:
 
     @property
     def held(self) -> int:
-        """Number of samples held now."""
+        """Count the samples held now."""
         return sum(samples for _, samples in self._batches)
 
     def keep(self, batch: Any, samples: int) -> None:
-        """Keep a copy of a batch, before the training step can change it; drop the oldest that is not needed."""
+        """Copy a batch, before the training step can change it; drop the oldest ones that are not needed."""
         if samples < 1:
             return
         num_bytes = bytes_of(batch)
@@ -163,7 +158,7 @@ class ReplayBuffer:
             self._batches.popleft()
 
     def batches(self) -> Iterator[Any]:
-        """Copies of the batches, newest first, on their original devices."""
+        """Return copies of the batches, newest first, on their original devices."""
         return (kept.batch() for kept, _ in reversed(self._batches))
 
 
@@ -192,12 +187,11 @@ def check_loader_reiterable(
 
 
 class _FreshIterator:
-    """A loader whose ``iter()`` is always a new iterator; with persistent workers it would reset the live one."""
-
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
+        # With persistent workers `iter(loader)` would reset the live iterator.
         if not _has_default_iter(self.loader):
             return iter(self.loader)
         iterator: Iterator[Any] = self.loader._get_iterator()  # private in torch, and what its __iter__ calls
@@ -218,7 +212,6 @@ def _has_default_iter(loader: Any) -> bool:
 
 @contextmanager
 def _preserve_loader_state(loaders: Sequence[Any]) -> Iterator[None]:
-    """Restore counters, orders and random number generators of samplers, datasets and collate functions on leaving."""
     parts = ("generator", "sampler", "dataset", "collate_fn")
     samplers = [unwrap_batch_sampler(loader) for loader in loaders]
     objects = find_stateful_objects(

@@ -1,4 +1,4 @@
-"""A callback's own output: rows for loggers, keys for them, and a line in the Trainer's progress bar."""
+"""The output of a callback: rows and keys for loggers, and a line in the Trainer's progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def log_row(trainer: Trainer, row: Mapping[str, float]) -> None:
 
 
 def safe_keys(names: Iterable[str]) -> dict[str, str]:
-    """Unique metric keys for layer names, of letters, digits and underscores: W&B takes a dot for a path.
+    """Return unique metric keys for layer names, of letters, digits and underscores: W&B takes a dot for a path.
 
     Example:
         >>> safe_keys(["layer1.0.bn1", "layer1.0_bn1"])
@@ -35,7 +35,7 @@ def safe_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def progress_of(trainer: Trainer, name: str = "PreciseBN") -> Progress:
-    """A display that adds a line to the Trainer's progress bar during a pass; without a bar it does nothing."""
+    """Return a display that adds a line to the Trainer's progress bar during a pass, if there is a bar."""
 
     @contextmanager
     def show(total: int | None) -> Iterator[Callable[[int], Any]]:

@@ -1,4 +1,4 @@
-"""The user's choices for a pass over training data: public, frozen, validated once."""
+"""The user's settings for a pass over training data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ from lightning_bn.trainer.forward import Forward, check_forward_argument
 
 @dataclass(frozen=True)
 class Replay:
-    """Source of a pass: the last training batches, kept in main memory. ``"replay"`` is short for ``Replay()``.
+    """Sets the last training batches, kept in main memory, as the source of a pass.
 
-    For loaders that cannot be read twice, such as streams and stateful loaders.
+    ``"replay"`` is short for ``Replay()``. It suits loaders that cannot be read twice, such as streams. It does not
+    help right after a resume, when no batches are kept.
 
-    Attributes:
+    Args:
         max_bytes: Memory limit of the kept batches on each rank; the default holds 1700 images of 224 px in float32.
+
+    Raises:
+        TypeError: If ``max_bytes`` is not an integer.
+        ValueError: If it is less than 1.
+
+    Example:
+        >>> from lightning_bn import PreciseBNCallback, Replay
+        >>> callback = PreciseBNCallback(source=Replay(max_bytes=2**32))
     """
 
     max_bytes: int = 2**30
@@ -33,11 +42,16 @@ class Replay:
 
 @dataclass(frozen=True)
 class FromLoader:
-    """Source of a pass: a loader of the user.
+    """Sets a loader of the user as the source of a pass.
 
-    Attributes:
+    Its samples must be distributed and augmented as in training: other samples give other statistics.
+
+    Args:
         fn: Called with the Trainer at each pass; returns any iterable of batches.
         shard: Each rank takes every n-th batch; False: each rank takes all of them.
+
+    Raises:
+        TypeError: If ``fn`` is not callable, or ``shard`` is not a bool.
 
     Example:
         >>> from lightning_bn import FromLoader, PreciseBNCallback
@@ -63,23 +77,26 @@ DEFAULT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class PassConfig(MeasureConfig):
-    """A pass over training data: how many samples, from where, and how they reach the model.
+    """Sets how many samples a pass over training data reads, from which source, and how they reach the model.
 
-    The arguments of `PreciseBNCallback` of the same names; its page explains them.
+    `PreciseBNCallback` has arguments of the same names, and explains when they do not help.
 
-    Attributes:
+    Args:
         num_samples: Samples of all ranks, in whole batches.
         normalization_batch_size: Samples of all ranks that are normalized jointly.
-        tolerance: Stop early when all standard errors are below it; None never stops early. ``"population"`` never
-            stops early.
+        tolerance: Stop early when all standard errors are below it; None, and ``"population"``, never stop early.
         memory_limit: Bytes that batches waiting for each other may take on each rank.
-        batch_size_fn: Number of samples in a batch; None infers it.
-        source: Where the batches come from.
-        forward: How a batch reaches the model.
+        batch_size_fn: Returns the number of samples in a batch; None infers it.
+        source: The batches: the train dataloader, the last training batches, or a loader.
+        forward: The training step, ``forward``, or a function of module and batch.
 
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If a value is out of range, or contradicts another one.
+
+    Example:
+        >>> from lightning_bn import PassConfig
+        >>> config = PassConfig(num_samples=2000, forward="forward")
     """
 
     num_samples: int = 1000

@@ -1,7 +1,4 @@
-"""The population pass: `precise_bn` inside a Trainer, with the batches, forward, modes and isolation of a training.
-
-Callbacks decide when it runs.
-"""
+"""The population pass: `precise_bn` inside a Trainer, with the batches, forward and modes of its training."""
 
 from __future__ import annotations
 
@@ -44,12 +41,9 @@ _CHANGING_KEYS = (*STATISTICS_KEYS, "weight", "bias")
 
 @dataclass(frozen=True)
 class PassResult:
-    """The result of a pass.
+    """Holds the layers' new statistics and the duration of a pass.
 
-    Attributes:
-        statistics: The layers' new statistics.
-        moved: Layer name -> mean gap in sigma and variance gap, from the old statistics to the new ones.
-        seconds: Duration of the pass.
+    ``moved`` maps layer names to mean gap in sigma and variance gap, from the old statistics to the new ones.
     """
 
     statistics: PopulationStatistics
@@ -64,7 +58,7 @@ class PassResult:
         return cls(statistics, moved, time.perf_counter() - started)
 
     def to_metrics(self, prefix: str) -> dict[str, float]:
-        """Metrics for loggers: duration, samples, and the gaps of the median layer and of the worst one."""
+        """Return metrics: duration, samples, and the gaps of the median layer and of the worst one."""
         metrics = {"seconds": self.seconds}
         if self.statistics.num_samples:
             metrics |= {"num_samples": float(self.statistics.num_samples), "batch_size": self.statistics.batch_size}
@@ -74,13 +68,13 @@ class PassResult:
 
 
 class LayerSnapshot:
-    """Copies of the statistics and parameters of layers, to see later which of them training has changed."""
+    """Copies statistics and parameters of layers, to find later those that training has changed."""
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._before = {name: {k: t.detach().clone() for k, t in _tensors(m).items()} for name, m in layers.items()}
 
     def changed(self, layers: Mapping[str, _BatchNorm], keys: Sequence[str] = _CHANGING_KEYS) -> list[str]:
-        """The layers of which one of the tensors ``keys`` has changed.
+        """Return the layers of which one of the tensors ``keys`` has changed.
 
         Weight and bias also change in layers that training reaches without a forward, such as an averaged teacher.
         """
@@ -93,33 +87,18 @@ class LayerSnapshot:
 
 @dataclass
 class PassState:
-    """Facts that passes learn in one fit; new for each fit.
-
-    Attributes:
-        buffer: The kept training batches of a replay.
-        profile: Known facts of the model's forward.
-        lockstep_failed: The model's batches cannot wait for each other.
-        saw_first_batch: The first training batch was checked.
-        at_start: The layers at the start of the fit.
-        warned: Subjects of the warnings that were given.
-    """
+    """Holds facts that passes learn in one fit."""
 
     buffer: ReplayBuffer | None = None
     profile: ModelProfile = field(default_factory=ModelProfile)
-    lockstep_failed: bool = False
+    lockstep_failed: bool = False  # the model's batches cannot wait for each other
     saw_first_batch: bool = False
     at_start: LayerSnapshot = field(default_factory=lambda: LayerSnapshot({}))
-    warned: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)  # subjects of warnings
 
 
 class PopulationPass:
-    """A pass over training data.
-
-    Args:
-        config: The user's choices.
-        layers: Glob patterns over the layers to estimate.
-        owner: Name of the callback, for messages.
-    """
+    """Runs passes over training data, in the name of the callback ``owner``."""
 
     def __init__(self, config: PassConfig, layers: Layers, owner: str) -> None:
         as_patterns(layers)  # validates them
@@ -132,7 +111,7 @@ class PopulationPass:
         self._of_numbered: MeasureConfig = replace(config, batch_size_fn=attrgetter("samples"))
 
     def reset(self, keep_replay: bool = False) -> None:
-        """Forget the last model; a replay's batches may be kept for the evaluation after a fit."""
+        """Drop the facts of the last model; a replay's batches may be kept for the evaluation after a fit."""
         self.state = PassState(buffer=self.state.buffer if keep_replay else None)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -142,7 +121,7 @@ class PopulationPass:
         check_forward(self.config.forward, module, self.owner)
 
     def check_loader(self, trainer: Trainer) -> None:
-        """Raise ValueError for a train dataloader that cannot be read a second time, once it exists."""
+        """Raise ValueError for a train dataloader that cannot be read a second time."""
         loaders = train_loaders(trainer)
         if self.config.source == "train_dataloader" and loaders is not None:
             check_loader_reiterable(loaders.flattened)
@@ -171,7 +150,7 @@ class PopulationPass:
             self._warn_once("replay", f"{self.owner} could not keep a batch for the replay, and skips it: {error}")
 
     def skip_reason(self) -> str:
-        """Why a pass cannot run now; empty if it can. Mentions a replay that is not full yet."""
+        """Return why a pass cannot run now; empty if it can."""
         if not isinstance(self._replay, Replay):
             return ""
         held = (self.state.buffer.held if self.state.buffer else 0) * get_world_size()
@@ -184,12 +163,7 @@ class PopulationPass:
         return ""
 
     def run(self, context: PassContext) -> PassResult:
-        """Estimate the statistics of the model's current weights and write them into its layers.
-
-        Raises:
-            ValueError: If there was no batch, or if all of them gave a layer non-finite values.
-            RuntimeError: If the training step needs gradients, or raises StopIteration.
-        """
+        """Estimate the statistics of the model's current weights and write them into its layers."""
         started = time.perf_counter()
         with NoStopIteration("The pass over training batches"):
             statistics = self._measure_with_fallback(context)
@@ -262,13 +236,13 @@ def check_sharding(trainer: Trainer) -> None:
 
 
 def gaps_from_running_stats(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
-    """Mean gap (sigma of the stored statistics) and variance gap from a layer's stored to the measured statistics."""
+    """Return mean gap (sigma of the stored statistics) and variance gap from stored to measured statistics."""
     mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     return float(mean_gap(measured.mean, mean, var)), float(var_gap(measured.var, var))
 
 
 def with_initial_stats(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """The layers that still have their initial statistics: mean 0 and variance 1."""
+    """Select the layers that still have their initial statistics: mean 0 and variance 1."""
     return {
         name: layer
         for name, layer in layers.items()

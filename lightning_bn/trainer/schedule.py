@@ -11,19 +11,12 @@ from lightning_bn.core.checks import check_int
 
 @dataclass(frozen=True)
 class SwitchPoint:
-    """The point of a fit at which a callback switches, given in exactly one of four ways.
-
-    Attributes:
-        last_n_epochs: The start of the last n epochs.
-        start_epoch: The start of this epoch; the first is 0.
-        start_step: This optimizer step, ``trainer.global_step``.
-        start_fraction: This fraction of the fit, of its epochs or its steps, whichever end it sooner.
-    """
+    """Defines the point of a fit at which a callback switches, in exactly one of four ways."""
 
     last_n_epochs: int | None = None
-    start_epoch: int | None = None
-    start_step: int | None = None
-    start_fraction: float | None = None
+    start_epoch: int | None = None  # the first is 0
+    start_step: int | None = None  # trainer.global_step
+    start_fraction: float | None = None  # of the fit's epochs or steps, whichever end it sooner
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -54,7 +47,7 @@ class SwitchPoint:
             )
 
     def reached(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether the fit has reached this point, right before the batch ``batch_idx`` of the current epoch."""
+        """Return whether the fit has reached this point, before batch ``batch_idx`` of the current epoch."""
         if self.start_step is not None:
             return trainer.global_step >= self.start_step
         last_epoch, last_step = trainer.max_epochs or -1, trainer.max_steps
