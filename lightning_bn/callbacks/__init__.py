@@ -1,1 +1,1 @@
-"""One file a callback: when to act, and one call into the rooms below."""
+"""Lightning callbacks, one per file: each decides when to act, and calls functions of the other folders."""

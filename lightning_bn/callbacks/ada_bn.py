@@ -34,54 +34,39 @@ from lightning_bn.trainer.passes import check_sharding
 
 
 class AdaBNCallback(BatchNormCallback):
-    """Re-estimate population statistics on the evaluated data in ``trainer.validate``, ``test`` or ``predict``.
+    """Evaluate with population statistics of the evaluated data, outside of a fit (Sec. 5.1). See `adapt_bn`.
 
-    Each dataloader is a domain. Before its first batch, the running statistics become those of its own samples, read
-    without labels from a fresh iterator. At the end of the epoch, or after an error, the original ones are restored bit
-    for bit. Inside a fit nothing happens.
+    Each dataloader is a domain. Its statistics are measured before its first batch, without labels. The original ones
+    are restored bit for bit after the epoch.
 
-    When it helps: the inputs have shifted since training and the classes have not (error 40.8 -> 33.1 % at a contrast
-    shift, Table 4). When it does not: without a shift, with other class frequencies in the target, with few samples,
-    and after training with frozen statistics (accuracy 77.9 -> 48.5 %). Compare with ``log_unadapted=True``.
+    It helps if the inputs have shifted since training and the classes have not.
+    It does not help without a shift, with other class frequencies, or after training with frozen statistics.
+    Cost: one forward over ``num_samples`` samples of each dataloader.
 
     Args:
-        num_samples: Samples of each dataloader, of all ranks together, in whole batches from its start; None for all,
-            which a loader that is sorted by class needs.
-        prior_samples: Number of target samples that the original statistics are worth, see `adapt_bn`. A prior helps
-            with few samples and a small shift; it hurts at a large shift.
-        online: Normalize each batch with the statistics of all batches so far, itself included, of this rank, instead
-            of reading ahead. Nothing is written. Predictions then depend on the order of batches.
+        num_samples: Samples from the start of each dataloader, of all ranks together. None takes all, which a loader
+            sorted by class needs.
+        prior_samples: Target samples that the original statistics count as, for few samples and a small shift.
+        online: Normalize each batch with the statistics of all batches of this rank so far, without reading ahead.
+            Predictions then depend on the order of batches.
         stages: Some of ``"validate"``, ``"test"`` and ``"predict"``, outside of a fit.
-        log_unadapted: First evaluate without adapting, and log that as ``unadapted/<key>``; not for ``"predict"``,
-            which logs nothing.
-        forward: ``"evaluation_step"``, muted; ``"forward"``, the module called on the batch (its first element if it
-            is a tuple or list, or with it as keywords if it is a mapping); or a function of module and batch.
+        log_unadapted: First evaluate without adapting, and log that as ``unadapted/<key>``. Not for ``"predict"``.
+        forward: ``"evaluation_step"``, muted; ``"forward"``, the module called on the batch; or a function of both.
         layers: Glob patterns over qualified layer names; None for every layer that is not frozen.
         batch_size_fn: Number of samples in a batch; None infers it.
 
     Attributes:
-        results: Measured statistics of each dataloader in the last evaluation; None for one without batches.
-        source_metrics: Metrics of the last evaluation without adaptation, by their logged keys; empty without
-            ``log_unadapted``.
+        results: Statistics of each dataloader in the last evaluation; None for one without batches.
+        source_metrics: Metrics without adaptation by logged key; empty without ``log_unadapted``.
 
     Raises:
-        ValueError: At the start: no layer, another AdaBNCallback or a conflicting feature on the same one; a loader
-            that cannot be read twice.
-        RuntimeError: If the strategy shards the model.
+        ValueError: At the start: no layer, a conflicting callback, or a loader that cannot be read twice.
+        RuntimeError: At the start, for a strategy that shards the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import AdaBNCallback
         >>> trainer = Trainer(callbacks=[AdaBNCallback(log_unadapted=True)], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.AdaBNCallback
-              init_args: {num_samples: 1000, stages: [test], log_unadapted: true}
-        ```
     """
 
     kind = "adapted"
@@ -123,7 +108,7 @@ class AdaBNCallback(BatchNormCallback):
         self._adapting: Adapting | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":  # PreciseBNCallback's statistics are the source's
+        if stage != "fit":  # a pass of PreciseBNCallback writes the source's statistics first
             self._move_behind_statistics_callbacks(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,7 +116,7 @@ class AdaBNCallback(BatchNormCallback):
         storing_layers(pl_module, self.layers)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn not in self.stages:  # as "fit" is not
+        if trainer.state.fn not in self.stages:  # nor is "fit"
             return
         self._check_overlap(trainer, pl_module)
         check_sharding(trainer)
@@ -203,7 +188,7 @@ class AdaBNCallback(BatchNormCallback):
             self._handle = Handle(context.layers.values(), self._adapting)
         else:
             statistics = self.results[dataloader_idx]
-            assert statistics is not None  # there is a batch
+            assert statistics is not None  # because there is a batch
             self._handle = Adaptation(context.layers, statistics, self.prior_samples)
 
     def _restore(self) -> None:
@@ -243,6 +228,6 @@ class AdaBNCallback(BatchNormCallback):
                 if shared:
                     rank_zero_warn(
                         f"AdaBNCallback re-estimates the statistics of layers that FreezeBNCallback freezes in "
-                        f"training ({shared[0]!r} first). The weights fit the frozen ones: in a trial of ours accuracy "
-                        "fell from 77.9 to 48.5 %. Leave them out by layers=, or compare with log_unadapted=True."
+                        f"training ({shared[0]!r} first). The weights fit the frozen ones: in our trial accuracy fell "
+                        "from 77.9 to 48.5 %. Leave them out by layers=, or compare with log_unadapted=True."
                     )

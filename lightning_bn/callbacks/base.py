@@ -16,35 +16,30 @@ from lightning_bn.trainer.passes import PassResult, check_sharding
 
 
 class BatchNormCallback(Callback):
-    """A callback that acts on the BatchNorm layers chosen by ``layers``."""
+    """Act on the BatchNorm layers chosen by ``layers``."""
 
     layers: Layers
     kind: str
     """Names its feature in `lightning_bn.layers.conflicts`."""
 
     def __init_subclass__(cls) -> None:
-        """Let `on_fit_start` refuse two callbacks of one class, which names their layers.
-
-        Lightning would refuse them earlier, without the layers, if ``state_dict`` were not that of `Callback`. It
-        compares the function that ``__wrapped__`` names.
-        """
+        """Let `on_fit_start` refuse two callbacks of one class, with the names of their layers."""
         super().__init_subclass__()
-        if "state_dict" in vars(cls):
+        if "state_dict" in vars(cls):  # Lightning compares it by __wrapped__, and would refuse them without the names
             vars(cls)["state_dict"].__wrapped__ = Callback.state_dict
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint; callbacks of one class on different layers have different ones."""
         return state_key(self, layers=as_patterns(self.layers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_overlap(trainer, pl_module)
 
     def on_population_pass(self, trainer: Trainer, result: PassResult) -> None:
-        """Called after a callback has written population statistics."""
+        """Observe the statistics that a callback has just written."""
 
     def chosen_layers(self, module: LightningModule) -> dict[str, _BatchNorm]:
-        """Qualified name -> layer that the callback acts on."""
+        """Return the layers that the callback acts on, by qualified name."""
         return find_bn(module, self.layers)
 
     def _check_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,7 +59,7 @@ class BatchNormCallback(Callback):
                 )
 
     def _stages_overlap(self, other: BatchNormCallback) -> bool:
-        """Whether both act in one stage; callbacks without ``stages`` act in all that concern the other."""
+        # callbacks without ``stages`` act in all that concern the other
         stages, others = (getattr(c, "stages", None) for c in (self, other))
         return stages is None or others is None or bool(set(stages) & set(others))
 
@@ -74,7 +69,7 @@ class BatchNormCallback(Callback):
                 callback.on_population_pass(trainer, result)
 
     def _move_behind_statistics_callbacks(self, trainer: Trainer) -> None:
-        """Move this callback behind the other ones here, because Lightning calls hooks in the order of the list."""
+        # Lightning calls hooks in the order of the list
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         place = 1 + max((i for i, c in enumerate(others) if isinstance(c, BatchNormCallback)), default=-1)
         if place > trainer.callbacks.index(self):  # type: ignore[attr-defined]
@@ -83,16 +78,13 @@ class BatchNormCallback(Callback):
 
 
 class FitScopedCallback(BatchNormCallback, ABC):
-    """A callback whose layers have a behavior from the start of a fit to its end.
-
-    It attaches the behavior in ``on_fit_start``, the first hook with the final layers: made by ``configure_model``,
-    converted by ``Trainer(sync_batchnorm=True)``, on their device, within DDP. It has no state to save.
-    """
+    """Give layers a behavior from the start of a fit to its end."""
 
     def __init__(self) -> None:
         self._handle: Handle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the first hook with the final layers: of configure_model, converted, on their device, within DDP
         super().on_fit_start(trainer, pl_module)
         check_sharding(trainer)
         self._handle = self._attach(pl_module)
@@ -116,11 +108,7 @@ class FitScopedCallback(BatchNormCallback, ABC):
 
 
 def as_stages(argument: str, given: Any) -> tuple[str, ...]:
-    """Validate a list of evaluation stages.
-
-    Raises:
-        ValueError: If it has something else than ``"validate"``, ``"test"`` and ``"predict"``.
-    """
+    """Return the evaluation stages as a tuple; refuse others than ``"validate"``, ``"test"`` and ``"predict"``."""
     if not isinstance(given, (list, tuple)) or any(stage not in ("validate", "test", "predict") for stage in given):
         raise ValueError(f"{argument} must be a list of 'validate', 'test' and 'predict' but is {given!r}.")
     return tuple(given)

@@ -35,31 +35,21 @@ _ADVICE = {
 class BatchLeakageMonitor(ObservingCallback):
     """Test whether normalization batches are random in their samples, and warn if not (Sec. 6).
 
-    A model can learn to read a pattern of its batches from their statistics, and fails in evaluation. The training loss
-    does not reveal this, and train-mode BatchNorm removes the batch mean that would. So random batches of each epoch
-    run once more at its end, muted, in eval mode. `batch_leakage` gives their p-value. The epochs' p-values make
-    one for the run, which falls below ``alpha`` by chance in at most that fraction of runs. After an alarm the monitor
-    stops testing.
+    Random batches of each epoch run once more at its end, muted, in eval mode, and `batch_leakage` tests them. The
+    p-values of all epochs form one. Without leakage, it falls to ``alpha`` in at most that fraction of runs.
+    After an alarm the monitor stops testing. Training does not change. Errors within a fit become warnings.
 
-    On alarm, if samples of a batch are alike: shuffle; or use `GhostBNCallback` with groups across the pattern,
-    `SyncBNCallback` or `RoIShuffleCallback` in a head on regions, or `FreezeBNCallback`. Negative correlations mean
-    balanced batches: compare the errors (``log_errors=True``) before changing anything.
-
-    Errors within a fit skip a test, with one warning. Layers whose rows cannot be assigned to samples are left out and
-    named.
-
-    When it does not help: it does not measure the cost of leakage, and sees only patterns in channel means.
-
-    Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test. With
-    ``log_errors`` two or three more validations each time.
+    It helps if a sampler, a loss or a head on regions gives batches a pattern: the training loss does not reveal it.
+    It does not help to measure the cost of leakage (use ``log_errors``), nor with patterns outside channel means.
+    Cost: a copy of the kept batches, a forward over ``num_samples`` samples an epoch, and the test.
 
     Args:
         num_samples: Samples of an epoch to test, of all ranks together, in four batches or more.
         alpha: Fraction of runs without leakage that may alarm.
         forward: As in `PreciseBNCallback`: ``"training_step"``, ``"forward"``, or a function of module and batch.
-        log_errors: Log in each validation its metrics with population statistics, with mini-batch statistics (shuffle
-            the validation loader), and with those of ``same_pattern``: the curves of Fig. 8.
-        same_pattern: From the Trainer to a loader of validation samples in training's pattern; ranks share it.
+        log_errors: Log the metrics of each validation with population statistics, with mini-batch statistics (shuffle
+            the validation loader), and with those of ``same_pattern``. Each costs one more validation.
+        same_pattern: Function from the Trainer to a loader of validation samples in training's pattern; ranks share it.
         layers: Glob patterns over qualified layer names; None for every layer that is not frozen.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors or the length of a list.
         max_bytes: Maximum size of the kept batches in main memory, on each rank.
@@ -67,11 +57,11 @@ class BatchLeakageMonitor(ObservingCallback):
     Attributes:
         result: Result of the last test, or None.
         p_value: p-value of the run so far; NaN before the first test.
-        alarmed: Whether it fell to ``alpha``; None before the first test.
+        alarmed: True if it has fallen to ``alpha``; None before the first test.
 
     Raises:
-        ValueError: At fit start, without a layer to test, for a module that cannot run batches without side effects, or
-            for ``log_errors`` with a `MiniBatchInferenceCallback`.
+        ValueError: At fit start: no layer to test, a module that cannot run batches without side effects, or
+            ``log_errors`` with a `MiniBatchInferenceCallback`.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -108,12 +98,10 @@ class BatchLeakageMonitor(ObservingCallback):
 
     @property
     def p_value(self) -> float:
-        """p-value of the run so far; NaN before the first test."""
         return self._evidence.p_value if self._evidence.epochs else torch.nan
 
     @property
     def alarmed(self) -> bool | None:
-        """True if the run's p-value is at most ``alpha``; None before the first test."""
         return self.p_value <= self.alpha if self._evidence.epochs else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,7 +171,7 @@ class BatchLeakageMonitor(ObservingCallback):
     def _alert(self, trainer: Trainer, result: BatchLeakage) -> None:
         worst = result.worst_layer
         alike = result.icc[worst] > 0
-        advice = [what for name, what in _ADVICE.items() if not self._has_callback(trainer, name, worst)]
+        advice = [text for name, text in _ADVICE.items() if not self._has_callback(trainer, name, worst)]
         plots.alert(
             trainer,
             title="Batches leak information" if alike else "Batches are balanced",
@@ -191,7 +179,7 @@ class BatchLeakageMonitor(ObservingCallback):
             f"{'more' if alike else 'less'} alike than random ones: intra-class correlation {result.icc[worst]:.2g} "
             f"(noise {result.noise[worst]:.1g}), p = {self.p_value:.1g} for the run. "
             + (f"{', or '.join(['Shuffle', *advice])}. " if alike else "")
-            + ("" if self.log_errors else "log_errors=True shows the cost."),
+            + ("" if self.log_errors else "log_errors=True measures the cost."),
         )
 
     def _draw(self, trainer: Trainer, result: BatchLeakage) -> None:

@@ -30,33 +30,27 @@ from lightning_bn.trainer.logging import log_row, safe_keys
 from lightning_bn.trainer.passes import PassResult
 
 _FIRST_FIGURE_AT_ROW = 32
-"""Figures are drawn at this row and whenever the number of rows has doubled: fewer than 50 images in a million rows."""
+"""Row of the first figures; the next ones follow whenever the number of rows has doubled."""
 
 
 class BNStatsMonitor(ObservingCallback):
-    """Log the gap between EMA and batch statistics of every BatchNorm layer, and draw it (Sec. 3.1).
+    """Log and draw the gap between EMA and batch statistics of every BatchNorm layer (Sec. 3.1).
 
-    The gap of a layer is the root mean square over channels of ``(batch mean - EMA mean) / EMA sigma``, with the EMA
-    before the step updates it; for variances it is that of the log ratio. Over a window ``gap^2 = lag^2 + noise^2``.
-    Lag: the EMA is out of date (`PreciseBNCallback` helps). Noise: the normalization batch is small.
+    The gap is the root mean square over channels of ``(batch mean - EMA mean) / EMA sigma``; for variances, of the log
+    ratio. Over a window, ``gap^2 = lag^2 + noise^2``: lag means a stale EMA, noise a small normalization batch.
+    Training does not change. Errors within a fit become warnings.
 
-    It logs ten values for all layers (``bn_agg/...``), ``bn_mean_gap/<layer>`` and ``bn_var_gap/<layer>``, figures, and
-    a table at the end. Training is bit-identical to a run without it. Errors within a fit become warnings.
-
-    When it does not help: it reads training batches, so it does not show that evaluation data differ. A large gap does
-    no harm before evaluation.
-
-    Cost: under 1 % of a training step at the defaults. Batch statistics are recovered from the running ones. Layers
-    where that is inaccurate are measured and marked. With several ranks it observes rank 0.
+    It helps to find the layers in which `PreciseBNCallback` or larger normalization batches would matter.
+    It does not help to find a shift of evaluation data. A large gap does no harm before evaluation.
+    Cost: under 1 % of a training step at the defaults. With several ranks it observes rank 0.
 
     Args:
         every_n_batches: Measure every n-th training batch.
-        window: Measured batches per row, at least. A row is logged at the next step at which `self.log` logs.
+        window: Minimum number of measured batches per row. A row is logged at the next step at which `self.log` logs.
         quantities: Values to log for each layer, of "mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise",
             "dead" (fraction of channels without variance) and "nonfinite" (fraction of channels).
-        log_layers: Patterns of layers with keys of their own; None for all if there are at most 64, else none.
-        trace_channels: Layer name -> channel whose EMA and batch means are drawn; None for channel 0 of the first, the
-            middle and the last layer.
+        log_layers: Patterns of layers that get keys; None for all if there are at most 64, else none.
+        trace_channels: Layer name -> channel to draw; None for channel 0 of the first, the middle and the last layer.
         alert_threshold: Warn, and alert in W&B, when the worst lag rises above this many sigma, and again only after it
             fell below half of it; None for never.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors or the length of a list.
@@ -136,7 +130,7 @@ class BNStatsMonitor(ObservingCallback):
         self._abandon()  # a batch that another hook has skipped
         # on rank 0 only: DDP broadcasts its running statistics to all ranks
         if self._record and trainer.is_global_zero and self._batches % self.every_n_batches == 0:
-            with self._errors_as_warnings("cannot tell the normalization batch size"):
+            with self._errors_as_warnings("cannot count the samples of a batch"):
                 self._samples = self._count(batch)
             with self._errors_as_warnings("cannot measure a batch"):
                 self._record.observer.before_batch()
@@ -156,7 +150,7 @@ class BNStatsMonitor(ObservingCallback):
     def on_population_pass(self, trainer: Trainer, recomputed: PassResult) -> None:
         self._abandon()
         if self._record:
-            with self._errors_as_warnings("cannot note what a pass moved"):
+            with self._errors_as_warnings("cannot record a pass"):
                 self._record.note_pass(log_step(trainer), recomputed.statistics, recomputed.moved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,7 +216,6 @@ class BNStatsMonitor(ObservingCallback):
             self._record.observer.abandon()
 
     def _prefix(self, trainer: Trainer) -> str:
-        """``bn``; with several monitors, one that names the layers."""
         monitors = [c for c in trainer.callbacks if isinstance(c, BNStatsMonitor)]  # type: ignore[attr-defined]
         if len(monitors) == 1:
             return "bn"

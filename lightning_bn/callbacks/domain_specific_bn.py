@@ -21,52 +21,37 @@ from lightning_bn.trainer.passes import check_sharding
 
 
 class DomainSpecificBNCallback(BatchNormCallback):
-    """Choose which statistics are shared between domains and which are kept per domain (Sec. 5.2); see `domain_bn`.
+    """Choose which statistics domains share, and which each domain has for itself (Sec. 5.2). See `domain_bn`.
 
-    A domain is a level of a feature pyramid (``level_modules``) or a dataset (``domain_fn``, or the index of the
-    dataloader). Layers have domains during fits and evaluations; in between the model is plain, and the callback keeps
-    what belongs to domains.
+    A domain is a level of a feature pyramid (``level_modules``) or a dataset (``domain_fn``). Checkpoints have the
+    plain model's keys. The callback's state has the statistics of domains: evaluate with it and ``ckpt_path=``.
 
-    When it helps: a head shared by levels (RetinaNet on COCO: box AP 34.1 for the straightforward code, 39.1 if
-    training and evaluation agree; Table 5), or a model trained on datasets whose inputs differ. When it does not: with
-    one domain.
-
-    Checkpoints have the plain model's keys (``affine="domain"`` adds ``domain_weight`` and ``domain_bias``). The
-    statistics of domains are in the callback's state: evaluate with this callback and ``ckpt_path=``.
+    It helps a head shared by feature levels, and a model trained on datasets whose inputs differ.
+    It does not help with one domain, or with a domain that has few training samples.
+    Cost: copies of inputs and outputs, if domains share a batch or its statistics.
 
     Args:
         num_domains: Number of domains.
-        level_modules: Glob patterns over qualified names of the modules whose forward runs a tower once for each
-            level, such as ``"*.head.*_head"`` for torchvision's RetinaNet and FCOS; None for datasets.
-        domain_fn: ``domain_fn(batch)`` returns the batch's dataset, or a tensor ``(N,)`` with that of each sample.
-            None takes the index of the dataloader, which is always 0 in training.
+        level_modules: Glob patterns over qualified names of the modules whose forward runs a tower once for each level,
+            such as ``"*.head.*_head"`` for torchvision's RetinaNet; None for datasets.
+        domain_fn: Function from a batch to its dataset, or to a tensor ``(N,)`` with that of each sample. None takes
+            the index of the dataloader, which is always 0 in training.
         train_statistics: ``"shared"`` or ``"domain"``: statistics that training normalizes with.
-        population_statistics: Statistics that evaluation normalizes with.
+        population_statistics: Statistics that evaluation normalizes with. Inconsistent choices cost accuracy, and warn.
         affine: ``"domain"`` gives each domain a weight and a bias, created before the optimizers.
         layers: Glob patterns over qualified layer names; None for those in the level modules, or every BatchNorm layer.
 
     Raises:
-        ValueError: At the start: for what `domain_bn` refuses, ``ModelCheckpoint(save_weights_only=True)``, several
-            train dataloaders without ``domain_fn``, weight averaging listed before this callback, and an evaluation of
-            domains without statistics (in a fit a warning).
+        ValueError: At the start: for what `domain_bn` refuses, a setup that loses or lacks statistics of domains, or
+            several train dataloaders without ``domain_fn``.
         TypeError: For SyncBatchNorm layers, or a ``domain_fn`` that returns None.
-        RuntimeError: In a forward, for another number of levels; for a strategy that shards the model; for a
-            ``domain_fn`` that raises StopIteration.
+        RuntimeError: For another number of levels in a forward, or a strategy that shards the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import DomainSpecificBNCallback
         >>> callback = DomainSpecificBNCallback(5, level_modules="*.head.*_head")
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.DomainSpecificBNCallback
-              init_args: {num_domains: 5, level_modules: "*.head.*_head", train_statistics: shared}
-        ```
     """
 
     kind = "domain"
@@ -98,11 +83,11 @@ class DomainSpecificBNCallback(BatchNormCallback):
         self._handle: DomainHandle | None = None
         self._averagers: list[Any] = []
         self._state: dict[str, Any] = {}
-        self._trained = False  # whether the tensors of domains are more than copies of the layers' own
+        self._trained = False  # until then the tensors of domains are copies of the layers' own
         self._checked: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add domains before the model is copied or wrapped, or its optimizers are created."""
+        # domains must exist before the model is copied or wrapped, and before its optimizers are created
         self._undo()
         self._checked = set()
         check_sharding(trainer)
@@ -125,7 +110,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         )
         if self._averagers:
             self._handle.allow_copies()
-        if stage != "fit":  # a fit starts anew, or from a checkpoint that is restored after this hook
+        if stage != "fit":  # a fit starts from the plain model, or from a checkpoint that is restored after this hook
             self._load(self._state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,7 +134,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
             )
         rank_zero_warn(
             "DomainSpecificBNCallback takes all training batches to be of domain 0, the index of the only train "
-            "dataloader: pass domain_fn= to tell samples apart, or level_modules= for feature levels."
+            "dataloader: pass domain_fn= for datasets, or level_modules= for feature levels."
         )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,8 +164,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end  # type: ignore[assignment]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """After a fit, add the affine of domains, which the module no longer has."""
-        if self._handle is None and self._state:
+        if self._handle is None and self._state:  # after a fit, the module no longer has the affine of domains
             for name, tensors in self._state["statistics"].items():
                 checkpoint["state_dict"] |= {f"{name}.{key}": tensors[key] for key in AFFINE if key in tensors}
 
@@ -190,7 +174,6 @@ class DomainSpecificBNCallback(BatchNormCallback):
     on_exception = teardown
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics of domains, of the module and of an averaged model."""
         return self._export() if self._handle is not None else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,7 +188,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
 
     @contextmanager
     def use_domain_of(self, batch: Any, dataloader_idx: int = 0) -> Iterator[None]:
-        """Set the domain within a ``with`` block, to run the model on a batch outside Lightning's loops."""
+        """Set the domain in a ``with`` block, to run the model on a batch outside Lightning's loops."""
         if self._handle is None or self.level_modules is not None:
             yield
         else:
@@ -260,7 +243,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
         if self._handle is None or not state:
             return
         averaged, saved = self._averaged_layers(), state["averaged"]
-        # a checkpoint has the averaged weights as the module's: without averaging now, their statistics belong to it
+        # a checkpoint has the averaged weights as the module's: without averaging now, it needs their statistics
         own: State = state["statistics"] if averaged or not saved else saved[0]
         self._handle.load(own)
         for layers, statistics in zip(averaged, saved or [own] * len(averaged), strict=False):

@@ -10,43 +10,33 @@ from lightning_bn.trainer.passes import PassResult
 
 
 class ForecastBNCallback(RecomputeCallback):
-    r"""Write forecast population statistics before each validation: no forward pass and no data.
+    r"""Forecast the population statistics of Sec. 3.2 before each validation, without a forward pass or data.
 
-    Each training step moves the running statistics by $r_1 = (1 - m)\, r_0 + m\, \mu_B$. So the batch statistics of a
-    step follow from the running statistics before and after it, $\mu_B = (r_1 - (1 - m)\, r_0) / m$. A ridge
-    regression on those of recent steps predicts the statistics of the next step, which are those of the current
-    weights. Layers whose batch statistics cannot be recovered accurately keep their running statistics, with a warning.
+    Batch statistics follow from the running mean before and after a step, $\mu_B = (r_1 - (1 - m)\, r_0) / m$. A ridge
+    regression on those of recent steps predicts the next ones. Layers where this is inaccurate keep their running
+    statistics, with a warning.
 
-    When it helps: as `PreciseBNCallback`, where a pass is too slow or data cannot be read twice. When it does not help:
-    PreciseBN is more accurate; and once training has converged, the EMA is as good. The docs page has the figures.
+    It helps where `PreciseBNCallback` helps, if a pass is too slow or data cannot be read twice.
+    It does not help a converged model, and is less accurate than PreciseBN.
+    Cost: arithmetic over all channels in each training step.
 
     Args:
-        every_n_validations: Write at every n-th validation only.
+        every_n_validations: Write before every n-th validation only.
         layers: Glob patterns over qualified layer names, such as ``"backbone.*"``; None for every layer that is not
             frozen.
 
     Attributes:
         result: The last forecast, or None.
-        on_error: ``"warn"``: if a forecast fails after a first one has succeeded, warn, keep the running statistics,
-            count it as ``forecast_bn/failed`` and continue. ``"raise"`` ends the fit. Set it on the callback.
+        on_error: ``"warn"``: if a later forecast fails, warn, keep the running statistics, and log
+            ``forecast_bn/failed``. ``"raise"`` ends the fit. Set it on the callback.
 
     Raises:
-        ValueError: At fit start: no layer can be forecast, evaluation uses other weights than training (weight
-            averaging, schedule-free optimizers), or another callback writes statistics into the same layers.
+        ValueError: At fit start: no layer to forecast, averaged weights, or a conflicting callback.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import ForecastBNCallback
         >>> trainer = Trainer(callbacks=[ForecastBNCallback()], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.ForecastBNCallback
-              init_args: {layers: "backbone.*"}
-        ```
     """
 
     kind = "forecast"

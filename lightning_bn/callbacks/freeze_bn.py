@@ -33,37 +33,33 @@ _HARMFUL_SIZE = 16
 
 
 class FreezeBNCallback(BatchNormCallback):
-    """Switch BatchNorm to FrozenBN for the rest of a fit: constant population statistics in training, too (Sec. 4.3).
+    """Train with constant population statistics (FrozenBN) from a chosen moment of a fit to its end (Sec. 4.3).
 
-    At the switch the statistics are recomputed by the pass of `PreciseBNCallback` and frozen. Layers normalize with
-    them whatever ``train()`` calls follow. Then the learning rate warms up linearly for one epoch, as in the paper. The
-    layers thaw at the end of the fit.
+    At the switch, a pass of `PreciseBNCallback` recomputes the statistics. Then the learning rate warms up linearly for
+    one epoch, as in the paper. Weight and bias of the layers still train, unless ``affine``.
 
-    When it helps: normalization batches of 8 samples or fewer, and fine-tuning. When it does not help: from 16 samples
-    on it costs accuracy (Fig. 5 and 6), and a network cannot be trained from the start with frozen statistics. It warns
-    of both.
-
-    Cost: one pass at the switch; after it, steps are cheaper.
+    It helps at normalization batches of 8 samples or fewer, and in fine-tuning.
+    It does not help from 16 samples on, nor from the start of training (Fig. 5 and 6). It warns of both.
+    Cost: one pass at the switch; later steps are cheaper.
 
     Args:
         last_n_epochs: Freeze in the last n epochs; the paper took 20 of 100. Give exactly one of the first four.
         start_epoch: Freeze from the start of this epoch (the first is 0).
         start_step: Freeze from this optimizer step (``trainer.global_step``) on.
-        start_fraction: Freeze from this fraction of the fit on, of its epochs or its steps, whichever end it sooner.
+        start_fraction: Freeze from this fraction of the fit on, of its epochs or steps, whichever end it sooner.
         statistics: ``"precise"`` recomputes them at the switch; ``"ema"`` keeps the running statistics.
-        affine: Freeze ``weight`` and ``bias`` as well: their gradients are dropped before clipping and stepping, and
-            ``requires_grad`` stays as it is.
+        affine: Freeze ``weight`` and ``bias`` as well, by dropping their gradients.
         warmup_epochs: Length of the learning-rate warm-up after the switch; 0 for none.
-        warmup_steps: The same in steps of each optimizer, for epochs of unknown length.
+        warmup_steps: Length of the warm-up in steps of each optimizer, for epochs of unknown length.
         precise: The pass at the switch.
         layers: Glob patterns over qualified layer names; None for every layer that stores statistics.
 
     Attributes:
-        on_error: ``"warn"``: if the pass at the switch fails, warn and freeze the running statistics as they are.
-            ``"raise"`` ends the fit. Set it on the callback.
+        on_error: ``"warn"``: if the pass fails, warn and freeze the running statistics as they are. ``"raise"`` ends
+            the fit. Set it on the callback.
 
     Raises:
-        ValueError: At construction or fit start, with an alternative, if the switch cannot be placed or made.
+        ValueError: At construction or fit start, if the switch cannot be placed or made.
         TypeError: At fit start, if ``affine`` and an optimizer is LBFGS.
 
     Example:
@@ -71,15 +67,6 @@ class FreezeBNCallback(BatchNormCallback):
         >>> from lightning_bn import FreezeBNCallback, PassConfig
         >>> freeze = FreezeBNCallback(last_n_epochs=20, precise=PassConfig(num_samples=2000))
         >>> trainer = Trainer(max_epochs=100, callbacks=[freeze], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.FreezeBNCallback
-              init_args: {last_n_epochs: 20, precise: {num_samples: 2000}}
-        ```
     """
 
     kind = "frozen"
@@ -146,7 +133,7 @@ class FreezeBNCallback(BatchNormCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.statistics == "precise":
-            self._pass.check_loader(trainer)  # which exists now
+            self._pass.check_loader(trainer)  # exists from here on
         if self._warmup_length(trainer) and not all(hasattr(o, "register_step_pre_hook") for o in trainer.optimizers):
             raise ValueError(
                 "FreezeBNCallback: an optimizer has no step hooks, which the learning-rate warm-up needs: pass "
@@ -165,7 +152,7 @@ class FreezeBNCallback(BatchNormCallback):
             self._switch(trainer, pl_module)
 
     def freeze_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze the layers that were frozen when the checkpoint was written, unless that has been done."""
+        """Freeze the layers that were frozen in the checkpoint, unless they are."""
         if self._state is not None and self._handle is None:
             self._freeze(trainer, pl_module)
 
@@ -261,7 +248,7 @@ class FreezeBNCallback(BatchNormCallback):
     def _warn_of_untrained(self, trainer: Trainer, untrained: dict[str, _BatchNorm], result: PassResult | None) -> None:
         reached = {*self._at_start.changed(untrained, STATISTICS_KEYS), *(result.statistics if result else ())}
         unknown = result is None and trainer.global_step == 0
-        names = [name for name in untrained if name in reached or unknown]  # the others are never called
+        names = [name for name in untrained if name in reached or unknown]  # nothing calls the others
         if names:
             rank_zero_warn(
                 "FreezeBNCallback freezes statistics that were never trained (mean 0 and variance 1 in "

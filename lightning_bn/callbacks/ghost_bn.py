@@ -19,39 +19,29 @@ from lightning_bn.layers.find import Layers, as_patterns
 class GhostBNCallback(FitScopedCallback):
     """Normalize groups ("ghosts") of the training batch separately, during a fit (App. A.5). See `ghost_bn`.
 
-    The normalization batch size (NBS) becomes that of a group. Evaluation, frozen layers and `PreciseBNCallback`'s
-    passes do not change. Running statistics are updated once per step, from the whole batch.
+    The normalization batch size becomes that of a group. Evaluation, frozen layers and `PreciseBNCallback`'s passes do
+    not change. Running statistics are updated once per step, from the whole batch.
 
-    It regularizes if a device's batch holds more than about 128 samples, and separates samples that leak information
-    about each other. Groups of 8 or fewer cost accuracy; a batch of 16 to 128 samples gains nothing (Fig. 5).
+    It helps as a regularizer for more than about 128 samples on a device, and separates samples that leak information.
+    It does not help with a batch of 16 to 128 samples; groups of 8 or fewer cost accuracy (Fig. 5).
+    Cost: none for interleaved groups of equal size; others copy the batch.
 
     Args:
         size: Maximum number of samples in a group; the paper uses 32. Give either this or ``splits``.
         splits: Number of groups in each device's batch.
         grouping: ``"interleaved"``: sample i belongs to group i modulo the number of groups, which separates neighbors
             in an ordered batch. ``"contiguous"``: groups are runs of samples.
-        layers: Glob patterns over qualified layer names; None selects every BatchNorm layer.
+        layers: Glob patterns over qualified layer names; None for every BatchNorm layer.
 
     Raises:
-        ValueError: At construction, if not exactly one of ``size`` and ``splits`` is given; at fit start, for a layer
-            of `SyncBNCallback` or `DomainSpecificBNCallback`.
-        TypeError: At fit start, for a SyncBatchNorm; at a layer's first forward, if its class does not call
-            ``torch.nn.functional.batch_norm``.
+        ValueError: Without exactly one of ``size`` and ``splits``; at fit start, for a conflicting callback.
+        TypeError: For a SyncBatchNorm, or a layer class that does not call ``torch.nn.functional.batch_norm``.
         RuntimeError: At fit start, for a strategy that shards the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import GhostBNCallback
         >>> trainer = Trainer(callbacks=[GhostBNCallback(size=32)], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.GhostBNCallback
-              init_args: {size: 32, layers: "backbone.*"}
-        ```
     """
 
     kind = "ghost"

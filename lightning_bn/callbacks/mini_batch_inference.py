@@ -20,20 +20,17 @@ from lightning_bn.trainer.logging import log_row
 
 
 class MiniBatchInferenceCallback(BatchNormCallback):
-    """Normalize with the statistics of the evaluated mini-batch, instead of the population's (Sec. 4.2).
+    """Normalize in evaluation with the statistics of the mini-batch, instead of the population's (Sec. 4.2).
 
-    Running statistics are neither used nor changed, and training is not affected. Never in the sanity check.
+    Running statistics are neither used nor changed, and training is not affected. An input with one value per channel
+    uses the running statistics.
 
-    When it helps: layers that get many rows of each image, as in an R-CNN head, trained at small normalization
-    batches: box AP 30.7 -> 41.5 at one image per GPU (Table 3). When it does not: in a classifier, predictions then
-    depend on the other images of the batch, and are better only at normalization batches of 4 and fewer.
-
-    It warns of that dependence after the first evaluated batch. It does not if the batch has one sample, or if every
-    chosen layer gets more rows than there are samples. An input with one value per channel has no variance: it uses the
-    running statistics, is counted in the metric ``mini_batch_inference/fallbacks``, and is warned of once.
+    It helps layers that get many rows of each image, such as R-CNN heads trained on few images (Table 3).
+    It does not help classifiers: predictions depend on the other images of the batch. It warns of that.
+    Cost: each input is read once more.
 
     Args:
-        stages: Stages to act in: ``"validate"`` (also within a fit), ``"test"`` and ``"predict"``.
+        stages: Some of ``"validate"`` (also within a fit, but not in the sanity check), ``"test"`` and ``"predict"``.
         layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None for every layer that is not
             frozen.
         batch_size_fn: Number of samples in a batch; None infers it.
@@ -42,23 +39,13 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         fallbacks: Calls of layers in the last evaluation, on all ranks, that had one value per channel.
 
     Raises:
-        ValueError: At the start: no layer, or another MiniBatchInferenceCallback or a conflicting callback on the same
-            layer.
+        ValueError: At the start, without a layer, or for a conflicting callback.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import MiniBatchInferenceCallback
         >>> callback = MiniBatchInferenceCallback(layers="roi_heads.*")
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          callbacks:
-            - class_path: lightning_bn.MiniBatchInferenceCallback
-              init_args: {stages: [validate, test], layers: "roi_heads.*"}
-        ```
     """
 
     kind = "mini-batch"
@@ -108,7 +95,6 @@ class MiniBatchInferenceCallback(BatchNormCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """After the first batch, warn if its predictions depend on each other."""
         if self._handle is None or not self._is_first_batch:
             return
         self._is_first_batch = False

@@ -1,4 +1,4 @@
-"""Output of `BNStatsMonitor`: alert, warning, figures and table, made from its record."""
+"""Output of `BNStatsMonitor`: alert, warning, figures and table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_bn.trainer.compat import log_step
 from lightning_bn.trainer.logging import safe_keys
 
 MAX_LAYERS_WITH_KEYS = 64
-"""More layers get no keys of their own by default: W&B advises fewer than 10,000 metrics a project."""
+"""With more layers, none has keys by default: W&B advises fewer than 10,000 metrics per project."""
 
 
 def layer_keys(layers: Iterable[str], log_layers: Layers) -> dict[str, str]:
-    """Layer name -> its part of metric keys, for layers that match ``log_layers`` (None: all, if they are few)."""
+    """Return the part of metric keys of each layer that matches ``log_layers``; None matches all, if they are few."""
     keys = safe_keys(layers)
     if log_layers is None:
         return keys if len(keys) <= MAX_LAYERS_WITH_KEYS else {}
@@ -35,7 +35,7 @@ def log_layer_names(trainer: Trainer, record: DriftRecord) -> None:
 
 
 def worst_lag(record: DriftRecord) -> tuple[float, str]:
-    """The largest lag of the last row, and the name of its layer."""
+    """Return the largest lag of the last row, and the name of its layer."""
     assert record.last is not None
     lag = record.last.means.lag.nan_to_num(0.0)
     return float(lag.max()), record.names[int(lag.argmax())]
@@ -57,7 +57,7 @@ def send_alert(trainer: Trainer, record: DriftRecord, step: int, has_precise_bn:
 
 
 def first_nonfinite(record: DriftRecord) -> str:
-    """The first layer with a non-finite statistic in the last row; empty if there is none."""
+    """Return the first layer with a non-finite statistic in the last row; empty if there is none."""
     assert record.last is not None
     return next((name for name, share in zip(record.names, record.last.nonfinite, strict=True) if share > 0), "")
 
@@ -65,9 +65,7 @@ def first_nonfinite(record: DriftRecord) -> str:
 def warn_of_nonfinite(record: DriftRecord, step: int, has_precise_bn: bool) -> None:
     """Warn of layers with non-finite statistics in the last row."""
     assert record.last is not None
-    until = (
-        "until the next pass of PreciseBNCallback" if has_precise_bn else "for ever: PreciseBNCallback replaces them"
-    )
+    until = "until the next pass of PreciseBNCallback" if has_precise_bn else "forever: PreciseBNCallback replaces them"
     rank_zero_warn(
         f"BNStatsMonitor: {int((record.last.nonfinite > 0).sum())} layers have seen NaN or infinite statistics up to "
         f"step {step}, {first_nonfinite(record)!r} first. Running statistics keep them {until}."

@@ -14,7 +14,7 @@ from lightning_bn.core.ranks import OUT_OF_MEMORY
 
 
 class ObservingCallback(BatchNormCallback):
-    """A callback that only observes, and warns of each problem once per fit."""
+    """Observe, and warn of each problem once per fit."""
 
     _warned: frozenset[str] = frozenset()
 
@@ -23,7 +23,6 @@ class ObservingCallback(BatchNormCallback):
 
     @contextmanager
     def _errors_as_warnings(self, failed: str) -> Iterator[None]:
-        """Turn an error into a warning that says what ``failed``; out-of-memory errors are raised."""
         try:
             yield
         except OUT_OF_MEMORY:
@@ -31,7 +30,7 @@ class ObservingCallback(BatchNormCallback):
         except Exception as error:
             cause = str(error) if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: {error}"
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-            # The place is the key, since messages may differ from batch to batch.
+            # Messages may differ from batch to batch, so the place is the key.
             self._warn_once(f"{type(self).__name__} {failed}: {cause}", f"{failed}, {frame.f_code.co_filename}:{line}")
 
     def _warn_once(self, message: str, key: str = "") -> None:
@@ -40,7 +39,6 @@ class ObservingCallback(BatchNormCallback):
         self._warned |= {key or message}
 
     def _has_callback(self, trainer: Trainer, name: str, layer: str) -> bool:
-        """Return whether a callback of the class of this name, or of a subclass, acts on a layer."""
         return any(
             name in (kind.__name__ for kind in type(callback).__mro__)
             for callback in trainer.callbacks  # type: ignore[attr-defined]

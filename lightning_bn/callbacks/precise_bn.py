@@ -24,61 +24,51 @@ from lightning_bn.trainer.passes import PassResult, PopulationPass
 class PreciseBNCallback(RecomputeCallback):
     r"""Recompute population statistics before each validation, instead of using the EMA (Sec. 3.2).
 
-    A pass runs training batches through the fixed model and merges the batch statistics of each layer as `precise_bn`
-    does: $\mu_{pop} = E[\mu_B]$, $\sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2$. It runs right before the
-    first validation batch of a fit, and at the end of an epoch without validation, before checkpoints are written. So
-    a checkpoint, loaded into the plain model, reproduces the logged metric. The pass changes nothing else: weights,
-    data order, random numbers and metrics are bit for bit those of a run without it.
+    A pass runs training batches through the fixed model and merges the batch statistics as `precise_bn` does:
+    $\mu_{pop} = E[\mu_B]$, $\sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2$. An epoch without validation gets
+    its pass before checkpoints are written. Weights, data order, random numbers and metrics do not change.
 
-    When it helps: validation is noisy because the EMA is stale: large batches, large learning rates, early epochs.
-    When it does not help: at the end of a converged training with i.i.d. batches of decent size (Table 1).
-
-    Cost: one forward without gradients over ``num_samples`` samples. Checkpoints of ``every_n_train_steps`` are written
-    outside validation and hold the EMA.
+    It helps if validation is noisy because the EMA is stale: large batches, large learning rates, early epochs.
+    It does not help a converged model with i.i.d. batches of decent size (Table 1).
+    Cost: one forward without gradients over ``num_samples`` samples.
 
     Args:
         num_samples: Samples of all ranks, in whole batches. 1000 samples are as good as 10,000 (Table 1).
-        normalization_batch_size: Samples of all ranks that are normalized jointly, rounded up to whole batches.
-            ``"auto"``: batches of 32 samples or more are normalized as they come; smaller ones wait for each other
-            until there are 100 samples, or, with a warning, as many as half of the free memory allows. With a warning,
-            they do not wait in models whose batches cannot. ``"loader"``: as they come. ``"population"``: all samples,
-            which is exact.
+        normalization_batch_size: Samples of all ranks that are normalized jointly, in whole batches. ``"auto"`` joins
+            batches of fewer than 32 samples to 100, as far as half of the free memory allows. ``"loader"`` takes
+            batches as they are. ``"population"`` takes all samples, which is exact.
         tolerance: Stop before ``num_samples`` once the standard errors of every layer's means (in sigma) and variances
             (relative) are below it. None never stops early, and neither does ``"population"``.
-        memory_limit: Bytes that batches waiting for each other may take on each rank; the rest is moved to the host's
-            memory or to disk.
+        memory_limit: Bytes that waiting batches may take on each rank; the rest moves to the host's memory or to disk.
         every_n_validations: Run before every n-th validation only.
         source: ``"train_dataloader"``: a fresh iterator over it. ``"replay"``, or ``Replay(max_bytes=...)``: the last
             training batches. ``FromLoader(fn)``: a loader that ``fn(trainer)`` returns.
-        forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch (its first element if it is
-            a tuple or list, or with its items as keywords if it is a mapping), everything but BatchNorm in eval mode;
-            or a function of module and batch. Manual optimization needs one of the latter two.
-        stages: Also run before ``trainer.validate``, ``"test"`` or ``"predict"``, with the module's or data module's
-            ``train_dataloader``, or the loader of ``FromLoader``.
+        forward: ``"training_step"``, muted; ``"forward"``, the module called on the batch; or a function of module and
+            batch. Manual optimization needs one of the latter two.
+        stages: Also run before ``trainer.validate``, ``"test"`` or ``"predict"``.
         layers: Glob patterns over qualified layer names, such as ``"backbone.*"``; None for every layer that is not
             frozen.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors and the length of lists of
             images.
-        skip_below: In a fit, skip the pass if a forecast from the training steps says that the EMA is off by at most
-            this in every layer (sigma for means, log ratio for variances). None never skips.
+        skip_below: In a fit, skip the pass if a forecast finds the EMA off by at most this in every layer (sigma for
+            means, log ratio for variances). None never skips.
 
     Attributes:
         result: The statistics of the last pass, or None.
         config: The arguments of the pass, as a `PassConfig`.
-        on_error: ``"warn"``: if a pass fails after a first one has succeeded, warn, keep the running statistics, count
-            it as ``precise_bn/failed`` and continue. ``"raise"`` ends the fit. Set it on the callback.
+        on_error: ``"warn"``: if a later pass fails, warn, keep the running statistics, and log ``precise_bn/failed``.
+            ``"raise"`` ends the fit. Set it on the callback.
 
     Raises:
-        ValueError: At construction or fit start, with an alternative: no layer to estimate, a module or loader that a
-            pass would disturb, another callback that writes statistics into the same layers, or weight averaging
-            listed after this callback.
+        ValueError: At construction or fit start: no layer to estimate, a module or loader that a pass would disturb, a
+            conflicting callback, or weight averaging listed after this callback.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import PreciseBNCallback
         >>> trainer = Trainer(callbacks=[PreciseBNCallback(num_samples=1000)], logger=False, enable_checkpointing=False)
 
-        As YAML for LightningCLI:
+        As YAML for LightningCLI (other callbacks alike):
 
         ```yaml
         trainer:
@@ -128,7 +118,7 @@ class PreciseBNCallback(RecomputeCallback):
         self._pass.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pass.check_loader(trainer)  # which exists now
+        self._pass.check_loader(trainer)  # exists from here on
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -157,7 +147,7 @@ class PreciseBNCallback(RecomputeCallback):
 
     def _recompute(self, context: PassContext) -> PassResult | None:
         trainer = context.trainer
-        if trainer.state.fn != "fit":  # else on_fit_start has done it
+        if trainer.state.fn != "fit":  # in a fit, on_fit_start has done it
             self._pass.check(trainer, context.module)
         elif self._forecast and self.skip_below is not None:
             gap = self._forecast.ema_gap(context)

@@ -23,19 +23,15 @@ from lightning_bn.trainer.passes import PassResult
 
 
 class RecomputeCallback(BatchNormCallback, ABC):
-    """Replaces running statistics before each validation of a fit, and at the end of an epoch that had none.
-
-    It runs right before the first validation batch, after every ``on_validation_epoch_start`` hook, because those may
-    swap weights. At an epoch's end it runs before checkpoints are written, if the weights have changed since.
-    """
+    """Replace running statistics before each validation of a fit, and at the end of an epoch that had none."""
 
     prefix: str
-    """Of the logged metrics."""
+    """Prefix of the logged metrics."""
     on_error: OnError = "warn"
 
     def __init__(self, layers: Layers, every_n_validations: int) -> None:
         check_int("every_n_validations", every_n_validations, at_least=1)
-        as_patterns(layers)  # validates them
+        as_patterns(layers)
         self.layers = layers
         self.every_n_validations = every_n_validations
         self.result: PopulationStatistics | None = None
@@ -83,6 +79,7 @@ class RecomputeCallback(BatchNormCallback, ABC):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._due = self._is_due(trainer)
 
+    # not in on_validation_epoch_start, where other callbacks may swap weights
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._run_if_due(trainer, pl_module)
 
@@ -109,15 +106,13 @@ class RecomputeCallback(BatchNormCallback, ABC):
             self._forecast.load_state_dict(state_dict.get("forecast", {}))
 
     @abstractmethod
-    def _skip_reason(self, context: PassContext) -> str:
-        """Why there is nothing to write now, for a warning; empty if there is."""
+    def _skip_reason(self, context: PassContext) -> str: ...  # empty if there is something to write
 
     @abstractmethod
-    def _recompute(self, context: PassContext) -> PassResult | None:
-        """Write statistics into the layers; None if the running statistics are good enough."""
+    def _recompute(self, context: PassContext) -> PassResult | None: ...  # None if the EMA is good enough
 
     def _stages_overlap(self, other: BatchNormCallback) -> bool:
-        return True  # stages= are additional to the fit
+        return True  # both act in a fit
 
     def _new_failures(self) -> Failures:
         kept = "the running statistics are left as they were"

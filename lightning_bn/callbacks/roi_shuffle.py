@@ -18,28 +18,26 @@ from lightning_bn.trainer.compat import state_key
 
 
 class RoIShuffleCallback(FitScopedCallback):
-    """Exchange the rows that enter chosen modules at random among devices, during a fit (Sec. 6.1).
+    """Exchange the rows that enter chosen modules at random among devices, during a fit (Sec. 6.1). See `roi_shuffle`.
 
-    The output for a row returns to the row's device, with gradients. So only the batches that the modules' BatchNorm
-    layers normalize over change. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange nothing. See
-    `roi_shuffle`, also for its requirements on the training step.
+    The output for a row returns to the row's device, with gradients. So only the batches that BatchNorm layers
+    normalize over change. Evaluation, frozen layers and `PreciseBNCallback`'s passes exchange nothing.
 
-    It helps heads that see many regions of few images (Table 3), and momentum encoders of contrastive learning
-    (``modules="encoder_k"``). `SyncBNCallback` has the same accuracy and sends less. With one process it does nothing
-    and warns.
+    It helps heads that see many regions of few images (Table 3), and momentum encoders of contrastive learning.
+    It does not help with one process or independent samples. `SyncBNCallback` is as accurate and sends less.
+    Cost: rows that change devices cross the network twice in forward and twice in backward.
 
     Args:
-        modules: Glob patterns over qualified module names, such as ``"roi_heads.box_head"`` or, for a detector in the
-            attribute ``model``, ``"model.roi_heads.box_head"``. Of nested matches the outermost counts.
+        modules: Glob patterns over qualified module names, such as ``"roi_heads.box_head"`` or ``"encoder_k"``. Of
+            nested matches the outermost counts.
         seed: Seed of the generator that draws the order of rows. Checkpoints contain its state.
 
     Attributes:
-        unshuffled: Number of module calls of this fit, in train mode, that exchanged no rows, because there were fewer
-            than two per device.
+        unshuffled: Calls of modules in this fit, in train mode, that exchanged nothing: fewer than two rows per device.
 
     Raises:
-        ValueError: At fit start, if a pattern matches nothing, or for a layer of another callback that conflicts; in
-            training, if rows differ between devices in dtype or shape.
+        ValueError: At fit start, for a pattern without a match or a conflicting callback; in training, if rows differ
+            between devices in dtype or shape.
         TypeError: In training, if a module takes or returns something that may hide rows.
         RuntimeError: At fit start, for a strategy that shards the model.
 
@@ -48,17 +46,6 @@ class RoIShuffleCallback(FitScopedCallback):
         >>> from lightning_bn import RoIShuffleCallback
         >>> callback = RoIShuffleCallback(modules="roi_heads.box_head")
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
-
-        As YAML for LightningCLI:
-
-        ```yaml
-        trainer:
-          devices: 8
-          strategy: ddp
-          callbacks:
-            - class_path: lightning_bn.RoIShuffleCallback
-              init_args: {modules: ["roi_heads.box_head", "roi_heads.mask_head"]}
-        ```
     """
 
     kind = "row shuffle"

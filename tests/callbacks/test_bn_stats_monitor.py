@@ -283,7 +283,7 @@ MEETS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "count raises": (
         {"batch_size_fn": raising(KeyError("size"))},
         InMemory,
-        "cannot tell the normalization batch size: KeyErr",
+        "cannot count the samples of a batch: KeyErr",
     ),
     "count gives no number": (
         {"batch_size_fn": str},
