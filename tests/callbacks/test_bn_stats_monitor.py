@@ -420,8 +420,6 @@ def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: An
     "make", [lambda: BNStatsMonitor(1, window=2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)]
 )
 def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
-    """The record, the alarm, and what has been said."""
-
     def said_and_state(monitor: Any, module: LightningModule) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -431,8 +431,6 @@ def test_with_manual_optimization_each_optimizer_warms_up_in_its_own_steps(raw: 
 
 
 class Stream(IterableDataset[Any]):
-    """Images of unknown number."""
-
     def __iter__(self) -> Iterator[Any]:
         return iter([Images(32)[i] for i in range(32)])
 

@@ -116,7 +116,6 @@ RUNNING_THE_STEP = ["PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"
 
 
 def patterns_of(make: Any) -> str:
-    """The argument that chooses the layers of a callback."""
     return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
 
 
@@ -195,8 +194,6 @@ class AugmentsOnDevice(TinyNet):
 
 
 class AugmentingData(TinyData):
-    """Augments on the device with its own generator."""
-
     def __init__(self) -> None:
         super().__init__()
         self.rng = np.random.default_rng(0)
@@ -381,8 +378,6 @@ class Peeking(TinyNet):
 
 
 class AtEveryMoment(Callback):
-    """Calls ``look`` between the passes."""
-
     def __init__(self, look: Callable[[nn.Module], Any]) -> None:
         self.look, self.found = look, []
 
@@ -621,7 +616,6 @@ def test_an_exception_in_an_evaluation_leaves_what_it_leaves_without(
 
 
 def left_by(module: TinyNet, callbacks: list[Any]) -> list[Any]:
-    """A module after a fit, without its values."""
     with contextlib.suppress(Blown):
         fit(module, callbacks)
     return [(n, type(m), repr(m), sorted(vars(m)), m.training, hooks_of(m)) for n, m in module.named_modules()]

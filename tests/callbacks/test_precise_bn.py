@@ -352,8 +352,6 @@ def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(mo
 
 # ---------------------------------------------------------------------------------------------------------- sources
 class Doubles(TinyNet):
-    """Modifies its batch in place."""
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch[0].mul_(2)
         return super().training_step(batch, batch_idx)
@@ -514,8 +512,6 @@ class StatefulImages(Images):
 
 
 class Resets(DataLoader[Any]):
-    """Iterates in a way of its own."""
-
     def __iter__(self) -> Any:
         return super().__iter__()
 
@@ -534,8 +530,6 @@ class UsedUp(IterableDataset[Any]):
 
 
 class Own:
-    """Any iterable will do for Lightning."""
-
     def __iter__(self) -> Iterator[Any]:
         return iter(first_batches(4))
 

@@ -165,7 +165,6 @@ class Pair(NamedTuple):
 
 
 def errors() -> list[str]:
-    """Errors that both ranks raise."""
     rank, x, messages = dist.get_rank(), torch.zeros(4, 3), []
     cases: list[tuple[Any, int]] = [
         (torch.zeros(4, 3 + rank), 0),
@@ -258,7 +257,6 @@ def kill_rank_1(at: str) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_killed_rank_ends_the_others_with_an_error(at: str) -> None:
-    """At once, before the timeout of the group."""
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*step 2 failed.*rank 1: died") as raised:
         run_on_ranks(kill_rank_1, 2, at)
     assert "timed out" not in str(raised.value).lower()
