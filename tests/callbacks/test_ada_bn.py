@@ -347,8 +347,6 @@ def test_it_adapts_after_precise_bn_and_restores_its_statistics() -> None:
 
 
 class Stream(IterableDataset[Any]):
-    """Batches of the given sizes."""
-
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
 

@@ -92,7 +92,6 @@ def test_shuffled_batches_do_not_alarm() -> None:
 
 
 def test_balanced_batches_alarm_and_are_called_so() -> None:
-    """Each batch holds one image of each kind."""
     order = torch.arange(2048).view(KINDS, 16).T.reshape(16, KINDS)
     balanced = DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=order.tolist())
     _, said = warned(TinyNet(), BatchLeakageMonitor(), balanced, val=None, max_epochs=1)
@@ -168,8 +167,6 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
 
 # ---------------------------------------------------------------------------------------------------- ends no fit
 def raising(error: Any) -> Any:
-    """A function of anything that raises."""
-
     def function(*_: Any) -> Any:
         raise error
 
@@ -177,8 +174,6 @@ def raising(error: Any) -> Any:
 
 
 class Uncopied(Tensor):
-    """Cannot be kept."""
-
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("no copies of this one")
 
@@ -354,7 +349,6 @@ def test_ranks_agree() -> None:
 
 
 def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
-    """Once in the first epoch of two."""
     fails = {"left": torch.distributed.get_rank() == 1}
 
     def count(batch: Any) -> int:

@@ -33,7 +33,6 @@ AGGREGATES = {
 
 
 def fit_with(monitor: BNStatsMonitor, *others: Any, module: LightningModule | None = None, **kwargs: Any) -> InMemory:
-    """The logger of a fit."""
     logger = InMemory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,7 +45,6 @@ def rows(logger: InMemory, prefix: str = "bn_agg/") -> list[tuple[int, dict[str,
 
 
 def table(folder: Path) -> dict[str, dict[str, str]]:
-    """Layer -> its row in the table that a CSVLogger's folder holds."""
     with next(folder.rglob("layers.csv")).open() as file:
         return {row["layer"]: row for row in csv.DictReader(file)}
 
@@ -108,8 +106,6 @@ def test_every_nth_batch_is_measured_a_window_waits_until_it_is_full_and_the_end
 
 
 class Deep(TinyNet):
-    """With as many layers as asked for."""
-
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.bn1, self.bn2 = nn.Identity(), nn.Identity()
@@ -211,8 +207,6 @@ def test_from_the_switch_on_it_shows_the_drift_from_the_frozen_statistics(tmp_pa
 
 
 class NanFrom(TinyNet):
-    """Sends a NaN through its first layer, once."""
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.trainer.global_step == 2:
             batch[0][0, 0] = torch.nan
@@ -240,7 +234,6 @@ def test_drift_is_said_once_until_it_has_gone() -> None:
 
 
 def advice(*others: Any, alert_threshold: float = 0.05, module: Any = None) -> str:
-    """The advice in the alert."""
     monitor = BNStatsMonitor(1, window=1, alert_threshold=alert_threshold)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -271,8 +264,6 @@ def raising(error: Any) -> Any:
 
 
 class Refuses(InMemory):
-    """A logger that takes nothing of ours."""
-
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         if any(key.startswith("bn_") for key in metrics):
             raise OSError("disk full")
@@ -317,8 +308,6 @@ def test_an_error_in_a_logger_or_a_figure_is_a_warning(where: str, monkeypatch: 
 
 def test_a_layer_that_cannot_be_read_for_a_while_ends_no_fit() -> None:
     class LosesItsStatistics(TinyNet):
-        """Has none around one batch, as if somebody had taken them away."""
-
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
             self.kept, self.bn1.running_mean = self.bn1.running_mean, None
@@ -343,15 +332,11 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
 
 
 class Checkpointed(TinyNet):
-    """Recomputes its features in the backward."""
-
     def features(self, x: Tensor) -> Tensor:
         return checkpoint(super().features, x, use_reentrant=False)
 
 
 class Compiled(TinyNet):
-    """Compiled as a whole, or in part, before the fit."""
-
     def __init__(self, momentum: float = 0.1) -> None:
         super().__init__()
         self.bn1.momentum = momentum
@@ -362,8 +347,6 @@ class Compiled(TinyNet):
 
 
 class MeasuredDirectly(TinyNet):
-    """With a layer of momentum 0, a frozen one, and Dropout."""
-
     def __init__(self) -> None:
         super().__init__(dropout=0.5)
         self.bn1.momentum = 0.0
@@ -389,8 +372,6 @@ def test_training_is_bit_for_bit_the_same_however_the_module_runs(make: Any) -> 
 
 
 class Skips(TinyNet):
-    """Skips the fourth batch of the first epoch, after the callbacks were told of it."""
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         return -1 if (self.trainer.current_epoch, batch_idx) == (0, 3) else None
 
@@ -439,8 +420,6 @@ def test_resumed_at_an_epochs_last_step_it_ends_with_the_same_record(windows: An
     "make", [lambda: BNStatsMonitor(1, window=2, alert_threshold=0.01), lambda: BatchLeakageMonitor(24)]
 )
 def test_one_over_two_fits_of_two_models_is_two(make: Any) -> None:
-    """The record, the alarm, and what has been said."""
-
     def said_and_state(monitor: Any, module: LightningModule) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

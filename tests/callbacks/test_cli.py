@@ -99,7 +99,6 @@ def arguments() -> Iterator[Any]:
 
 
 def written(value: Any) -> Any:
-    """A value as it is written in YAML."""
     if is_dataclass(value):
         return {f.name: written(getattr(value, f.name)) for f in fields(value)}
     return f"{__name__}.{value.__name__}" if callable(value) else value

@@ -70,7 +70,6 @@ def labels(batch: Any) -> Tensor:
 
 
 def of_labels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
-    """Each class a dataset of its own."""
     return DomainSpecificBNCallback(3, domain_fn=labels, **choices(row), **options)
 
 

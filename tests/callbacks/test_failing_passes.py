@@ -124,8 +124,6 @@ def raising(callback: Any, on_error: str = "raise") -> Any:
 
 
 class FirstOnly(PreciseBNCallback):
-    """Runs no pass but the first."""
-
     def should_run(self, trainer: Trainer) -> bool:
         return trainer.current_epoch == 0
 

@@ -95,7 +95,6 @@ def rates(optimizer: Optimizer) -> list[float]:
 
 
 def is_thawed(module: nn.Module) -> bool:
-    """Whether the layers are plain ones that follow their batch in training mode."""
     layer = module.get_submodule("bn1").train()
     before = layer.running_mean.clone()
     layer(torch.randn(8, 4, 3, 3))
@@ -116,8 +115,6 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     [
         ({"last_n_epochs": 1}, {}, 2 * EPOCH),
         ({"last_n_epochs": 3}, {}, 0),
-        ({"start_epoch": 0}, {}, 0),
-        ({"start_epoch": 2}, {}, 2 * EPOCH),
         ({"start_epoch": 1}, {"max_epochs": -1, "max_steps": 7}, EPOCH),
         ({"start_step": 5}, {}, 5),
         ({"start_step": 3}, {"accumulate_grad_batches": 2}, 6),
@@ -210,8 +207,6 @@ def adamw(module: nn.Module) -> Optimizer:
 
 
 class Configured(TinyNet):
-    """TinyNet with an optimizer and, on request, a scheduler."""
-
     def __init__(
         self,
         optimizer: Callable[[nn.Module], Optimizer] = sgd,
@@ -308,7 +303,6 @@ def test_layers_that_are_not_chosen_go_on() -> None:
         ({"warmup_steps": 3}, {}, [1 / 3, 2 / 3, 1]),
         ({}, {"accumulate_grad_batches": 2}, [1 / 2, 1]),
         ({}, {"accumulate_grad_batches": 3}, [1 / 2, 1]),  # 4 batches: a step of three, a step of one
-        ({}, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, [1 / 2, 1]),
     ],
     ids=str,
 )
@@ -437,8 +431,6 @@ def test_with_manual_optimization_each_optimizer_warms_up_in_its_own_steps(raw: 
 
 
 class Stream(IterableDataset[Any]):
-    """Images of unknown number."""
-
     def __iter__(self) -> Iterator[Any]:
         return iter([Images(32)[i] for i in range(32)])
 
@@ -454,9 +446,6 @@ def test_epochs_of_unknown_length_need_warmup_steps() -> None:
     fit(TinyNet(lr=0.5), [freeze(warmup_steps=2), watch], train=stream(), val=None, max_epochs=3)
     assert [r / 0.5 for (r,) in watch.rates_in_step] == pytest.approx([1.0] * 4 + [0.5, 1.0] + [1.0] * 6)
     assert watch.frozen == [False] * 4 + [True] * 8
-
-
-def test_epochs_of_unknown_length_work_without_warm_up() -> None:
     watch = Watch()
     fit(TinyNet(), [freeze(warmup_epochs=0), watch], train=stream(), val=None)
     assert watch.frozen == [False] * 4 + [True] * 4
@@ -501,7 +490,7 @@ def test_a_resumed_fit_ends_as_the_uninterrupted_one(when: dict[str, Any], tmp_p
     """From checkpoints before, at and after the switch, within an epoch and at its end."""
     arguments = {"affine": True, "warmup_steps": 5, **when}
     uninterrupted, watched, (switch,) = run_to_the_end(tmp_path, freeze(**arguments))
-    for step in {2, switch - 1, switch, switch + 1, switch + 2, 2 * EPOCH + 1, 3 * EPOCH - 1}:
+    for step in (2, switch, switch + 1, 3 * EPOCH - 1):
         resumed, watch, passes = run_to_the_end(None, freeze(**arguments), tmp_path / f"step={step}.ckpt")
         assert passes == ([switch] if step <= switch else []), step  # no second pass
         assert watch.rates_in_step == watched.rates_in_step[step:], step
@@ -546,8 +535,6 @@ def test_a_resumed_fit_does_not_warn_again(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------------- thawing
 class CallsModes(TinyNet):
-    """Switches modes in every hook, of the module and of the layer."""
-
     def __init__(self) -> None:
         super().__init__()
         self.modes: list[bool] = []
@@ -745,8 +732,6 @@ def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics(
 
 
 class Batches(Callback):
-    """Keeps the training batches."""
-
     def __init__(self) -> None:
         self.seen: list[Any] = []
 

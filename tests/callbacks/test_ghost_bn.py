@@ -51,7 +51,6 @@ class ByHand(TinyNet):
 
 
 def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
-    """What a fit warns of."""
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         fit(TinyNet(), callbacks, **kwargs)

@@ -45,7 +45,6 @@ def pair_of(first: str, second: str) -> Pair:
 
 
 def train_and_test(first: str, second: str, **trainer: Any) -> LightningModule:
-    """Fit and test a module with both callbacks on all of its layers."""
     module = TinyNet()
     fitted = fit(module, [MAKE[first](), MAKE[second]()], train_loader(48, 8, shuffle=True), **trainer)
     fitted.test(module, val_loader(), verbose=False)
@@ -125,7 +124,6 @@ def test_verbs_ask_the_table_too() -> None:
 
 
 def table() -> str:
-    """The table of the docs."""
     order = {"refused": 0, "warns": 1, "works": 2}
     lines = ["| together on one layer | | |", "|---|---|---|"]
     for kinds, pair in sorted(PAIRS.items(), key=lambda item: order[item[1].verdict]):

@@ -67,7 +67,6 @@ AT_EPOCH_ENDS = [("epoch end", 4), ("epoch end", 8)]
 @pytest.mark.parametrize(
     ("moments", "callback", "trainer"),
     [
-        (TWO_EPOCHS, {}, {}),
         (TWO_EPOCHS, {}, {"num_sanity_val_steps": 2}),
         (TWO_EPOCHS[1:], {"every_n_validations": 2}, {}),
         ([("validation", s) for s in (2, 4, 6, 8)], {}, {"val_check_interval": 2}),
@@ -79,7 +78,6 @@ AT_EPOCH_ENDS = [("epoch end", 4), ("epoch end", 8)]
         ([("validation", 2), ("validation", 4)], {}, {"accumulate_grad_batches": 2}),
         ([("validation", 1)], {}, {"fast_dev_run": True}),
         (TWO_EPOCHS, {}, {"barebones": True}),
-        ([("validation", 3), ("validation", 6)], {}, {"limit_train_batches": 3}),
     ],
     ids=str,
 )
@@ -214,10 +212,9 @@ def test_only_chosen_layers_are_written() -> None:
     module, without = TinyNet(), TinyNet()
     fit(module, PreciseBNCallback(20, layers="bn2"))
     fit(without)
-    ours, ema, exact = statistics_of(module), statistics_of(without), expected(module, first_batches(3))
+    ours, ema = statistics_of(module), statistics_of(without)
     assert digest(ours["bn1.running_mean"]) == digest(ema["bn1.running_mean"])
     assert not torch.allclose(ours["bn2.running_mean"], ema["bn2.running_mean"], rtol=1e-2)
-    assert exact.keys() == ours.keys()
 
 
 @pytest.mark.parametrize("freeze", [lambda m: m.bn1.eval(), lambda m: freeze_bn(m, layers="bn1")], ids=["eval", "ours"])
@@ -355,8 +352,6 @@ def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(mo
 
 # ---------------------------------------------------------------------------------------------------------- sources
 class Doubles(TinyNet):
-    """Modifies its batch in place."""
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch[0].mul_(2)
         return super().training_step(batch, batch_idx)
@@ -517,8 +512,6 @@ class StatefulImages(Images):
 
 
 class Resets(DataLoader[Any]):
-    """Iterates in a way of its own."""
-
     def __iter__(self) -> Any:
         return super().__iter__()
 
@@ -537,8 +530,6 @@ class UsedUp(IterableDataset[Any]):
 
 
 class Own:
-    """Any iterable will do for Lightning."""
-
     def __iter__(self) -> Iterator[Any]:
         return iter(first_batches(4))
 
@@ -589,8 +580,6 @@ def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], 
 
 # ------------------------------------------------------------------------------------ batches and loaders of any kind
 class Several(TinyNet):
-    """Learns from the first loader that has a batch."""
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = batch.values() if isinstance(batch, dict) else batch
         return super().training_step(next(part for part in parts if part is not None), batch_idx)
@@ -617,8 +606,6 @@ class Scene:
 
 
 class Moved:
-    """A batch with a method ``to`` alone."""
-
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
 
@@ -827,7 +814,6 @@ def shuffled(trainer: Trainer) -> DataLoader[Any]:
 
 
 def fit_precisely(world_size: int, callback: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
-    """On one rank: train with PreciseBN and return its results."""
     module, precise, recorder = TinyNet(), PreciseBNCallback(**callback), Recorder()
     dealing = DistributedSampler(range(44), shuffle=False)  # type: ignore[arg-type]
     loader = train_loader(44, batch_size=4, sampler=dealing)

@@ -22,7 +22,6 @@ SAMPLES = 232  # 29 batches of 8: two groups of 104 samples and one of 24
 
 
 def together(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Several batches as one."""
     x, y = zip(*batches, strict=True)
     return torch.cat(x), torch.cat(y)
 

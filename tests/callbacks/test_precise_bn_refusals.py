@@ -25,7 +25,6 @@ PASSES: dict[str, Callable[..., Any]] = {
 
 
 def freezing(**kwargs: Any) -> FreezeBNCallback:
-    """A FreezeBNCallback; arguments of the pass may be given directly."""
     names = {f.name for f in dataclasses.fields(PassConfig)}
     own = {"start_epoch": 1, **{k: v for k, v in kwargs.items() if k not in names}}
     return FreezeBNCallback(
@@ -37,8 +36,6 @@ every_pass = pytest.mark.parametrize("name", PASSES)
 
 
 class Counts(TinyNet):
-    """Counts its training steps."""
-
     steps = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -97,8 +97,6 @@ class Detects(LightningModule):
 
 
 class Gradients(Callback):
-    """Those that the last step was made with."""
-
     def __init__(self) -> None:
         self.last: dict[str, Tensor] = {}
 
@@ -170,8 +168,6 @@ def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently() -> None
 
 
 class Saves(Callback):
-    """A checkpoint in the middle."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -179,8 +179,6 @@ def val_loader(size: int = 12, batch_size: int = 6, **kwargs: Any) -> DataLoader
 
 
 class TinyData(LightningDataModule):
-    """A data module of the loaders above."""
-
     def train_dataloader(self) -> DataLoader[Any]:
         return train_loader(shuffle=True)
 
@@ -195,8 +193,6 @@ class TinyData(LightningDataModule):
 
 
 class InMemory(DummyLogger):
-    """Keeps the logged rows in memory."""
-
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -205,7 +201,6 @@ class InMemory(DummyLogger):
         self.rows.append((step or 0, dict(metrics)))
 
     def logged(self, key: str) -> dict[int, float]:
-        """Step -> value of a key."""
         return {step: row[key] for step, row in self.rows if key in row}
 
 
@@ -324,7 +319,6 @@ _NOT_COMPARED = (*_STATISTICS, "_current_fx_name")
 
 
 def statistics_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the running statistics, by name."""
     return {k: v.clone() for k, v in module.state_dict().items() if k.rpartition(".")[2] in _STATISTICS}
 
 
@@ -398,7 +392,6 @@ class Evaluated(Callback):
 
 
 def loaded(state: dict[str, Tensor]) -> TinyNet:
-    """A plain module with ``state``."""
     module = TinyNet()
     module.load_state_dict(state, strict=True)
     return module.eval()

@@ -43,8 +43,6 @@ def test_routes_send_every_row_once_and_fill_every_index(counts: list[int], seed
 
 
 class Result(NamedTuple):
-    """Of one rank."""
-
     ids: Tensor
     restored: list[bool]
     output: Tensor
@@ -62,7 +60,6 @@ def weights_for(x: Tensor) -> Tensor:
 
 
 def exchanged(parts: list[Tensor], seed: int, without_history: bool) -> Result:
-    """Features with gradients, beside rows of many dtypes in a structure."""
     own = parts[dist.get_rank()].clone()
     x = own if without_history and not len(own) else own.requires_grad_()
     first = sum(len(p) for p in parts[: dist.get_rank()])
@@ -81,8 +78,9 @@ def exchanged(parts: list[Tensor], seed: int, without_history: bool) -> Result:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_rows_return_and_gradients_are_those_of_one_process(ranks: int) -> None:
+def test_rows_return_and_gradients_are_those_of_one_process() -> None:
+    ranks = 4  # with two, a route is its own inverse
+
     @settings(max_examples=20)
     @given(st.lists(st.integers(0, 7), min_size=ranks, max_size=ranks), st.integers(0, 2**32), st.booleans())
     def check(counts: list[int], seed: int, without_history: bool) -> None:
@@ -167,7 +165,6 @@ class Pair(NamedTuple):
 
 
 def errors() -> list[str]:
-    """Errors that both ranks raise."""
     rank, x, messages = dist.get_rank(), torch.zeros(4, 3), []
     cases: list[tuple[Any, int]] = [
         (torch.zeros(4, 3 + rank), 0),
@@ -260,7 +257,6 @@ def kill_rank_1(at: str) -> None:
 @pytest.mark.ddp
 @pytest.mark.parametrize("at", ["forward", "backward"])
 def test_a_killed_rank_ends_the_others_with_an_error(at: str) -> None:
-    """At once, before the timeout of the group."""
     with pytest.raises(RuntimeError, match=r"(?s)rank 0: .*step 2 failed.*rank 1: died") as raised:
         run_on_ranks(kill_rank_1, 2, at)
     assert "timed out" not in str(raised.value).lower()

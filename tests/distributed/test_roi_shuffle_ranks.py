@@ -70,7 +70,6 @@ class Head(nn.Module):
 
 
 def rows(count: int) -> Tensor:
-    """Of this rank, which has so many."""
     own = torch.Generator().manual_seed(100 * dist.get_rank() + count)
     return torch.randn(count, 4, dtype=torch.float64, generator=own) + dist.get_rank()
 
@@ -182,8 +181,6 @@ def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
 
 
 class WithoutGradients(Detector):
-    """On rank 1."""
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.trunk(x)
         with torch.set_grad_enabled(dist.get_rank() == 0):
@@ -192,8 +189,6 @@ class WithoutGradients(Detector):
 
 
 class CallsItself(Detector):
-    """And a head after that."""
-
     def forward(self, x: Tensor, within: bool = False) -> dict[str, Tensor]:
         if within:
             return super().forward(x)
@@ -252,8 +247,6 @@ def test_rows_that_no_forward_exchanged_are_refused_in_backward() -> None:
 
 
 class Contrastive(nn.Module):
-    """MoCo's two encoders."""
-
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():

@@ -32,8 +32,6 @@ def trainer(tmp_path: Any) -> Trainer:
 
 
 class Stateful(TinyNet):
-    """Keeps state in every kind of attribute."""
-
     def __init__(self) -> None:
         super().__init__()
         self.array = np.zeros(3)
@@ -162,8 +160,6 @@ def test_gradients_of_an_unfinished_accumulation_are_kept(trainer: Trainer) -> N
 
 
 class Changing(TinyNet):
-    """Parameters of every kind."""
-
     def __init__(self) -> None:
         super().__init__()
         flat = torch.arange(1.0, 7.0)

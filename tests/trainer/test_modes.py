@@ -55,7 +55,6 @@ def nothing(net: nn.Module) -> None:
 
 
 def modes_when_called(net: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, bool]:
-    """The mode of each module at its calls."""
     seen: dict[nn.Module, bool] = {}
     handles = [m.register_forward_hook(lambda m, *_: seen.update({m: m.training})) for m in net.modules()]
     run()
