@@ -24,7 +24,7 @@ class GhostBNCallback(FitScopedCallback):
 
     It helps as a regularizer for more than about 128 samples on a device, and separates samples that leak information.
     It does not help with a batch of 16 to 128 samples; groups of 8 or fewer cost accuracy (Fig. 5).
-    Cost: none for interleaved groups of equal size; others copy the batch.
+    Cost: small for interleaved groups of equal size, which are a view; others copy the batch (docs page).
 
     Args:
         size: Maximum number of samples in a group; the paper uses 32. Give either this or ``splits``.
