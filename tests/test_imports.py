@@ -25,7 +25,7 @@ PLAIN = {
     "lightning_bn": "import lightning_bn as lbn",
     "plain functions": """
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).train()
-batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
+batches = [torch.randn(32, 3, 5, 5) for _ in range(4)]
 lbn.precise_bn(net, batches)
 for change in (lbn.freeze_bn, lbn.mini_batch_inference, lambda net: lbn.ghost_bn(net, size=4), lbn.sync_bn):
     handle = change(net)

@@ -199,7 +199,7 @@ class BatchMode(Behavior):
         count = input.numel() // input.shape[1]
         mean, var = batch_statistics(input) if count else input.new_zeros(2, input.shape[1])
         mean, var = (v.to(self.accumulator.device).double() for v in (mean, var))
-        return Moments(torch.tensor(float(count), dtype=torch.float64), mean, var * count)  # count stays on the CPU
+        return Moments(torch.tensor(float(count), dtype=torch.float64, device="cpu"), mean, var * count)
 
     @staticmethod
     def _fill(slot: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, count: int) -> None:

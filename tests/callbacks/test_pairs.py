@@ -32,7 +32,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "SyncBNCallback": lbn.SyncBNCallback,
     "DomainSpecificBNCallback": functools.partial(lbn.DomainSpecificBNCallback, 3, domain_fn=operator.itemgetter(1)),
     "RoIShuffleCallback": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
-    "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, 2),
+    "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, 1, window=2),
     "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 32),
 }
 KINDS: dict[str, str] = {name: getattr(lbn, name).kind for name in MAKE}

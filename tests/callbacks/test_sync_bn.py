@@ -150,7 +150,7 @@ def judged() -> dict[str, str]:
 def test_the_monitor_measures_no_rank_alone_where_ranks_normalize_together() -> None:
     """What is recovered from the running statistics is the batch of all; inputs are those of one."""
     on_rank_0, _ = run_on_ranks(judged, 2)
-    assert list(on_rank_0) == ["bn1"] and "synced over ranks" in on_rank_0["bn1"]
+    assert list(on_rank_0) == ["bn1"] and "synchronized over ranks" in on_rank_0["bn1"]
 
 
 def test_one_process_is_as_it_was_and_warns_once() -> None:

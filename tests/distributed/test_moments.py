@@ -69,7 +69,7 @@ def gaps_on_rank() -> dict[str, float]:
     from lightning_bn import DeadChannels, MeanGap, NonFiniteChannels, VarGap
 
     own = torch.Generator().manual_seed(dist.get_rank())
-    parts = {part: MeanGap(3, part) for part in ("gap", "lag", "noise")}
+    parts = {part: MeanGap(3, part=part) for part in ("gap", "lag", "noise")}
     metrics = MetricCollection({**parts, "var": VarGap(3), "dead": DeadChannels(), "bad": NonFiniteChannels(3)})
     for _ in range(2 + dist.get_rank()):
         mean, var, ema, ema_var = torch.rand(4, 3, dtype=torch.float64, generator=own) + 0.1

@@ -167,4 +167,4 @@ def refused_synced(model: nn.Module, shards: list[Batches]) -> tuple[str, bool]:
 
 def test_synced_layers_without_company_are_refused_on_all_ranks_before_anything_hangs() -> None:
     for message, untouched in run_on_ranks(refused_synced, 2, cnn(), [images(4), []]):
-        assert message.startswith("Only 1 of 2 ranks have a batch, and the SyncBatchNorm layers") and untouched
+        assert message.startswith("Only 1 of 2 ranks have a batch, and SyncBatchNorm layers") and untouched

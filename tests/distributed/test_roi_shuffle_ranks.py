@@ -404,7 +404,7 @@ class Heads(nn.Module):
 
 @pytest.mark.parametrize("modules", ["heads", "heads*"])
 def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: str) -> None:
-    with pytest.raises(ValueError, match=r"'heads' is a ModuleList, .*name its members \(modules='heads\.\*'\)"):
+    with pytest.raises(ValueError, match=r"'heads' is a ModuleList, .*select its members \(modules='heads\.\*'\)"):
         roi_shuffle(Heads(), modules=modules)
     with pytest.warns(UserWarning, match="there is one process"), roi_shuffle(Heads(), modules="heads.*"):
         pass

@@ -50,7 +50,9 @@ def test_a_detector_trains_is_measured_and_evaluates(kind: str, row: int) -> Non
     assert int(layer.num_batches_tracked) == 1
     shapes: list[int] = []
     looking = model.head.register_forward_pre_hook(lambda _, args: shapes.extend(x[:, 0].numel() for x in args[0]))
-    statistics = precise_bn(model, [images], forward=lambda m, b: m(b), layers="head.*")
+    statistics = precise_bn(
+        model, [images], forward=lambda m, b: m(b), layers="head.*", normalization_batch_size="loader"
+    )
     looking.remove()
     assert len(shapes) == 5
     for measured in statistics.values():

@@ -557,7 +557,7 @@ def test_a_list_that_a_hook_fills_is_found_out() -> None:
     model, found = cnn(), []
     model[0].register_forward_hook(lambda layer, args, output: found.append(output.mean()))
     model[4].register_forward_hook(lambda layer, args, output: output + 10 * found[-1])
-    with pytest.raises(LockstepError, match="'5' something else"):
+    with pytest.raises(LockstepError, match="'5' got a different input"):
         precise_bn(model, images(4, 4, 1), normalization_batch_size="population")
 
 
@@ -621,7 +621,7 @@ def test_a_loader_that_draws_random_numbers_is_no_obstacle_to_a_network_that_doe
 def test_random_numbers_of_others_are_refused_where_the_layers_see_them(draw: Callable[[], float]) -> None:
     """Only torch's can be given to each micro-batch; before the first layer, all draw in turn and nothing is lost."""
     model = network(noisy(draw))
-    with pytest.raises(LockstepError, match="draws random numbers of its own"):
+    with pytest.raises(LockstepError, match="draws its own random numbers"):
         precise_bn(model, population(8, 10).double().split(2), normalization_batch_size="population")
     only_first = nn.Sequential(Block(3, 6, noisy(draw)), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)).double()
     precise_bn(only_first, population(8, 10).double().split(2), normalization_batch_size="population")

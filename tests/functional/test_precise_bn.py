@@ -186,7 +186,7 @@ def test_layers_without_stored_statistics_are_left_out_unless_asked_for() -> Non
 
 
 def test_a_lazy_layer_that_has_seen_no_data_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="Layer '1' is lazy and has not seen data: run one forward"):
+    with pytest.raises(ValueError, match="Layer '1' is lazy and not initialized: run one forward"):
         precise_bn(cnn(nn.LazyBatchNorm2d()), images(4), normalization_batch_size="loader")
 
 

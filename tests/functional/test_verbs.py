@@ -315,7 +315,7 @@ STRANGE: list[tuple[Verb, str]] = [
     (lambda m: ghost_bn(m, size=2, grouping=["contiguous"]), "grouping"),  # type: ignore[arg-type]
     (lambda m: domain_bn(m, num_domains="2", **choices(4)), "domains"),  # type: ignore[arg-type]
     (lambda m: domain_bn(m, num_domains=2, **choices(4), layers=3), "layers"),  # type: ignore[arg-type]
-    (lambda m: domain_bn(m, num_domains=2, **choices(4), level_modules=3), "owner"),  # type: ignore[arg-type]
+    (lambda m: domain_bn(m, num_domains=2, **choices(4), level_modules=3), "level_modules"),  # type: ignore[arg-type]
     *(
         (lambda m, name=name, bad=bad: domain_bn(m, num_domains=2, **choices(4) | {name: bad}), name)
         for name in ("train_statistics", "population_statistics", "affine")

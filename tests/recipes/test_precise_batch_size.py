@@ -50,7 +50,7 @@ def test_every_b_is_estimated_once_per_draw_from_the_same_images(estimates: dict
     assert list(estimates) == [2, 20, 40, 60], "500 are more than there are"
     for estimate in estimates.values():
         assert estimate.wrong.shape == (2, 30) and len(estimate.seconds) == 2 and estimate.gaps.shape == (2, 9, 2)
-        assert estimate.gaps[:, 0].max() < 1e-5, "the first layer's input does not depend on B"
+        assert estimate.gaps[:, 0].max() < 1e-4, "the first layer's input does not depend on B"
 
 
 def test_small_b_is_further_from_exact_than_large_b(estimates: dict[int, Estimate]) -> None:

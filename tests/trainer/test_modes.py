@@ -113,7 +113,7 @@ def test_flags_that_a_step_sets_hold_for_its_own_forward() -> None:
     teacher, other = net
     with preserve_flags([teacher, other], training=True) as flags:
         for _ in range(2):
-            flags.reset()
+            flags.set(flags.initial)
             assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
             teacher.eval()
             teacher.momentum, teacher.track_running_stats = 0.0, False
