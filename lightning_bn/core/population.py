@@ -256,7 +256,7 @@ class Accumulator:
         sums = torch.stack([of_mean, of_var]).clamp_(min=0)
         errors = merge_over_ranks(Moments(weight, torch.zeros_like(sums), sums)).m2 / values.count.square()
         calls_of = torch.tensor(host[layers:], dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
-        errors *= calls_of / (calls_of - 1)  # of a single call: NaN
+        errors *= (calls_of / (calls_of - 1)).where(calls_of > 1, torch.nan)  # a single call has no spread
         errors = torch.stack([errors[0] / var, errors[1] / var.square()]).sqrt_()
         sizes = list(self.channels.values())
         per_layer = zip(host[:layers], host[layers:], *(v.split(sizes, -1) for v in (mean, var, *errors)), strict=True)

@@ -16,7 +16,7 @@ from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
 from lightning_bn.core.moments import Moments
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import Forward, call_model, estimable_layers, tqdm_progress, write_running_stats
 from lightning_bn.layers.behavior import Behavior, Handle, has_behavior
 from lightning_bn.layers.conflicts import check_conflicts
@@ -85,7 +85,7 @@ def adapt_bn(
     check_bool("progress", progress)
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be a function of model and batch but is {forward!r}.")
-    config = PassConfig(num_samples, "loader", batch_size_fn=batch_size_fn)
+    config = MeasureConfig(num_samples, "loader", batch_size_fn=batch_size_fn)
     if isinstance(model, DistributedDataParallel):
         model = model.module
     chosen = estimable_layers(model, layers)

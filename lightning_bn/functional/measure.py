@@ -44,7 +44,7 @@ _MIN_BATCHES_FOR_STD_ERROR = 8  # the spread of 8 is known to a quarter of itsel
 
 
 @dataclass(frozen=True)
-class PassConfig:
+class MeasureConfig:
     """The user's numbers for a pass over data; validated once.
 
     Attributes:
@@ -102,7 +102,7 @@ def measure(
     layers: dict[str, _BatchNorm],
     batches: Iterable[Any],
     run: Callable[[Any], Any],
-    config: PassConfig,
+    config: MeasureConfig,
     *,
     profile: ModelProfile | None = None,
     of_training: bool = True,
@@ -224,7 +224,7 @@ class _Totals:
 
 
 def _synchronized(
-    batches: Iterable[Any], config: PassConfig, layers: Mapping[str, _BatchNorm], device: torch.device
+    batches: Iterable[Any], config: MeasureConfig, layers: Mapping[str, _BatchNorm], device: torch.device
 ) -> SynchronizedBatches:
     size, count = config.normalization_batch_size, as_batch_size_fn(config.batch_size_fn)
     min_size = _MIN_SIZES[size] if isinstance(size, str) else size

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.functional.domain.tensors import STATISTICS
-from lightning_bn.functional.measure import NormalizationBatchSize, PassConfig, measure
+from lightning_bn.functional.measure import MeasureConfig, NormalizationBatchSize, measure
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.modes import keep_in_eval
@@ -101,7 +101,7 @@ def precise_bn(
         >>> exact = precise_bn(model, torch.randn(20, 50, 4), normalization_batch_size="population")
         >>> mean_gap, var_gap = exact.gaps_to(statistics)["1"]
     """
-    config = PassConfig(num_samples, normalization_batch_size, tolerance, memory_limit, batch_size_fn)
+    config = MeasureConfig(num_samples, normalization_batch_size, tolerance, memory_limit, batch_size_fn)
     if isinstance(model, DistributedDataParallel):
         model = model.module
     estimated = estimable_layers(model, layers)

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lightning_bn.core.batch_sizes import BatchSizeFn, as_batch_size_fn
 from lightning_bn.core.checks import NoStopIteration
-from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import call_model
 from lightning_bn.trainer.compat import (
     MetricsCollector,
@@ -114,7 +114,7 @@ def measure_target(
         evaluation_batches(trainer, module, dataloader_idx) as batches,
         NoStopIteration("The forward over target batches"),
     ):
-        config = PassConfig(num_samples, "loader", batch_size_fn=lambda item: samples(item[0]))
+        config = MeasureConfig(num_samples, "loader", batch_size_fn=lambda item: samples(item[0]))
         progress = progress_of(trainer, "AdaBN")
         statistics = measure(context.layers, batches, run, config, of_training=False, progress=progress)
     moved = {name: gaps_from_running_stats(context.layers[name], new) for name, new in statistics.items()}

@@ -10,8 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.checks import check_bool, check_int
-from lightning_bn.functional.measure import NormalizationBatchSize
-from lightning_bn.functional.measure import PassConfig as MeasureConfig
+from lightning_bn.functional.measure import MeasureConfig, NormalizationBatchSize
 from lightning_bn.trainer.forward import Forward, check_forward_argument
 
 

@@ -21,8 +21,7 @@ from lightning_bn.core.checks import NoStopIteration
 from lightning_bn.core.gaps import mean_gap, var_gap
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
-from lightning_bn.functional.measure import PassConfig as MeasureConfig
-from lightning_bn.functional.measure import measure
+from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import write_running_stats
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
 from lightning_bn.lockstep.scheduler import LockstepError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import precise_bn
-from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.lockstep.trial import ModelProfile
 from tests.distributed.test_precise_bn_ranks import Batches, Result, assert_same_bits, measured
@@ -99,7 +99,7 @@ def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple
         warnings.simplefilter("ignore")
         patch.setattr("lightning_bn.functional.joint._MEMORY_SHARE", share)
         layers, batches = estimable_layers(model), shards[dist.get_rank()]
-        statistics = measure(layers, batches, model, PassConfig(), profile=profile)
+        statistics = measure(layers, batches, model, MeasureConfig(), profile=profile)
     return statistics.batch_size, list(profile.warned)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import Moments, PopulationStatistics, find_bn, freeze_bn, precise_bn
-from lightning_bn.functional.measure import PassConfig, measure
+from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.lockstep.scheduler import LockstepError
 from tests.layer_by_layer import layer_by_layer
@@ -489,7 +489,7 @@ def test_rather_than_more_than_a_share_of_the_memory_it_takes_a_smaller_b_and_sa
     model, x = cnn().double().eval(), population(16, 8).double()
     monkeypatch.setattr("lightning_bn.lockstep.pooled.free_memory", lambda device: 120_000)
     with pytest.warns(UserWarning) as warned:
-        statistics = measure(estimable_layers(model), x.split(2), model, PassConfig())
+        statistics = measure(estimable_layers(model), x.split(2), model, MeasureConfig())
     message = str(warned.pop().message)
     together = re.search(r"normalization batches of (\d+) samples, not of 100", message)
     assert together and 2 < int(together[1]) < 16 and "more than half" in message
