@@ -24,9 +24,7 @@ FILE = Path(__file__).with_name("public_face.txt")
 PUBLIC = {name: getattr(lightning_bn, name) for name in lightning_bn.__all__ if name != "plots"}
 RESULTS = (tuple, Handle, Mapping)
 """What users are given and do not construct; dataclasses, too."""
-POSITIONAL = {"AdaBNCallback", "BNStatsMonitor", "BatchLeakageMonitor", "DomainSpecificBNCallback", "FreezeBNCallback"}
-POSITIONAL |= {"MeanGap", "MiniBatchInferenceCallback", "PreciseBNCallback", "VarGap", "find_bn"}
-POSITIONAL |= {"DomainSpecificBNCallback.use_domain_of", "Moments.empty"}
+POSITIONAL = {"DomainSpecificBNCallback.use_domain_of", "Moments.empty", "find_bn"}
 """Exceptions from the rule for arguments: to be emptied."""
 
 
