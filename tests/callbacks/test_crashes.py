@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import ConcatDataset, DataLoader
@@ -29,6 +30,7 @@ class KilledAt(Callback):
 
 def train(folder: Path, *others: Callback, **kwargs: Any) -> tuple[TinyNet, list[Any]]:
     """Three epochs of four equal batches: PreciseBN, then frozen from step 10; a checkpoint per epoch."""
+    torch.set_num_threads(1)  # as in the tests' process, for the same bits
     module = TinyNet()
     callbacks = [PreciseBNCallback(20), FreezeBNCallback(start_step=10, precise=PassConfig(20), warmup_epochs=0.5)]
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1)
