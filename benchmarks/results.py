@@ -14,7 +14,8 @@ import torch
 HEAD = """# Benchmarks
 
 Written by `make bench` (`python -m benchmarks`), not by hand. Each section has a claim, the measurements, the date,
-the machine and the method. Sections are replaced when they are measured again.
+the machine and the method. Sections are replaced when they are measured again: each is of the code of its date, and
+uses the argument names of that date.
 """
 _SECTION = re.compile(r"<!-- (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 

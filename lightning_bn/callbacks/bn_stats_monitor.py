@@ -197,8 +197,8 @@ class BNStatsMonitor(ObservingCallback):
             with self._errors_as_warnings("could not send its alert"):
                 send_alert(trainer, record, step, self._has_callback(trainer, "PreciseBNCallback", worst))
         first = first_nonfinite(record)
-        if first and not record.nonfinite_said:
-            record.nonfinite_said = True
+        if first and not record.nonfinite_warned:
+            record.nonfinite_warned = True
             warn_of_nonfinite(record, step, self._has_callback(trainer, "PreciseBNCallback", first))
         log_row(trainer, row)
 

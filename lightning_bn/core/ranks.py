@@ -95,10 +95,7 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     own = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2])
     gathered = own.new_empty(get_world_size(group), *own.shape)
     dist.all_gather(list(gathered), own, group=group)
-    count, mean, m2 = gathered.unbind(1)
-    total = count.sum(0)
-    pooled = (count * mean).sum(0) / total.clamp(min=1)
-    return Moments(total, pooled, m2.addcmul_(count, (mean - pooled).square_()).sum(0))
+    return Moments.merge([Moments(*parts) for parts in gathered])
 
 
 class AnotherRankFailedError(RuntimeError):

@@ -56,7 +56,7 @@ def adapt_bn(
             calls this, each with its own batches, in any number; all get the same statistics.
         prior_samples: Number of samples that the stored statistics are worth; 0 ignores them.
         forward: ``forward(model, batch)`` runs the model on a batch; as for `precise_bn`, like the next three.
-        num_samples: Take whole batches until so many samples were seen; None takes all.
+        num_samples: Number of samples of all ranks, in whole batches; None takes all.
         layers: Glob patterns over qualified layer names; None adapts every BatchNorm layer that is not frozen.
         batch_size_fn: ``batch_size_fn(batch)``, the number of samples in a batch.
         progress: Show a progress bar over samples.
@@ -186,7 +186,7 @@ class Adapting(Behavior):
 
 
 def mix_with_prior(source: Tensor, target: Tensor, prior_samples: int, samples: int) -> Tensor:
-    """Mean, or variance, of a target population of which few samples were seen; ``source`` is the prior.
+    """Estimate a mean or variance of the target from few samples, with ``source`` as the prior.
 
     Example:
         >>> import torch

@@ -84,8 +84,8 @@ def plain_call(layer: _BatchNorm, input: Tensor) -> BatchNormCall:
         momentum = 0.0 if buffers["num_batches_tracked"] is None else 1.0
     if training and not own["track_running_stats"]:
         mean = var = None
-    by_batch = training or (mean is None and var is None)
-    return BatchNormCall(input, mean, var, parameters["weight"], parameters["bias"], by_batch, momentum, own["eps"])
+    uses_batch = training or (mean is None and var is None)
+    return BatchNormCall(input, mean, var, parameters["weight"], parameters["bias"], uses_batch, momentum, own["eps"])
 
 
 def replace_batch_norm(

@@ -49,7 +49,7 @@ class DriftRecord:
         self.last: Observation | None = None
         # layer name -> sums of squared mean gap and variance gap from EMA to precise statistics, and number of passes
         self.moved: dict[str, tuple[float, float, int]] = {}
-        self.nonfinite_said = False
+        self.nonfinite_warned = False
         self.nbs: dict[str, float] = dict.fromkeys(layers, torch.nan)  # normalization batch sizes in samples
 
     def take_row(self, step: int) -> dict[str, float]:
@@ -97,7 +97,7 @@ class DriftRecord:
         return {
             "layers": {name: layer.num_features for name, layer in self.layers.items()},
             "channels": [list(channel) for channel in self.channels],
-            "nonfinite_said": self.nonfinite_said,
+            "nonfinite_warned": self.nonfinite_warned,
             "observer": self.observer.state_dict(),
             "history": self.history.state_dict(),
             "traces": self.traces.state_dict(),
@@ -108,7 +108,7 @@ class DriftRecord:
         """Continue from a state; drop traces of other channels."""
         if state["layers"] != {name: layer.num_features for name, layer in self.layers.items()}:
             raise ValueError("The checkpoint's record is one of other layers.")
-        self.nonfinite_said = state["nonfinite_said"]
+        self.nonfinite_warned = state["nonfinite_warned"]
         self.observer.load_state_dict(state["observer"])
         self.history.load_state_dict(state["history"])
         if state["channels"] == [list(channel) for channel in self.channels]:

@@ -99,7 +99,7 @@ class StepRecorder:
         self._before = *self._read(), [layer.momentum for layer in self.layers.values()]
 
     def after_batch(self) -> Snapshot | None:
-        """End a step; return None if its beginning was not seen."""
+        """End a step; return None if its beginning was not recorded."""
         if self._before is None:
             return None
         # The `after` of the previous step does not replace this step's `before`: others may have written in between,

@@ -193,10 +193,10 @@ class _ParameterCopies:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
-    return torch.equal(_bits(a), _bits(b))
+    return torch.equal(_as_integers(a), _as_integers(b))
 
 
-def _bits(t: Tensor) -> Tensor:
+def _as_integers(t: Tensor) -> Tensor:
     t = torch.view_as_real(t) if t.is_complex() else t
     return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 

@@ -94,21 +94,21 @@ class SplitByDomain(Behavior):
 
     @disable_compile
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        by_batch = uses_batch_stats(layer)
-        if not by_batch and self._specific.population == self._specific.affine == "shared":
+        uses_batch = uses_batch_stats(layer)
+        if not uses_batch and self._specific.population == self._specific.affine == "shared":
             return forward(input)
         domain = self._datasets.require_current()
         if isinstance(domain, Tensor):
             self._check_samples(layer, input, domain)
             domain = domain.cpu()
-        elif not by_batch:
+        elif not uses_batch:
             return forward(input)  # `DomainSpecific` knows the domain
-        if by_batch and self._train_statistics == "shared":
+        if uses_batch and self._train_statistics == "shared":
             domains = domain if isinstance(domain, Tensor) else torch.tensor([domain])
             return _run_part(forward, input, DomainAssignment(domains))
         present = [domain] if isinstance(domain, int) else domain.unique().tolist() or [0]
-        in_pass = by_batch and has_behavior(layer, "batch mode")
-        if isinstance(domain, Tensor) and by_batch and not in_pass:
+        in_pass = uses_batch and has_behavior(layer, "batch mode")
+        if isinstance(domain, Tensor) and uses_batch and not in_pass:
             self._check_counts(layer, input, domain)
         rows = []
         if isinstance(domain, Tensor) and len(present) > 1:

@@ -2,7 +2,7 @@
 
 A layer's level is the index of its call within one forward of the level module. The index is reset for every forward,
 so an aborted forward leaves no state. Activation checkpointing runs a block again outside of that forward: there the
-level is that of the block's input, which was noted when it was seen first.
+level is that of the block's input, which was recorded in the first run.
 """
 
 from __future__ import annotations

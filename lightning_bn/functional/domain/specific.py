@@ -30,13 +30,13 @@ class DomainAssignment:
         domain: The domain; or the domain of each index of the input along ``dim``.
         dim: 0 for samples, 2 for concatenated levels.
         parts: Number of inputs into which the batch is split, one per domain.
-        seen: Moments of the parts so far.
+        moments: Those of the parts so far.
     """
 
     domain: int | Tensor
     dim: int = 0
     parts: int = 1
-    seen: list[Moments] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
 
 
 class DomainSource(Protocol):
@@ -75,16 +75,16 @@ class DomainSpecific(Behavior):
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         assignment = self._source.assignment(layer)
         tracks = layer.track_running_stats or not layer.training
-        by_batch = uses_batch_stats(layer)
+        uses_batch = uses_batch_stats(layer)
         if isinstance(assignment.domain, Tensor):
-            records = self.population == "domain" and by_batch and tracks
+            records = self.population == "domain" and uses_batch and tracks
             if records or self.affine == "domain":
                 forward = functools.partial(self._forward_mixed, layer, forward, assignment, records)
         elif self.affine == "domain":
             forward = functools.partial(_forward_with_affine, layer, forward, assignment.domain)
-        if by_batch and tracks and not has_behavior(layer, "batch mode"):
+        if uses_batch and tracks and not has_behavior(layer, "batch mode"):
             return self._train(layer, forward, input, assignment)
-        if by_batch or not tracks or self.population == "shared":
+        if uses_batch or not tracks or self.population == "shared":
             return forward(input)
         mean, var = (cast(Tensor, layer._buffers[key]) for key in STATISTICS[:2])
         domain = cast(int, assignment.domain)  # `SplitByDomain` splits the batches of eval mode
@@ -119,14 +119,14 @@ class DomainSpecific(Behavior):
     def _update_layer_stats(self, layer: _BatchNorm, assignment: DomainAssignment, moments: Moments) -> None:
         if self.population == "domain":
             self._update_domain_stats(layer, cast(int, assignment.domain), moments)
-        assignment.seen.append(moments)
-        if len(assignment.seen) == assignment.parts:  # the last domain of the batch
+        assignment.moments.append(moments)
+        if len(assignment.moments) == assignment.parts:  # the last domain of the batch
             batches = layer.num_batches_tracked
             if batches is not None:
                 batches += 1
             mean, var = (cast(Tensor, layer._buffers[key]) for key in ("running_mean", "running_var"))
-            _update_ema(mean, var, functools.reduce(operator.add, assignment.seen), layer.momentum, batches)
-            assignment.seen.clear()
+            _update_ema(mean, var, functools.reduce(operator.add, assignment.moments), layer.momentum, batches)
+            assignment.moments.clear()
 
     @torch.no_grad()
     def _update_domain_stats(self, layer: _BatchNorm, domain: int, moments: Moments) -> None:
