@@ -5,6 +5,8 @@ Each gap is the root mean square over channels of an offset, which keeps its sig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,17 @@ def var_gap(var: Tensor, from_var: Tensor) -> Tensor:
         tensor(0.4901, dtype=torch.float64)
     """
     return var_offsets(var.double(), from_var.double()).square().mean().sqrt()
+
+
+def gaps_of_layers(
+    statistics: Sequence[tuple[Tensor, Tensor]], from_statistics: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[float, float]]:
+    """Return mean gap and variance gap of each layer, from its mean and variance in both arguments.
+
+    Waits for the device once, for all layers.
+    """
+    gaps = [
+        torch.stack([mean_gap(mean, from_mean, from_var), var_gap(var, from_var)])
+        for (mean, var), (from_mean, from_var) in zip(statistics, from_statistics, strict=True)
+    ]
+    return [(of_mean, of_var) for of_mean, of_var in torch.stack(gaps).tolist()] if gaps else []

@@ -5,7 +5,6 @@ One merge adds a batch for all layers, because their moments lie in one long vec
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_bn.core.gaps import mean_gap, var_gap
+from lightning_bn.core.gaps import gaps_of_layers
 from lightning_bn.core.moments import Moments
 from lightning_bn.core.ranks import merge_over_ranks, sum_over_ranks
 
@@ -89,14 +88,9 @@ class PopulationStatistics(dict[str, LayerStatistics]):
 
         To see if B matters: ``precise_bn(..., normalization_batch_size="population").gaps_to(one_pass)``.
         """
-        return {
-            name: (
-                float(mean_gap(layer.mean, other[name].mean, other[name].var)),
-                float(var_gap(layer.var, other[name].var)),
-            )
-            for name, layer in self.items()
-            if name in other
-        }
+        names = [name for name in self if name in other]
+        own, others = ([(s[name].mean, s[name].var) for name in names] for s in (self, other))
+        return dict(zip(names, gaps_of_layers(own, others), strict=True))
 
     def __reduce__(self) -> tuple[object, ...]:
         sizes = self.num_samples, self.num_batches, self.batch_size, self.spilled, self.left_out
@@ -151,7 +145,8 @@ class Accumulator:
         self.device = torch.device("cpu" if self._scratch_device.type == "mps" else device)
         sizes = torch.tensor(list(channels.values()))
         # copies to a device do not wait for it with non_blocking
-        self._layers = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device, non_blocking=True)
+        layers = torch.arange(len(sizes)).repeat_interleave(sizes, output_size=sum(channels.values()))
+        self._layers = layers.to(self.device, non_blocking=True)
         total = torch.zeros(10, len(self._layers), dtype=torch.float64, device=self.device)
         self._pivot, self._cross = total[:2]
         # rows: of a call's mean d from the pivot, and of its mean square q around it; weighted by count, or its square
@@ -192,24 +187,23 @@ class Accumulator:
             places = torch.tensor([place.get(id(slots), len(layers)) for slots in layers])
             self._places = places.to(self.device, non_blocking=True)[self._layers]
         first_bad = self._no_place
-        # a CPU checks all with one operator; another device is not asked now
-        if self.device.type != "cpu" or not math.isfinite(sum([float(s.sum()) for s in filled])):
-            for scratch in filled:
-                is_finite = scratch.sum(0).to(self.device).isfinite()
-                first_bad = torch.minimum(first_bad, torch.where(is_finite, self._no_place, self._places).amin())
+        for scratch in filled:
+            is_finite = scratch.sum(0).to(self.device).isfinite()
+            first_bad = torch.minimum(first_bad, torch.where(is_finite, self._no_place, self._places).amin())
+        is_bad = first_bad < len(layers)
         counts = [tuple([s.counts[call] if len(s.counts) > call else 0 for s in layers]) for call in range(len(filled))]
         for scratch, sizes in zip(filled, counts, strict=True):
             mean, var = scratch.to(self.device)
             if is_new and scratch is filled[0]:
                 is_first = (self._places < len(layers)) & (known == len(layers)) & mean.isfinite()
                 self._pivot.copy_(torch.where(is_first, mean.double(), self._pivot))
-            self._add(mean, var, sizes, None if first_bad is self._no_place else first_bad < len(layers))
+            self._add(mean, var, sizes, is_bad)
             scratch.zero_()  # momentum 1 would keep an old NaN: 0 * NaN
         self._batches.append((first_bad, counts))
         for slots in layers:
             slots.counts.clear()
 
-    def _add(self, mean: Tensor, var: Tensor, counts: tuple[int, ...], is_bad: Tensor | None) -> None:
+    def _add(self, mean: Tensor, var: Tensor, counts: tuple[int, ...], is_bad: Tensor) -> None:
         if self._weights is None or self._weights[0] != counts:  # most batches equal the one before
             count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)[self._layers]
             self._weights = counts, count, count.square(), (count - 1).clamp_(min=0) / count.clamp(min=1)
@@ -217,8 +211,7 @@ class Accumulator:
         torch.sub(mean, self._pivot, out=self._row[0])
         torch.mul(var, to_biased, out=self._row[1])
         self._row[1].addcmul_(self._row[0], self._row[0])
-        if is_bad is not None:
-            self._row.masked_fill_(is_bad, 0.0)
+        self._row.masked_fill_(is_bad, 0.0)
         self._sum.addcmul_(self._row, count)
         torch.mul(self._row, squared_count, out=self._weighted_row)
         self._squared_weight_sum.add_(self._weighted_row)

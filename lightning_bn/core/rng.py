@@ -73,7 +73,6 @@ class RandomStream:
 
 def random_streams() -> Iterator[RandomStream]:
     """Yield streams that depend on the state of torch's global generator, and do not advance it."""
-    seeds = torch.Generator()
-    seeds.set_state(torch.get_rng_state())
+    seeds = random.Random(torch.get_rng_state().numpy().tobytes())
     while True:
-        yield RandomStream(int(torch.randint(2**62, (), generator=seeds)))
+        yield RandomStream(seeds.getrandbits(62))

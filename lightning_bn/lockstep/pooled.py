@@ -23,7 +23,7 @@ from lightning_bn.layers.modes import LayerFlags
 from lightning_bn.lockstep.offload import AllocationTracker, OffloadManager, free_memory
 from lightning_bn.lockstep.positions import RankPositions, RankStatus, drain_on_error
 from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
-from lightning_bn.lockstep.trial import ADVICE, BatchSnapshot, LayerCall, ModelProfile, Trial
+from lightning_bn.lockstep.trial import ADVICE, BatchSnapshot, JointCall, ModelProfile, Trial
 
 
 class NotEnoughMemoryError(MemoryError):
@@ -55,8 +55,7 @@ class PooledForward:
         self._offload = None if memory_limit is None else OffloadManager(memory_limit)
         self._snapshot: BatchSnapshot | None = None
         self._positions = RankPositions(self._names, self._device)
-        self._finite: list[tuple[str, Tensor]] = []
-        self._tracked: list[tuple[str, int, Moments]] = []
+        self._calls: list[JointCall] = []
         self.left_out: list[tuple[MicroBatch, str]] = []
 
     @property
@@ -86,41 +85,38 @@ class PooledForward:
         ended. ``progress`` gets the share of the work that is done.
         """
         running: list[MicroBatch] = []
-        calls = self._run_jointly(micro_batches, running, progress)
-        while (nonfinite := self._find_nonfinite(running)) is not None:
-            bad = {m.number for m in nonfinite}
+        self._run_jointly(micro_batches, running, progress)
+        counts, bad = self._check_calls(running)
+        while bad is not None:
             left, running = [m for m in running if m.number not in bad], []
             some_left, *_ = sum_over_ranks([sum(not m.is_padding for m in left)], self._device)
             if not some_left:
                 return
-            calls = self._run_jointly(left, running, progress)
-        for name, count, moments in self._tracked:
-            mean, var = self._accumulator.slot(name, count)
-            mean.copy_(moments.mean)
-            var.copy_(moments.m2 / max(count - 1, 1))
+            self._run_jointly(left, running, progress)
+            counts, bad = self._check_calls(running)
+        for call, count in zip(self._calls, counts, strict=True):
+            if call.is_tracked and count and get_rank() == 0:  # the pooled ones of all ranks count once
+                mean, var = self._accumulator.slot(call.name, count)
+                mean.copy_(call.pooled.mean)
+                var.copy_(call.pooled.m2 / max(count - 1, 1))
         if not self._profile.is_independent:
             with self._positions.synchronized_errors():
                 if self._snapshot:
-                    self._trial.verify(self._snapshot, calls)
+                    self._trial.verify(self._snapshot, self._calls)
             self._profile.is_independent, self._snapshot = True, None
         progress(1.0)
 
     def _run_jointly(
         self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch], progress: Callable[[float], None]
-    ) -> list[LayerCall]:
-        # appends to `running`, and returns the first micro-batch's layer calls
-        calls: list[LayerCall] = []
-        done = 0
-        self._finite, self._tracked, self._snapshot = [], [], None
+    ) -> None:
+        # appends to `running`
+        self._calls, self._snapshot = [], None
 
         def answer(name: str, inputs: list[tuple[Moments, bool]]) -> Sequence[tuple[Tensor, Tensor]]:
-            nonlocal done
             pooled = self._pool(name, inputs, running)
-            if not self._profile.is_independent:
-                calls.append(LayerCall(name, inputs[0][0], *pooled))
-            done += 1
+            done = len(self._calls)
             progress(min(done / max(self._trial.memory(running[0]).calls, done), 1.0))
-            return [pooled] * len(running)
+            return [(pooled.mean, pooled.var)] * len(running)
 
         lockstep = Lockstep[str, tuple[Moments, bool], tuple[Tensor, Tensor]](answer, True, ADVICE)
         with (
@@ -131,20 +127,21 @@ class PooledForward:
             lockstep.run(self._functions(micro_batches, running))
             if not running:
                 self._join_collectives()
-        return calls
 
-    def _find_nonfinite(self, running: Sequence[MicroBatch]) -> list[MicroBatch] | None:
-        # only the first such layer of any rank decides: later ones mix all micro-batches. None if all are finite
-        finite = torch.stack([row for _, row in self._finite]).tolist() if self._finite else []
-        first = next((i for i, row in enumerate(finite) if not all(row)), RankStatus.FINISHED)
+    def _check_calls(self, running: Sequence[MicroBatch]) -> tuple[list[int], set[int] | None]:
+        # Returns the counts of all calls, and the numbers of micro-batches with non-finite values; None if all ranks'
+        # are finite. Only the first such layer of any rank decides: later ones mix all micro-batches.
+        facts = torch.stack([call.facts for call in self._calls]).tolist() if self._calls else []
+        first = next((i for i, (_, *finite) in enumerate(facts) if not all(finite)), RankStatus.FINISHED)
         (minus_first,) = max_over_ranks([-first], self._device)
+        counts = [int(count) for count, *_ in facts]
         if minus_first == -RankStatus.FINISHED:
-            return None
+            return counts, None
         if first != -minus_first:
-            return []
-        bad = [m for m, is_finite in zip(running, finite[first], strict=True) if not is_finite]
-        self.left_out += [(m, self._finite[first][0]) for m in bad]
-        return bad
+            return counts, set()
+        bad = [m for m, is_finite in zip(running, facts[first][1:], strict=True) if not is_finite]
+        self.left_out += [(m, self._calls[first].name) for m in bad]
+        return counts, {m.number for m in bad}
 
     def _functions(self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
         free: int | None = None
@@ -190,30 +187,24 @@ class PooledForward:
 
         return exchange
 
-    def _pool(
-        self, name: str, inputs: Sequence[tuple[Moments, bool]], running: Sequence[MicroBatch]
-    ) -> tuple[Tensor, Tensor]:
+    def _pool(self, name: str, inputs: Sequence[tuple[Moments, bool]], running: Sequence[MicroBatch]) -> Moments:
         is_tracked = {tracked for _, tracked in inputs}
         if len(is_tracked) > 1:
             raise LockstepError(f"Layer {name!r} tracks some micro-batches at a call, and others not. {ADVICE}")
         tracked = is_tracked.pop()
         self._positions.all_reduce(self._names.index(name) + (0 if tracked else len(self._names)))
         moments = [_without_values(m) if batch.is_padding else m for (m, _), batch in zip(inputs, running, strict=True)]
-        self._finite.append((name, torch.stack([m.mean + m.m2 for m in moments]).isfinite().all(1)))
-        return self._merge(name, Moments.merge(moments), tracked)
-
-    def _merge(self, name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:
-        pooled = merge_over_ranks(moments)
-        count = int(pooled.count.flatten()[0])
-        if is_tracked and count and get_rank() == 0:  # the pooled ones of all ranks count once
-            self._tracked.append((name, count, pooled))
-        return pooled.mean, pooled.var
+        finite = torch.stack([m.mean + m.m2 for m in moments]).isfinite().all(1)
+        pooled = merge_over_ranks(Moments.merge(moments))
+        self._calls.append(JointCall.of(name, tracked, inputs[0][0], pooled, finite))
+        return pooled
 
     def _join_collectives(self) -> None:  # on a rank without micro-batches
         while (position := self._positions.all_reduce(RankStatus.ABSENT)) < 2 * len(self._names):
             name = self._names[position % len(self._names)]
             nothing = Moments.empty(self._accumulator.channels[name], self._accumulator.device)
-            self._merge(name, nothing, position < len(self._names))
+            pooled = merge_over_ranks(nothing)
+            self._calls.append(JointCall.of(name, position < len(self._names), nothing, pooled, nothing.mean[:0]))
 
 
 _TRACKER: ContextVar[AllocationTracker] = ContextVar("tracker")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_bn.core.batch_copy import copied
@@ -45,13 +46,23 @@ class ModelProfile:
     warned: set[str] = field(default_factory=set)
 
 
-class LayerCall(NamedTuple):
-    """Records a layer's call in a joint run: the first micro-batch's moments, and the statistics to normalize with."""
+class JointCall(NamedTuple):
+    """Records a layer's call in a joint run.
+
+    ``facts`` are the pooled count and, for each micro-batch, whether its values are finite. They are read after the
+    run, all at once, because each reading waits for the device.
+    """
 
     name: str
-    moments: Moments
-    mean: Tensor
-    var: Tensor
+    is_tracked: bool
+    first: Moments  # of the first micro-batch
+    pooled: Moments
+    facts: Tensor
+
+    @classmethod
+    def of(cls, name: str, is_tracked: bool, first: Moments, pooled: Moments, finite: Tensor) -> JointCall:
+        count = pooled.count.flatten()[:1].to(finite.device, non_blocking=True)
+        return cls(name, is_tracked, first, pooled, torch.cat([count, finite.to(count)]))
 
 
 class BatchSnapshot:
@@ -93,21 +104,24 @@ class Trial:
             self.profile.memory = MemoryEstimate(max(peaks), micro_batch.samples, len(peaks) - 1)
         return self.profile.memory
 
-    def verify(self, snapshot: BatchSnapshot, calls: Sequence[LayerCall]) -> None:
+    def verify(self, snapshot: BatchSnapshot, calls: Sequence[JointCall]) -> None:
         """Run the first micro-batch with the joint run's statistics; raise a LockstepError if layers' inputs differ."""
         remaining = iter(calls)
+        differs: list[tuple[str, Tensor]] = []
 
         def exchange(name: str, moments: Moments, is_tracked: bool) -> tuple[Tensor, Tensor]:
             call = next(remaining, None)
-            if call is None or call.name != name or _differ(call, moments):
-                raise LockstepError(
-                    f"Layer {name!r} got a different input when batches were run jointly: the model stores state "
-                    f"between layers (in an attribute or a hook's list), or draws its own random numbers. {ADVICE}"
-                )
-            return call.mean, call.var
+            if call is None or call.name != name:
+                raise _influenced(name)
+            differs.append((name, _differ(call, moments)))
+            return call.pooled.mean, call.pooled.var
 
         with self.exchanging(exchange):
             self._run_single(snapshot)
+        found = torch.stack([d for _, d in differs]).tolist() if differs else []
+        for (name, _), differ in zip(differs, found, strict=True):
+            if differ:
+                raise _influenced(name)
 
     def _run_single(self, snapshot: BatchSnapshot) -> None:
         self._flags.set(self._flags.initial)
@@ -124,8 +138,14 @@ class Trial:
             self._mode.exchange = before
 
 
-def _differ(call: LayerCall, moments: Moments) -> bool:
-    if call.moments.count != moments.count:
-        return True
-    shift = (moments.mean - call.moments.mean).abs() / (call.var + 1e-5).sqrt()
-    return bool(shift.amax() > _MAX_MEAN_SHIFT)  # False for NaN: non-finite values have their own check
+def _differ(call: JointCall, moments: Moments) -> Tensor:
+    shift = (moments.mean - call.first.mean).abs() / (call.pooled.var + 1e-5).sqrt()
+    # False for NaN: non-finite values have their own check
+    return (shift.amax() > _MAX_MEAN_SHIFT) | (call.first.count != moments.count)
+
+
+def _influenced(layer: str) -> LockstepError:
+    return LockstepError(
+        f"Layer {layer!r} got a different input when batches were run jointly: the model stores state between layers "
+        f"(in an attribute or a hook's list), or draws its own random numbers. {ADVICE}"
+    )

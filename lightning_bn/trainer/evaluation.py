@@ -117,7 +117,7 @@ def measure_target(
         config = MeasureConfig(num_samples, "loader", batch_size_fn=lambda item: samples(item[0]))
         progress = progress_of(trainer, "AdaBN")
         statistics = measure(context.layers, batches, run, config, of_training=False, progress=progress)
-    moved = {name: gaps_from_running_stats(context.layers[name], new) for name, new in statistics.items()}
+    moved = gaps_from_running_stats(context.layers, statistics)
     return PassResult(statistics, moved, time.perf_counter() - started)
 
 

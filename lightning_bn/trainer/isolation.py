@@ -6,7 +6,7 @@ Modules work on copies of their state and get the original objects back, also af
 from __future__ import annotations
 
 import copy
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -185,15 +185,14 @@ class _ParameterCopies:
 
     def _compare(self) -> None:
         # A change in place through `.data` has no new version. Steps change the same each time, so one comparison
-        # suffices: on a GPU each one waits.
-        pairs = zip(self._originals, self._parameters, strict=True)
-        self._changes = self._changes or not all(_same_bits(original, p.data) for original, p in pairs)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        return False
-    return torch.equal(_as_integers(a), _as_integers(b))
+        # suffices. It is read once for all parameters of a device, because on a GPU each reading waits.
+        differs = defaultdict[torch.device, list[Tensor]](list)
+        for original, p in zip(self._originals, self._parameters, strict=True):
+            if (original.shape, original.dtype, original.device) != (p.shape, p.dtype, p.device):
+                self._changes = True
+                return
+            differs[p.device].append((_as_integers(original) != _as_integers(p.data)).any())
+        self._changes = self._changes or any(bool(torch.stack(flags).any()) for flags in differs.values())
 
 
 def _as_integers(t: Tensor) -> Tensor:

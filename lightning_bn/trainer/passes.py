@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.batch_sizes import as_batch_size_fn
 from lightning_bn.core.checks import NoStopIteration
-from lightning_bn.core.gaps import mean_gap, var_gap
-from lightning_bn.core.population import LayerStatistics, PopulationStatistics
+from lightning_bn.core.gaps import gaps_of_layers
+from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.core.ranks import OUT_OF_MEMORY, get_world_size
 from lightning_bn.functional.measure import MeasureConfig, measure
 from lightning_bn.functional.precise import write_running_stats
@@ -52,7 +52,7 @@ class PassResult:
     @classmethod
     def write(cls, layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics, started: float) -> PassResult:
         """Write statistics into layers; the pass began at ``started`` (`time.perf_counter`)."""
-        moved = {name: gaps_from_running_stats(layers[name], measured) for name, measured in statistics.items()}
+        moved = gaps_from_running_stats(layers, statistics)
         write_running_stats(layers, statistics)
         return cls(statistics, moved, time.perf_counter() - started)
 
@@ -234,19 +234,23 @@ def check_sharding(trainer: Trainer) -> None:
         )
 
 
-def gaps_from_running_stats(layer: _BatchNorm, measured: LayerStatistics) -> tuple[float, float]:
-    """Return mean gap (sigma of the stored statistics) and variance gap from stored to measured statistics."""
-    mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
-    return float(mean_gap(measured.mean, mean, var)), float(var_gap(measured.var, var))
+def gaps_from_running_stats(
+    layers: Mapping[str, _BatchNorm], statistics: PopulationStatistics
+) -> dict[str, tuple[float, float]]:
+    """Return mean gap (sigma of the stored statistics) and variance gap of each measured layer."""
+    stored = [(layers[n].get_buffer("running_mean"), layers[n].get_buffer("running_var")) for n in statistics]
+    measured = [(s.mean, s.var) for s in statistics.values()]
+    return dict(zip(statistics, gaps_of_layers(measured, stored), strict=True))
 
 
 def with_initial_stats(layers: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
     """Select the layers that still have their initial statistics: mean 0 and variance 1."""
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if not layer.get_buffer("running_mean").any() and (layer.get_buffer("running_var") == 1).all()
-    }
+    moved = [
+        (layer.get_buffer("running_mean") != 0).any() | (layer.get_buffer("running_var") != 1).any()
+        for layer in layers.values()
+    ]
+    found = torch.stack(moved).tolist() if moved else []  # once for all, because each reading waits for the device
+    return {name: layer for (name, layer), has_moved in zip(layers.items(), found, strict=True) if not has_moved}
 
 
 def _tensors(layer: _BatchNorm) -> dict[str, Tensor]:
