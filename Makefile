@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo recipes test coverage bench docs lock
+.PHONY: help setup demo recipes test coverage bench gpu docs lock
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -49,6 +49,10 @@ coverage: setup ## the tests and the lines that they run; takes about 1.5 times 
 
 bench: setup ## measure the speed claims, write benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
+
+gpu: setup ## the tests and benchmarks that need a CUDA device, in less than 10 minutes; writes benchmarks/RESULTS.md
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m benchmarks --device cuda
 
 docs: setup ## build the site into site/
 	$(BIN)/mkdocs build --strict

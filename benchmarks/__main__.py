@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import exact, forecast, ghost, leakage, monitor, precise_pass, roi_shuffle, sync
+from benchmarks import exact, forecast, ghost, leakage, monitor, operators, precise_pass, roi_shuffle, sync
 from benchmarks.results import machine, update, versions
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "ghost": ghost,
     "leakage": leakage,
     "monitor": monitor,
+    "operators": operators,
     "precise_pass": precise_pass,
     "roi_shuffle": roi_shuffle,
     "sync": sync,
@@ -30,11 +31,12 @@ def main() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     names = [f"{name}.{device}" for name in BENCHMARKS for device in devices]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to measure; default: all")
+    parser.add_argument("--device", nargs="+", choices=devices, default=devices, help="default: all that there are")
+    parser.add_argument("--only", nargs="+", choices=names, help="what to measure; default: all")
     parser.add_argument("--quick", action="store_true", help="run each with few rounds, to check it; writes no results")
     arguments = parser.parse_args()
     minutes: dict[str, float] = {}
-    for chosen in arguments.only:
+    for chosen in arguments.only or [name for name in names if name.split(".")[1] in arguments.device]:
         name, device = chosen.split(".")
         benchmark = BENCHMARKS[name]
         print(f"{chosen}: {benchmark.CLAIM}", flush=True)
