@@ -6,6 +6,7 @@ samples, but micro-batches may have any size and structure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -56,6 +57,7 @@ class PooledForward:
         self._snapshot: BatchSnapshot | None = None
         self._positions = RankPositions(self._names, self._device)
         self._calls: list[JointCall] = []
+        self._is_single = False  # a single micro-batch needs no trial: it takes the memory of any forward
         self.left_out: list[tuple[MicroBatch, str]] = []
 
     @property
@@ -85,6 +87,12 @@ class PooledForward:
         ended. ``progress`` gets the share of the work that is done.
         """
         running: list[MicroBatch] = []
+        steps = iter(micro_batches)
+        start = list(itertools.islice(steps, 2))
+        if not self._profile.is_independent:
+            (longest,) = max_over_ranks([len(start)], self._device)
+            self._is_single = longest < 2
+        micro_batches = itertools.chain(start, steps)
         self._run_jointly(micro_batches, running, progress)
         counts, bad = self._check_calls(running)
         while bad is not None:
@@ -99,7 +107,7 @@ class PooledForward:
                 mean, var = self._accumulator.slot(call.name, count)
                 mean.copy_(call.pooled.mean)
                 var.copy_(call.pooled.m2 / max(count - 1, 1))
-        if not self._profile.is_independent:
+        if not self._profile.is_independent and not self._is_single:
             with self._positions.synchronized_errors():
                 if self._snapshot:
                     self._trial.verify(self._snapshot, self._calls)
@@ -114,8 +122,9 @@ class PooledForward:
 
         def answer(name: str, inputs: list[tuple[Moments, bool]]) -> Sequence[tuple[Tensor, Tensor]]:
             pooled = self._pool(name, inputs, running)
-            done = len(self._calls)
-            progress(min(done / max(self._trial.memory(running[0]).calls, done), 1.0))
+            if self._profile.memory is not None:
+                done = len(self._calls)
+                progress(min(done / max(self._profile.memory.calls, done), 1.0))
             return [(pooled.mean, pooled.var)] * len(running)
 
         lockstep = Lockstep[str, tuple[Moments, bool], tuple[Tensor, Tensor]](answer, True, ADVICE)
@@ -146,6 +155,10 @@ class PooledForward:
     def _functions(self, micro_batches: Iterable[MicroBatch], running: list[MicroBatch]) -> Iterator[Callable[[], Any]]:
         free: int | None = None
         for micro_batch in micro_batches:
+            if self._is_single:
+                running.append(micro_batch)
+                yield self._function(micro_batch.batch)
+                continue
             memory = self._trial.memory(micro_batch)
             free = self.free() if free is None else free
             if not running and not self._profile.is_independent:

@@ -16,7 +16,7 @@ from lightning_bn.functional.precise import estimable_layers
 from lightning_bn.layers.find import Layers
 from lightning_bn.layers.modes import keep_in_eval
 from lightning_bn.trainer.compat import recorded_modes
-from lightning_bn.trainer.isolation import is_lightning_module
+from lightning_bn.trainer.held_state import is_lightning_module
 
 
 @dataclass(frozen=True)

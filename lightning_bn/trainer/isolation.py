@@ -6,29 +6,25 @@ Modules work on copies of their state and get the original objects back, also af
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import RunningStage
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.core.rng import GENERATORS, preserve_rng_state, save_generator
+from lightning_bn.core.rng import preserve_rng_state
+from lightning_bn.trainer.held_state import TORCH_ATTRIBUTES, HeldState, is_lightning_module
 
 FixedModel: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Its result is entered for each forward, which then begins with the original parameters."""
-
-_USER_DICTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-_TORCH_ATTRIBUTES = set(vars(nn.Module())) - _USER_DICTS
-"""Attributes that `nn.Module` keeps for itself, such as hooks. All others are the author's."""
 
 
 @contextmanager
@@ -37,19 +33,17 @@ def isolate(
 ) -> Iterator[FixedModel]:
     """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and restore everything.
 
-    That includes parameters, gradients, modes, buffers, submodules, hooks, torchmetrics, other attributes (containers
-    one level deep), and random number generators. Loggers are muted, and so is `self.log` unless ``may_log``. The
+    That includes parameters, gradients, modes, buffers, submodules, hooks, torchmetrics, random number generators, and
+    what attributes hold at any depth. Loggers are muted, and so is `self.log` unless ``may_log``. The
     Trainer reports ``stage``, because augmentation on the device asks for training.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_rng_state())
-        stack.enter_context(_preserve_held_rng_state(module, getattr(trainer, "datamodule", None)))
         stack.enter_context(_muted_loggers(trainer, stage))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        fixed = stack.enter_context(_preserve_parameters(module))
-        stack.enter_context(_preserve_modules(module, may_log))
-        yield fixed
+        modules = stack.enter_context(_preserve_modules(trainer, module, may_log))
+        yield stack.enter_context(_preserve_parameters(modules))
 
 
 @contextmanager
@@ -76,21 +70,20 @@ class _MutedLogger(DummyLogger):
 
 
 @contextmanager
-def _preserve_modules(module: LightningModule, may_log: bool) -> Iterator[None]:
-    before = {m: (type(m), vars(m).copy(), _hooks_of(m)) for m in module.modules()}
+def _preserve_modules(trainer: Trainer, module: LightningModule, may_log: bool) -> Iterator[Iterable[nn.Module]]:
+    before = HeldState(module.modules(), [getattr(trainer, "datamodule", None)])
+    kinds = {m: (type(m), _hooks_of(m)) for m in before.modules}
     try:
-        for m, (_, attributes, _) in before.items():
-            theirs = {key: value for key, value in attributes.items() if key not in _TORCH_ATTRIBUTES}
-            vars(m).update({key: _shallow_clone(value) for key, value in theirs.items()})
+        for m in before.modules:
             if is_lightning_module(m) and not may_log:
                 vars(m).update(log=_noop, log_dict=_noop)
-        yield
+        yield before.modules
     finally:
-        for m, (kind, attributes, hooks) in before.items():
+        _warn_of(before.changed(), module)
+        before.restore()
+        for m, (kind, hooks) in kinds.items():
             if type(m) is not kind:  # a lazy module becomes another class at its first call
                 m.__class__ = kind
-            vars(m).clear()
-            vars(m).update(attributes)
             for current, original in hooks:
                 if list(current.items()) != list(original.items()):
                     current.clear()
@@ -99,27 +92,20 @@ def _preserve_modules(module: LightningModule, may_log: bool) -> Iterator[None]:
 
 def _hooks_of(m: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     # The dict itself stays in place, because handles remove hooks from it.
-    dicts = [value for key, value in vars(m).items() if key in _TORCH_ATTRIBUTES and isinstance(value, dict)]
+    dicts = [value for key, value in vars(m).items() if key in TORCH_ATTRIBUTES and isinstance(value, dict)]
     return [(hooks, copy.copy(hooks)) for hooks in dicts]
 
 
-def _shallow_clone(value: Any) -> Any:
-    if isinstance(value, dict):
-        twin = copy.copy(value)
-        twin.update({key: _clone_array(v) for key, v in value.items()})
-        return twin
-    if type(value) in (list, deque):
-        twin = copy.copy(value)
-        for i, v in enumerate(value):
-            twin[i] = _clone_array(v)
-        return twin
-    return copy.copy(value) if isinstance(value, (list, set, deque)) else _clone_array(value)
+_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
-def _clone_array(value: Any) -> Any:
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not is_lazy(value):
-        return value.clone()
-    return value.copy() if isinstance(value, np.ndarray) else value
+def _warn_of(places: Sequence[str], module: nn.Module) -> None:
+    if places and module not in _WARNED:
+        _WARNED.add(module)
+        rank_zero_warn(
+            f"A pass changed tensors in place that it cannot restore: {', '.join(places[:5])}. Hold them in a list, a "
+            "dict or an attribute instead of a tuple, or replace them instead of changing them in place."
+        )
 
 
 def _noop(*args: Any, **kwargs: Any) -> None:
@@ -127,10 +113,11 @@ def _noop(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _preserve_parameters(module: nn.Module) -> Iterator[FixedModel]:
+def _preserve_parameters(modules: Iterable[nn.Module]) -> Iterator[FixedModel]:
     # Parameters point to copies of their values, since a momentum encoder's step changes them. Optimizers and DDP hold
     # the objects, and an autograd graph may need the original values. The cost is a second copy of the weights.
-    parameters = [*module.parameters(), *filter(is_lazy, module.buffers())]
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    parameters = list(dict.fromkeys(t for t in tensors if isinstance(t, nn.Parameter) or is_lazy(t)))
     before = [(p, type(p), p.data, p.grad, p.requires_grad) for p in parameters]
     try:
         for p in parameters:
@@ -215,57 +202,3 @@ def _clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
             twin = torch.empty(0, dtype=t.dtype, device=t.device)
             copies.append(twin.set_(shared[storage._cdata], t.storage_offset(), t.shape, t.stride()))
     return copies
-
-
-CONTAINERS = (list, dict, set, deque)
-_STATELESS = (Tensor, np.ndarray, ModuleType, Iterator, type)
-
-
-@contextmanager
-def _preserve_held_rng_state(module: nn.Module, datamodule: Any) -> Iterator[None]:
-    values = [value for m in module.modules() for key, value in vars(m).items() if key not in _TORCH_ATTRIBUTES]
-    objects = find_stateful_objects([*values, datamodule])
-    restores = [snapshot_state(o) for o in objects if isinstance(o, GENERATORS)]
-    try:
-        yield
-    finally:
-        for restore in restores:
-            restore()
-
-
-def is_lightning_module(o: Any) -> bool:
-    """Recognize modules by their methods: `pytorch_lightning`'s is no instance of `lightning.pytorch`'s."""
-    return callable(getattr(o, "training_step", None)) and callable(getattr(o, "log_dict", None))
-
-
-def find_stateful_objects(roots: Sequence[Any], depth: int = 6) -> list[Any]:
-    """Find objects with state, generators among them, in attributes, closures and short containers."""
-    objects: list[Any] = []
-    seen: set[int] = set()
-    level = list(roots)
-    for _ in range(depth + 1):
-        attributes: list[Any] = []
-        for o in level:  # which grows in the loop
-            o = getattr(o, "__self__", o)
-            is_trainer = "fit_loop" in getattr(o, "__dict__", ())
-            if o is None or id(o) in seen or isinstance(o, _STATELESS) or is_trainer or is_lightning_module(o):
-                continue
-            seen.add(id(o))
-            if isinstance(o, partial):
-                level += (o.func, *o.args, *o.keywords.values())
-            elif isinstance(o, FunctionType):
-                level += [cell.cell_contents for cell in o.__closure__ or () if cell != CellType()]
-            elif isinstance(o, (*CONTAINERS, tuple)):
-                level += (list(o.values()) if isinstance(o, dict) else o) if len(o) <= 100 else ()
-            elif isinstance(o, GENERATORS) or hasattr(o, "__dict__"):
-                objects.append(o)
-                attributes += getattr(o, "__dict__", {}).values()
-        level = attributes
-    return objects
-
-
-def snapshot_state(o: Any) -> Callable[[], Any]:
-    """Return a function that restores the state that an object has now."""
-    if isinstance(o, GENERATORS):
-        return save_generator(o)
-    return partial(vars(o).update, vars(o).copy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 from collections import deque
@@ -14,9 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from lightning_bn.core.batch_copy import HostCopy, bytes_of
 from lightning_bn.core.ranks import get_rank, get_world_size, sum_over_ranks
@@ -28,7 +26,7 @@ from lightning_bn.trainer.compat import (
     train_loaders,
     unwrap_batch_sampler,
 )
-from lightning_bn.trainer.isolation import CONTAINERS, find_stateful_objects, snapshot_state
+from lightning_bn.trainer.held_state import HeldState
 
 
 @contextmanager
@@ -213,21 +211,9 @@ def _has_default_iter(loader: Any) -> bool:
 @contextmanager
 def _preserve_loader_state(loaders: Sequence[Any]) -> Iterator[None]:
     parts = ("generator", "sampler", "dataset", "collate_fn")
-    samplers = [unwrap_batch_sampler(loader) for loader in loaders]
-    objects = find_stateful_objects(
-        [*(getattr(loader, part, None) for loader in loaders for part in parts), *(sampler for sampler, _ in samplers)]
-    )
-    data = {id(getattr(loader, "dataset", None)) for loader in loaders}
-    wrappers = [wrapper for _, wrapper in samplers if wrapper is not None]
-    restores = [snapshot_state(o) for o in (*objects, *wrappers)]
+    samplers = [sampler for loader in loaders for sampler in unwrap_batch_sampler(loader)]
+    held = HeldState(others=[*(getattr(loader, part, None) for loader in loaders for part in parts), *samplers])
     try:
-        for o in objects:
-            # Lists may be orders that are shuffled in place. So may a sampler's arrays; a dataset's are too large.
-            kinds = (*CONTAINERS, Tensor, np.ndarray) if isinstance(o, Sampler) else CONTAINERS
-            attributes = getattr(o, "__dict__", {})
-            lists = {k: v for k, v in attributes.items() if isinstance(v, kinds) and id(v) not in data}
-            attributes.update({k: copy.copy(v) for k, v in lists.items()})
         yield
     finally:
-        for restore in restores:
-            restore()
+        held.restore()
