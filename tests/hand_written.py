@@ -23,7 +23,6 @@ from tests.truth import rows_of
 CHANNELS, LENGTH = 4, 6
 
 
-# --------------------------------------------------------- forwards that do something to their input first
 class Transposed(nn.BatchNorm1d):
     """Of (N, L, C)."""
 
@@ -65,7 +64,6 @@ class Rows(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
-# ---------------------------------------------------- forwards that keep statistics or counters themselves
 class ByHand(nn.BatchNorm1d):
     """Normalizes and keeps statistics itself, by assignment, as tutorials do."""
 
@@ -155,9 +153,8 @@ class Counting(nn.BatchNorm1d):
             self.calls += 1
             self.sizes = [*self.sizes, len(x)]
         momentum = 1 / max(self.calls, 1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
-        )
+        options = self.weight, self.bias, self.training, momentum, self.eps
+        return F.batch_norm(x, self.running_mean, self.running_var, *options)
 
 
 class Uncounted(nn.BatchNorm1d):
@@ -171,20 +168,10 @@ class Uncounted(nn.BatchNorm1d):
         return super().forward(x)
 
 
-# --------------------------------------------------------- forwards that call it in another way
 class OfTorch(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.training,
-            self.momentum,
-            self.eps,
-            torch.backends.cudnn.enabled,
-        )
+        options = self.training, self.momentum, self.eps, torch.backends.cudnn.enabled
+        return torch.batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, *options)
 
 
 class Halves(nn.BatchNorm1d):
@@ -194,16 +181,8 @@ class Halves(nn.BatchNorm1d):
         return torch.cat([self.half(x) for x in x.chunk(2)])
 
     def half(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            weight=self.weight,
-            bias=self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        options = {"weight": self.weight, "bias": self.bias, "training": self.training, "momentum": self.momentum}
+        return F.batch_norm(x, self.running_mean, self.running_var, **options, eps=self.eps)
 
 
 class Ghost(nn.BatchNorm2d):
@@ -242,7 +221,6 @@ class WithChild(nn.BatchNorm1d):
         return super().forward(x + self.child(x * x))
 
 
-# --------------------------------------------------------- forwards of which it cannot be seen
 class MaskedByHand(ByHand):
     """Of rows (N, C) and a mask (N): without padding it does what torch's own would."""
 
@@ -279,7 +257,6 @@ class Sometimes(ByHand):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
-# --------------------------------------------------------- the zoo
 Given = Callable[[Tensor, Tensor], dict[str, list[Tensor]]]
 Use = Callable[[Any, Tensor, Tensor], Tensor]
 

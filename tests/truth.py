@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import PopulationStatistics, find_bn
+from lightning_bn import Moments, PopulationStatistics, find_bn
 from lightning_bn.functional.precise import call_model
 
 Calls = dict[str, list[tuple[Tensor, Tensor]]]
@@ -64,10 +64,8 @@ def assert_stored(model: nn.Module, statistics: PopulationStatistics) -> None:
     """The running statistics of ``model`` are the measured ones, rounded to the buffers' own precision."""
     layers = find_bn(model)
     for name, measured in statistics.items():
-        for buffer, value in (
-            (layers[name].running_mean, measured.mean),
-            (layers[name].running_var, measured.var),
-        ):
+        layer = layers[name]
+        for buffer, value in ((layer.running_mean, measured.mean), (layer.running_var, measured.var)):
             assert isinstance(buffer, Tensor)
             assert torch.equal(buffer, value.to(buffer.dtype)), name
 
@@ -89,14 +87,18 @@ def in_double(
     return {name: given(c) for name, c in calls.items()}
 
 
-def assert_close_to(statistics: PopulationStatistics, truth: Mapping[str, Tensor], sigma: float, var: float) -> None:
-    """Statistics are those of ``truth`` within ``sigma`` standard deviations and a relative error ``var``."""
-    assert set(statistics) == set(truth)
-    for name, rows in truth.items():
-        true_mean, true_var = rows.mean(0), rows.var(0, correction=0)
-        assert statistics[name].count == len(rows), name
-        assert ((statistics[name].mean - true_mean).abs() <= sigma * true_var.sqrt()).all(), name
-        assert ((statistics[name].var - true_var).abs() <= var * true_var).all(), name
+def assert_close_to(
+    statistics: PopulationStatistics, truth: Mapping[str, Tensor | Moments], sigma: float, var: float
+) -> None:
+    """Statistics are those of ``truth``, rows or moments, within ``sigma`` deviations and a relative error ``var``."""
+    moments = {name: (of.count.amax(), of.mean, of.var) if isinstance(of, Moments)
+               else (len(of), of.mean(0), of.var(0, correction=0)) for name, of in truth.items()}  # fmt: skip
+    assert set(statistics) == {name for name, (count, *_) in moments.items() if count}
+    for name, measured in statistics.items():
+        count, true_mean, true_var = moments[name]
+        assert measured.count == int(count), name
+        assert ((measured.mean - true_mean).abs() <= sigma * true_var.sqrt()).all(), name
+        assert ((measured.var - true_var).abs() <= var * true_var).all(), name
 
 
 def _double(batch: Any) -> Any:

@@ -35,11 +35,11 @@ def retinanet_head() -> RetinaNetHead:
     return _with_large_weights(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
 
 
-def fcos_head() -> FCOSHead:
-    head = FCOSHead(32, 2, 3)  # its own GroupNorm wants 32 channels
-    kwargs = {"num_convs": 2, "norm_layer": nn.BatchNorm2d}
-    head.classification_head = FCOSClassificationHead(CHANNELS, 2, 3, **kwargs)
-    head.regression_head = FCOSRegressionHead(CHANNELS, 2, **kwargs)
+def fcos_head(channels: int = CHANNELS, anchors: int = 2) -> FCOSHead:
+    head = FCOSHead(32, anchors, 3)  # its own GroupNorm wants 32 channels
+    kwargs: dict[str, Any] = {"num_convs": 2, "norm_layer": nn.BatchNorm2d}
+    head.classification_head = FCOSClassificationHead(channels, anchors, 3, **kwargs)
+    head.regression_head = FCOSRegressionHead(channels, anchors, **kwargs)
     return _with_large_weights(head)
 
 
@@ -127,14 +127,15 @@ class Unrolled(nn.Module):
     def __init__(self, head: nn.Module, row: int, number: int) -> None:
         super().__init__()
         self.head = copy.deepcopy(head)
-        self.bn = ReferenceBN(self.head, row, number)
+        self.bn, self.inputs = ReferenceBN(self.head, row, number), dict[str, list[Tensor]]()
 
     def forward(self, inputs: list[Tensor]) -> Any:
         for name in LEVEL_MODULES:
             tower, x = self.head.get_submodule(name).conv, inputs
-            for m in (m for m in tower.modules() if not list(m.children())):
+            for inner, m in ((inner, m) for inner, m in tower.named_modules() if not list(m.children())):
                 if isinstance(m, nn.BatchNorm2d):
-                    rows = self.bn(m, {d: as_rows(level) for d, level in enumerate(x)})
+                    given = self.inputs[f"{name}.conv.{inner}"] = [as_rows(level) for level in x]
+                    rows = self.bn(m, dict(enumerate(given)))
                     x = [as_images(rows[d], level) for d, level in enumerate(x)]
                 else:
                     x = [m(level) for level in x]

@@ -16,9 +16,8 @@ from tests.functional.domains import EVERY, ReferenceBN, as_images, as_rows, cho
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
-    ).double()
+    first, second = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 2)
+    return nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(inplace=True), second, nn.BatchNorm2d(4)).double()
 
 
 def add_domains(model: nn.Module, row: int, **options: Any) -> Any:
@@ -28,7 +27,6 @@ def add_domains(model: nn.Module, row: int, **options: Any) -> Any:
 
 
 def batch(seed: int, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Images whose mean and spread are those of their domain."""
     own = torch.Generator().manual_seed(seed)
     domain = torch.tensor(ids)
     x = torch.randn(len(ids), 2, 6, 5, generator=own, dtype=torch.float64)
@@ -39,13 +37,12 @@ BATCHES = [batch(0, [0, 1, 2, 1, 0]), batch(1, [2, 0, 0, 2]), batch(2, [1, 1, 1]
 
 
 class ByHand:
-    """The network with its BatchNorm written out."""
-
     def __init__(self, model: nn.Sequential, row: int) -> None:
-        self.model, self.bn = model, ReferenceBN(model, row, 3)
+        self.model, self.bn, self.inputs = model, ReferenceBN(model, row, 3), {}
 
     def __call__(self, x: Tensor, domain: Tensor) -> Tensor:
-        for m in self.model:
+        for name, m in self.model.named_children():
+            self.inputs[name] = x.detach()
             x = self.normalized(m, x, domain) if isinstance(m, nn.BatchNorm2d) else m(x.clone())  # ReLU is in place
         return x
 
@@ -63,13 +60,14 @@ def with_gradients(output: Tensor, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(list(ours), list(theirs), rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("row", "per"), [*((row, "sample") for row in EVERY), (1, "batch"), (2, "batch"), (6, "batch")]
-)
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.mean(0), rows.var(0, correction=0)
+
+
+@pytest.mark.parametrize(("row", "per"), [*((row, "sample") for row in EVERY), (1, "batch"), (6, "batch")])
 def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str) -> None:
     model = net()
     handle = add_domains(model, row)
@@ -88,10 +86,8 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
         assert_close((layer.running_mean, layer.running_var), by_hand.bn.running[layer])
         assert int(layer.num_batches_tracked) == len(BATCHES)
         if EVERY[row][1] == "domain":
-            own = handle.state()[name]
-            assert_close(
-                (own["domain_mean"], own["domain_var"]), (by_hand.bn.means[layer], by_hand.bn.variances[layer])
-            )
+            own, bn = handle.state()[name], by_hand.bn
+            assert_close((own["domain_mean"], own["domain_var"]), (bn.means[layer], bn.variances[layer]))
     x, domain = BATCHES[0]
     handle.set_domain(domain)
     assert_close([model.eval()(x)], [by_hand(x, domain)])
@@ -102,7 +98,7 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
 @pytest.mark.parametrize("row", [1, 2, 4])
 def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
     """In lockstep, of batches that hold different domains, one of them none of some."""
-    model = net()
+    model, by_hand = net(), ByHand(net(), row)
     handle = add_domains(model, row)
 
     def forward(model: nn.Module, batch: Any) -> None:
@@ -110,89 +106,79 @@ def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
             model(batch[0])
 
     statistics = precise_bn(model, BATCHES, forward=forward, normalization_batch_size="population")
-    x, domain = torch.cat([x for x, _ in BATCHES]), torch.cat([d for _, d in BATCHES])
-    truth = ByHand(net(), row)
-    truth.model.train()
-    inputs: dict[str, Tensor] = {}
-    for name, m in truth.model.named_children():
-        inputs[name] = x
-        x = truth.normalized(m, x, domain) if isinstance(m, nn.BatchNorm2d) else m(x)
+    x, domain = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    by_hand(x, domain)
     for name, layer in find_bn(model).items():
-        rows = inputs[name].detach().movedim(1, -1)
-        whole = rows.flatten(0, -2)
-        assert_close((layer.running_mean, layer.running_var), (whole.mean(0), whole.var(0, correction=0)))
-        assert statistics[name].count == len(whole)
+        given = by_hand.inputs[name]
+        assert_close((layer.running_mean, layer.running_var), moments(as_rows(given)))
+        assert statistics[name].count == len(as_rows(given))
         for d in range(3) if EVERY[row][1] == "domain" else ():
-            own = rows[domain == d].flatten(0, -2)
-            found = handle.state()[name]
-            assert_close((found["domain_mean"][d], found["domain_var"][d]), (own.mean(0), own.var(0, correction=0)))
+            own, found = as_rows(given[domain == d]), handle.state()[name]
+            assert_close((found["domain_mean"][d], found["domain_var"][d]), moments(own))
             assert statistics[name].domains[d].count == len(own)
 
 
 def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
-    models = net(), net()
-    handles = [add_domains(m, 6) for m in models]
-    x, domain = BATCHES[0]
-    found = []
-    for model, handle, call in zip(models, handles, (lambda m, x: m(x), checkpoint), strict=True):
-        handle.set_domain(domain)
-        x = x.clone().requires_grad_()
-        options = {} if call is not checkpoint else {"use_reentrant": False}
-        found.append(with_gradients(call(model, x, **options), model, x))
+    models, found = (net(), net()), []
+    for model in models:
+        add_domains(model, 6).set_domain(BATCHES[0][1])
+        x = BATCHES[0][0].clone().requires_grad_()
+        output = model(x) if model is models[0] else checkpoint(model, x, use_reentrant=False)
+        found.append(with_gradients(output, model, x))
     assert_close(*found)
-    assert_close(*(list(m.buffers()) for m in models))
+    assert_close(*(m.buffers() for m in models))
 
 
-def test_one_value_has_no_variance_and_moves_no_statistics_of_its_domain() -> None:
-    layer = nn.BatchNorm1d(2)
-    handle = add_domains(layer, 2)
-    with handle.use_domain(torch.tensor([0, 0, 1, 0])):
-        layer(torch.randn(4, 2))
-    own = handle.state()[""]
-    assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
-
-
-@pytest.mark.parametrize("row", [3, 4, 6])
-def test_a_domain_of_one_value_is_refused_by_name_before_any_is_normalized(row: int) -> None:
-    model = nn.Sequential(nn.BatchNorm1d(2))
+@pytest.mark.parametrize("row", [2, 3, 6])
+def test_a_domain_of_one_value_is_refused_by_name_or_moves_no_statistics_of_its_own(row: int) -> None:
+    """Before any is normalized; it has no variance."""
+    model, x = nn.Sequential(nn.BatchNorm1d(2)), torch.randn(4, 2)
     handle = add_domains(model, row)
-    before = {k: v.clone() for k, v in dict(model.named_buffers()).items()}
-    x = torch.randn(4, 2)
+    before = {k: v.clone() for k, v in model.named_buffers()}
     with handle.use_domain(torch.tensor([0, 0, 1, 0])):
-        with pytest.raises(ValueError, match="Layer '0' gets one value per channel of domain 1"):
+        if row == 2:
             model(x)
-        assert all(v.equal(before[k]) for k, v in model.named_buffers())
+            own = handle.state()["0"]
+            assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
+        else:
+            with pytest.raises(ValueError, match="Layer '0' gets one value per channel of domain 1"):
+                model(x)
+            assert all(v.equal(before[k]) for k, v in model.named_buffers())
         model.eval()(x)  # which needs no second value
 
 
-def test_what_is_no_domain_is_refused() -> None:
-    model = net()
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        *((wrong, ValueError) for wrong in (3, -1, torch.tensor(3), torch.tensor([0, 5]))),
+        *((wrong, TypeError) for wrong in ("a", torch.tensor([0.0, 1.0]), True)),
+    ],
+)
+def test_what_is_no_domain_is_refused(wrong: Any, error: type[Exception]) -> None:
+    handle = add_domains(net(), 4)
+    with pytest.raises(error, match=r"[Dd]omain"), handle.use_domain(wrong):
+        pass
+
+
+def test_a_forward_without_domains_or_of_other_samples_is_refused_and_levels_have_none_set() -> None:
+    model, (x, domain) = net(), BATCHES[0]
     handle = add_domains(model, 4)
-    x, domain = BATCHES[0]
     with pytest.raises(RuntimeError, match="No domain is set"):
         model(x)
-    for wrong, error in ((3, ValueError), (-1, ValueError), (torch.tensor([0, 5]), ValueError), ("a", TypeError),
-                         (domain.double(), TypeError), (True, TypeError)):  # fmt: skip
-        with pytest.raises(error, match=r"[Dd]omain"), handle.use_domain(wrong):
-            pass
-    with (
-        handle.use_domain(domain[:2]),
-        pytest.raises(ValueError, match=r"Layer '1' gets 5 rows, but .* of 2 samples"),
-    ):
+    with handle.use_domain(domain[:2]), pytest.raises(ValueError, match=r"Layer '1' gets 5 rows, but .* of 2 samples"):
         model(x)
-    levels = domain_bn(nn.Sequential(net()), num_domains=2, level_modules="0", **choices(4))
+    levels = add_domains(nn.Sequential(net()), 4, level_modules="0")
     with pytest.raises(ValueError, match="feature levels"):
         levels.set_domain(1)
 
 
 def test_the_state_goes_back_into_another_model() -> None:
-    first, second = net(), net()
-    trained, anew = add_domains(first, 4), add_domains(second, 4)
+    first = net()
+    trained, other = add_domains(first, 4), add_domains(net(), 4)
     x, ids = batch(0, [0, 1, 1, 0, 1, 0])
     with trained.use_domain(ids):
         first(x)
-    anew.load(trained.state())
-    for name, own in trained.state().items():
-        assert all(torch.equal(value, anew.state()[name][key]) for key, value in own.items())
+    other.load(trained.state())
+    torch.testing.assert_close(other.state(), trained.state(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="state has no statistics of domains"):
-        anew.load({})
+        other.load({})

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,21 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import adapt_bn, batch_leakage, ghost_bn, mini_batch_inference, precise_bn
-from tests.hand_written import (
-    CHANNELS,
-    LENGTH,
-    TRUE,
-    UNTOLD,
-    ZOO,
-    ByHand,
-    HandWritten,
-    Net,
-    batches,
-    oracle,
-    state,
-    truth,
-)
+from lightning_bn import adapt_bn, batch_leakage, domain_bn, ghost_bn, mini_batch_inference, precise_bn
+from tests.hand_written import CHANNELS, LENGTH, TRUE, UNTOLD, ZOO, ByHand, Net, batches, oracle, state, truth
 from tests.truth import assert_close_to, assert_stored, rows_of
 
 SIGMA = VAR = 1e-5
@@ -46,8 +37,12 @@ def trained(name: str) -> Net:
     return net
 
 
-def statistics_of(net: nn.Module) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in net.state_dict().items() if "running_" in k}
+@contextmanager
+def unchanged(net: nn.Module) -> Iterator[None]:
+    before, stored = state(net), {k: v.clone() for k, v in net.state_dict().items()}
+    yield
+    assert state(net) == before
+    assert all(torch.equal(v, stored[k]) for k, v in net.state_dict().items() if "running_" in k)
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
@@ -56,6 +51,8 @@ def test_precise_bn_measures_what_batch_norm_normalizes(name: str, batch_size: A
     net, data, size = trained(name), batches(), BATCH_SIZES[batch_size]
     expected = truth(net, [data[i : i + size] for i in range(0, len(data), size)])
     before = state(net)
+    if batch_size == "loader":
+        data = [data[0][:0], *data, data[0][:0]]  # empty batches are skipped
     statistics = precise_bn(net, data, normalization_batch_size=batch_size)
     assert_close_to(statistics, expected, SIGMA, VAR)
     assert_stored(net, statistics)
@@ -66,11 +63,8 @@ def test_precise_bn_measures_what_batch_norm_normalizes(name: str, batch_size: A
 @pytest.mark.parametrize("name", UNTOLD)
 def test_what_cannot_be_seen_is_refused_by_name(name: str, batch_size: Any) -> None:
     net, data = trained(name), batches([2, 2, 4, 4])
-    before, stored = state(net), statistics_of(net)
-    with pytest.raises(TypeError, match=WAY_OUT):
+    with unchanged(net), pytest.raises(TypeError, match=WAY_OUT):
         precise_bn(net, data, normalization_batch_size=batch_size)
-    assert state(net) == before
-    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
     assert list(precise_bn(net, data, normalization_batch_size=batch_size, layers="last")) == ["last"], "the way out"
 
 
@@ -90,43 +84,29 @@ def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype, mean: float) -> Non
     assert_close_to(statistics, {"": torch.cat([rows_of(x) for x in data])}, 1e-4, 1e-3)
 
 
-@pytest.mark.parametrize("name", TRUE)
-def test_an_empty_batch_is_skipped_wherever_it_stands(name: str) -> None:
-    net, data = trained(name), batches()
-    expected = truth(net, [[x] for x in data])
-    statistics = precise_bn(net, [data[0][:0], *data, data[0][:0]], normalization_batch_size="loader")
-    assert_close_to(statistics, expected, SIGMA, VAR)
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_adapt_bn_measures_what_is_normalized_in_evaluation(name: str) -> None:
     net, data = trained(name).eval(), batches([4, 4, 2])
-    before, stored = state(net), statistics_of(net)
-    if ZOO[name].in_eval is None:
-        with pytest.raises(TypeError, match=WAY_OUT):
-            adapt_bn(net, data)
-    else:
-        expected = truth(net, [[x] for x in data], in_eval=True)
-        with adapt_bn(net, data) as adaptation:
-            assert_close_to(adaptation.statistics, expected, SIGMA, VAR)
-    assert state(net) == before
-    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
+    with unchanged(net):
+        if ZOO[name].in_eval is None:
+            with pytest.raises(TypeError, match=WAY_OUT):
+                adapt_bn(net, data)
+        else:
+            expected = truth(net, [[x] for x in data], in_eval=True)
+            with adapt_bn(net, data) as adaptation:
+                assert_close_to(adaptation.statistics, expected, SIGMA, VAR)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_mini_batch_inference_normalizes_what_batch_norm_is_given_by_itself(name: str) -> None:
     net, (x,) = trained(name).eval(), batches([4])
-    before, stored = state(net), statistics_of(net)
-    like_it = {**ZOO[name]._asdict(), "in_eval": ZOO[name].in_eval or "BatchNorm2d"}
-    with mini_batch_inference(net), torch.no_grad():
+    with unchanged(net), mini_batch_inference(net), torch.no_grad():
         if ZOO[name].is_seen:
-            net.entry = HandWritten(**like_it)
+            net.entry = ZOO[name]._replace(in_eval=ZOO[name].in_eval or "BatchNorm2d")
             torch.testing.assert_close(net(x).double(), oracle(net, in_eval=True)(x.double()), rtol=0, atol=1e-4)
         else:
             with pytest.raises(TypeError, match=WAY_OUT):
                 net(x)
-    assert state(net) == before
-    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
 
 
 @pytest.mark.parametrize("name", WITH_GHOSTS)
@@ -162,13 +142,128 @@ def test_the_leakage_test_reads_what_batch_norm_is_given_or_leaves_the_layer_out
 ) -> None:
     net, (plain, data, expected) = trained(name).eval(), plain_leakage
     net.inside.load_state_dict(plain.inside.state_dict())
-    before, stored = state(net), statistics_of(net)
-    found = batch_leakage(net, data)
+    with unchanged(net):
+        found = batch_leakage(net, data)
     if not ZOO[name].is_seen:
         assert "does not call" in found.left_out["bn"]
     elif name in SEVERAL_ROWS:
         assert "rows" in found.left_out["bn"]
     elif name != "a child":
         assert found.icc["bn"] == pytest.approx(expected, abs=1e-4) and not found.left_out
-    assert state(net) == before
-    assert all(torch.equal(v, stored[k]) for k, v in statistics_of(net).items())
+
+
+RESHAPED = [
+    *("transposed", "rows", "padded", "masked", "masked, arguments by name", "container", "counts itself"),
+    *("BatchNorm2d", "timm BatchNormAct2d", "torch.batch_norm", "own statistics, in place"),
+]
+"""Layers of one call, which keep torch's conventions or have us keep them."""
+MIXED = ["plain", "transposed", "padded", "BatchNorm2d", "timm BatchNormAct2d", "torch.batch_norm"]
+"""Those that a batch of several domains goes into, sample by sample."""
+either = pytest.mark.parametrize("sgd", ["shared", "domain"])
+
+
+class Single(nn.Module):
+    def __init__(self, entry: Any) -> None:
+        super().__init__()
+        self.entry, self.inside, self.bn = entry, nn.Conv1d(3, CHANNELS, 1), entry.make(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.entry.use(self.bn, self.inside(x), x)
+
+
+def add_domains(model: nn.Module, sgd: Any, **options: Any) -> Any:
+    rest: Any = {"num_domains": 2, "population_statistics": "domain", "affine": "shared", **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return domain_bn(model, train_statistics=sgd, **rest)
+
+
+def train(model: nn.Module, data: list[tuple[Tensor, int]], handle: Any) -> None:
+    for x, domain in data:
+        with handle.use_domain(domain):
+            model(x)
+
+
+def rows_given(net: Single, data: list[Tensor]) -> Tensor:
+    """What the layer's call is given of some batches, ``(count, C)``."""
+    assert net.entry.given is not None
+    found = [net.entry.given(net.inside(x), x)[""] for x in data]
+    return torch.cat([rows for calls in found for rows in calls]).detach()
+
+
+def assert_own(handle: Any, domain: int, mean: Tensor, var: Tensor | None, layer: str = "bn") -> None:
+    own = handle.state()[layer]
+    torch.testing.assert_close(own["domain_mean"][domain].double(), mean.double(), rtol=1e-4, atol=1e-5)
+    if var is not None:
+        torch.testing.assert_close(own["domain_var"][domain].double(), var, rtol=1e-4, atol=1e-5)
+
+
+@either
+@pytest.mark.parametrize("name", RESHAPED)
+def test_a_domains_statistics_are_those_of_what_its_calls_were_given(name: str, sgd: str) -> None:
+    net = Single(ZOO[name]).train()
+    data = [(x, i % 2) for i, x in enumerate(batches([4, 6, 4, 6, 8]))]
+    truth = {d: (torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()) for d in (0, 1)}
+    for x, d in data:
+        rows, (mean, var) = rows_given(net, [x]), truth[d]
+        truth[d] = mean.lerp(rows.mean(0), 0.1), var.lerp(rows.var(0), 0.1)
+    handle = add_domains(net, sgd)
+    train(net, data, handle)
+    for domain, moments in truth.items():
+        assert_own(handle, domain, *moments)
+    assert handle.state()["bn"]["domain_batches"].tolist() == [3, 2]
+
+
+@either
+@pytest.mark.parametrize("name", MIXED)
+def test_samples_of_several_domains_are_told_apart_at_the_call(name: str, sgd: str) -> None:
+    net = Single(ZOO[name]).train()
+    domain, (x,) = torch.tensor([0, 1, 1, 0, 0, 1]), batches([6])
+    handle = add_domains(net, sgd)
+    train(net, [(x, domain)], handle)
+    for d in (0, 1):
+        rows = rows_given(net, [x[domain == d]])
+        assert_own(handle, d, 0.1 * rows.mean(0), 0.9 + 0.1 * rows.var(0))
+
+
+@pytest.mark.parametrize(
+    ("sgd", "name"), [("shared", "rows"), ("shared", "masked"), ("shared", "container"), ("domain", "container")]
+)
+def test_what_is_mixed_up_before_the_call_is_refused_by_name(sgd: str, name: str) -> None:
+    net, (x,) = Single(ZOO[name]).train(), batches([4])
+    handle = add_domains(net, sgd)
+    with pytest.raises((TypeError, ValueError), match=r"'bn'.*layers="):
+        train(net, [(x, torch.tensor([0, 1, 1, 0]))], handle)
+    train(net, [(x, 1)], handle)
+
+
+@either
+@pytest.mark.parametrize("name", [name for name in [*TRUE, *UNTOLD] if not ZOO[name].is_seen])
+def test_a_hand_written_layer_is_refused_by_name_and_the_way_out_works(name: str, sgd: str) -> None:
+    net, data = Net(ZOO[name]).train(), [(batches([4])[0], 0)]
+    with add_domains(net, sgd) as handle, pytest.raises(TypeError, match=r"'bn' does not call .*layers="):
+        train(net, data, handle)
+    handle = add_domains(net, sgd, layers="last")
+    train(net, data, handle)
+    assert handle.state()["last"]["domain_batches"].tolist() == [1, 0]
+
+
+@either
+def test_a_call_in_eval_mode_within_a_pass_uses_the_domains_statistics_and_counts_for_nothing(sgd: str) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3)).train()
+    handle = add_domains(net, sgd)
+    data = [(torch.randn(16, 3) + 5 * d, d) for d in (0, 1)]
+    train(net, data, handle)
+    before, outputs = copy.deepcopy(handle.state()["0"]), []
+
+    def forward(model: Any, batch: tuple[Tensor, int]) -> None:
+        train(model, [batch], handle)
+        with handle.use_domain(batch[1]):
+            outputs.append(model[0].eval()(batch[0] * 100))
+        model[0].train()
+
+    precise_bn(net, data, forward=forward, normalization_batch_size="loader")
+    for (x, d), output in zip(data, outputs, strict=True):
+        assert_own(handle, d, x.mean(0), None, layer="0")
+        expected = (x * 100 - before["domain_mean"][d]) / (before["domain_var"][d] + 1e-5).sqrt()
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)

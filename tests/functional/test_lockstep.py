@@ -6,9 +6,10 @@ import contextlib
 import contextvars
 import copy
 import random
-import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,17 @@ from hypothesis import given as example
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_bn import find_bn, precise_bn
+from lightning_bn import precise_bn
 from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
+from tests import hand_written
+from tests.hand_written import ZOO, Net
 from tests.zoo import cnn, images
 
-Summing = Lockstep[str, int, int]
+jointly = partial(precise_bn, normalization_batch_size="population")
 
 
-def summing() -> Summing:
-    return Summing(lambda point, values: [sum(values)] * len(values))
-
-
-# --- going together ---------------------------------------------------------------------------------------------------
+def summing(advice: str = "") -> Lockstep[str, int, int]:
+    return Lockstep(lambda point, values: [sum(values)] * len(values), advice=advice)
 
 
 @example(st.lists(st.integers(-9, 9), max_size=5), st.integers(0, 4))
@@ -39,34 +39,18 @@ def test_each_gets_the_answer_to_what_all_brought(values: list[int], points: int
     def function(own: int) -> list[int]:
         return [lockstep.exchange(f"point {i}", own + i) for i in range(points)]
 
-    results = lockstep.run([lambda v=v: function(v) for v in values])  # type: ignore[misc]
+    results = lockstep.run([partial(function, v) for v in values])
     assert results == [[sum(values) + len(values) * i for i in range(points)]] * len(values)
 
 
-def test_answers_that_are_none_or_false_are_answers() -> None:
-    lockstep = Lockstep[str, int, Any](lambda point, values: [None, 0, False, ""])
-    assert lockstep.run([lambda: lockstep.exchange("a", 1)] * 4) == [None, 0, False, ""]
-
-
-def test_each_function_has_context_variables_of_its_own() -> None:
+def test_each_function_has_context_variables_and_a_handled_exception_of_its_own() -> None:
     variable = contextvars.ContextVar("variable", default=0)
     variable.set(7)
     lockstep = summing()
 
-    def function(own: int) -> tuple[int, int]:
+    def function(own: int) -> Any:
         before = variable.get()
         variable.set(own)
-        lockstep.exchange("a", 0)
-        return before, variable.get()
-
-    assert lockstep.run([lambda: function(1), lambda: function(2)]) == [(7, 1), (7, 2)]
-    assert variable.get() == 7
-
-
-def test_an_exception_that_is_being_handled_stays_with_its_function() -> None:
-    lockstep = summing()
-
-    def function(own: int) -> str:
         try:
             raise KeyError(own)
         except KeyError:
@@ -74,9 +58,12 @@ def test_an_exception_that_is_being_handled_stays_with_its_function() -> None:
             try:
                 raise
             except KeyError as error:
-                return str(error)
+                return before, variable.get(), str(error)
 
-    assert lockstep.run([lambda: function(1), lambda: function(2)]) == ["1", "2"]
+    assert lockstep.run([lambda: function(1), lambda: function(2)]) == [(7, 1, "1"), (7, 2, "2")]
+    assert variable.get() == 7
+    falsy = Lockstep[str, int, Any](lambda point, values: [None, 0, False, ""])
+    assert falsy.run([lambda: falsy.exchange("a", 1)] * 4) == [None, 0, False, ""]
 
 
 def test_functions_are_taken_one_by_one() -> None:
@@ -92,24 +79,14 @@ def test_functions_are_taken_one_by_one() -> None:
     assert log == ["made 0", "began 0", "made 1", "began 1"]
 
 
-# --- going apart ------------------------------------------------------------------------------------------------------
-
-
-def test_another_point_is_an_error_that_names_both() -> None:
-    lockstep = Lockstep[str, int, int](lambda point, values: values, advice="Do something.")
+def test_functions_that_go_apart_are_an_error_that_names_both() -> None:
+    lockstep = summing(advice="Do something.")
     with pytest.raises(LockstepError, match=r"number 1 was at a when number 3 was at b\. Do something\."):
-        lockstep.run([lambda p=p: lockstep.exchange(p, 0) for p in "aab"])  # type: ignore[misc]
-
-
-def test_an_end_where_others_wait_is_an_error_that_names_both() -> None:
-    lockstep = summing()
+        lockstep.run([partial(lockstep.exchange, point, 0) for point in "aab"])
     with pytest.raises(LockstepError, match="number 1 was at a when number 2 had ended"):
         lockstep.run([lambda: lockstep.exchange("a", 0), lambda: 0])
-
-
-def test_a_point_outside_of_run_is_an_error() -> None:
     with pytest.raises(LockstepError, match="a was reached outside"):
-        summing().exchange("a", 0)
+        lockstep.exchange("a", 0)
 
 
 class Trouble(Exception):
@@ -119,20 +96,14 @@ class Trouble(Exception):
 class Log:
     """Functions that write down how they end; number ``bad`` raises at the second point."""
 
-    def __init__(self, error: type[BaseException] | None, bad: int = 1) -> None:
+    def __init__(self, error: type[BaseException] | None = None, bad: int = 1) -> None:
         self.lockstep, self.error, self.bad = summing(), error, bad
         self.left: list[tuple[int, str]] = []
 
-    @contextlib.contextmanager
-    def inside(self, number: int) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.left.append((number, "context"))
-
     def function(self, number: int) -> None:
         try:
-            with self.inside(number), torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+            with contextlib.ExitStack() as stack, torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+                stack.callback(self.left.append, (number, "context"))
                 self.lockstep.exchange("a", 0)
                 if self.error and number == self.bad:
                     raise self.error
@@ -140,48 +111,45 @@ class Log:
         finally:
             self.left.append((number, "finally"))
 
-    def run(self) -> None:
-        self.lockstep.run([lambda n=n: self.function(n) for n in range(3)])  # type: ignore[misc]
+    def functions(self) -> list[Callable[[], None]]:
+        return [partial(self.function, number) for number in range(3)]
 
 
-@pytest.mark.parametrize("bad", [0, 1, 2])
-@pytest.mark.parametrize("error", [Trouble, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize(
+    ("error", "bad"),
+    [(Trouble, 0), (KeyboardInterrupt, 1), (SystemExit, 2), (GeneratorExit, 1)],
+)
 def test_an_error_in_one_ends_all_and_leaves_every_context(error: type[BaseException], bad: int) -> None:
     log = Log(error, bad)
     with pytest.raises(error):
-        log.run()
+        log.lockstep.run(log.functions())
     assert sorted(log.left) == sorted((n, part) for n in range(3) for part in ("context", "finally"))
     assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("error", [Trouble, KeyboardInterrupt])
-def test_an_error_in_the_answer_ends_all(error: type[BaseException]) -> None:
-    log = Log(None)
-
+def test_an_error_in_the_answer_or_in_what_makes_the_functions_ends_those_that_wait(error: Any) -> None:
     def answer(point: str, values: list[int]) -> list[int]:
         if point == "b":
             raise error
         return values
 
+    def broken() -> Iterator[Callable[[], None]]:
+        yield log.functions()[0]
+        raise error
+
+    log = Log()
+    with pytest.raises(error):
+        log.lockstep.run(broken())
+    assert log.left == [(0, "context"), (0, "finally")]
+    log = Log()
     log.lockstep = Lockstep(answer)
     with pytest.raises(error):
-        log.run()
+        log.lockstep.run(log.functions())
     assert len(log.left) == 6
 
 
-def test_an_error_in_what_makes_the_functions_ends_those_that_wait() -> None:
-    log = Log(None)
-
-    def functions() -> Iterator[Callable[[], None]]:
-        yield lambda: log.function(0)
-        raise Trouble
-
-    with pytest.raises(Trouble):
-        log.lockstep.run(functions())
-    assert log.left == [(0, "context"), (0, "finally")]
-
-
-def test_a_function_that_catches_its_end_and_goes_on_is_ended_again() -> None:
+def test_a_function_that_catches_its_end_is_ended_again_and_hides_nothing() -> None:
     """A bare ``except:`` around a layer."""
     lockstep, log = summing(), []
 
@@ -192,51 +160,40 @@ def test_a_function_that_catches_its_end_and_goes_on_is_ended_again() -> None:
             except:  # noqa: E722
                 log.append(point)
 
-    def failing() -> None:
-        lockstep.exchange("a", 0)
-        raise Trouble
-
-    with pytest.raises(Trouble):
-        lockstep.run([stubborn, failing])
-    assert log == ["a", "b", "c"]
-
-
-def test_a_function_that_makes_another_error_of_its_end_hides_nothing_and_stops_nothing() -> None:
-    lockstep, ended = summing(), []
-
-    def translating(number: int) -> None:
+    def translating() -> None:
         try:
             lockstep.exchange("a", 0)
             lockstep.exchange("b", 0)
         except BaseException as error:
-            ended.append(number)
+            log.append("translated")
             raise RuntimeError("of its own") from error
 
     def failing() -> None:
         lockstep.exchange("a", 0)
         raise Trouble
 
-    with pytest.raises(Trouble):
-        lockstep.run([lambda: translating(1), lambda: translating(2), failing])
-    assert ended == [1, 2]
+    for functions, ended in (
+        ([stubborn, failing], [*"abc"]),
+        ([translating, translating, failing], ["translated"] * 2),
+    ):
+        with pytest.raises(Trouble):
+            lockstep.run(functions)
+        assert log == ended
+        log.clear()
 
 
-def test_filters_of_warnings_are_what_they_were() -> None:
+def test_filters_of_warnings_are_what_they_were_and_those_that_were_shown_are_not_shown_again() -> None:
     lockstep = summing()
 
-    def function(own: int) -> None:
-        for point in "abc"[own:]:
+    def function() -> None:
+        for point in "abc":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                lockstep.exchange(point, own)
+                lockstep.exchange(point, 0)
 
     before, show = list(warnings.filters), warnings.showwarning
-    lockstep.run([lambda: function(0)] * 3)
+    lockstep.run([function] * 3)
     assert list(warnings.filters) == before and warnings.showwarning is show
-
-
-def test_warnings_that_were_shown_are_not_shown_again() -> None:
-    lockstep = summing()
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("default")
         for _ in range(3):
@@ -244,16 +201,11 @@ def test_warnings_that_were_shown_are_not_shown_again() -> None:
     assert len(shown) == 1
 
 
-# --- a network --------------------------------------------------------------------------------------------------------
-
-
 def state(model: nn.Module) -> dict[str, Any]:
     """All that a pass must leave as it was."""
     return {
-        "modes": [m.training for m in model.modules()],
-        "classes": [type(m) for m in model.modules()],
+        "modules": [(m.training, type(m), len(m._forward_hooks)) for m in model.modules()],
         "values": {key: value.tolist() for key, value in model.state_dict().items()},
-        "hooks": [len(m._forward_hooks) for m in model.modules()],
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         "modes of torch": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
@@ -263,14 +215,18 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1000])
-@pytest.mark.parametrize("error", [Trouble, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["0", "4", "6"])
+@pytest.mark.parametrize(
+    ("name", "where", "error"),
+    [
+        *(("cnn", "0", Trouble), ("cnn", "4", KeyboardInterrupt), ("cnn", "6", Trouble)),
+        *(("counts itself", "bn", Trouble), ("by hand, by assignment", "outside", Trouble)),
+    ],
+)
 def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
-    where: str, error: type[BaseException], memory_limit: int | None
+    name: str, where: str, error: type[BaseException], memory_limit: int | None
 ) -> None:
-    model, batches = cnn().train(), images(4, 3, 2)
-    model[3].eval()
-    before = state(copy.deepcopy(model))
+    model, batches = (cnn(), images(4, 3, 2)) if name == "cnn" else (Net(ZOO[name]), hand_written.batches((4, 3, 2)))
+    before = state(copy.deepcopy(model)), hand_written.state(model)
 
     def raise_in_the_last(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         torch.randn(3)
@@ -283,51 +239,37 @@ def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
 
     hook = model.get_submodule(where).register_forward_hook(raise_in_the_last)
     with pytest.raises(error):
-        precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
+        jointly(model, batches, forward=forward, memory_limit=memory_limit)
     hook.remove()
-    assert state(model) == before
-    assert all(type(layer) is nn.BatchNorm2d for layer in find_bn(model).values())
-    precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
+    assert (state(model), hand_written.state(model)) == before
+    jointly(model, batches, forward=forward, memory_limit=memory_limit)
+
+
+def in_another_thread(model: nn.Module, x: Tensor) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(model, x).result()
+
+
+def with_bare_except(model: Any, x: Tensor) -> None:
+    if len(x) == 2:
+        model[1](model[0](x))
+        raise Trouble
+    for _ in range(2):
+        with contextlib.suppress(BaseException):
+            model(x)
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1000])
-def test_a_layer_in_another_thread_is_refused(memory_limit: int | None) -> None:
+@pytest.mark.parametrize(
+    ("forward", "error", "message"),
+    [(in_another_thread, LockstepError, "in another thread"), (with_bare_except, Trouble, None)],
+)
+def test_a_forward_that_cannot_go_on_ends_a_pass(
+    forward: Any, error: type[Exception], message: str | None, memory_limit: int | None
+) -> None:
+    """As a layer in another thread, or one that raises while others catch everything."""
     model, batches = cnn(), images(4, 3, 2)
     before = state(model)
-
-    def forward(model: nn.Module, x: Tensor) -> None:
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                model(x)
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        for error in errors:
-            raise error
-
-    with pytest.raises(LockstepError, match="in another thread"):
-        precise_bn(model, batches, forward=forward, normalization_batch_size="population", memory_limit=memory_limit)
-    assert state(model) == before
-
-
-def test_a_bare_except_around_a_layer_does_not_keep_a_pass_from_ending() -> None:
-    model, batches = cnn(), images(4, 3, 2)
-    before = state(model)
-
-    def forward(model: Any, x: Tensor) -> None:
-        if len(x) == 2:
-            model[1](model[0](x))
-            raise Trouble
-        with contextlib.suppress(BaseException):
-            model(x)
-        with contextlib.suppress(BaseException):
-            model(x)
-
-    with pytest.raises(Trouble):
-        precise_bn(model, batches, forward=forward, normalization_batch_size="population")
+    with pytest.raises(error, match=message):
+        jointly(model, batches, forward=forward, memory_limit=memory_limit)
     assert state(model) == before

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_bn.functional.warm_up import WarmUp
 
-STEPS, WARM_UP = 8, 4
+STEPS = 12
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD, momentum and decay": lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
@@ -27,24 +29,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "none": lambda optimizer: None,
-    "OneCycleLR": lambda optimizer: schedulers.OneCycleLR(optimizer, max_lr=0.5, total_steps=STEPS),
-    "LambdaLR": lambda optimizer: schedulers.LambdaLR(optimizer, lambda step: 1 / (step + 1)),
-    "ReduceLROnPlateau": lambda optimizer: schedulers.ReduceLROnPlateau(optimizer, patience=0, factor=0.3),
-    "chain of two": lambda optimizer: schedulers.ChainedScheduler(
-        [schedulers.ExponentialLR(optimizer, 0.9), schedulers.LinearLR(optimizer, 0.2, total_iters=3)]
-    ),
+    "none": lambda o: None,
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.5, total_steps=STEPS),
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, factor=0.3),
+    "chain": lambda o: schedulers.ChainedScheduler([schedulers.ExponentialLR(o, 0.9), schedulers.LinearLR(o, 0.2)]),
 }
-
-every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-optimizers_and_schedulers = pytest.mark.parametrize(
-    ("make", "schedule"),
-    [
-        *((make, SCHEDULERS["OneCycleLR"]) for make in OPTIMIZERS.values()),
-        *((OPTIMIZERS["AdamW"], schedule) for schedule in SCHEDULERS.values()),
-        (OPTIMIZERS["Adam, tensor lr"], SCHEDULERS["ReduceLROnPlateau"]),
-    ],
-)
 
 
 def weights() -> list[nn.Parameter]:
@@ -59,188 +49,102 @@ def set_gradients(optimizer: Optimizer) -> None:
             p.grad = p.detach() - 1
 
 
+def assert_same_weights(a: Optimizer, b: Optimizer) -> None:
+    for one, other in zip(a.param_groups, b.param_groups, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one["params"], other["params"], strict=True))
+
+
 def rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def advance(scheduler: Any) -> None:
     """ReduceLROnPlateau gets a metric that never improves: it cuts the rate at every other step."""
-    if isinstance(scheduler, schedulers.ReduceLROnPlateau):
-        scheduler.step(1.0)
-    elif scheduler is not None:
-        scheduler.step()
+    if scheduler:
+        scheduler.step(*[1.0] * isinstance(scheduler, schedulers.ReduceLROnPlateau))
 
 
-def train(optimizer: Optimizer, scheduler: Any, steps: int) -> list[list[float]]:
-    """The learning rates seen between steps."""
-    seen = [rates(optimizer)]
-    for _ in range(steps):
-        set_gradients(optimizer)
-        optimizer.step()
-        seen.append(rates(optimizer))
-        advance(scheduler)
-        seen.append(rates(optimizer))
-    return seen
+def step_by_hand(optimizer: Optimizer, scheduler: Any, factor: float = 1.0) -> None:
+    """The reference: set the scaled rate before the step, and restore the scheduler's after it."""
+    own = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, own, strict=True):
+        group["lr"] = rate * factor
+    step(optimizer)
+    for group, rate in zip(optimizer.param_groups, own, strict=True):
+        group["lr"] = rate
+    advance(scheduler)
 
 
-def train_by_hand(optimizer: Optimizer, scheduler: Any, factors: list[float]) -> None:
-    """The reference: set the scaled rate before each step, and restore the scheduler's after it."""
-    for factor in factors:
-        own = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, own, strict=True):
-            group["lr"] = rate * factor
-        set_gradients(optimizer)
-        optimizer.step()
-        for group, rate in zip(optimizer.param_groups, own, strict=True):
-            group["lr"] = rate
-        advance(scheduler)
+def step(optimizer: Optimizer) -> None:
+    set_gradients(optimizer)
+    optimizer.step()
 
 
-@optimizers_and_schedulers
-def test_steps_are_those_of_rates_scaled_by_hand(
-    make: Callable[[Any], Optimizer], schedule: Callable[[Optimizer], Any]
+def failing_step(optimizer: Optimizer) -> None:
+    def closure() -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(list(OPTIMIZERS)),
+    st.sampled_from(list(SCHEDULERS)),
+    st.lists(st.sampled_from(["step", "step", "step", "failing step", "begin 4", "begin 2", "undo"]), max_size=10),
+)
+@example("AdamW", "OneCycleLR", ["begin 4", *["step"] * 8])
+@example("SGD, momentum and decay", "none", ["begin 2", "step", "begin 4", "step", "failing step", "step", "undo"])
+def test_steps_are_those_of_rates_scaled_by_hand_and_rates_between_them_the_schedulers(
+    name: str, schedule: str, events: list[str]
 ) -> None:
-    ours, truth = weights(), weights()
-    optimizer, by_hand = make(ours), make(truth)
-    scheduler, scheduler_by_hand = schedule(optimizer), schedule(by_hand)
-    WarmUp([optimizer], WARM_UP)
-    train(optimizer, scheduler, STEPS)
-    train_by_hand(by_hand, scheduler_by_hand, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.equal(a, b)
+    """Also with several on one optimizer, of which the smallest factor applies, and after steps that raise."""
+    ours, truth = OPTIMIZERS[name](weights()), OPTIMIZERS[name](weights())
+    scheduler, by_hand = SCHEDULERS[schedule](ours), SCHEDULERS[schedule](truth)
+    active: list[tuple[WarmUp, int]] = []
+    for event in events:
+        if event.startswith("begin"):
+            active.append((WarmUp([ours], int(event[-1])), int(event[-1])))
+        elif event == "undo" and active:
+            active.pop()[0].undo()
+        elif event == "failing step":
+            failing_step(ours)
+        elif event == "step":
+            factor = min([1.0, *((warm_up.done[0] + 1) / steps for warm_up, steps in active)])
+            step(ours)
+            advance(scheduler)
+            step_by_hand(truth, by_hand, factor)
+            assert rates(ours) == rates(truth)
+            assert_same_weights(ours, truth)
+    for warm_up, _ in active:
+        warm_up.undo()
+    assert rates(ours) == rates(truth), "also after a step that raised, behind which torch runs no hook"
 
 
-@optimizers_and_schedulers
-def test_the_scheduler_s_rates_between_steps_are_those_without_a_warm_up(
-    make: Callable[[Any], Optimizer], schedule: Callable[[Optimizer], Any]
-) -> None:
-    optimizer, plain = make(weights()), make(weights())
-    scheduler, plain_scheduler = schedule(optimizer), schedule(plain)
-    WarmUp([optimizer], WARM_UP)
-    assert train(optimizer, scheduler, STEPS) == train(plain, plain_scheduler, STEPS)
-
-
-def test_each_optimizer_counts_its_own_steps() -> None:
+def test_each_optimizer_counts_its_own_steps_and_a_warm_up_continues_an_earlier_one() -> None:
     often, rarely = SGD(weights(), lr=1.0), SGD(weights(), lr=1.0)
-    warm_up = WarmUp([often, rarely], 4)
-    train(often, None, 3)
-    train(rarely, None, 1)
-    assert warm_up.done == [3, 1]
-    assert (warm_up.factor(0), warm_up.factor(1)) == (1.0, 0.5)
-    train(rarely, None, 3)
-    train(often, None, 3)
-    assert warm_up.done == [6, 4] and warm_up.factor(0) == 1.0
+    first = WarmUp([often, rarely], 4)
+    for optimizer in (often, rarely, often):
+        step(optimizer)
+    assert first.done == [2, 1] and (first.factor(0), first.factor(1)) == (0.75, 0.5)
+    first.undo()
+    first.undo()
+    second = WarmUp([often, rarely], 4, first.done)
+    for _ in range(3):
+        step(often)
+    assert (second.factor(0), second.factor(1)) == (1.0, 0.5)
+    assert first.done == [2, 1] and second.done == [5, 1], "the second one has a copy"
+    assert WarmUp([often], 0).factor(0) == 1.0
 
 
-@every_optimizer
-def test_with_two_on_one_optimizer_the_smallest_factor_applies(make: Callable[[Any], Optimizer]) -> None:
-    ours, truth = weights(), weights()
-    optimizer, by_hand = make(ours), make(truth)
-    own = rates(optimizer)
-    WarmUp([optimizer], 2)
-    train(optimizer, None, 1)
-    second = WarmUp([optimizer], 4)
-    train(optimizer, None, 2)
-    failing_step(optimizer)
-    train(optimizer, None, 1)
-    second.undo()
-    train(optimizer, None, 1)
-    train_by_hand(by_hand, None, [0.5, 0.25, 0.5, 0.75, 1.0])
-    assert rates(optimizer) == own
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_tensor_rate_stays_the_object_that_others_hold() -> None:
-    rate = torch.tensor(0.5)
-    optimizer = SGD(weights(), lr=rate, foreach=False)
-    optimizer.param_groups[0]["lr"] = rate
-    WarmUp([optimizer], 4)
-    train(optimizer, None, 1)
-    assert optimizer.param_groups[0]["lr"] is rate and rate == 0.5
-
-
-def test_two_groups_that_share_one_tensor_rate_are_scaled_once() -> None:
+def test_a_tensor_rate_stays_the_object_that_groups_share_and_is_scaled_once() -> None:
     rate, seen = torch.tensor(0.8), []
     optimizer = SGD([{"params": [w]} for w in weights()], lr=0.8)
     for group in optimizer.param_groups:
         group["lr"] = rate
     WarmUp([optimizer], 4)
     optimizer.register_step_pre_hook(lambda *_: seen.append(rates(optimizer)))
-    train(optimizer, None, 1)
+    step(optimizer)
     assert seen == [pytest.approx([0.2, 0.2])]
-    assert rate == torch.tensor(0.8)
-
-
-class Stop(Exception):
-    """Raised inside a step."""
-
-
-def failing_step(optimizer: Optimizer) -> None:
-    def closure() -> float:
-        raise Stop
-
-    with pytest.raises(Stop):
-        optimizer.step(closure)
-
-
-@every_optimizer
-def test_a_step_that_raises_leaves_no_scaled_rate_once_undone(make: Callable[[Any], Optimizer]) -> None:
-    optimizer = make(weights())
-    before = rates(optimizer)
-    warm_up = WarmUp([optimizer], 4)
-    failing_step(optimizer)
-    assert rates(optimizer) != before  # torch runs no post-hook then
-    warm_up.undo()
-    assert rates(optimizer) == before
-
-
-@every_optimizer
-def test_a_step_that_raises_does_not_compound_or_count(make: Callable[[Any], Optimizer]) -> None:
-    ours, truth = weights(), weights()
-    optimizer, plain = make(ours), make(truth)
-    before = rates(optimizer)
-    WarmUp([optimizer], 4)
-    failing_step(optimizer)
-    train(optimizer, None, 2)
-    train_by_hand(plain, None, [0.25, 0.5])
-    assert rates(optimizer) == before
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_warm_up_continues_an_earlier_one() -> None:
-    ours, truth = weights(), weights()
-    optimizer, other, by_hand = SGD(ours, lr=1.0), SGD(weights(), lr=1.0), SGD(truth, lr=1.0)
-    first = WarmUp([optimizer, other], 4)
-    train(optimizer, None, 2)
-    first.undo()
-    second = WarmUp([optimizer, other], 4, first.done)
-    assert first.done == [2, 0] and (second.factor(0), second.factor(1)) == (0.75, 0.25)
-    train(optimizer, None, 2)
-    train_by_hand(by_hand, None, [0.25, 0.5, 0.75, 1.0])
-    assert first.done == [2, 0]  # the second one has a copy
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_after_undo_nothing_is_scaled() -> None:
-    ours, truth = weights(), weights()
-    optimizer, plain = SGD(ours, lr=1.0), SGD(truth, lr=1.0)
-    warm_up = WarmUp([optimizer], 4)
-    warm_up.undo()
-    warm_up.undo()
-    train(optimizer, None, 3)
-    train(plain, None, 3)
-    assert warm_up.done == [0]
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_zero_steps_scale_nothing() -> None:
-    optimizer = SGD(weights(), lr=1.0)
-    seen: list[list[float]] = []
-    warm_up = WarmUp([optimizer], 0)
-    optimizer.register_step_pre_hook(lambda *_: seen.append(rates(optimizer)))
-    train(optimizer, None, 1)
-    assert warm_up.factor(0) == 1.0 and seen == [[1.0]]
+    assert all(group["lr"] is rate for group in optimizer.param_groups) and rate == torch.tensor(0.8)

@@ -1,23 +1,27 @@
-"""Samples are counted as people count them, and what a user's ``count`` says is checked in one place."""
+"""Samples are counted as people count them; batches are copied as ``copy.deepcopy`` does, whatever holds them."""
 
 from __future__ import annotations
 
 import re
+import threading
 from collections import UserDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.data import extract_batch_size
-from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import default_collate
+from torchvision import tv_tensors
 
+import lightning_bn.core.batch_copy as batch_copy
+from lightning_bn.core.batch_copy import HostCopy, bytes_of, copied
 from lightning_bn.core.batch_sizes import as_batch_size_fn, infer_batch_size
 
 Pair = namedtuple("Pair", "x y")
@@ -35,16 +39,6 @@ class Slots:
     y: Any = None
 
 
-@dataclass
-class Validating:
-    x: Tensor
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor")
-        super().__setattr__(name, value)
-
-
 class Graphs:
     """As torch-geometric's ``Batch``: more nodes than graphs."""
 
@@ -57,7 +51,6 @@ class Opaque:
 
 
 def images(n: int, channels: int = 3) -> list[Tensor]:
-    """Of different sizes."""
     return [torch.zeros(channels, 5 + i % 3, 6) for i in range(n)]
 
 
@@ -91,8 +84,6 @@ COLLATED: dict[str, Callable[[int], Any]] = {
     "UserDict": lambda n: UserDict(input_ids=stacked(n, 9), labels=labels(n)),
     "named tuple": lambda n: Pair(stacked(n), labels(n)),
     "dataclass": lambda n: Plain(stacked(n), labels(n)),
-    "dataclass with slots": lambda n: Slots(stacked(n), labels(n)),
-    "dataclass that validates": lambda n: Validating(stacked(n)),
     "scalars before the data": lambda n: {"scale": torch.tensor(0.5), "mode": "train", "x": stacked(n)},
     "weights after the data": lambda n: (stacked(n), labels(n), torch.zeros(7)),
     "boxes of all images in one tensor": lambda n: (stacked(n), torch.zeros(11, 6)),
@@ -108,12 +99,10 @@ COLLATED: dict[str, Callable[[int], Any]] = {
     "loader of one tensor": lambda n: [stacked(n, 9)],
     "graphs": Graphs,
     "graphs and labels": lambda n: (Graphs(n), labels(n)),
-    "pair of graphs": lambda n: (Graphs(n), Graphs(n)),
 }
 """Kind of batch -> one of n samples that were put together."""
 LISTED: dict[str, Callable[[int], Any]] = {
     "images": images,
-    "gray images": lambda n: images(n, 1),
     "images and targets": lambda n: (images(n), boxes(n)),
     "images and as many boxes as channels": lambda n: (images(n), boxes(n, 3)),
     "tuples, as torchvision collates": lambda n: (tuple(images(n)), tuple(boxes(n))),
@@ -135,9 +124,12 @@ LISTED: dict[str, Callable[[int], Any]] = {
     "dataclass of lists": lambda n: Slots(images(n), boxes(n)),
 }
 """Kind of batch -> one of n samples that stand in lists."""
+PACKED: dict[str, Callable[[int], Any]] = {
+    "packed sequences": packed,
+    "packed sequences and labels": lambda n: (packed(n), labels(n)),
+}
 REFUSED: dict[str, tuple[Any, str]] = {
     "object": (Opaque(), "a batch that is an Opaque: no part of it has a size"),
-    "two objects": ((Opaque(), Opaque()), "a tuple of 2 x an Opaque"),
     "scalar": (torch.tensor(1.0), "a Tensor ()"),
     "nothing": (None, "a NoneType"),
     "numbers": ([1, 2], "a list of 2 x an int"),
@@ -156,21 +148,10 @@ def kinds(*tables: dict[str, Any]) -> Any:
     return pytest.mark.parametrize("kind", [pytest.param(kind, id=name) for t in tables for name, kind in t.items()])
 
 
-@kinds(COLLATED, LISTED)
-@pytest.mark.parametrize("n", [5, 2, 1, 3])
-def test_samples_are_counted_whatever_holds_them(kind: Callable[[int], Any], n: int) -> None:
-    assert infer_batch_size(kind(n)) == n
-
-
-@kinds(COLLATED, LISTED)
-def test_an_empty_batch_holds_no_samples(kind: Callable[[int], Any]) -> None:
-    assert infer_batch_size(kind(0)) == 0
-
-
-@pytest.mark.parametrize("n", [1, 3, 5])
-@pytest.mark.parametrize("beside", [lambda n: (packed(n), labels(n)), packed, lambda n: {"x": packed(n)}])
-def test_packed_sequences_are_counted(beside: Callable[[int], Any], n: int) -> None:
-    assert infer_batch_size(beside(n)) == n
+@kinds(COLLATED, LISTED, PACKED)
+def test_samples_are_counted_whatever_holds_them(kind: Callable[[int], Any]) -> None:
+    for n in (5, 2, 1, 3, *([] if kind in PACKED.values() else [0])):
+        assert infer_batch_size(kind(n)) == n
 
 
 @kinds(REFUSED)
@@ -190,6 +171,7 @@ samples_of_a_dataset = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(samples_of_a_dataset, st.integers(5, 9))
 def test_what_torch_collates_is_counted_as_lightning_does(sample: Any, n: int) -> None:
     """Unless it may as well be a list of samples: of views or mappings of one tensor each, and nothing beside it."""
@@ -214,35 +196,142 @@ def test_sequences_alone_are_images_where_they_look_like_images(n: int, counted:
     assert infer_batch_size([stacked(n, 7, 2), stacked(n, 5, 2)]) == counted
 
 
-@given(st.lists(st.sampled_from([1, 3, 4]), min_size=1, max_size=6), st.booleans())
-def test_a_list_of_images_is_as_long_as_it_is(channels: list[int], targets: bool) -> None:
-    batch = [torch.zeros(c, 6, 7) for c in channels]
-    assert infer_batch_size((batch, boxes(len(batch))) if targets else batch) == len(batch)
-
-
-# ---------------------------------------------------------------------------------------------------- a user's count
 @pytest.mark.parametrize("said", [4, 4.0, np.int64(4), torch.tensor(4)])
 def test_whole_numbers_of_any_type_are_counts(said: Any) -> None:
     assert as_batch_size_fn(lambda _: said)(None) == 4
     assert as_batch_size_fn(None) is infer_batch_size
 
 
-@pytest.mark.parametrize("said", [-1, float("nan"), float("inf"), 2.5, torch.tensor(-1)])
-def test_what_is_no_number_of_samples_is_refused(said: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"batch_size_fn must return .* but returned (-1|nan|inf|2\.5|tensor).* for a NoneType"
-    ):
-        as_batch_size_fn(lambda _: said)(None)
+NUMBER = r"batch_size_fn must return .* but returned (-1|nan|inf|2\.5|tensor).* for a NoneType"
+TYPE = r"batch_size_fn must return .* for a NoneType"
 
 
-@pytest.mark.parametrize("said", [None, "4", True, torch.zeros(2)])
-def test_what_is_no_number_is_refused(said: Any) -> None:
-    with pytest.raises(TypeError, match=r"batch_size_fn must return .* for a list of 2 x a Tensor \(3,\)"):
-        as_batch_size_fn(lambda _: said)([torch.zeros(3)] * 2)
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        *((lambda _, n=n: n, ValueError, NUMBER) for n in (-1, float("nan"), float("inf"), 2.5, torch.tensor(-1))),
+        *((lambda _, n=n: n, TypeError, TYPE) for n in (None, "4", True, torch.zeros(2))),
+        (5, TypeError, r"batch_size_fn must be a function .* but is 5"),
+        (lambda _: next(iter([])), RuntimeError, "batch_size_fn raised StopIteration"),
+    ],
+)
+def test_what_is_no_number_of_samples_is_refused(count: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        as_batch_size_fn(count)(None)
 
 
-def test_what_is_no_function_and_a_stop_iteration_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"batch_size_fn must be a function .* but is 5"):
-        as_batch_size_fn(5)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="batch_size_fn raised StopIteration"):
-        as_batch_size_fn(lambda _: next(iter([])))(None)
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    image: Tensor
+    size: int = field(default=3, init=False)
+
+
+class Graph:
+    """Moves by a method of its own and knows its device, as those of graph libraries do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.store = {"x": x}
+        self.device = x.device
+
+    def to(self, device: Any) -> Graph:
+        return Graph(self.store["x"].to(device))
+
+
+HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda t: t, lambda b: b),
+    "list in a dict": (lambda t: {"x": [t, "name"]}, lambda b: b["x"][0]),
+    "UserDict": (lambda t: UserDict(x=t), lambda b: b["x"]),
+    "frozen dataclass with slots": (Frozen, lambda b: b.image),
+    "object": (Graph, lambda b: b.store["x"]),
+    "attribute of a tensor": (lambda t: setattr_of(torch.zeros(2), t), lambda b: b.origin),
+}
+TENSORS: dict[str, Callable[[], Tensor]] = {
+    "plain": lambda: torch.arange(12.0).view(3, 4),
+    "part of a large one": lambda: torch.arange(1000.0).view(10, 100)[2:5, ::25],
+    "expanded": lambda: torch.ones(3, 1).expand(3, 4),
+    "channels last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "leaf that requires grad": lambda: torch.ones(3, requires_grad=True),
+    "result that requires grad": lambda: torch.ones(3, requires_grad=True) * 2,
+    "parameter": lambda: nn.Parameter(torch.ones(3)),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+    "image of torchvision": lambda: tv_tensors.Image(torch.ones(3, 4, 4)),
+    "boxes of torchvision": lambda: tv_tensors.BoundingBoxes(torch.ones(2, 4), format="XYXY", canvas_size=(3, 3)),
+    "no values": lambda: torch.zeros(0, 3),
+}
+
+
+def setattr_of(holder: Tensor, value: Tensor) -> Tensor:
+    holder.origin = value  # type: ignore[attr-defined]
+    return holder
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("copy_of", [copied, lambda batch: HostCopy(batch).batch()], ids=["copied", "HostCopy"])
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_copy_is_equal_and_shares_nothing(kind: str, holder: str, copy_of: Callable[[Any], Any]) -> None:
+    tensor, (put, get) = TENSORS[kind](), HOLDERS[holder]
+    batch = put(tensor)
+    once, twice = copy_of((batch, batch))
+    twin = get(once)
+    assert once is twice and type(once) is type(batch) and type(twin) is type(tensor)
+    assert get(batch) is tensor and twin is not tensor
+    assert torch.equal(dense(twin), dense(tensor))
+    assert (twin.is_leaf, twin.requires_grad) == (True, tensor.requires_grad)
+    if tensor.layout == torch.strided and tensor.numel():
+        assert twin.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        assert twin.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    elif tensor.numel():
+        assert twin.values().data_ptr() != tensor.values().data_ptr() if tensor.layout != torch.sparse_coo else True
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_bytes_are_those_of_each_tensor_once(holder: str) -> None:
+    batch = HOLDERS[holder][0](torch.arange(1000.0).view(10, 100)[:3, :4])
+    own = 48 + (8 if holder == "attribute of a tensor" else 0)
+    assert bytes_of(batch) == bytes_of([batch, batch]) == own
+    assert bytes_of((batch, torch.eye(1000).to_sparse())) == own + 1000 * (8 + 8 + 4)  # not of the zeros
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """From where and to where; the meta device, which is always there, stands for the GPU."""
+    moved: list[tuple[str, str]] = []
+
+    def clone(tensor: Tensor, device: torch.device) -> Tensor:
+        moved.append((tensor.device.type, device.type))
+        return torch.empty_like(tensor, device=device)
+
+    monkeypatch.setattr(batch_copy, "_clone", clone)
+    return moved
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_each_tensor_waits_on_the_host_and_comes_back_to_its_device(holder: str, moves: list[tuple[str, str]]) -> None:
+    put, get = HOLDERS[holder]
+    kept = HostCopy((put(torch.zeros(3, device="meta")), torch.zeros(2)))
+    assert sorted(set(moves)) == [("cpu", "cpu"), ("meta", "cpu")]
+    for _ in range(2):
+        batch, beside = kept.batch()
+        assert (get(batch).device.type, beside.device.type) == ("meta", "cpu")
+        assert not isinstance(batch, Graph) or batch.device == get(batch).device
+
+
+def test_the_sizes_in_a_packed_sequence_stay_on_the_host(moves: list[tuple[str, str]]) -> None:
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(1, 2)])
+    on_device = PackedSequence(packed.data.to("meta"), packed.batch_sizes)
+    twin = HostCopy({"x": on_device}).batch()["x"]
+    assert isinstance(twin, PackedSequence)
+    assert (twin.data.device.type, twin.batch_sizes.device.type) == ("meta", "cpu")
+
+
+def test_what_cannot_be_copied_is_refused_with_the_way_out() -> None:
+    batch = {"x": torch.zeros(2), "lock": threading.Lock()}
+    for copy_of in (copied, HostCopy, bytes_of):
+        with pytest.raises(TypeError, match=r"Cannot copy a batch of type dict \(.*lock.*\)\. Remove what"):
+            copy_of(batch)
