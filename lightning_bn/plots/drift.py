@@ -17,16 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from lightning_bn.plots.lag import Array, check_row, draw_lag_against_noise
-from lightning_bn.plots.style import (
-    EMA,
-    PRECISE,
-    figure_title,
-    new_figure,
-    plain_log_ticks,
-    short_names,
-    step_axis,
-    styled,
-)
+from lightning_bn.plots.style import EMA, PRECISE, new_figure, plain_log_ticks, short_names, step_axis, styled
 
 MAX_COLUMNS = 400
 """A heatmap of a longer run shows this many groups of steps, each by its largest gap."""
@@ -97,8 +88,7 @@ def drift_overview(
     other arguments are as in `lag_against_noise`. An array of another shape is a ValueError.
     """
     mean_gap, var_gap = _table("mean_gap", mean_gap, steps, layers), _table("var_gap", var_gap, steps, layers)
-    figure = new_figure(15.0, 10.5)
-    figure_title(figure, title)
+    figure = new_figure(15.0, 10.5, title)
     quarters: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.04, height_ratios=[1, 1.1])
     over_steps, why, heatmap, worst = (quarter.add_subplot() for quarter in quarters.flat)
 
@@ -133,10 +123,9 @@ def aggregates_over_steps(series: Mapping[str, tuple[Sequence[float], Sequence[f
         raise ValueError(f"aggregates_over_steps draws {known}, but series has {', '.join(series) or 'no names'}.")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(5.6 * columns, 0.4 + 2.8 * rows)
-    figure_title(figure, title)
-    for index, (label, names) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
+    figure = new_figure(5.6 * columns, 0.4 + 2.8 * rows, title)
+    for index, (label, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, index)
         for name in names:
             _draw_line(axes, name, *series[name])
         _finish_lines(axes, label, log=label != "how many")
@@ -169,9 +158,7 @@ def _draw_heatmap(axes: Axes, steps: Sequence[float], layers: Sequence[str], gap
     between = (centers[1:] + centers[:-1]) / 2
     first, last = (between[0] - centers[0], centers[-1] - between[-1]) if len(centers) > 1 else (0.5, 0.5)
     edges = np.concatenate([[centers[0] - first], between, [centers[-1] + last]])
-    cells = np.ma.masked_invalid(
-        np.clip(gaps, low, high)
-    ).T  # clip first: infinite is the largest gap, not a missing one
+    cells = np.ma.masked_invalid(np.clip(gaps, low, high)).T  # clipped first: infinite is the largest gap, not missing
     rows = np.arange(len(layers) + 1)
     mesh = axes.pcolormesh(edges, rows, cells, cmap="magma_r", norm=LogNorm(low, high), rasterized=True)
     axes.set_ylim(len(layers), 0)
@@ -241,7 +228,6 @@ def _grouped(steps: Array, gaps: Array) -> tuple[Array, Array]:
 def _table(name: str, gaps: npt.ArrayLike, steps: Sequence[float], layers: Sequence[str]) -> Array:
     table, shape = np.asarray(gaps, dtype=np.float64), (len(steps), len(layers))
     if table.shape != shape or not table.size:
-        raise ValueError(
-            f"{name} needs one row per step and one column per layer, {shape}; its shape is {table.shape}."
-        )
+        needs = f"one row per step and one column per layer, {shape}"
+        raise ValueError(f"{name} needs {needs}; its shape is {table.shape}.")
     return table

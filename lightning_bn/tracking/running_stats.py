@@ -13,15 +13,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.core.ranks import get_world_size
 from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
-from lightning_bn.tracking.custom_layers import CUSTOM_UPDATE, UNMEASURABLE, custom_layers, differs_from_torch
 from lightning_bn.tracking.drift import is_dead
-from lightning_bn.tracking.layer_calls import MeasureInputs, RecordMomenta
-from lightning_bn.tracking.recovery import ema_decay, recovery_error, solve_batch_stats
+from lightning_bn.tracking.layer_calls import RecordCalls
+from lightning_bn.tracking.recovery import (
+    RecoveredSteps,
+    differs_from_torch,
+    ema_decay,
+    recovery_error,
+    solve_batch_stats,
+)
+
+UNMEASURABLE = "cannot be measured: no batch_norm call on its channels"
+CUSTOM_UPDATE = "updates its running statistics differently from torch"
 
 _ONE_IF_COUNTED, _AS_COUNTED = -1, -2
 """In place of a number of calls: 1 if ``num_batches_tracked`` rose by 1, else unknown; or as much as it rose."""
@@ -38,40 +48,32 @@ class Snapshot(NamedTuple):
     momenta: list[float | None]
 
 
-class RecoveredSteps(NamedTuple):
-    """Holds the statistics of ``N`` steps: means and variances, ``(N, 2, C)`` each."""
-
-    before: Tensor
-    after: Tensor
-    batch: Tensor  # an average, if there were several calls
-    decay: Tensor  # weight of before in after, (N, C)
-    called: Tensor  # channels whose layer was called and whose batch is known, (N, C)
-
-
 class StepRecorder:
     """Records steps of layers whose channels are concatenated to one vector.
 
-    ``layer_of`` is the layer index of each channel. ``compared`` names the layers whose recovered batch was compared
-    with their measured ``inputs`` in the last step. ``untrusted`` maps those that differed to the reason.
+    ``untrusted`` maps layers whose batches cannot be recovered to the reason. It grows with the steps that compare
+    ``compared``, the layers of custom classes, with their measured inputs.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self.layers = dict(layers)
-        self.sizes = [layer.get_buffer("running_mean").numel() for layer in layers.values()]
+        means = [layer.get_buffer("running_mean") for layer in layers.values()]
+        device = means[0].device
+        self.sizes = [mean.numel() for mean in means]
         self.starts = [0, *accumulate(self.sizes)]
-        device = next(iter(layers.values())).get_buffer("running_mean").device
-        self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
+        self.layer_of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)  # (C,)
         eps = torch.tensor([layer.eps for layer in layers.values()], dtype=torch.float64)
         self.eps = eps.to(device, torch.float32 if device.type == "mps" else torch.float64)[self.layer_of]
-        self.inputs = MeasureInputs(layers)
         self.untrusted: dict[str, str] = {}
-        self._one_device = all(layer.get_buffer("running_mean").device == device for layer in layers.values())
+        self.compared: list[str] = []
+        self.calls = RecordCalls(layers)
+        self._handle = Handle([], self.calls)
+        self._recorded = {layer for layer in layers.values() if own_class(layer) not in OF_TORCH}
+        self._counted_once: dict[str, _BatchNorm] = {}  # layers that count one call a forward
+        self._calls_by_counter: list[int] = []
         self._buffers = [layer._buffers for layer in layers.values()]
         self._none_tracked = torch.zeros((), dtype=torch.int64, device=device)
-        self._momenta, self._handles = RecordMomenta(), list[Handle]()
-        self._recorded = {layer for layer in layers.values() if own_class(layer) not in OF_TORCH}
-        self.compared: list[str] = []
-        self._calls_by_counter: list[int] = []
+        self._one_device = all(mean.device == device for mean in means)
         self._before: tuple[Tensor, Tensor, list[float | None]] | None = None
 
     def before_batch(self, check: bool = True, measured: Collection[str] = ()) -> None:
@@ -82,20 +84,15 @@ class StepRecorder:
         """
         self.abandon()
         if check or not self._calls_by_counter:
-            self._calls_by_counter = [
-                _AS_COUNTED if has_behavior(layer, "domain") else _ONE_IF_COUNTED for layer in self.layers.values()
-            ]
-        custom = custom_layers(self.layers) if check else {}
-        self.compared = [name for name in custom if name not in self.untrusted and name not in measured]
-        if self.compared or measured:
-            self.inputs.begin()
-            self._handles.append(Handle([self.layers[n] for n in (*self.compared, *measured)], self.inputs))
-        self._momenta.begin()
-        if check or self._recorded:
-            by_counter = zip(self.layers.values(), self._calls_by_counter, strict=True)
-            counted_once = [layer for layer, calls in by_counter if calls != _AS_COUNTED]
-            recorded = [layer for layer in counted_once if check or layer in self._recorded]
-            self._handles.append(Handle(recorded, self._momenta))
+            self._counted_once = {n: layer for n, layer in self.layers.items() if not has_behavior(layer, "domain")}
+            self._calls_by_counter = [_ONE_IF_COUNTED if n in self._counted_once else _AS_COUNTED for n in self.layers]
+        recorded = [layer for layer in self._counted_once.values() if check or layer in self._recorded]
+        custom = [n for n, layer in self._counted_once.items() if check and own_class(layer) not in OF_TORCH]
+        known = {*self.untrusted, *measured}
+        self.compared = [name for name in custom if name not in known and not is_spread(self.layers[name])]
+        inputs = [self.layers[name] for name in (*self.compared, *measured)]
+        self.calls.begin(recorded, inputs)
+        self._handle = Handle({*recorded, *inputs}, self.calls)
         self._before = *self._read(), [layer.momentum for layer in self.layers.values()]
 
     def after_batch(self) -> Snapshot | None:
@@ -106,15 +103,16 @@ class StepRecorder:
         # and neither the batch-norm kernel nor `tensor.data` changes `tensor._version`.
         (before, tracked, momenta), (after, tracked_after) = self._before, self._read()
         self.abandon()
-        snapshot = Snapshot(before, after, tracked, tracked_after, *self._calls(momenta))
+        snapshot = Snapshot(before, after, tracked, tracked_after, *self._called(momenta))
+        if self.calls.unmeasurable:
+            self.untrusted |= {n: UNMEASURABLE for n, layer in self.layers.items() if layer in self.calls.unmeasurable}
         if self.compared:
-            self.untrusted |= self._differing(snapshot)
+            self.untrusted |= dict.fromkeys(self._differing(snapshot), CUSTOM_UPDATE)
         return snapshot
 
     def abandon(self) -> None:
         self._before = None
-        while self._handles:
-            self._handles.pop().undo()
+        self._handle.undo()
 
     def recover(self, steps: Sequence[Snapshot], layers: slice = slice(None)) -> RecoveredSteps:
         """Recover the batch statistics of some steps, for the channels of the layers in a slice."""
@@ -127,8 +125,7 @@ class StepRecorder:
         )
         tracked = torch.stack([s.tracked for s in steps])[:, layers]
         counted = torch.stack([s.tracked_after for s in steps])[:, layers] - tracked
-        momenta = [[torch.nan if m is None else m for m in s.momenta[layers]] for s in steps]
-        momentum = torch.tensor(momenta, dtype=self.eps.dtype).to(self.eps.device, non_blocking=True)
+        momentum = self._as_tensor([s.momenta[layers] for s in steps])
         calls = torch.tensor([s.calls[layers] for s in steps]).to(self.eps.device, non_blocking=True)
         calls = torch.where(calls >= 0, calls, counted.where((counted == 1) | (calls == _AS_COUNTED), 0))
         decay = ema_decay(momentum, calls, tracked).index_select(1, layer_of)
@@ -143,9 +140,9 @@ class StepRecorder:
 
     def recovery_errors(self) -> Tensor:
         """Return the error of a mean recovered now, in sigma, ``(C,)``; 0 for dead channels."""
-        (running, tracked), momenta = self._read(), [layer.momentum for layer in self.layers.values()]
+        running, tracked = self._read()
         mean, var = running.view(2, -1).to(self.eps)
-        momentum = torch.tensor([torch.nan if m is None else m for m in momenta]).to(self.eps)
+        momentum = self._as_tensor([[layer.momentum for layer in self.layers.values()]])[0]
         decay = ema_decay(momentum, torch.ones_like(tracked), tracked)[self.layer_of]
         return torch.where(is_dead(var, self.eps), 0.0, recovery_error(mean, var, decay))
 
@@ -156,40 +153,38 @@ class StepRecorder:
             running, tracked = ([t.to(self.eps.device) for t in part] for part in (running, tracked))  # type: ignore[union-attr]
         return torch.cat(running), torch.stack(tracked)  # type: ignore[arg-type]
 
-    def _calls(self, momenta_before: list[float | None]) -> tuple[list[int], list[float | None]]:
+    def _as_tensor(self, momenta: list[list[float | None]]) -> Tensor:
+        rows = [[torch.nan if momentum is None else momentum for momentum in row] for row in momenta]
+        return torch.tensor(rows, dtype=self.eps.dtype).to(self.eps.device, non_blocking=True)
+
+    def _called(self, momenta_before: list[float | None]) -> tuple[list[int], list[float | None]]:
         momenta_after = [layer.momentum for layer in self.layers.values()]
-        if not self._momenta.momenta and momenta_after == momenta_before:  # most steps
+        if not self.calls.momenta and momenta_after == momenta_before:  # most steps
             return self._calls_by_counter, momenta_before
         calls, momenta = list(self._calls_by_counter), list(momenta_before)
         for index, (layer, before) in enumerate(zip(self.layers.values(), momenta_before, strict=True)):
-            recorded = self._momenta.momenta.get(layer)
+            recorded = self.calls.momenta.get(layer)
             one_call = recorded == [before] == [layer.momentum] and before != 0 and own_class(layer) in OF_TORCH
             if one_call or (recorded is None and layer.momentum == before):  # the counter knows
                 continue
             if layer._buffers["num_batches_tracked"] is None:
                 calls[index] = 0
-            elif recorded is None:  # not called, or compiled: the momentum of the call is unknown
+                continue
+            if recorded != [layer.momentum]:
                 self._recorded.add(layer)
-                calls[index] = 0
-            else:
-                if recorded != [layer.momentum]:
-                    self._recorded.add(layer)
-                calls[index], momenta[index] = _as_one_call(recorded)
+            # Without a record, the layer was not called, or compiled: the momentum of the call is unknown.
+            calls[index], momenta[index] = (0, before) if recorded is None else _as_one_call(recorded)
         return calls, momenta
 
-    def _differing(self, snapshot: Snapshot) -> dict[str, str]:
-        reasons, differs = {}, {}
+    def _differing(self, snapshot: Snapshot) -> list[str]:
+        differs = {}
         for index, (name, layer) in enumerate(self.layers.items()):
-            if name in self.compared and layer in self.inputs.unmeasurable:
-                reasons[name] = UNMEASURABLE
-            elif name in self.compared and layer in self.inputs.calls:
-                step, tracked = self.recover([snapshot], slice(index, index + 1)), snapshot.tracked[index]
-                differs[name] = differs_from_torch(
-                    self.inputs.calls[layer], tracked, step.before[0], step.batch[0], step.called[0], layer.eps
-                )
+            if name in self.compared and self.calls.inputs(layer):
+                step = self.recover([snapshot], slice(index, index + 1))
+                differs[name] = differs_from_torch(self.calls.inputs(layer), snapshot.tracked[index], step, layer.eps)
         # waits for the device, once for all layers
         verdicts = torch.stack(list(differs.values())).tolist() if differs else []
-        return reasons | {name: CUSTOM_UPDATE for name, verdict in zip(differs, verdicts, strict=True) if verdict}
+        return [name for name, verdict in zip(differs, verdicts, strict=True) if verdict]
 
 
 def _as_one_call(momenta: list[float | None]) -> tuple[int, float | None]:
@@ -198,6 +193,11 @@ def _as_one_call(momenta: list[float | None]) -> tuple[int, float | None]:
     # calls at different momenta are one call that moves as much
     moved = 1 - math.prod(1 - m for m in momenta if m is not None)
     return int(moved != 0), momenta[0] if len(momenta) == 1 else moved
+
+
+def is_spread(layer: _BatchNorm) -> bool:
+    """Return whether a layer normalizes over several ranks, so that one rank cannot measure its batch."""
+    return (isinstance(layer, SyncBatchNorm) or has_behavior(layer, "sync")) and get_world_size() > 1
 
 
 def not_recoverable(layer: _BatchNorm) -> str:

@@ -6,7 +6,7 @@ The batch statistics of the last 32 steps are recovered (`running_stats`) only w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,24 +36,11 @@ class StatisticsForecaster:
 
     The first rank records, because DistributedDataParallel broadcasts its running statistics. All ranks get its
     forecast. The steps take 512 bytes per channel in float32, and a forecast about 25 MB.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> bn = nn.BatchNorm1d(1)
-        >>> forecast = StatisticsForecaster({"bn": bn})
-        >>> for _ in range(10):
-        ...     forecast.before_batch()
-        ...     _ = bn(torch.tensor([[4.0], [6.0]]))
-        ...     forecast.after_batch()
-        >>> bn.running_mean, forecast.statistics()["bn"].mean.round(decimals=3)
-        (tensor([3.2566]), tensor([5.], dtype=torch.float64))
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
         self._recorder = StepRecorder(layers)
         self._steps: deque[Snapshot] = deque(maxlen=STEPS)
-        self._parts = _parts(self._recorder.sizes)
         wide = [layer.get_buffer("running_mean").element_size() > 2 for layer in layers.values()]
         self._wide = torch.tensor(wide).to(self._recorder.eps.device)[self._recorder.layer_of]
         self._check = True
@@ -84,10 +71,9 @@ class StatisticsForecaster:
         return self._forecast()[0]
 
     def ema_gaps(self) -> dict[str, float]:
-        """Return the distance of running statistics from the forecast, for every layer that has one.
+        """Return the larger of mean gap and variance gap from running statistics to the forecast, for its layers.
 
-        It is the larger of mean gap (sigma) and variance gap (log ratio) over channels that are not dead; NaN where
-        running statistics are not finite.
+        Dead channels do not count. The gap is NaN where running statistics are not finite.
         """
         forecast, running = self._forecast()
         gaps = {}
@@ -115,30 +101,30 @@ class StatisticsForecaster:
             values: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in step.items()}
             self._steps.append(Snapshot(**values))
 
-    def _forecast(self) -> tuple[PopulationStatistics, list[tuple[Tensor, Tensor]]]:
+    def _forecast(self) -> tuple[PopulationStatistics, list[Tensor]]:
         self.abandon()  # a step that never ended
         self._check = True  # the forecast waits for the device in any case
         recorder, running = self._recorder, self._recorder.running()
         if self._latest is None or not torch.equal(self._latest[0], running):
-            parts = [self._forecast_part(running[:, channels], layers, channels) for layers, channels in self._parts]
+            parts = [self._forecast_part(running, layers) for layers in _parts(recorder.starts)]
             self._latest = running, Forecast(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
         mean, var, error = self._latest[1]
         known = error[0].isfinite()[recorder.layer_of] & self._recoverable()
-        shared = broadcast_from_rank_zero(torch.stack([mean, var, *running, known.to(mean)]))
-        layers = list(zip(recorder.layers, shared.split(recorder.sizes, 1), strict=True))
-        nan = torch.tensor(torch.nan)
-        forecast = {
-            name: LayerStatistics(part[0], part[1], 0, 0, nan.expand(part.shape[1]), nan.expand(part.shape[1]))
-            for name, part in layers
-            if bool(part[4].all())
-        }
-        return PopulationStatistics(forecast, 0, 0, 0), [(part[2], part[3]) for _, part in layers]
+        shared = broadcast_from_rank_zero(torch.stack([mean, var, *running, known.to(mean)])).split(recorder.sizes, 1)
+        forecast = {}
+        for name, (mean, var, *_, known) in zip(recorder.layers, shared, strict=True):
+            if known.all():
+                unknown = torch.tensor(torch.nan).expand(len(mean))
+                forecast[name] = LayerStatistics(mean, var, 0, 0, unknown, unknown)
+        return PopulationStatistics(forecast, 0, 0, 0), [part[2:4] for part in shared]
 
-    def _forecast_part(self, running: Tensor, layers: slice, channels: slice) -> Forecast:
-        sizes, eps = self._recorder.sizes[layers], self._recorder.eps[channels]
+    def _forecast_part(self, running: Tensor, layers: slice) -> Forecast:
+        recorder = self._recorder
+        channels = slice(recorder.starts[layers.start], recorder.starts[layers.stop])
+        running, eps, sizes = running[:, channels], recorder.eps[channels], recorder.sizes[layers]
         if not self._steps:
             return Forecast(running[0], running[1], running.new_full((2, len(sizes)), torch.nan))
-        step = self._recorder.recover(list(self._steps), layers)
+        step = recorder.recover(list(self._steps), layers)
         mean, var = step.before.unbind(1)
         accurate = (recovery_error(mean, var, step.decay) < MAX_ERROR) | is_dead(var, eps)
         known = step.called & accurate & self._wide[channels]
@@ -151,15 +137,10 @@ class StatisticsForecaster:
         return (~inaccurate & trusted.to(inaccurate.device))[recorder.layer_of]
 
 
-def _parts(sizes: Sequence[int]) -> list[tuple[slice, slice]]:
-    # indices of consecutive layers, and of their channels
-    parts: list[tuple[slice, slice]] = []
-    channel = 0
-    for layer, size in enumerate(sizes):
-        if parts and channel + size - parts[-1][1].start <= _CHANNELS_AT_ONCE:
-            layers, channels = parts.pop()
-            parts.append((slice(layers.start, layer + 1), slice(channels.start, channel + size)))
-        else:
-            parts.append((slice(layer, layer + 1), slice(channel, channel + size)))
-        channel += size
-    return parts
+def _parts(starts: Sequence[int]) -> Iterator[slice]:
+    first, number = 0, len(starts) - 1
+    for layer in range(1, number):
+        if starts[layer + 1] - starts[first] > _CHANNELS_AT_ONCE:
+            yield slice(first, layer)
+            first = layer
+    yield slice(first, number)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import find_bn
-from lightning_bn.tracking.custom_layers import CUSTOM_UPDATE, UNMEASURABLE
 from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.observer import Observer
+from lightning_bn.tracking.running_stats import CUSTOM_UPDATE, UNMEASURABLE
 from lightning_bn.tracking.step_forecast import StatisticsForecaster
 from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, truth
 
