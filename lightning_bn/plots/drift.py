@@ -132,8 +132,7 @@ def aggregates_over_steps(series: Mapping[str, tuple[Sequence[float], Sequence[f
     return figure
 
 
-def _draw_line(axes: Axes, name: str, steps: npt.ArrayLike, values: npt.ArrayLike) -> None:
-    steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+def _draw_line(axes: Axes, name: str, steps: Any, values: Any) -> None:
     suffix = name.rsplit("_", 1)[-1]
     look = _LOOK.get(name) or _LOOK[suffix]
     axes.plot(steps, values, **{"label": suffix, "marker": "o" if len(steps) == 1 else None, **look})
@@ -180,7 +179,7 @@ def _draw_heatmap(axes: Axes, steps: Sequence[float], layers: Sequence[str], gap
 
 
 def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | None, dead: Array) -> None:
-    ranked = np.argsort(-np.nan_to_num(gap, nan=-1.0, posinf=np.inf), kind="stable")
+    ranked = np.argsort(-gap, kind="stable")  # NaN comes last
     worst = [int(index) for index in ranked if not np.isnan(gap[index])][:10]
     axes.set_title("Worst layers over the run" if len(layers) > 10 else "Over the run")
     bars = [(gap[worst], EMA, "EMA to the batches (mean gap)")]
@@ -218,9 +217,7 @@ def _color_limits(gaps: Array) -> tuple[float, float]:
 
 
 def _grouped(steps: Array, gaps: Array) -> tuple[Array, Array]:
-    if len(steps) <= MAX_COLUMNS:
-        return steps, gaps
-    groups = np.array_split(np.arange(len(steps)), MAX_COLUMNS)
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), MAX_COLUMNS))
     largest = np.stack([np.where(np.isnan(gaps[group]), -np.inf, gaps[group]).max(axis=0) for group in groups])
     return np.array([steps[group].mean() for group in groups]), np.where(np.isneginf(largest), np.nan, largest)
 

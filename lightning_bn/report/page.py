@@ -58,7 +58,8 @@ def write_report(run: str | PathLike[str], *, out: str | PathLike[str] | None = 
 
 def run_page(run: LoggedRun) -> str:
     """Renders the page of `run` as HTML."""
-    aggregates, by_layer = defaultdict(list), defaultdict(list)  # prefix -> keys: of all layers, of single layers
+    aggregates: dict[str, list[str]] = defaultdict(list)  # the part of a key before "/" -> keys
+    by_layer: dict[str, list[str]] = defaultdict(list)
     for key in sorted(run.scalars, key=lambda key: (not key.startswith("bn_agg/"), key)):
         prefix = key.partition("/")[0]
         (aggregates if "agg" in prefix.split("_") else by_layer)[prefix].append(key)
@@ -158,26 +159,26 @@ def _image(png: bytes, caption: str) -> str:
 
 
 def _table(table: Table) -> str:
-    numeric = [all(_is_numeric(row[i]) for row in table.rows) for i in range(len(table.columns))]
-    kinds = [' class="number"' if is_number else "" for is_number in numeric]
+    numbers = [all(_as_number(row[i]) is not None for row in table.rows) for i in range(len(table.columns))]
+    kinds = [' class="number"' if is_number else "" for is_number in numbers]
     head = "".join(f"<th{kind}>{escape(str(name))}</th>" for kind, name in zip(kinds, table.columns, strict=True))
     rows = ("".join(f"<td{kind}>{_cell(c)}</td>" for kind, c in zip(kinds, row, strict=True)) for row in table.rows)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _is_numeric(cell: Any) -> bool:
+def _as_number(cell: Any) -> float | None:
+    """Returns NaN for an empty cell, and None for a text."""
     try:
-        float(cell)
+        return float(cell)
     except (TypeError, ValueError):
-        return cell in (None, "")
-    return True
+        return math.nan if cell in (None, "") else None
 
 
 def _cell(cell: Any) -> str:
-    if not _is_numeric(cell) or re.fullmatch(r"-?\d*", str(cell)):
+    number = _as_number(cell)
+    if number is None or re.fullmatch(r"-?\d*", str(cell)):
         return escape(str(cell))
-    number = math.nan if cell is None else float(cell)
     if math.isnan(number):
         return "–"  # not measured
     return _number(number) if math.isfinite(number) else f'<span class="bad">{number}</span>'

@@ -106,9 +106,8 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
-        raise ImportError(
-            f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
-        ) from error
+        text = f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
+        raise ImportError(text) from error
     events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)).Reload()
     tags = events.Tags()
     start = datetime.fromtimestamp(events.FirstEventTimestamp(), timezone.utc)

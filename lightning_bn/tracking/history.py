@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_ROWS = 512
-"""Twice the columns of a figure."""
+MAX_ROWS = 512  # twice the columns of a figure
 
 
 class History:

@@ -1,6 +1,6 @@
 """The distance of training batches from the EMA that evaluation will use.
 
-Batch statistics are recovered from running statistics (`running_stats`), or measured where that is inaccurate.
+Batch statistics are recovered from running statistics (`recovery`), or measured where that is inaccurate.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.tracking.drift import Drift, Observation, is_dead, split
 from lightning_bn.tracking.history import Traces
 from lightning_bn.tracking.layer_calls import Call
-from lightning_bn.tracking.recovery import MAX_ERROR
-from lightning_bn.tracking.running_stats import UNMEASURABLE, Snapshot, StepRecorder, is_spread, not_recoverable
+from lightning_bn.tracking.recovery import MAX_ERROR, UNMEASURABLE, Snapshot, StepRecorder, is_spread, not_recoverable
 
-_MAX_PENDING = 16
-"""Steps whose arithmetic is done at once; bounds memory."""
-
+_MAX_PENDING = 16  # steps whose arithmetic is done at once; bounds memory
 _NOT_MEASURED = "not measured: synchronized over ranks, and its batches cannot be recovered"
 
 

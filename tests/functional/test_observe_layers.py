@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import find_bn
 from lightning_bn.tracking.drift import Observation
+from lightning_bn.tracking.forecast import StatisticsForecaster
 from lightning_bn.tracking.observer import Observer
-from lightning_bn.tracking.running_stats import CUSTOM_UPDATE, UNMEASURABLE
-from lightning_bn.tracking.step_forecast import StatisticsForecaster
+from lightning_bn.tracking.recovery import CUSTOM_UPDATE, UNMEASURABLE
 from tests.hand_written import TRUE, UNTOLD, ZOO, Net, batches, truth
 
 SIZES = (4, 8, 4, 6, 4)
