@@ -16,11 +16,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from lightning_bn.plots.lag import Array, check_row, draw_lag_against_noise
+from lightning_bn.plots.lag import Array, checked, draw_lag_against_noise
 from lightning_bn.plots.style import EMA, PRECISE, new_figure, plain_log_ticks, short_names, step_axis, styled
 
-MAX_COLUMNS = 400
-"""A heatmap of a longer run shows this many groups of steps, each by its largest gap."""
+MAX_COLUMNS = 400  # a heatmap of a longer run shows this many groups of steps, each by its largest gap
 
 _PANELS = (
     ("mean gap (σ)", ("mean_gap_p50", "mean_gap_p95", "mean_gap_max")),
@@ -62,7 +61,7 @@ def gap_heatmap(
     """
     figure = new_figure(8.0, float(np.clip(1.5 + 0.16 * len(layers), 2.8, 11.0)))
     axes = figure.add_subplot()
-    _draw_heatmap(axes, steps, layers, _table("gaps", gaps, steps, layers), quantity)
+    _draw_heatmap(axes, steps, layers, checked("gaps", gaps, layers, steps), quantity)
     axes.set_title(title)
     return figure
 
@@ -87,7 +86,7 @@ def drift_overview(
     (how far PreciseBN moved each mean, in sigma) and `dead` (channels without variance) have one number per layer. The
     other arguments are as in `lag_against_noise`. An array of another shape is a ValueError.
     """
-    mean_gap, var_gap = _table("mean_gap", mean_gap, steps, layers), _table("var_gap", var_gap, steps, layers)
+    mean_gap, var_gap = checked("mean_gap", mean_gap, layers, steps), checked("var_gap", var_gap, layers, steps)
     figure = new_figure(15.0, 10.5, title)
     quarters: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.04, height_ratios=[1, 1.1])
     over_steps, why, heatmap, worst = (quarter.add_subplot() for quarter in quarters.flat)
@@ -100,10 +99,10 @@ def drift_overview(
     over_steps.set_title("Mean gap over the layers")
     _draw_heatmap(heatmap, steps, layers, var_gap, "variance gap (log ratio)")
     heatmap.set_title("Variance gap by layer")
-    draw_lag_against_noise(why, layers, check_row("lag", lag, layers), check_row("noise", noise, layers), marked)
+    draw_lag_against_noise(why, layers, checked("lag", lag, layers), checked("noise", noise, layers), marked)
     why.set_title("Why: a stale EMA, or a small batch")
-    precise = None if precise_gap is None else check_row("precise_gap", precise_gap, layers)
-    num_dead = np.zeros(len(layers)) if dead is None else check_row("dead", dead, layers)
+    precise = None if precise_gap is None else checked("precise_gap", precise_gap, layers)
+    num_dead = np.zeros(len(layers)) if dead is None else checked("dead", dead, layers)
     with np.errstate(invalid="ignore"):
         rms = np.sqrt(np.nansum(mean_gap**2, axis=0) / (~np.isnan(mean_gap)).sum(axis=0))
     _draw_worst(worst, layers, rms, precise, num_dead)
@@ -220,11 +219,3 @@ def _grouped(steps: Array, gaps: Array) -> tuple[Array, Array]:
     groups = np.array_split(np.arange(len(steps)), min(len(steps), MAX_COLUMNS))
     largest = np.stack([np.where(np.isnan(gaps[group]), -np.inf, gaps[group]).max(axis=0) for group in groups])
     return np.array([steps[group].mean() for group in groups]), np.where(np.isneginf(largest), np.nan, largest)
-
-
-def _table(name: str, gaps: npt.ArrayLike, steps: Sequence[float], layers: Sequence[str]) -> Array:
-    table, shape = np.asarray(gaps, dtype=np.float64), (len(steps), len(layers))
-    if table.shape != shape or not table.size:
-        needs = f"one row per step and one column per layer, {shape}"
-        raise ValueError(f"{name} needs {needs}; its shape is {table.shape}.")
-    return table

@@ -37,7 +37,7 @@ def lag_against_noise(
     """
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
-    draw_lag_against_noise(axes, layers, check_row("lag", lag, layers), check_row("noise", noise, layers), marked)
+    draw_lag_against_noise(axes, layers, checked("lag", lag, layers), checked("noise", noise, layers), marked)
     axes.set_box_aspect(1)
     axes.set_anchor("W")
     axes.set_title(title)
@@ -107,9 +107,14 @@ def _name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
         axes.annotate(names[index], (x[index], y[index]), (1.05, places[index]), arrowprops=line, **style)
 
 
-def check_row(name: str, values: npt.ArrayLike, layers: Sequence[str]) -> Array:
-    """Converts one number per layer to an array, and checks its shape."""
-    row = np.asarray(values, dtype=np.float64)
-    if row.shape != (len(layers),):
-        raise ValueError(f"{name} needs one number for each of {len(layers)} layers; its shape is {row.shape}.")
-    return row
+def checked(name: str, values: npt.ArrayLike, layers: Sequence[str], steps: Sequence[float] | None = None) -> Array:
+    """Converts one number per layer, or one per step and layer, to an array, and checks its shape."""
+    array = np.asarray(values, dtype=np.float64)
+    shape: tuple[int, ...] = (len(layers),)
+    needs = f"one number for each of {len(layers)} layers"
+    if steps is not None:
+        shape = (len(steps), len(layers))
+        needs = f"one row per step and one column per layer, {shape}"
+    if array.shape != shape or (steps is not None and not array.size):
+        raise ValueError(f"{name} needs {needs}; its shape is {array.shape}.")
+    return array

@@ -15,11 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_CHART_POINTS = 10_000
-"""W&B's custom charts silently drop further points."""
-
-ALERT_EVERY_SECONDS = 600
-"""W&B sends an alert with the same title at most this often."""
+MAX_CHART_POINTS = 10_000  # W&B's custom charts silently drop further points
+ALERT_EVERY_SECONDS = 600  # W&B sends an alert with the same title at most this often
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]

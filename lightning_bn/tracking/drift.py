@@ -19,14 +19,12 @@ from torch import Tensor
 
 from lightning_bn.core.moments import Moments
 
+# values for all layers together, and for each layer
 AGGREGATES = (
     *("mean_gap_p50", "mean_gap_p95", "mean_gap_max", "worst_layer", "var_gap_p95", "var_gap_max"),
     *("lag_max", "noise_max", "dead_channels", "nonfinite_layers"),
 )
-"""Values for all layers together."""
-
 QUANTITIES = ("mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise", "dead", "nonfinite")
-"""Values for each layer."""
 
 
 class Drift(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,6 @@ from lightning_bn.tracking.recovery import MAX_ERROR, UNMEASURABLE, Snapshot, St
 
 _MAX_PENDING = 16  # steps whose arithmetic is done at once; bounds memory
 _NOT_MEASURED = "not measured: synchronized over ranks, and its batches cannot be recovered"
-
-
-class _ObservedStep(NamedTuple):
-    number: int
-    snapshot: Snapshot
-    measured: dict[int, Tensor | None]  # layer index -> mean and variance; None if it was not called
 
 
 class Observer:
@@ -48,7 +42,8 @@ class Observer:
     def _empty_window(self) -> None:
         total, zeros = len(self._eps), self._eps.new_zeros
         self.batches, self._check = 0, True
-        self._pending: list[_ObservedStep] = []
+        # step, and what was measured: layer index -> mean and variance, None if it was not called
+        self._pending: list[tuple[int, Snapshot, dict[int, Tensor | None]]] = []
         self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
         self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
         self._direct: dict[str, str] = {}
@@ -84,7 +79,7 @@ class Observer:
         self._direct |= self._reasons
         layers = enumerate(recorder.layers.items())
         measured = {i: _average(recorder.calls.inputs(layer)) for i, (name, layer) in layers if name in self._reasons}
-        self._pending.append(_ObservedStep(step, snapshot, measured))
+        self._pending.append((step, snapshot, measured))
         self.batches, self._check = self.batches + 1, False
         if len(self._pending) == _MAX_PENDING:
             self._add_pending()
@@ -93,9 +88,9 @@ class Observer:
     def _add_pending(self) -> None:
         if not self._pending:
             return
-        ema, after, batch, _, called = self._recorder.recover([step.snapshot for step in self._pending])
-        for row, step in enumerate(self._pending):
-            for layer, statistics in step.measured.items():
+        ema, after, batch, _, called = self._recorder.recover([snapshot for _, snapshot, _ in self._pending])
+        for row, (_, _, measured) in enumerate(self._pending):
+            for layer, statistics in measured.items():
                 channels = slice(self._recorder.starts[layer], self._recorder.starts[layer + 1])
                 called[row, channels] = statistics is not None
                 if statistics is not None:
@@ -110,8 +105,8 @@ class Observer:
             self._dead = torch.where(known, row, self._dead)
         self._nonfinite |= (called & ~finite | ~after.isfinite().all(1)).any(0)
         points = torch.stack([ema[:, 0], batch[:, 0]], 1)[..., self._channels]
-        for step, point in zip(self._pending, points, strict=True):
-            self.traces.add(step.number, point)
+        for (step, _, _), point in zip(self._pending, points, strict=True):
+            self.traces.add(step, point)
         self._pending = []
 
     def abandon(self) -> None:

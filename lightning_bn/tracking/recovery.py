@@ -131,10 +131,13 @@ class StepRecorder:
         if check or not self._calls_by_counter:
             self._counted_once = {n: layer for n, layer in self.layers.items() if not has_behavior(layer, "domain")}
             self._calls_by_counter = [_ONE_IF_COUNTED if n in self._counted_once else _AS_COUNTED for n in self.layers]
-        recorded = [layer for layer in self._counted_once.values() if check or layer in self._recorded]
-        custom = [n for n, layer in self._counted_once.items() if check and own_class(layer) not in OF_TORCH]
-        known = {*self.untrusted, *measured}
-        self.compared = [name for name in custom if name not in known and not is_spread(self.layers[name])]
+        recorded, self.compared = [], []
+        if check or self._recorded:
+            recorded = [layer for layer in self._counted_once.values() if check or layer in self._recorded]
+        if check:
+            known = {*self.untrusted, *measured}
+            custom = (n for n, layer in self._counted_once.items() if own_class(layer) not in OF_TORCH)
+            self.compared = [name for name in custom if name not in known and not is_spread(self.layers[name])]
         inputs = [self.layers[name] for name in (*self.compared, *measured)]
         self.calls.begin(recorded, inputs)
         self._handle = Handle({*recorded, *inputs}, self.calls)
