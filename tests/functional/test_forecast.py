@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.tracking import forecast as module
 from lightning_bn.tracking.forecast import STEPS, StatisticsForecaster, Steps, forecast_statistics
 
 SIZES = [3, 2, 4]
@@ -49,7 +48,7 @@ def run(layers: dict[str, nn.BatchNorm1d], *watching: StatisticsForecaster, star
 def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHANNELS_AT_ONCE", at_once)
+    monkeypatch.setattr("lightning_bn.tracking.forecast._CHANNELS_AT_ONCE", at_once)
     layers = layers_of()
     watched, parts = StatisticsForecaster(layers), []
     for start in range(0, 2 * STEPS, 8):
