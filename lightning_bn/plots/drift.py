@@ -197,11 +197,9 @@ def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | 
                 text += f"   {count:.0f} dead channel{'s' if count > 1 else ''}"
             axes.text(length + 0.01 * longest, place, text, va="center", fontsize=8 if len(bars) == 1 else 7)
     axes.set_yticks(range(len(worst)), [short_names(layers)[index] for index in worst], fontsize=8)
-    axes.set_ylim(max(len(worst), 3) - 0.5, -0.5)
-    axes.set_xlim(0, longest * 1.25)
+    axes.set(ylim=(max(len(worst), 3) - 0.5, -0.5), xlim=(0, longest * 1.25), xlabel="mean gap (σ)")
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    axes.set_xlabel("mean gap (σ)")
     if precise is not None:
         axes.legend(fontsize=8, **_ABOVE)
 

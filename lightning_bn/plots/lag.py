@@ -38,9 +38,7 @@ def lag_against_noise(
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
     draw_lag_against_noise(axes, layers, checked("lag", lag, layers), checked("noise", noise, layers), marked)
-    axes.set_box_aspect(1)
-    axes.set_anchor("W")
-    axes.set_title(title)
+    axes.set(box_aspect=1, anchor="W", title=title)
     return figure
 
 
@@ -71,10 +69,9 @@ def draw_lag_against_noise(
     if handles:
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8, ncols=2)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="noise: spread of the batch means (σ)", ylabel="lag: mean offset from the EMA (σ)")
     for axis in (axes.xaxis, axes.yaxis):
         plain_log_ticks(axis, (low, high))
-    axes.set_xlabel("noise: spread of the batch means (σ)")
-    axes.set_ylabel("lag: mean offset from the EMA (σ)")
     largest = np.where(known, np.maximum(lag, noise), 0.0)
     worst = [int(index) for index in np.argsort(-largest)[:6] if largest[index] > 0]
     short = short_names(layers)
