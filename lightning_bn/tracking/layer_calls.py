@@ -22,9 +22,10 @@ class Call(NamedTuple):
     moments: Moments
     momentum: float | None
 
-    def statistics(self) -> Tensor:
-        """Return mean and unbiased variance, ``(2, C)``."""
-        return torch.stack([self.moments.mean, self.moments.m2 / (self.moments.count - 1)])
+
+def ema_statistics(moments: Moments) -> Tensor:
+    """Return mean and unbiased variance, ``(2, C)``, as running statistics take them."""
+    return torch.stack([moments.mean, moments.m2 / (moments.count - 1)])
 
 
 class RecordCalls(Behavior):

@@ -18,7 +18,7 @@ from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.moments import Moments
 from lightning_bn.tracking.drift import Drift, Observation, is_dead, split
 from lightning_bn.tracking.history import Traces
-from lightning_bn.tracking.layer_calls import Call
+from lightning_bn.tracking.layer_calls import Call, ema_statistics
 from lightning_bn.tracking.recovery import MAX_ERROR, UNMEASURABLE, Snapshot, StepRecorder, is_spread, not_recoverable
 
 _MAX_PENDING = 16  # steps whose arithmetic is done at once; bounds memory
@@ -145,6 +145,4 @@ class Observer:
 
 
 def _average(calls: Sequence[Call]) -> Tensor | None:
-    if not calls:
-        return None
-    return Call(functools.reduce(operator.add, (call.moments for call in calls)), None).statistics()
+    return ema_statistics(functools.reduce(operator.add, (call.moments for call in calls))) if calls else None

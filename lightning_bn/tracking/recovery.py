@@ -24,7 +24,7 @@ from lightning_bn.layers.behavior import Handle, has_behavior, own_class
 from lightning_bn.layers.frozen import is_frozen
 from lightning_bn.layers.override import OF_TORCH
 from lightning_bn.tracking.drift import is_dead
-from lightning_bn.tracking.layer_calls import Call, RecordCalls
+from lightning_bn.tracking.layer_calls import Call, RecordCalls, ema_statistics
 
 MAX_ERROR = 1e-2  # of a recovered mean, in sigma; layers with a larger error are measured directly
 UNMEASURABLE = "cannot be measured: no batch_norm call on its channels"
@@ -82,7 +82,7 @@ def differs_from_torch(calls: list[Call], tracked: Tensor, step: RecoveredSteps,
     expected, decay = running, torch.ones((), dtype=running.dtype, device=running.device)
     for number, call in enumerate(calls, 1):
         share = 1 / (tracked + number).to(decay) if call.momentum is None else torch.full_like(decay, call.momentum)
-        expected, decay = expected.lerp(call.statistics().to(running), share), decay * (1 - share)
+        expected, decay = expected.lerp(ema_statistics(call.moments).to(running), share), decay * (1 - share)
     mean, var = solve_batch_stats(running, expected, decay)
 
     mean_difference = (batch[0] - mean).abs() / var.sqrt() - 2 * recovery_error(running[0], var, decay)
