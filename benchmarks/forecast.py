@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_bn import find_bn, precise_bn
 from lightning_bn.functional.precise import write_running_stats
-from lightning_bn.tracking.step_forecast import StatisticsForecaster
+from lightning_bn.tracking.forecast import StatisticsForecaster
 from recipes.classifier import ResNet
 from recipes.images import FASHION_MNIST, ImageData, Images, LabelledImages, ShiftedImages
 

@@ -1,7 +1,6 @@
 """Figures, and how each logger receives them.
 
-A figure function takes numbers and returns a matplotlib `Figure`. Figures use the Agg canvas: they need no display and
-leave no pyplot state. `log_figure` sends a figure to loggers.
+A figure function takes numbers and returns a matplotlib `Figure` that needs no display and leaves no pyplot state.
 """
 
 from typing import TYPE_CHECKING
@@ -14,13 +13,7 @@ _MODULES = {
     "lag": ["lag_against_noise"],
     "leakage": ["leakage_by_layer"],
     "loggers": [
-        "alert",
-        "any_logs",
-        "log_figure",
-        "log_layer_names",
-        "log_line_chart",
-        "log_table",
-        "summarize_by_max",
+        *("alert", "any_logs", "log_figure", "log_layer_names", "log_line_chart", "log_table", "summarize_by_max"),
     ],
     "monitor": ["overview_of", "pictures_of"],
     "style": ["save_png", "to_rgb"],

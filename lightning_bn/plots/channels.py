@@ -7,17 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_bn.plots.style import (
-    BATCHES,
-    EMA,
-    PRECISE,
-    figure_title,
-    legend_above,
-    new_figure,
-    short_names,
-    step_axis,
-    styled,
-)
+from lightning_bn.plots.style import BATCHES, EMA, PRECISE, new_figure, short_names, step_axis, styled
 
 
 class ChannelTrace(NamedTuple):
@@ -46,24 +36,22 @@ def channels_over_steps(traces: Sequence[ChannelTrace], *, title: str = "") -> F
         raise ValueError("channels_over_steps needs at least one ChannelTrace, but traces is empty.")
     columns = 1 if len(traces) == 1 else 2 if len(traces) <= 6 else 3
     rows = -(-len(traces) // columns)
-    figure = new_figure(*(6.8, 4.0) if columns == 1 else (4.8 * columns, 0.5 + 2.7 * rows))
+    figure = new_figure(*(6.8, 4.0) if columns == 1 else (4.8 * columns, 0.5 + 2.7 * rows), title)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     names = short_names([trace.title for trace in traces], max_length=64 if columns == 1 else 48)
-    for axes, trace, name in zip(panels, traces, names, strict=False):
+    for index, (axes, trace, name) in enumerate(zip(panels, traces, names, strict=False)):
         _draw_channel(axes, trace)
         axes.set_title(name, fontsize=11 if columns == 1 else 9)
-    for index, axes in enumerate(panels):
-        axes.set_visible(index < len(traces))
-        if index < len(traces) - columns:
-            axes.set_xlabel("")
-        if index % columns == 0:
-            axes.set_ylabel("mean of one channel")
-    figure_title(figure, title)
+        axes.set_xlabel("training step" if index >= len(traces) - columns else "")
+        axes.set_ylabel("mean of one channel" if index % columns == 0 else "")
+    for axes in panels[len(traces) :]:
+        axes.set_visible(False)
     if columns == 1:
         panels[0].legend(loc="best", fontsize=9)
     else:
         found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
-        legend_above(figure, {label: handle for pairs in found for handle, label in pairs})
+        handles = {label: handle for pairs in found for handle, label in pairs}
+        figure.legend(handles.values(), handles, loc="outside upper right", ncols=len(handles), fontsize=9)
     return figure
 
 
@@ -72,13 +60,13 @@ def _draw_channel(axes: Axes, trace: ChannelTrace) -> None:
     if clouds:
         # Spread the dots of a step sideways to show their density: evenly, so that the picture is reproducible.
         width = 0.6 * min(np.diff(list(clouds)), default=1.0)
-        sizes = [len(cloud) for cloud in clouds.values()]
-        offsets = [np.linspace(-0.5, 0.5, size) if size > 1 else np.zeros(1) for size in sizes]
-        x = np.repeat(np.asarray(list(clouds), dtype=float), sizes) + width * np.concatenate(offsets)
+        x = [step + width * (len(c) > 1) * np.linspace(-0.5, 0.5, len(c)) for step, c in clouds.items()]
         means = np.concatenate([np.asarray(cloud, dtype=float) for cloud in clouds.values()])
         label = "batch means, weights fixed" if len(means) > len(clouds) else "batch means"
         alpha, edge = (0.45, 1.0) if len(means) <= 400 else (0.25, 0.0)
-        axes.plot(x, means, "o", color=BATCHES, alpha=alpha, markersize=3, markeredgewidth=edge, label=label)
+        axes.plot(
+            np.concatenate(x), means, "o", color=BATCHES, alpha=alpha, markersize=3, markeredgewidth=edge, label=label
+        )
     if trace.precise:
         steps = sorted(trace.precise)
         population = [trace.precise[step] for step in steps]

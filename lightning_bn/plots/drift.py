@@ -16,20 +16,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from lightning_bn.plots.lag import Array, check_row, draw_lag_against_noise
-from lightning_bn.plots.style import (
-    EMA,
-    PRECISE,
-    figure_title,
-    new_figure,
-    plain_log_ticks,
-    short_names,
-    step_axis,
-    styled,
-)
+from lightning_bn.plots.lag import Array, checked, draw_lag_against_noise
+from lightning_bn.plots.style import EMA, PRECISE, new_figure, plain_log_ticks, short_names, step_axis, styled
 
-MAX_COLUMNS = 400
-"""A heatmap of a longer run shows this many groups of steps, each by its largest gap."""
+MAX_COLUMNS = 400  # a heatmap of a longer run shows this many groups of steps, each by its largest gap
 
 _PANELS = (
     ("mean gap (σ)", ("mean_gap_p50", "mean_gap_p95", "mean_gap_max")),
@@ -71,7 +61,7 @@ def gap_heatmap(
     """
     figure = new_figure(8.0, float(np.clip(1.5 + 0.16 * len(layers), 2.8, 11.0)))
     axes = figure.add_subplot()
-    _draw_heatmap(axes, steps, layers, _table("gaps", gaps, steps, layers), quantity)
+    _draw_heatmap(axes, steps, layers, checked("gaps", gaps, layers, steps), quantity)
     axes.set_title(title)
     return figure
 
@@ -96,9 +86,8 @@ def drift_overview(
     (how far PreciseBN moved each mean, in sigma) and `dead` (channels without variance) have one number per layer. The
     other arguments are as in `lag_against_noise`. An array of another shape is a ValueError.
     """
-    mean_gap, var_gap = _table("mean_gap", mean_gap, steps, layers), _table("var_gap", var_gap, steps, layers)
-    figure = new_figure(15.0, 10.5)
-    figure_title(figure, title)
+    mean_gap, var_gap = checked("mean_gap", mean_gap, layers, steps), checked("var_gap", var_gap, layers, steps)
+    figure = new_figure(15.0, 10.5, title)
     quarters: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.04, height_ratios=[1, 1.1])
     over_steps, why, heatmap, worst = (quarter.add_subplot() for quarter in quarters.flat)
 
@@ -110,10 +99,10 @@ def drift_overview(
     over_steps.set_title("Mean gap over the layers")
     _draw_heatmap(heatmap, steps, layers, var_gap, "variance gap (log ratio)")
     heatmap.set_title("Variance gap by layer")
-    draw_lag_against_noise(why, layers, check_row("lag", lag, layers), check_row("noise", noise, layers), marked)
+    draw_lag_against_noise(why, layers, checked("lag", lag, layers), checked("noise", noise, layers), marked)
     why.set_title("Why: a stale EMA, or a small batch")
-    precise = None if precise_gap is None else check_row("precise_gap", precise_gap, layers)
-    num_dead = np.zeros(len(layers)) if dead is None else check_row("dead", dead, layers)
+    precise = None if precise_gap is None else checked("precise_gap", precise_gap, layers)
+    num_dead = np.zeros(len(layers)) if dead is None else checked("dead", dead, layers)
     with np.errstate(invalid="ignore"):
         rms = np.sqrt(np.nansum(mean_gap**2, axis=0) / (~np.isnan(mean_gap)).sum(axis=0))
     _draw_worst(worst, layers, rms, precise, num_dead)
@@ -133,18 +122,16 @@ def aggregates_over_steps(series: Mapping[str, tuple[Sequence[float], Sequence[f
         raise ValueError(f"aggregates_over_steps draws {known}, but series has {', '.join(series) or 'no names'}.")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(5.6 * columns, 0.4 + 2.8 * rows)
-    figure_title(figure, title)
-    for index, (label, names) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
+    figure = new_figure(5.6 * columns, 0.4 + 2.8 * rows, title)
+    for index, (label, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, index)
         for name in names:
             _draw_line(axes, name, *series[name])
         _finish_lines(axes, label, log=label != "how many")
     return figure
 
 
-def _draw_line(axes: Axes, name: str, steps: npt.ArrayLike, values: npt.ArrayLike) -> None:
-    steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+def _draw_line(axes: Axes, name: str, steps: Any, values: Any) -> None:
     suffix = name.rsplit("_", 1)[-1]
     look = _LOOK.get(name) or _LOOK[suffix]
     axes.plot(steps, values, **{"label": suffix, "marker": "o" if len(steps) == 1 else None, **look})
@@ -169,9 +156,7 @@ def _draw_heatmap(axes: Axes, steps: Sequence[float], layers: Sequence[str], gap
     between = (centers[1:] + centers[:-1]) / 2
     first, last = (between[0] - centers[0], centers[-1] - between[-1]) if len(centers) > 1 else (0.5, 0.5)
     edges = np.concatenate([[centers[0] - first], between, [centers[-1] + last]])
-    cells = np.ma.masked_invalid(
-        np.clip(gaps, low, high)
-    ).T  # clip first: infinite is the largest gap, not a missing one
+    cells = np.ma.masked_invalid(np.clip(gaps, low, high)).T  # clipped first: infinite is the largest gap, not missing
     rows = np.arange(len(layers) + 1)
     mesh = axes.pcolormesh(edges, rows, cells, cmap="magma_r", norm=LogNorm(low, high), rasterized=True)
     axes.set_ylim(len(layers), 0)
@@ -193,7 +178,7 @@ def _draw_heatmap(axes: Axes, steps: Sequence[float], layers: Sequence[str], gap
 
 
 def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | None, dead: Array) -> None:
-    ranked = np.argsort(-np.nan_to_num(gap, nan=-1.0, posinf=np.inf), kind="stable")
+    ranked = np.argsort(-gap, kind="stable")  # NaN comes last
     worst = [int(index) for index in ranked if not np.isnan(gap[index])][:10]
     axes.set_title("Worst layers over the run" if len(layers) > 10 else "Over the run")
     bars = [(gap[worst], EMA, "EMA to the batches (mean gap)")]
@@ -212,11 +197,9 @@ def _draw_worst(axes: Axes, layers: Sequence[str], gap: Array, precise: Array | 
                 text += f"   {count:.0f} dead channel{'s' if count > 1 else ''}"
             axes.text(length + 0.01 * longest, place, text, va="center", fontsize=8 if len(bars) == 1 else 7)
     axes.set_yticks(range(len(worst)), [short_names(layers)[index] for index in worst], fontsize=8)
-    axes.set_ylim(max(len(worst), 3) - 0.5, -0.5)
-    axes.set_xlim(0, longest * 1.25)
+    axes.set(ylim=(max(len(worst), 3) - 0.5, -0.5), xlim=(0, longest * 1.25), xlabel="mean gap (σ)")
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    axes.set_xlabel("mean gap (σ)")
     if precise is not None:
         axes.legend(fontsize=8, **_ABOVE)
 
@@ -231,17 +214,6 @@ def _color_limits(gaps: Array) -> tuple[float, float]:
 
 
 def _grouped(steps: Array, gaps: Array) -> tuple[Array, Array]:
-    if len(steps) <= MAX_COLUMNS:
-        return steps, gaps
-    groups = np.array_split(np.arange(len(steps)), MAX_COLUMNS)
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), MAX_COLUMNS))
     largest = np.stack([np.where(np.isnan(gaps[group]), -np.inf, gaps[group]).max(axis=0) for group in groups])
     return np.array([steps[group].mean() for group in groups]), np.where(np.isneginf(largest), np.nan, largest)
-
-
-def _table(name: str, gaps: npt.ArrayLike, steps: Sequence[float], layers: Sequence[str]) -> Array:
-    table, shape = np.asarray(gaps, dtype=np.float64), (len(steps), len(layers))
-    if table.shape != shape or not table.size:
-        raise ValueError(
-            f"{name} needs one row per step and one column per layer, {shape}; its shape is {table.shape}."
-        )
-    return table

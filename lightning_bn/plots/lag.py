@@ -37,10 +37,8 @@ def lag_against_noise(
     """
     figure = new_figure(8.6, 5.4)
     axes = figure.add_subplot()
-    draw_lag_against_noise(axes, layers, check_row("lag", lag, layers), check_row("noise", noise, layers), marked)
-    axes.set_box_aspect(1)
-    axes.set_anchor("W")
-    axes.set_title(title)
+    draw_lag_against_noise(axes, layers, checked("lag", lag, layers), checked("noise", noise, layers), marked)
+    axes.set(box_aspect=1, anchor="W", title=title)
     return figure
 
 
@@ -71,10 +69,9 @@ def draw_lag_against_noise(
     if handles:
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8, ncols=2)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="noise: spread of the batch means (σ)", ylabel="lag: mean offset from the EMA (σ)")
     for axis in (axes.xaxis, axes.yaxis):
         plain_log_ticks(axis, (low, high))
-    axes.set_xlabel("noise: spread of the batch means (σ)")
-    axes.set_ylabel("lag: mean offset from the EMA (σ)")
     largest = np.where(known, np.maximum(lag, noise), 0.0)
     worst = [int(index) for index in np.argsort(-largest)[:6] if largest[index] > 0]
     short = short_names(layers)
@@ -107,9 +104,14 @@ def _name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
         axes.annotate(names[index], (x[index], y[index]), (1.05, places[index]), arrowprops=line, **style)
 
 
-def check_row(name: str, values: npt.ArrayLike, layers: Sequence[str]) -> Array:
-    """Converts one number per layer to an array, and checks its shape."""
-    row = np.asarray(values, dtype=np.float64)
-    if row.shape != (len(layers),):
-        raise ValueError(f"{name} needs one number for each of {len(layers)} layers; its shape is {row.shape}.")
-    return row
+def checked(name: str, values: npt.ArrayLike, layers: Sequence[str], steps: Sequence[float] | None = None) -> Array:
+    """Converts one number per layer, or one per step and layer, to an array, and checks its shape."""
+    array = np.asarray(values, dtype=np.float64)
+    shape: tuple[int, ...] = (len(layers),)
+    needs = f"one number for each of {len(layers)} layers"
+    if steps is not None:
+        shape = (len(steps), len(layers))
+        needs = f"one row per step and one column per layer, {shape}"
+    if array.shape != shape or (steps is not None and not array.size):
+        raise ValueError(f"{name} needs {needs}; its shape is {array.shape}.")
+    return array

@@ -15,11 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_CHART_POINTS = 10_000
-"""W&B's custom charts silently drop further points."""
-
-ALERT_EVERY_SECONDS = 600
-"""W&B sends an alert with the same title at most this often."""
+MAX_CHART_POINTS = 10_000  # W&B's custom charts silently drop further points
+ALERT_EVERY_SECONDS = 600  # W&B sends an alert with the same title at most this often
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
@@ -48,7 +45,7 @@ def log_figure(loggers: Any, *, key: str, figure: Figure, step: int) -> None:
         elif kind == "MLFlowLogger":
             logger.experiment.log_figure(logger.run_id, figure, f"figures/{key}-{step}.png")
         else:
-            save_png(figure, _folder(logger, loggers) / "figures" / f"{key}-{step}.png")
+            save_png(figure, _file(logger, loggers, f"figures/{key}-{step}.png"))
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
@@ -69,8 +66,7 @@ def log_layer_names(loggers: Any, *, key: str, names: Mapping[int, Mapping[str, 
         elif kind == "MLFlowLogger":
             logger.experiment.log_dict(logger.run_id, by_index, f"{key}.json")
         else:
-            path = _file(logger, loggers, f"figures/{key}.json")
-            path.write_text(json.dumps(by_index, indent=1), encoding="utf-8")
+            _file(logger, loggers, f"figures/{key}.json").write_text(json.dumps(by_index, indent=1), encoding="utf-8")
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
@@ -79,15 +75,15 @@ def log_table(loggers: Any, *, key: str, columns: Sequence[str], rows: Sequence[
 
     Use it at the end of a fit, because W&B uploads every table separately.
     """
-    rows = [list(row) for row in rows]
+    columns, rows = list(columns), [list(row) for row in rows]
     for kind, logger in _each(loggers):
         if kind == "WandbLogger":
-            logger.log_table(key, columns=list(columns), data=rows, step=step)
+            logger.log_table(key, columns=columns, data=rows, step=step)
         elif kind == "TensorBoardLogger":
             logger.experiment.add_text(key, _markdown(columns, rows), step)
         elif kind == "MLFlowLogger":
-            data = [[_none_for_nan(cell) for cell in row] for row in rows]
-            logger.experiment.log_dict(logger.run_id, {"columns": list(columns), "data": data}, f"{key}.json")
+            table = {"columns": columns, "data": [_none_for_nan(row) for row in rows]}
+            logger.experiment.log_dict(logger.run_id, table, f"{key}.json")
         else:
             with _file(logger, loggers, f"{key}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([columns, *rows])
@@ -108,37 +104,29 @@ def log_line_chart(
     Other loggers get nothing. Long lines are thinned out, and NaN is a gap in the line.
     """
     every = max(1, -(-len(steps) * len(lines) // MAX_CHART_POINTS))
-    for kind, logger in _each(loggers):
-        if kind == "WandbLogger":
-            import wandb  # takes a second to import
+    values = [_none_for_nan(line[::every]) for line in lines.values()]
+    for logger in _wandb_loggers(loggers):
+        import wandb  # takes a second to import
 
-            chart = wandb.plot.line_series(
-                xs=list(steps)[::every],
-                ys=[[_none_for_nan(value) for value in values[::every]] for values in lines.values()],
-                keys=list(lines),
-                title=title,
-                xname="training step",
-                split_table=True,
-            )
-            logger.log_metrics({key: chart}, step)
+        axes: dict[str, Any] = {"xs": list(steps)[::every], "xname": "training step", "split_table": True}
+        chart = wandb.plot.line_series(ys=values, keys=list(lines), title=title, **axes)
+        logger.log_metrics({key: chart}, step)
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
 def alert(loggers: Any, *, title: str, text: str) -> None:
     """Warns, and sends a W&B alert (by mail or Slack) if there is a `WandbLogger`; the same title every ten minutes."""
     rank_zero_warn(f"{title}: {text}")
-    for kind, logger in _each(loggers):
-        if kind == "WandbLogger":
-            logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=ALERT_EVERY_SECONDS)
+    for logger in _wandb_loggers(loggers):
+        logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=ALERT_EVERY_SECONDS)
 
 
 @rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
 def summarize_by_max(loggers: Any, keys: Iterable[str]) -> None:
     """Adds the maximum of each key to W&B's summary of the run; other loggers have no summary."""
-    for kind, logger in _each(loggers):
-        if kind == "WandbLogger":
-            for key in keys:  # full names, because W&B may apply WandbLogger's `*` instead of another pattern
-                logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="max,last")
+    for logger in _wandb_loggers(loggers):
+        for key in keys:  # full names, because W&B may apply WandbLogger's `*` instead of another pattern
+            logger.experiment.define_metric(key, step_metric="trainer/global_step", summary="max,last")
 
 
 def any_logs(loggers: Any) -> bool:
@@ -157,26 +145,26 @@ def _each(loggers: Any) -> Iterator[tuple[str, Any]]:
             yield next(iter({"WandbLogger", "TensorBoardLogger", "MLFlowLogger"} & names), ""), logger
 
 
+def _wandb_loggers(loggers: Any) -> list[Any]:
+    return [logger for kind, logger in _each(loggers) if kind == "WandbLogger"]
+
+
 def _file(logger: Any, loggers: Any, name: str) -> Path:
-    path = _folder(logger, loggers) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _folder(logger: Any, loggers: Any) -> Path:
     getattr(logger, "experiment", None)  # creates CSVLogger's folder; later it would warn that it is not empty
     of_trainer = getattr(loggers, "default_root_dir", None)
     for folder in (getattr(logger, "log_dir", None), getattr(logger, "save_dir", None), of_trainer):
         if isinstance(folder, str | PathLike):
-            return Path(folder)
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path
     raise ValueError(
         f"{type(logger).__name__} takes no figures: lightning_bn does not know it, and it has neither a log_dir nor a "
         "save_dir to write PNG files to. Give it one of the two, pass the Trainer, or remove it from `loggers`."
     )
 
 
-def _none_for_nan(cell: Any) -> Any:
-    return None if cell != cell else cell  # JSON has no NaN
+def _none_for_nan(cells: Sequence[Any]) -> list[Any]:
+    return [None if cell != cell else cell for cell in cells]  # JSON has no NaN
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

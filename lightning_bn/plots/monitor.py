@@ -1,6 +1,7 @@
 """The figures of `BNStatsMonitor`, drawn from its record."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def pictures_of(record: DriftRecord) -> Mapping[str, Figure]:
     steps, gaps, means = record.history.steps, record.history["mean_gap"].numpy(), record.last.means
     return {
         "heatmap": gap_heatmap(steps, layers=record.names, gaps=gaps, title="How far the EMA is from the batches"),
-        "channels": channels_over_steps(_traces(record), title="EMA and batch means"),
+        "channels": channels_over_steps(list(_traces(record)), title="EMA and batch means"),
         "lag_noise": lag_against_noise(
             record.names, lag=means.lag.numpy(), noise=means.noise.numpy(), marked=record.last.direct, title="Why"
         ),
@@ -43,19 +44,13 @@ def overview_of(record: DriftRecord) -> Figure:
     )
 
 
-def _traces(record: DriftRecord) -> list[ChannelTrace]:
+def _traces(record: DriftRecord) -> Iterator[ChannelTrace]:
+    steps, precise = record.traces.steps, record.traces.precise
     points = [point.tolist() for point in record.traces.points]
-    batches: list[dict[int, list[float]]] = [{} for _ in record.channels]
-    for step, (_, means) in zip(record.traces.steps, points, strict=True):
-        for of_channel, mean in zip(batches, means, strict=True):
-            of_channel.setdefault(step, []).append(mean)
-    return [
-        ChannelTrace(
-            title=f"{name}, channel {channel}",
-            steps=record.traces.steps,
-            ema=[emas[index] for emas, _ in points],
-            batches=batches[index],
-            precise={step: float(means[index]) for step, means in record.traces.precise.items()},
-        )
-        for index, (name, channel) in enumerate(record.channels)
-    ]
+    for index, (name, channel) in enumerate(record.channels):
+        batches = defaultdict(list)
+        for step, (_, means) in zip(steps, points, strict=True):
+            batches[step].append(means[index])
+        population = {step: float(means[index]) for step, means in precise.items()}
+        ema = [emas[index] for emas, _ in points]
+        yield ChannelTrace(f"{name}, channel {channel}", steps, ema, batches, population)

@@ -6,7 +6,7 @@ vermilion, PreciseBN is blue, batches are grey.
 
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -14,7 +14,6 @@ from typing import Any, ParamSpec
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,10 +71,12 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return drawn
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Creates an empty figure with an Agg canvas; sizes in inches."""
+def new_figure(width: float, height: float, title: str | None = None) -> Figure:
+    """Creates an empty figure with an Agg canvas; sizes in inches, the title at the top left."""
     figure = StyledFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title is not None:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
@@ -83,10 +84,6 @@ def short_names(names: Sequence[str], *, max_length: int = 40) -> list[str]:
     """Shortens layer names: drops the leading modules that all share, then replaces the middle by `…`.
 
     Different names stay different, if necessary by exceeding `max_length`.
-
-    Example:
-        >>> short_names(["model.backbone.layer1.bn", "model.backbone.layer2.bn"], max_length=12)
-        ['layer1.bn', 'layer2.bn']
     """
     names = [name.replace("$", r"\$") for name in names]  # else matplotlib typesets it as mathematics
     if names and max(map(len, names)) > max_length and len(set(names)) > 1:
@@ -116,16 +113,6 @@ def plain_log_ticks(axis: Any, limits: tuple[float, float]) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def figure_title(figure: Figure, title: str) -> None:
-    """Prints a title at the top left of the figure."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-
-
-def legend_above(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Draws one legend for all panels, in a row at the top."""
-    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=len(handles), fontsize=9)
 
 
 def to_rgb(figure: Figure) -> npt.NDArray[np.uint8]:

@@ -4,10 +4,11 @@ import base64
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -16,55 +17,6 @@ from lightning_bn.plots.drift import aggregates_over_steps, gap_heatmap
 from lightning_bn.plots.style import to_png
 from lightning_bn.report.runs import LoggedRun, Table, read_run
 from lightning_bn.tracking.drift import AGGREGATES
-
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-:root {{ --paper: #fbfbfa; --card: #ffffff; --ink: #1d1f23; --soft: #62666e; --line: #e2e3e6; --accent: #b34f00; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #15171b; --card: #1e2126; --ink: #e6e7ea; --soft: #9da2ab; --line: #33373f; --accent: #ff9a4d; }}
-  img {{ filter: brightness(0.88); }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 2.2rem 1.2rem 4rem; max-width: 68rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .7rem; padding-top: 1rem; border-top: 1px solid var(--line); }}
-h3 {{ font-size: 1rem; margin: 1.6rem 0 .5rem; }}
-p {{ max-width: 46rem; }}
-.soft, dt, caption, figcaption, summary {{ color: var(--soft); }}
-dl {{ display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 0; }}
-dt {{ font-size: .8rem; }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
-figure, .scroll, details {{ margin: 1rem 0; padding: .8rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }}
-figure img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 6px; }}
-figcaption {{ font-size: .85rem; margin-top: .5rem; }}
-details figure {{ padding: 0; border: 0; }}
-summary {{ cursor: pointer; }}
-.scroll {{ overflow: auto; max-height: 34rem; padding: 0 .8rem .4rem; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th {{ position: sticky; top: 0; background: var(--card); text-align: left; font-weight: 600; padding-top: .7rem; }}
-th, td {{ padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-tr:last-child td {{ border-bottom: 0; }}
-.number {{ text-align: right; }}
-td:last-child:not(.number) {{ white-space: normal; min-width: 14rem; }}
-.bad {{ color: var(--accent); font-weight: 600; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 _QUANTITIES = {
     "mean_gap": "mean gap (σ)",
@@ -106,8 +58,12 @@ def write_report(run: str | PathLike[str], *, out: str | PathLike[str] | None = 
 
 def run_page(run: LoggedRun) -> str:
     """Renders the page of `run` as HTML."""
+    aggregates: dict[str, list[str]] = defaultdict(list)  # the part of a key before "/" -> keys
+    by_layer: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(run.scalars, key=lambda key: (not key.startswith("bn_agg/"), key)):
+        prefix = key.partition("/")[0]
+        (aggregates if "agg" in prefix.split("_") else by_layer)[prefix].append(key)
     title = f"BatchNorm drift: {run.about.get('name', run.about.get('id', 'run'))}"
-    aggregates, by_layer = _scalars_by_prefix(run)
     steps = [step for series in run.scalars.values() for step, _ in series]
     about = {**run.about, **({"steps": f"{min(steps)} to {max(steps)}"} if steps else {})}
     items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in about.items())
@@ -117,8 +73,7 @@ def run_page(run: LoggedRun) -> str:
     for prefix, keys in aggregates.items():
         parts += _aggregates(run, prefix, keys)
     parts += ["<h2>Layer by layer</h2>"] * bool(by_layer)
-    for prefix, keys in by_layer.items():
-        parts.append(_heatmap(run, prefix, keys))
+    parts += [_heatmap(run, prefix, keys) for prefix, keys in by_layer.items()]
     parts += ["<h2>Figures from the run</h2>"] * bool(run.images)
     for key in sorted(run.images, key=lambda key: (not key.endswith("overview"), key)):
         parts += _pictures(key, run.images[key])
@@ -129,17 +84,8 @@ def run_page(run: LoggedRun) -> str:
             parts.append(f"<details><summary>{escape(key)}</summary>{html}</details>")
         else:
             parts += [f"<h3>{escape(key)}</h3>", html]
-    return PAGE.format(title=escape(title), body="\n".join(parts))
-
-
-def _scalars_by_prefix(run: LoggedRun) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Groups the keys of scalars by the part before `/`: those of all layers, and those of single layers."""
-    aggregates: dict[str, list[str]] = defaultdict(list)
-    by_layer: dict[str, list[str]] = defaultdict(list)
-    for key in sorted(run.scalars, key=lambda key: (not key.startswith("bn_agg/"), key)):
-        prefix = key.partition("/")[0]
-        (aggregates if "agg" in prefix.split("_") else by_layer)[prefix].append(key)
-    return aggregates, by_layer
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(parts))
 
 
 def _aggregates(run: LoggedRun, prefix: str, keys: Sequence[str]) -> Iterator[str]:
@@ -154,7 +100,9 @@ def _aggregates(run: LoggedRun, prefix: str, keys: Sequence[str]) -> Iterator[st
         rows.append([name, series[name][-1][1], worst, step, _MEANING.get(re.sub(r"_(p\d+|max)$", "", name), "")])
     yield _table(Table(["quantity", "last", "worst", "at step", "meaning"], rows))
     if worst_layer:
-        layers = [_layer_of(run, monitor, number) for _, number in worst_layer]
+        names_of = _layer_rows(run, (f"{monitor}/layers", f"{monitor}_layers"))
+        by_number: dict[float, str] = {int(row["index"]): str(row["layer"]) for row in names_of}
+        layers = [by_number.get(number, f"number {_number(number)}") for _, number in worst_layer]
         most, times = Counter(layers).most_common(1)[0]
         yield (
             f"<p>Largest mean gap at the end: <b>{escape(layers[-1])}</b>; most often: <b>{escape(most)}</b>, "
@@ -182,25 +130,17 @@ def _heatmap(run: LoggedRun, prefix: str, keys: Sequence[str]) -> str:
 
 def _place_of(run: LoggedRun, key: str) -> tuple[tuple[Any, ...], str]:
     """Returns the place of a layer in the model and its name, if names were logged; else a place by its key."""
-    for table in run.tables.values():
-        for row in _layer_rows(table):
-            if row.get("key") == key:
-                return (0, int(row["index"])), str(row["layer"])
+    for row in _layer_rows(run, run.tables):
+        if row.get("key") == key:
+            return (0, int(row["index"])), str(row["layer"])
     parts = re.split(r"(\d+)", key)  # layer2 before layer10
     return (1, *((int(part), "") if part.isdigit() else (0, part) for part in parts)), key
 
 
-def _layer_of(run: LoggedRun, monitor: str, number: float) -> str:
-    for key in (f"{monitor}_layers", f"{monitor}/layers"):
-        for row in _layer_rows(run.tables.get(key, Table((), ()))):
-            if int(row["index"]) == number:
-                return str(row["layer"])
-    return f"number {_number(number)}"
-
-
-def _layer_rows(table: Table) -> Iterator[dict[str, Any]]:
-    if {"index", "layer"} <= set(table.columns):
-        yield from (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+def _layer_rows(run: LoggedRun, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for table in (run.tables[key] for key in keys if key in run.tables):
+        if {"index", "layer"} <= set(table.columns):
+            yield from (dict(zip(table.columns, row, strict=True)) for row in table.rows)
 
 
 def _pictures(key: str, pictures: Sequence[tuple[int, bytes]]) -> Iterator[str]:
@@ -219,32 +159,30 @@ def _image(png: bytes, caption: str) -> str:
 
 
 def _table(table: Table) -> str:
-    numeric = [all(_is_numeric(row[i]) for row in table.rows) for i in range(len(table.columns))]
-    kinds = [' class="number"' if is_number else "" for is_number in numeric]
+    numbers = [all(_as_number(row[i]) is not None for row in table.rows) for i in range(len(table.columns))]
+    kinds = [' class="number"' if is_number else "" for is_number in numbers]
     head = "".join(f"<th{kind}>{escape(str(name))}</th>" for kind, name in zip(kinds, table.columns, strict=True))
     rows = ("".join(f"<td{kind}>{_cell(c)}</td>" for kind, c in zip(kinds, row, strict=True)) for row in table.rows)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _is_numeric(cell: Any) -> bool:
+def _as_number(cell: Any) -> float | None:
+    """Returns NaN for an empty cell, and None for a text."""
     try:
-        float(cell)
+        return float(cell)
     except (TypeError, ValueError):
-        return cell in (None, "")
-    return True
+        return math.nan if cell in (None, "") else None
 
 
 def _cell(cell: Any) -> str:
-    if cell is None:
-        return "–"
-    if not _is_numeric(cell) or re.fullmatch(r"-?\d*", str(cell)):
+    number = _as_number(cell)
+    if number is None or re.fullmatch(r"-?\d*", str(cell)):
         return escape(str(cell))
-    number = float(cell)
     if math.isnan(number):
         return "–"  # not measured
     return _number(number) if math.isfinite(number) else f'<span class="bad">{number}</span>'
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if math.isfinite(value) and value == round(value) and abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.3g}"

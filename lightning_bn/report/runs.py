@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from os import PathLike
@@ -30,39 +30,25 @@ class Table:
 class LoggedRun:
     """What a monitor logged in a run, by key; lists are in the order of logging."""
 
-    about: dict[str, str]
-    """Label -> text, printed at the top of the page."""
-    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Key -> (step, value)."""
-    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=lambda: defaultdict(list))
-    """Key -> (step, contents of a PNG file)."""
-    tables: dict[str, Table] = field(default_factory=dict)
-    """Key -> the last table."""
+    about: dict[str, str]  # label -> text, printed at the top of the page
+    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))  # (step, value)
+    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=lambda: defaultdict(list))  # (step, PNG file)
+    tables: dict[str, Table] = field(default_factory=dict)  # the last of each key
 
 
 def read_run(path: str | PathLike[str]) -> LoggedRun:
-    """Reads the run at `path`.
-
-    Args:
-        path: The folder of an offline W&B run (`wandb/offline-run-...` or `wandb/latest-run`), a TensorBoard log
-            directory, or a CSVLogger's log directory.
-
-    Raises:
-        ValueError: `path` is none of the three, or W&B cannot read its run.
-        ImportError: `path` is a TensorBoard log, and `tensorboard` is not installed.
-    """
+    """Reads the run in a folder: an offline W&B run, a TensorBoard log, or a CSVLogger's; ValueError for any other."""
     folder = Path(path)
-    kinds: tuple[tuple[str, str, Callable[[Path], LoggedRun]], ...] = (
-        ("an offline W&B run", "run-*.wandb", _read_wandb),
-        ("a TensorBoard log", "events.out.tfevents.*", _read_tensorboard),
-        ("a CSVLogger's folder", "metrics.csv", _read_csv),
-    )
-    for _, pattern, read in kinds:
-        if any(folder.glob(pattern)):
+    readers = {
+        "run-*.wandb (an offline W&B run)": _read_wandb,
+        "events.out.tfevents.* (a TensorBoard log)": _read_tensorboard,
+        "metrics.csv (a CSVLogger's folder)": _read_csv,
+    }
+    for kind, read in readers.items():
+        if any(folder.glob(kind.split()[0])):
             return _only_monitors(read(folder))
-    patterns = ", ".join(f"{pattern} ({kind})" for kind, pattern, _ in kinds)
     files = "no such folder" if not folder.is_dir() else ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-    raise ValueError(f"No run at {folder}: looked for {patterns}, but found: {files or 'an empty folder'}.")
+    raise ValueError(f"No run at {folder}: looked for {', '.join(readers)}, but found: {files or 'an empty folder'}.")
 
 
 def _read_wandb(folder: Path) -> LoggedRun:
@@ -120,9 +106,8 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
-        raise ImportError(
-            f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
-        ) from error
+        text = f"{folder} is a TensorBoard log, and reading it needs tensorboard: pip install 'lightning-bn[report]'."
+        raise ImportError(text) from error
     events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)).Reload()
     tags = events.Tags()
     start = datetime.fromtimestamp(events.FirstEventTimestamp(), timezone.utc)
@@ -134,13 +119,10 @@ def _read_tensorboard(folder: Path) -> LoggedRun:
     for key in filter(_is_ours, tags["tensors"]):
         text = events.Tensors(key)[-1].tensor_proto.string_val
         if key.endswith("/text_summary") and text and text[0].startswith(b"|"):
-            lines = [_cells(line) for line in text[0].decode().splitlines()]
-            run.tables[key.removesuffix("/text_summary")] = Table(lines[0], lines[2:])
+            lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text[0].decode().splitlines()]
+            columns, _, *rows = [[cell.strip().replace("\\|", "|") for cell in line] for line in lines]
+            run.tables[key.removesuffix("/text_summary")] = Table(columns, rows)
     return run
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def _read_csv(folder: Path) -> LoggedRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,25 +37,22 @@ def drift_workspace(entity: str, project: str) -> Workspace:
         from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser
         from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace
     except ImportError as error:
-        raise ImportError(
-            "wandb_workspace needs the package wandb-workspaces: pip install 'lightning-bn[workspace]'."
-        ) from error
+        message = "wandb_workspace needs the package wandb-workspaces: pip install 'lightning-bn[workspace]'."
+        raise ImportError(message) from error
 
-    def lines(title: str, *names: str, log: bool = True) -> LinePlot:
-        keys: list[Any] = [f"bn_agg/{name}" for name in names]
-        return LinePlot(title=title, x="trainer/global_step", y=keys, log_y=log)
+    def of_all(*names: str) -> list[Any]:
+        return [f"bn_agg/{name}" for name in names]
 
-    def layers(title: str, prefix: str) -> LinePlot:
-        return LinePlot(title=title, x="trainer/global_step", metric_regex=f"{prefix}/.*", log_y=True)
-
+    chart = functools.partial(LinePlot, x="trainer/global_step", log_y=True)
+    few = functools.partial(chart, log_y=False)
     panels: list[Any] = [
-        lines("mean gap over all layers (σ)", "mean_gap_p50", "mean_gap_p95", "mean_gap_max"),
-        lines("variance gap over all layers (log ratio)", "var_gap_p95", "var_gap_max"),
-        lines("worst lag (stale EMA) and worst noise (small batch)", "lag_max", "noise_max"),
-        lines("number of the worst layer", "worst_layer", log=False),
-        lines("dead channels, layers not finite", "dead_channels", "nonfinite_layers", log=False),
-        layers("mean gap of each layer (σ)", "bn_mean_gap"),
-        layers("variance gap of each layer (log ratio)", "bn_var_gap"),
+        chart(title="mean gap over all layers (σ)", y=of_all("mean_gap_p50", "mean_gap_p95", "mean_gap_max")),
+        chart(title="variance gap over all layers (log ratio)", y=of_all("var_gap_p95", "var_gap_max")),
+        chart(title="worst lag (stale EMA) and worst noise (small batch)", y=of_all("lag_max", "noise_max")),
+        few(title="number of the worst layer", y=of_all("worst_layer")),
+        few(title="dead channels, layers not finite", y=of_all("dead_channels", "nonfinite_layers")),
+        chart(title="mean gap of each layer (σ)", metric_regex="bn_mean_gap/.*"),
+        chart(title="variance gap of each layer (log ratio)", metric_regex="bn_var_gap/.*"),
         *(MediaBrowser(title=key, media_keys=[key], mode="gallery", gallery_axis="step") for key in IMAGES),
     ]
     layout = SectionLayoutSettings(columns=3, rows=4)

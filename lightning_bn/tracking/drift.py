@@ -19,14 +19,12 @@ from torch import Tensor
 
 from lightning_bn.core.moments import Moments
 
+# values for all layers together, and for each layer
 AGGREGATES = (
     *("mean_gap_p50", "mean_gap_p95", "mean_gap_max", "worst_layer", "var_gap_p95", "var_gap_max"),
     *("lag_max", "noise_max", "dead_channels", "nonfinite_layers"),
 )
-"""Values for all layers together."""
-
 QUANTITIES = ("mean_gap", "var_gap", "lag", "noise", "var_lag", "var_noise", "dead", "nonfinite")
-"""Values for each layer."""
 
 
 class Drift(NamedTuple):
@@ -57,10 +55,9 @@ class Observation:
     def aggregates(self) -> dict[str, float]:
         """Return `AGGREGATES` by name; NaN if no layer was measured."""
         gaps, var_gaps = self.means.gap, self.variances.gap
-        measured = not bool(gaps.isnan().all())
         values = (
             *(gaps.nanquantile(q) for q in (0.5, 0.95, 1.0)),
-            gaps.nan_to_num(-1.0).argmax() if measured else torch.nan,
+            torch.nan if gaps.isnan().all() else gaps.nan_to_num(-1.0).argmax(),
             *(var_gaps.nanquantile(q) for q in (0.95, 1.0)),
             *(part.nanquantile(1.0) for part in (self.means.lag, self.means.noise)),
             (self.dead * self.channels).sum().round(),
@@ -73,29 +70,18 @@ def split(window: Moments, sizes: Sequence[int]) -> Drift:
     """Split the offsets of a window, ``(..., C)``, into lag and noise of each layer.
 
     The lag of a perfect EMA is above 0, because the EMA and the window mean are noisy.
-
-    Example:
-        >>> import torch
-        >>> offsets = torch.tensor([[0.5, 1.5], [0.5, -0.5]], dtype=torch.float64)  # two steps, two channels
-        >>> window = sum((Moments(torch.ones(2), o, torch.zeros(2)) for o in offsets), Moments.empty(2))
-        >>> split(window, [1, 1]).lag, split(window, [1, 1]).noise
-        (tensor([0.5000, 0.5000], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))
     """
-    lag, noise = (_rms_of_layers(squares, window.count > 0, sizes) for squares in (window.mean.square(), window.var))
+    measured = window.count > 0
+    numbers = torch.stack([part.sum(-1) for part in measured.split(list(sizes), -1)], -1)
+
+    def rms(squares: Tensor) -> Tensor:
+        of_layers = torch.where(measured, squares, 0.0).split(list(sizes), -1)
+        return (torch.stack([part.sum(-1) for part in of_layers], -1) / numbers).sqrt()
+
+    lag, noise = rms(window.mean.square()), rms(window.var)
     return Drift((lag.square() + noise.square()).sqrt(), lag, noise)
 
 
 def is_dead(var: Tensor, eps: float | Tensor) -> Tensor:
     """Mark channels with a variance below ``eps / 100``: their normalized values vary by at most a tenth."""
     return var < 0.01 * eps
-
-
-def share_of_layers(where: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the fraction of each layer's channels for which ``where``, ``(C,)``, is true."""
-    return torch.stack([part.double().mean() for part in where.split(list(sizes))])
-
-
-def _rms_of_layers(squares: Tensor, measured: Tensor, sizes: Sequence[int]) -> Tensor:
-    counted = torch.where(measured, squares, 0.0).split(list(sizes), -1)
-    numbers = measured.expand_as(squares).split(list(sizes), -1)
-    return torch.stack([(c.sum(-1) / n.sum(-1)).sqrt() for c, n in zip(counted, numbers, strict=True)], -1)

@@ -1,7 +1,4 @@
-"""History of a run in bounded memory: values of each layer by row, and a few channels by batch.
-
-A full history merges neighboring rows, so that the whole run has one resolution.
-"""
+"""History of a run in bounded memory: values of each layer by row, and a few channels by batch."""
 
 from __future__ import annotations
 
@@ -11,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_ROWS = 512
-"""Twice the columns of a figure."""
+MAX_ROWS = 512  # twice the columns of a figure
 
 
 class History:
-    """Holds root mean squares of quantities of each layer, by row."""
+    """Holds root mean squares of quantities of each layer by row; a full one merges neighboring rows."""
 
     def __init__(self, quantities: Sequence[str], layers: int) -> None:
         self.steps: list[int] = []  # the last step of each row
@@ -27,11 +23,13 @@ class History:
 
     def __getitem__(self, quantity: str) -> Tensor:
         """Return all rows of a quantity, ``(rows, L)``; NaN where a layer was not measured."""
-        return _rms(*self._sums[quantity].unbind(1))
+        squares, numbers = self._sums[quantity].unbind(1)
+        return (squares / numbers).sqrt()
 
     def overall(self, quantity: str) -> Tensor:
         """Return the root mean square over all rows ever added, ``(L,)``."""
-        return _rms(*self._sums[quantity].sum(0))
+        squares, numbers = self._sums[quantity].sum(0).unbind()
+        return (squares / numbers).sqrt()
 
     def add(self, step: int, row: Mapping[str, Tensor]) -> None:
         """Add a row; NaN values are ignored."""
@@ -82,7 +80,3 @@ class Traces:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.points, self.precise = list(state["steps"]), list(state["points"]), dict(state["precise"])
         self._stride, self._seen = state["stride"], state["seen"]
-
-
-def _rms(squares: Tensor, numbers: Tensor) -> Tensor:
-    return (squares / numbers).sqrt()

@@ -14,9 +14,12 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.tracking.drift import is_dead, split
 
 
-class _Gap(Metric):
+class _OfStatistics(Metric):
     is_differentiable = False
     full_state_update = False
+
+
+class _Gap(_OfStatistics):
     offsets: Tensor
 
     def __init__(self, channels: int, *, part: Literal["gap", "lag", "noise"] = "gap", **kwargs: Any) -> None:
@@ -104,7 +107,7 @@ class VarGap(_Gap):
         return var_offsets(var, ema_var)
 
 
-class DeadChannels(Metric):
+class DeadChannels(_OfStatistics):
     """Measure the fraction of channels with a variance below ``eps / 100``, over all updates; NaN before the first.
 
     Args:
@@ -121,16 +124,14 @@ class DeadChannels(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    full_state_update = False
     dead: Tensor
     channels: Tensor
 
     def __init__(self, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.eps = eps
-        for state in ("dead", "channels"):
-            self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("dead", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("channels", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, var: Tensor, ema_mean: Tensor, ema_var: Tensor) -> None:
         self.dead += is_dead(var, self.eps).sum()
@@ -140,7 +141,7 @@ class DeadChannels(Metric):
         return self.dead / self.channels
 
 
-class NonFiniteChannels(Metric):
+class NonFiniteChannels(_OfStatistics):
     """Measure the fraction of channels with a NaN or infinite statistic in any update, on any rank.
 
     Args:
@@ -157,8 +158,6 @@ class NonFiniteChannels(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    full_state_update = False
     seen: Tensor
 
     def __init__(self, channels: int, **kwargs: Any) -> None:
@@ -175,5 +174,4 @@ class NonFiniteChannels(Metric):
 
 def _merge(states: Any) -> Tensor:
     first, *others = (Moments(*state) for state in states)
-    total = sum(others, first)
-    return torch.stack([total.count, total.mean, total.m2])
+    return torch.stack(list(vars(sum(others, first)).values()))

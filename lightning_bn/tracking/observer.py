@@ -1,6 +1,6 @@
 """The distance of training batches from the EMA that evaluation will use.
 
-Batch statistics are recovered from running statistics (`running_stats`), or measured where that is inaccurate.
+Batch statistics are recovered from running statistics (`recovery`), or measured where that is inaccurate.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.moments import Moments
-from lightning_bn.tracking.custom_layers import UNMEASURABLE, is_spread
-from lightning_bn.tracking.drift import Drift, Observation, is_dead, share_of_layers, split
+from lightning_bn.tracking.drift import Drift, Observation, is_dead, split
 from lightning_bn.tracking.history import Traces
-from lightning_bn.tracking.layer_calls import Call
-from lightning_bn.tracking.recovery import MAX_ERROR
-from lightning_bn.tracking.running_stats import Snapshot, StepRecorder, not_recoverable
+from lightning_bn.tracking.layer_calls import Call, ema_statistics
+from lightning_bn.tracking.recovery import MAX_ERROR, UNMEASURABLE, Snapshot, StepRecorder, is_spread, not_recoverable
 
-_MAX_PENDING = 16
-"""Steps whose arithmetic is done at once; bounds memory."""
-
+_MAX_PENDING = 16  # steps whose arithmetic is done at once; bounds memory
 _NOT_MEASURED = "not measured: synchronized over ranks, and its batches cannot be recovered"
-
-
-class _ObservedStep(NamedTuple):
-    number: int
-    snapshot: Snapshot
-    measured: dict[int, Tensor | None]  # layer index -> mean and variance; None if it was not called
 
 
 class Observer:
@@ -43,17 +33,17 @@ class Observer:
 
     def __init__(self, layers: Mapping[str, _BatchNorm], channels: Sequence[int] = ()) -> None:
         self._recorder = StepRecorder(layers)
-        self._layers, self._sizes, self._eps = self._recorder.layers, self._recorder.sizes, self._recorder.eps
+        self._sizes, self._eps = self._recorder.sizes, self._recorder.eps
         self._channels = torch.tensor(list(channels), dtype=torch.int64, device=self._eps.device)
-        self._reasons: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}  # layer name -> why its current batch is not recovered
         self.traces = Traces()
         self._empty_window()
 
     def _empty_window(self) -> None:
-        total = sum(self._sizes)
-        zeros = self._eps.new_zeros
+        total, zeros = len(self._eps), self._eps.new_zeros
         self.batches, self._check = 0, True
-        self._pending: list[_ObservedStep] = []
+        # step, and what was measured: layer index -> mean and variance, None if it was not called
+        self._pending: list[tuple[int, Snapshot, dict[int, Tensor | None]]] = []
         self._window = Moments(zeros(total), zeros(2, total), zeros(2, total))
         self._dead, self._nonfinite = zeros(total).bool(), zeros(total).bool()
         self._direct: dict[str, str] = {}
@@ -61,28 +51,35 @@ class Observer:
 
     def before_batch(self) -> None:
         """Begin a batch, in the modes in which the model will run."""
-        if self._inaccurate is None:
-            self._inaccurate = self._inaccurate_layers()
-        reasons = ((name, self._not_recovered(name, layer)) for name, layer in self._layers.items())
-        self._reasons = {name: reason for name, reason in reasons if reason}
+        layers = self._recorder.layers
+        if self._inaccurate is None:  # waits for the device, once a window
+            worst = [float(part.amax()) for part in self._recorder.recovery_errors().cpu().split(self._sizes)]
+            self._inaccurate = {n for n, error in zip(layers, worst, strict=True) if MAX_ERROR < error < torch.inf}
+        reasons = {name: self._not_recovered(name, layer) for name, layer in layers.items()}
+        self._reasons = {name: reason for name, reason in reasons.items() if reason}
         measured = [name for name, reason in self._reasons.items() if reason not in (_NOT_MEASURED, UNMEASURABLE)]
         self._recorder.before_batch(check=self._check, measured=measured)
 
+    def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
+        untrusted = self._recorder.untrusted.get(name, "")
+        if untrusted == UNMEASURABLE:
+            return untrusted
+        inaccurate = "mean of many sigma" if name in (self._inaccurate or ()) else ""
+        reason = not_recoverable(layer) or inaccurate or untrusted
+        return _NOT_MEASURED if reason and is_spread(layer) else reason
+
     def after_batch(self, step: int = 0) -> bool:
         """End a batch and return whether it was observed; skip the call for a batch that failed."""
-        snapshot = self._recorder.after_batch()
+        recorder, snapshot = self._recorder, self._recorder.after_batch()
         if snapshot is None:
             return False
-        inputs, untrusted, compared = self._recorder.inputs, self._recorder.untrusted, self._recorder.compared
-        untrusted |= {name: UNMEASURABLE for name in self._reasons if self._layers[name] in inputs.unmeasurable}
-        self._reasons |= {n: why for n, why in untrusted.items() if n in compared or why == UNMEASURABLE}
+        for name, reason in recorder.untrusted.items():
+            if name in recorder.compared or reason == UNMEASURABLE:
+                self._reasons[name] = reason
         self._direct |= self._reasons
-        measured = {
-            index: _average(inputs.calls.get(layer, ()) if layer not in inputs.unmeasurable else ())
-            for index, (name, layer) in enumerate(self._layers.items())
-            if name in self._reasons
-        }
-        self._pending.append(_ObservedStep(step, snapshot, measured))
+        layers = enumerate(recorder.layers.items())
+        measured = {i: _average(recorder.calls.inputs(layer)) for i, (name, layer) in layers if name in self._reasons}
+        self._pending.append((step, snapshot, measured))
         self.batches, self._check = self.batches + 1, False
         if len(self._pending) == _MAX_PENDING:
             self._add_pending()
@@ -91,9 +88,9 @@ class Observer:
     def _add_pending(self) -> None:
         if not self._pending:
             return
-        ema, after, batch, _, called = self._recorder.recover([step.snapshot for step in self._pending])
-        for row, step in enumerate(self._pending):
-            for layer, statistics in step.measured.items():
+        ema, after, batch, _, called = self._recorder.recover([snapshot for _, snapshot, _ in self._pending])
+        for row, (_, _, measured) in enumerate(self._pending):
+            for layer, statistics in measured.items():
                 channels = slice(self._recorder.starts[layer], self._recorder.starts[layer + 1])
                 called[row, channels] = statistics is not None
                 if statistics is not None:
@@ -108,8 +105,8 @@ class Observer:
             self._dead = torch.where(known, row, self._dead)
         self._nonfinite |= (called & ~finite | ~after.isfinite().all(1)).any(0)
         points = torch.stack([ema[:, 0], batch[:, 0]], 1)[..., self._channels]
-        for step, point in zip(self._pending, points, strict=True):
-            self.traces.add(step.number, point)
+        for (step, _, _), point in zip(self._pending, points, strict=True):
+            self.traces.add(step, point)
         self._pending = []
 
     def abandon(self) -> None:
@@ -118,10 +115,10 @@ class Observer:
     def take(self) -> Observation:
         """Return the window's result, and start a new window."""
         self._add_pending()
-        window = Moments(*(v.cpu() for v in (self._window.count, self._window.mean, self._window.m2)))
-        drift = split(window, self._sizes)
+        drift = split(Moments(*(v.cpu() for v in vars(self._window).values())), self._sizes)
         means, variances = (Drift(*(part[row] for part in drift)) for row in (0, 1))
-        dead, nonfinite = (share_of_layers(where.cpu(), self._sizes) for where in (self._dead, self._nonfinite))
+        channels = [where.cpu().double().split(self._sizes) for where in (self._dead, self._nonfinite)]
+        dead, nonfinite = (torch.stack([part.mean() for part in of_layers]) for of_layers in channels)
         observation = Observation(means, variances, dead, nonfinite, torch.tensor(self._sizes), self._direct)
         self._empty_window()
         return observation
@@ -130,7 +127,7 @@ class Observer:
         self._add_pending()
         return {
             "batches": self.batches,
-            "window": [v.clone() for v in (self._window.count, self._window.mean, self._window.m2)],
+            "window": [v.clone() for v in vars(self._window).values()],
             "dead": self._dead.clone(),
             "nonfinite": self._nonfinite.clone(),
             "direct": dict(self._direct),
@@ -146,22 +143,6 @@ class Observer:
         self._inaccurate = None if state["inaccurate"] is None else set(state["inaccurate"])
         self._recorder.untrusted = dict(state["untrusted"])
 
-    def _not_recovered(self, name: str, layer: _BatchNorm) -> str:
-        untrusted = self._recorder.untrusted.get(name, "")
-        if untrusted == UNMEASURABLE:
-            return untrusted
-        inaccurate = "mean of many sigma" if name in (self._inaccurate or ()) else ""
-        reason = not_recoverable(layer) or inaccurate or untrusted
-        return _NOT_MEASURED if reason and is_spread(layer) else reason
-
-    def _inaccurate_layers(self) -> set[str]:
-        # waits for the device
-        worst = [float(part.amax()) for part in self._recorder.recovery_errors().cpu().split(self._sizes)]
-        return {n for n, error in zip(self._layers, worst, strict=True) if MAX_ERROR < error < torch.inf}
-
 
 def _average(calls: Sequence[Call]) -> Tensor | None:
-    if not calls:
-        return None
-    total = functools.reduce(operator.add, (call.moments for call in calls))
-    return torch.stack([total.mean, total.m2 / (total.count - 1)])
+    return ema_statistics(functools.reduce(operator.add, (call.moments for call in calls))) if calls else None

@@ -16,11 +16,11 @@ from lightning_bn.tracking.drift import Observation
 from lightning_bn.tracking.history import History
 from lightning_bn.tracking.observer import Observer
 
+# of the table; NBS is in samples, gaps in sigma or log ratios, dead and not finite are fractions
 COLUMNS = [
     *("index", "layer", "channels", "momentum", "NBS", "batch statistics", "mean gap", "lag", "noise", "variance gap"),
     *("dead", "not finite", "EMA to precise, mean gap", "EMA to precise, variance gap"),
 ]
-"""Columns of the table. NBS is in samples, gaps in sigma or log ratios, dead and not finite are fractions."""
 
 
 class DriftRecord:
@@ -76,21 +76,20 @@ class DriftRecord:
 
     def precise_gaps(self) -> Tensor:
         """Return the gaps of each layer from EMA to precise statistics, ``(2, L)``: rms over all passes."""
-        mean_squares, var_squares, passes = torch.tensor([self.moved.get(n, (0.0, 0.0, 0)) for n in self.names]).T
-        gaps: Tensor = (torch.stack([mean_squares, var_squares]) / passes).sqrt()
-        return gaps
+        sums = torch.tensor([self.moved.get(name, (0.0, 0.0, 0)) for name in self.names]).T
+        return (sums[:2] / sums[2]).sqrt()
 
     def table(self) -> list[list[Any]]:
         """Return one row per layer, with `COLUMNS`."""
         assert self.last is not None  # drawn after the first row
-        of_layers = {quantity: values.tolist() for quantity, values in self.last.per_layer().items()}
-        rows, precise = [], self.precise_gaps()
+        of_layers, rows = self.last.per_layer(), []
+        values = [of_layers[name] for name in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
+        values += self.precise_gaps()
         for i, (name, layer) in enumerate(self.layers.items()):
-            measured = [of_layers[q][i] for q in ("mean_gap", "lag", "noise", "var_gap", "dead", "nonfinite")]
-            is_uncalled = of_layers["mean_gap"][i] != of_layers["mean_gap"][i]  # NaN
-            source = self.last.direct.get(name, "no batch to compare" if is_uncalled else "recovered")
+            recovered = "no batch to compare" if values[0][i].isnan() else "recovered"
+            source = self.last.direct.get(name, recovered)
             first = [i, name, layer.num_features, layer.momentum, self.nbs[name], source]
-            rows.append([*first, *measured, *precise[:, i].tolist()])
+            rows.append([*first, *(float(value[i]) for value in values)])
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,13 +117,11 @@ class DriftRecord:
 
 def check_channels(channels: Any) -> None:
     """Raise TypeError or ValueError for ``trace_channels`` that are wrong for any model."""
-    if channels is None:
-        return
-    if not isinstance(channels, Mapping):
+    if channels is not None and not isinstance(channels, Mapping):
         raise TypeError(f"trace_channels must map layer names to channels, or be None, but is {channels!r}.")
-    if not channels:
+    if channels is not None and not channels:
         raise ValueError("trace_channels is empty: name at least one layer, or use None.")
-    for name, channel in channels.items():
+    for name, channel in (channels or {}).items():
         check_int(f"trace_channels: the channel of layer {name!r}", channel, at_least=0)
 
 
@@ -135,8 +132,7 @@ def _traced_channels(layers: Mapping[str, _BatchNorm], channels: Mapping[str, in
     for name, channel in channels.items():
         if name not in layers:
             raise ValueError(f"trace_channels: there is no observed layer {name!r}. There are: {', '.join(names)}.")
-        if channel >= layers[name].num_features:
-            raise ValueError(
-                f"trace_channels: layer {name!r} has channels 0 to {layers[name].num_features - 1}, and no {channel}."
-            )
+        last = layers[name].num_features - 1
+        if channel > last:
+            raise ValueError(f"trace_channels: layer {name!r} has channels 0 to {last}, and no {channel}.")
     return list(channels.items())

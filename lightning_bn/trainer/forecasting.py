@@ -11,8 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_bn.core.population import PopulationStatistics
 from lightning_bn.layers.find import Layers, as_patterns, storing_layers
-from lightning_bn.tracking.running_stats import not_recoverable
-from lightning_bn.tracking.step_forecast import StatisticsForecaster
+from lightning_bn.tracking.forecast import StatisticsForecaster
+from lightning_bn.tracking.recovery import not_recoverable
 from lightning_bn.trainer.compat import weight_averagers
 from lightning_bn.trainer.context import PassContext
 from lightning_bn.trainer.passes import PassResult, check_sharding

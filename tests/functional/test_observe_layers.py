@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import find_bn
-from lightning_bn.tracking import step_forecast
-from lightning_bn.tracking.custom_layers import CUSTOM_UPDATE, UNMEASURABLE
 from lightning_bn.tracking.drift import Observation
-from lightning_bn.tracking.forecast import Steps, forecast_statistics
+from lightning_bn.tracking.forecast import STEPS, StatisticsForecaster, Steps, forecast_statistics
 from lightning_bn.tracking.observer import Observer
-from lightning_bn.tracking.step_forecast import STEPS, StatisticsForecaster
+from lightning_bn.tracking.recovery import CUSTOM_UPDATE, UNMEASURABLE
 from tests.hand_written import ZOO, Net, batches, truth
 
 SIZES = (4, 8, 4, 6, 4)
@@ -205,7 +203,7 @@ def run_steps(
 def test_whenever_it_is_asked_it_has_seen_what_the_layers_were_given(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_forecast, "_CHANNELS_AT_ONCE", at_once)
+    monkeypatch.setattr("lightning_bn.tracking.forecast._CHANNELS_AT_ONCE", at_once)
     layers = layers_of()
     watched, parts = StatisticsForecaster(layers), []
     for start in range(0, 2 * STEPS, 8):
