@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.gaps import mean_gap, var_gap
+from lightning_bn.core.gaps import mean_offsets, var_offsets
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
 from lightning_bn.core.ranks import broadcast_from_rank_zero, get_rank
 from lightning_bn.tracking.drift import is_dead
@@ -63,11 +63,11 @@ def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Seque
     Dead channels, and steps in which a layer was not called, take no part in the regression. A layer without two known
     steps gets its running statistics, ``(2, C)``. ``eps``, ``(C,)``, sets precision and device.
     """
-    batch, before, known = _unknown_first(steps)
-    layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(eps.device)
+    (batch, before, known), all_known = _unknown_first(steps)
+    layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(eps.device)
     sampled, is_sampled = _sample(sizes, eps.device)
     seen = _log_var(batch)
-    averages, earlier = _averages(seen, known, sampled)
+    averages, earlier = _averages(seen, None if all_known else known, sampled)
     candidates = torch.cat([earlier, _log_var(before[..., sampled])[None]])  # (K, N, 2, L * S)
     learns = known & (known.cumsum(0) > 1) & ~is_dead(batch[:, 1], eps) & ~is_dead(before[:, 1], eps)
     learns = (learns[:, sampled] & is_sampled).unflatten(1, (len(sizes), -1))
@@ -82,18 +82,19 @@ def forecast_statistics(steps: Steps, running: Tensor, eps: Tensor, sizes: Seque
     return Forecast(mean, var, error)
 
 
-def _unknown_first(steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+def _unknown_first(steps: Steps) -> tuple[Steps, bool]:
     # unknown steps move to the front of their channel, where they weigh nothing
     batch, running, known = steps
     known = known & (batch + running).isfinite().all(1)
-    if not bool(known.all()):
+    all_known = bool(known.all())  # the usual case, and the only value here that is waited for
+    if not all_known:
         order = known.byte().argsort(dim=0, stable=True)
         known = known.gather(0, order)
         batch, running = (
             torch.where(known[:, None], part.gather(0, order[:, None].expand_as(part)), 1.0)
             for part in (batch, running)
         )
-    return batch, running, known
+    return Steps(batch, running, known), all_known
 
 
 def _sample(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,9 +106,9 @@ def _sample(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]
     return (starts + within).flatten().to(device), (place < size).flatten().to(device)
 
 
-def _averages(x: Tensor, known: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+def _averages(x: Tensor, known: Tensor | None, sampled: Tensor) -> tuple[Tensor, Tensor]:
     decay = 1 - 1 / torch.tensor(SPANS).to(x)[:, None, None]
-    number = known.cumsum(0) if not bool(known.all()) else torch.arange(1, len(x) + 1, device=x.device)[:, None]
+    number = torch.arange(1, len(x) + 1, device=x.device)[:, None] if known is None else known.cumsum(0)
     gains = (1 - decay) / (1 - decay ** number.clamp(min=1))  # (K - 1, N, C), or (K - 1, N, 1) without unknown steps
     average, earlier = x.new_zeros(len(SPANS), *x.shape[1:]), []
     for step, gain in zip(x, gains.unbind(1), strict=True):
@@ -117,6 +118,7 @@ def _averages(x: Tensor, known: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor
 
 
 def _fit(candidates: Tensor, seen: Tensor, learns: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.float32 if seen.device.type == "mps" else torch.float64  # MPS has no float64
     steps = learns.any(-1).to(seen)  # (N, L): in which a layer learns
     later = steps.flip(0).cumsum(0).flip(0) - steps
     weight = _DISCOUNT ** later[..., None] * learns
@@ -125,15 +127,16 @@ def _fit(candidates: Tensor, seen: Tensor, learns: Tensor) -> tuple[Tensor, Tens
     scale = scale.unflatten(2, learns.shape[1:]) * weight.sqrt()[:, None]
     errors = (candidates - seen).unflatten(3, learns.shape[1:]) * scale  # (K, N, 2, L, S)
     errors = errors.permute(2, 3, 0, 1, 4).flatten(3)
-    products = (errors @ errors.mT / total.clamp(min=1)[:, None, None]).cpu().double()  # (2, L, K, K)
+    products = (errors @ errors.mT / total.clamp(min=1)[:, None, None]).to(wide)  # (2, L, K, K)
     squares = products.diagonal(dim1=-2, dim2=-1)
     best = torch.zeros_like(squares).scatter_(-1, squares.argmin(-1, keepdim=True), 1.0)[..., None]
     pull = _RIDGE * squares.amin(-1).clamp(min=1e-12)[..., None, None]
-    system = products + pull * torch.eye(products.shape[-1], dtype=products.dtype)
-    free, ones = torch.linalg.solve(system, torch.cat([pull * best, torch.ones_like(best)], -1)).unbind(-1)
+    system = products + pull * torch.eye(products.shape[-1], dtype=wide, device=seen.device)
+    # regular, because of the pull; `solve` would wait for the device to check it
+    free, ones = torch.linalg.solve_ex(system, torch.cat([pull * best, torch.ones_like(best)], -1)).result.unbind(-1)
     weights = free + ones * ((1 - free.sum(-1)) / ones.sum(-1))[..., None]  # they add up to 1
     error = (weights[..., None, :] @ products @ weights[..., None])[..., 0, 0].clamp(min=0).sqrt()
-    error = torch.where(total.cpu() > 0, error, torch.nan)
+    error = torch.where(total > 0, error, torch.nan)
     # weights (K, 2, L), and the error that they would have made, (2, L)
     return weights.permute(2, 0, 1).to(seen), error.to(seen)
 
@@ -175,7 +178,8 @@ class StatisticsForecaster:
     def left(self) -> dict[str, str]:
         """Return the layers that can have no forecast, and why, as the first rank knows it."""
         known = broadcast_from_rank_zero(self._recoverable().to(self._recorder.eps)).split(self._recorder.sizes)
-        unknown = [name for name, part in zip(self._recorder.layers, known, strict=True) if not part.all()]
+        all_known = torch.stack([part.all() for part in known]).tolist()
+        unknown = [name for name, is_known in zip(self._recorder.layers, all_known, strict=True) if not is_known]
         return {name: self._recorder.untrusted.get(name, _INACCURATE) for name in unknown}
 
     def statistics(self) -> PopulationStatistics:
@@ -188,14 +192,14 @@ class StatisticsForecaster:
         Dead channels do not count. The gap is NaN where running statistics are not finite.
         """
         forecast, running = self._forecast()
-        gaps = {}
+        gaps = []
         for (name, layer), (mean, var) in zip(self._recorder.layers.items(), running, strict=True):
             if name in forecast:
                 alive, expected = ~is_dead(var, layer.eps), forecast[name]
-                mean, var, means, variances = (v[alive] for v in (mean, var, expected.mean, expected.var))
-                both = torch.stack([mean_gap(means, mean, var), var_gap(variances, var)])
-                gaps[name] = float(both.amax()) if alive.any() else 0.0
-        return gaps
+                offsets = torch.stack([mean_offsets(expected.mean, mean, var), var_offsets(expected.var, var)])
+                squares = torch.where(alive, offsets.double().square(), 0.0)
+                gaps.append((squares.sum(1) / alive.sum().clamp(min=1)).sqrt().amax())
+        return dict(zip(forecast, torch.stack(gaps).tolist(), strict=True)) if gaps else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last steps, with tensors on the CPU; empty on other ranks than the first."""
@@ -224,8 +228,9 @@ class StatisticsForecaster:
         known = error[0].isfinite()[recorder.layer_of] & self._recoverable()
         shared = broadcast_from_rank_zero(torch.stack([mean, var, *running, known.to(mean)])).split(recorder.sizes, 1)
         forecast = {}
-        for name, (mean, var, *_, known) in zip(recorder.layers, shared, strict=True):
-            if known.all():
+        all_known = torch.stack([part[4].all() for part in shared]).tolist()
+        for name, (mean, var, *_), is_known in zip(recorder.layers, shared, all_known, strict=True):
+            if is_known:
                 unknown = torch.tensor(torch.nan).expand(len(mean))
                 forecast[name] = LayerStatistics(mean, var, 0, 0, unknown, unknown)
         return PopulationStatistics(forecast, 0, 0, 0), [part[2:4] for part in shared]
