@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from lightning_bn.layers.frozen import Frozen
 def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) -> Handle:
     r"""Make BatchNorm layers normalize with their stored population statistics, in training as in evaluation.
 
-    The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$, whatever
-    ``.train()`` or ``.eval()`` is called later. The layers keep their identity and their state dict.
+    The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$ in any mode, and keeps
+    its identity and its state dict.
 
     When it helps: fine-tuning, and the last epochs of a training with normalization batches of 8 samples or fewer. When
     it does not help: from 16 samples on it costs accuracy (Fig. 5 and 6), and a network cannot be trained from the
@@ -53,7 +54,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
     """
     chosen = storing_layers(model, layers)
     check_conflicts(chosen, "frozen")
-    also = [register_optimizer_step_pre_hook(_gradient_dropper(chosen.values())).remove] if affine else []
+    hook = partial(_before_step, affine_of(chosen.values()))
+    also = [register_optimizer_step_pre_hook(hook).remove] if affine else []
     return Handle(chosen.values(), Frozen(), also)
 
 
@@ -84,23 +86,18 @@ def _frozen_in(optimizer: Optimizer, frozen: Iterable[Tensor]) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if id(p) in ids]
 
 
-def _gradient_dropper(layers: Iterable[_BatchNorm]) -> Callable[..., Any]:
-    """An optimizer step pre-hook. It also wraps the closure, which computes gradients within the step."""
-    frozen = affine_of(layers)
+def _before_step(frozen: Iterable[Tensor], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook before an optimizer's step. It also wraps the closure, which computes gradients within the step."""
+    drop_gradients(optimizer, frozen)
+    itself, closure, *rest = (*args, None) if len(args) == 1 else args
+    closure = kwargs.get("closure", closure)
+    if closure is None:
+        return None
 
-    def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def closure_without_gradients() -> Any:
+        loss = closure()
         drop_gradients(optimizer, frozen)
-        itself, closure, *rest = (*args, None) if len(args) == 1 else args
-        closure = kwargs.get("closure", closure)
-        if closure is None:
-            return None
+        return loss
 
-        def closure_without_gradients() -> Any:
-            loss = closure()
-            drop_gradients(optimizer, frozen)
-            return loss
-
-        others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (itself, closure_without_gradients, *rest), others
-
-    return before_step
+    others = {key: value for key, value in kwargs.items() if key != "closure"}
+    return (itself, closure_without_gradients, *rest), others

@@ -16,14 +16,10 @@ _MEMORY_SHARE = 0.5
 
 
 class JointBatches:
-    """Runs groups of batches jointly.
+    """Runs batches jointly, in groups of ``target`` samples of all ranks.
 
-    Args:
-        pooled: Runs the micro-batches of a group.
-        profile: Facts about the model, the warnings that were given among them.
-        target: Samples of all ranks in a group.
-        fits_memory: Take smaller groups, with a warning, rather than more than half of the free memory.
-        advance: Advances the progress display by a number of samples.
+    With ``fits_memory`` it takes smaller groups, with a warning, rather than more than half of the free memory.
+    ``advance`` advances the progress display by a number of samples.
     """
 
     def __init__(
@@ -46,51 +42,36 @@ class JointBatches:
                 self._warn(first, int(max_batches))
         if max_batches == 1:
             return []
-        group = _BatchGroup(itertools.chain([first], steps), self._target, max_batches, self._advance)
-        self.pooled.run(group, group.progress)
-        return group.batches
+        group: list[MicroBatch] = []
+        shown = 0
+
+        def fetched() -> Iterator[MicroBatch]:
+            for step in itertools.chain([first], steps):
+                group.append(step)
+                if step.batch is not MISSING:
+                    yield step
+                if sum(m.global_size for m in group) >= self._target or len(group) >= max_batches:
+                    return
+
+        def show(share: float) -> None:
+            nonlocal shown
+            done = int(share * sum(m.global_size for m in group))
+            self._advance(done - shown)
+            shown = done
+
+        self.pooled.run(fetched(), show)
+        return group
 
     def _warn(self, first: MicroBatch, max_batches: int) -> None:
         needed = self._target / first.global_size * self.pooled.memory(first)
         warn_once(
             self._profile,
             "memory",
-            f"Population statistics are estimated with normalization batches of {max_batches * first.global_size} "
-            f"samples, not of {self._target:.0f}: those would keep about {needed / 1e9:.1f} GB alive on each rank, "
-            f"more than half of the {self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in "
-            "depth (paper, Table 2): pass memory_limit= to move the rest to disk, or "
-            "normalization_batch_size='loader' to accept that.",
+            f"A pass takes normalization batches of {max_batches * first.global_size} samples, not of "
+            f"{self._target:.0f}, which would take {needed / 1e9:.1f} GB on each rank, more than half of the "
+            f"{self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in depth (paper, Table 2): "
+            "pass memory_limit= to move the rest to disk, or normalization_batch_size='loader' to accept that.",
         )
-
-
-class _BatchGroup:
-    """Steps that are normalized jointly: until they hold ``target`` samples, or there are ``max_batches``.
-
-    Attributes:
-        batches: Those fetched so far.
-    """
-
-    def __init__(
-        self, steps: Iterator[MicroBatch], target: float, max_batches: float, advance: Callable[[int], None]
-    ) -> None:
-        self._steps, self._target, self._max_batches, self._advance = steps, target, max_batches, advance
-        self.batches: list[MicroBatch] = []
-        self._shown = 0
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        while sum(m.global_size for m in self.batches) < self._target and len(self.batches) < self._max_batches:
-            micro_batch = next(self._steps, None)
-            if micro_batch is None:
-                return
-            self.batches.append(micro_batch)
-            if micro_batch.batch is not MISSING:
-                yield micro_batch
-
-    def progress(self, share: float) -> None:
-        """Advance the progress display to the share of the work that is done."""
-        done = int(share * sum(m.global_size for m in self.batches))
-        self._advance(done - self._shown)
-        self._shown = done
 
 
 def warn_once(profile: ModelProfile, subject: str, message: str) -> None:

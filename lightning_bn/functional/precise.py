@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.functional.domain.tensors import STATISTICS
+from lightning_bn.functional.domain.tensors import statistics_of
 from lightning_bn.functional.measure import MeasureConfig, NormalizationBatchSize, measure
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
@@ -118,41 +118,29 @@ def estimable_layers(
 ) -> dict[str, _BatchNorm]:
     """Return the chosen layers that store statistics and are not frozen: those that a pass estimates.
 
-    Args:
-        model: The model.
-        layers: Glob patterns; naming a layer that stores no statistics is an error, leaving it out by default is not.
-        trains: Whether a layer is in train mode when the model trains, as callbacks know. By default its mode decides
-            if ``model`` is in train mode; if it is not, all layers count as training.
-
-    Raises:
-        ValueError: If there is no BatchNorm layer that stores statistics.
+    ``trains`` says if a layer is in train mode when the model trains, as callbacks know. By default its own mode does
+    if ``model`` is in train mode; if it is not, all layers count as training.
     """
     trains = trains or (lambda layer: layer.training or not model.training)
-    return {
-        name: layer for name, layer in storing_layers(model, layers).items() if not is_frozen(layer) and trains(layer)
-    }
+    return {n: layer for n, layer in storing_layers(model, layers).items() if not is_frozen(layer) and trains(layer)}
 
 
 def write_running_stats(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
-    """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype.
-
-    Raises:
-        ValueError: If a value is too large for that dtype; nothing is then written.
-    """
-    writes: list[tuple[str, Tensor, Tensor]] = []  # layer and buffer, the buffer, its new value
+    """Store measured statistics as the layers' running statistics, in the buffers' own dtype; all of them, or none."""
+    writes: list[tuple[str, Tensor, Tensor]] = []  # what it is, the buffer, its new value
     with torch.no_grad():
         for name, layer in layers.items():
-            measured, buffers = statistics.get(name), layer._buffers
-            if measured is None:
+            if name not in statistics:
                 continue
-            for key, value in (("running_mean", measured.mean), ("running_var", measured.var)):
-                writes.append((f"{key} of layer {name!r}", cast(Tensor, buffers[key]), value))
+            measured = statistics[name]
+            mean, var, _ = statistics_of(layer)
+            writes.append((f"running_mean of layer {name!r}", mean, measured.mean))
+            writes.append((f"running_var of layer {name!r}", var, measured.var))
             for domain, part in enumerate(measured.domains):
                 if part is not None:
-                    mean, var, batches = (cast(Tensor, buffers[key])[domain] for key in STATISTICS)
-                    writes += [(f"domain {domain} of layer {name!r}", mean, part.mean)]
-                    writes += [(f"domain {domain} of layer {name!r}", var, part.var)]
-                    writes += [(f"domain {domain} of layer {name!r}", batches, batches.clamp(min=1))]
+                    mean, var, batches = statistics_of(layer, domain)
+                    values = [(mean, part.mean), (var, part.var), (batches, batches.clamp(min=1))]
+                    writes += [(f"domain {domain} of layer {name!r}", *value) for value in values]
         rounded = [value.to(buffer.dtype) for _, buffer, value in writes]
         if not torch.cat([value.flatten() for value in rounded]).isfinite().all():  # one question to the device
             where, buffer, value = next(w for w, r in zip(writes, rounded, strict=True) if not r.isfinite().all())
@@ -170,7 +158,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def tqdm_progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """Progress bar over samples."""
+    """Show a bar over samples."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc="PreciseBN", unit="sample", leave=False) as bar:
