@@ -68,10 +68,8 @@ def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
 def check_lbfgs(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:
     """Raise TypeError if the optimizer is LBFGS and holds frozen parameters: it moves them without a gradient."""
     if isinstance(optimizer, torch.optim.LBFGS) and _frozen_in(optimizer, frozen):
-        raise TypeError(
-            "affine=True cannot freeze parameters that LBFGS optimizes: it moves all of them together along past "
-            "gradients. Give it parameters without the affine ones, or use another optimizer."
-        )
+        advice = "Give it parameters without the affine ones, or use another optimizer."
+        raise TypeError(f"affine=True cannot freeze parameters of LBFGS, which moves along past gradients. {advice}")
 
 
 def drop_gradients(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:

@@ -64,12 +64,11 @@ def batch_leakage(
 
     $$ICC = \frac{MS_B - MS_W}{MS_B + (m - 1) MS_W}$$
 
-    with $MS_B$, $MS_W$ the mean squares between and within normalization batches of $m$ samples. The most extreme layer
-    is compared with up to 19,999 random regroupings of the same rows. Layers with other rows are tested separately, and
-    their p-values are combined (Bonferroni). A normalization batch is what the layer normalizes together in training:
-    `ghost_bn`, `sync_bn` and SyncBatchNorm count. Several rows of a sample (tokens, views) are averaged; the batch is
-    then run once more to assign rows to samples. If each normalization batch is a single sample's rows, rows are
-    compared.
+    with $MS_B$, $MS_W$ the mean squares between and within normalization batches of $m$ samples: what the layer
+    normalizes together in training, with `ghost_bn`, `sync_bn` and SyncBatchNorm. The most extreme layer is compared
+    with up to 19,999 random regroupings of the same rows; p-values of layers with other rows are combined (Bonferroni).
+    Several rows of a sample (tokens, views) are averaged; the batch is then run once more to assign rows to samples. If
+    each normalization batch is a single sample's rows, rows are compared.
 
     When it does not help: it does not measure the cost of leakage. It needs about 4000 samples in 4 batches or more.
 
@@ -77,8 +76,7 @@ def batch_leakage(
         model: The model. ``DistributedDataParallel`` is unwrapped.
         batches: Finitely many batches, composed as in training. Under torch.distributed every rank passes its own;
             the test ends with the rank that has the fewest.
-        forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
-            its first element if that is a tuple or list, or with it as keywords if it is a mapping.
+        forward: ``forward(model, batch)`` runs the model on a batch; None calls it as `precise_bn` does.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
 
@@ -151,10 +149,8 @@ def left_out_message(left_out: Mapping[str, str]) -> str:
     """A sentence that names the layers left out, why, and what to do."""
     name, reason = next(iter(left_out.items()))
     others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-    return (
-        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass batch_size_fn=, a function "
-        "from batch to number of samples."
-    )
+    advice = "If samples were miscounted, pass batch_size_fn=, a function from batch to number of samples."
+    return f"Layer {name!r}{others} is left out: {reason}. {advice}"
 
 
 def _rolled(batch: Any, samples: int) -> Any:
@@ -194,8 +190,8 @@ def _test_on_rank_zero(layers: Mapping[str, _BatchNorm], rows: RowMeans, seed: i
     if not tested:
         raise ValueError(
             "There is nothing to compare: a layer needs two normalization batches or more, one of them of two rows or "
-            "more, with rows that are finite and differ by more than rounding"
-            + (f", and that can be assigned to samples. {left_out_message(left_out)}" if left_out else ".")
+            "more, with rows that are finite, differ by more than rounding, and can be assigned to samples."
+            + (f" {left_out_message(left_out)}" if left_out else "")
         )
     correlations, noises = ({name: row[i] for name, row in tested.items()} for i in (0, 1))
     return BatchLeakage(p_value, correlations, noises, left_out)

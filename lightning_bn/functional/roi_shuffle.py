@@ -94,25 +94,18 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
     chosen = find_modules(model, modules)
     for name, module in chosen.items():
         if type(module).forward is nn.Module.forward and "forward" not in vars(module):
-            raise ValueError(
-                f"Module {name!r} is a {type(module).__name__}, which is never called itself: select its members "
-                f"(modules={name + '.*'!r})."
-            )
+            members = f"select its members (modules={name + '.*'!r})"
+            raise ValueError(f"Module {name!r} is a {type(module).__name__}, which is never called itself: {members}.")
     inside = {f"{name}.{n}" if n else name: m for name, module in chosen.items() for n, m in module.named_modules()}
     check_conflicts(inside, "row shuffle", model)
     if get_world_size() == 1:
-        warnings.warn(
-            "roi_shuffle changes nothing: there is one process. To separate similar samples of its batch use Ghost BN "
-            "(ghost_bn, GhostBNCallback).",
-            stacklevel=2,
-        )
+        advice = "To separate similar samples of its batch use Ghost BN (ghost_bn, GhostBNCallback)."
+        warnings.warn(f"roi_shuffle changes nothing: there is one process. {advice}", stacklevel=2)
         return Shuffle(model, {}, generator)
     without = [name for name, module in chosen.items() if not _batch_norms(module)]
     if without and get_rank() == 0:
-        warnings.warn(
-            f"Module {without[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing.",
-            stacklevel=2,
-        )
+        what = f"Module {without[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing."
+        warnings.warn(what, stacklevel=2)
     return Shuffle(model, chosen, generator)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from lightning_bn.core.moments import Moments
 from lightning_bn.functional.domain.tensors import Choices
 from lightning_bn.layers.batch_mode import BatchMode
 from lightning_bn.layers.behavior import Behavior, behaviors_of, has_behavior
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass
@@ -40,7 +37,7 @@ class DomainAssignment:
 
 
 class DomainSource(ABC):
-    """Knows the domains of the current inputs of ``layers``, a dict from layer to qualified name."""
+    """Knows the domains of the current inputs of ``layers`` (layer -> qualified name)."""
 
     def __init__(self, layers: dict[_BatchNorm, str], choices: Choices) -> None:
         self.layers, self.choices = layers, choices
@@ -70,7 +67,7 @@ _ASSIGNMENTS: ContextVar[dict[DomainSource, DomainAssignment]] = ContextVar("ass
 
 
 @contextmanager
-def set_entry(variable: ContextVar[dict[K, V]], key: K, value: V) -> Iterator[None]:
+def set_entry(variable: ContextVar[dict[Any, Any]], key: Any, value: Any) -> Iterator[None]:
     """Set an entry within a block and in this context alone: each of several forwards in lockstep has its own."""
     token = variable.set({**variable.get({}), key: value})
     try:

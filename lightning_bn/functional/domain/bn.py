@@ -43,10 +43,7 @@ class DomainHandle(Handle):
         self._datasets = datasets
 
     def use_domain(self, domain: Domain) -> AbstractContextManager[None]:
-        """Set the domain of the model's input within a ``with`` block.
-
-        Args:
-            domain: The domain of the batch; or of each of its samples, ``(N,)``.
+        """Set the domain of the batch, or of each of its samples ``(N,)``, within a ``with`` block.
 
         Raises:
             ValueError: If there is no such domain, or if domains are feature levels.
@@ -63,8 +60,7 @@ class DomainHandle(Handle):
     def state(self, affine: bool = False) -> State:
         """Copy each domain's statistics to the CPU: layer name -> ``"domain_mean"`` etc. -> ``(num_domains, C)``.
 
-        Args:
-            affine: Include ``domain_weight`` and ``domain_bias``, which the model's state dict holds, too.
+        ``affine`` includes ``domain_weight`` and ``domain_bias``, which the model's state dict holds, too.
         """
         return get_state(self.layers, affine)
 
@@ -108,7 +104,6 @@ def domain_bn(
     *Feature levels*: ``level_modules`` names the modules whose forward runs a tower once for each level, such as
     torchvision's ``"head.*_head"``. A layer's level is the index of its call in one forward of that module. With
     ``train_statistics="shared"`` the tower runs on all levels in lockstep, and layers normalize them concatenated.
-
     *Datasets*: without ``level_modules``, set the domain by ``handle.use_domain(domain)``.
 
     When it helps: a head shared by levels (box AP 34.1 for the straightforward code, 39.1 if training and evaluation
@@ -131,10 +126,9 @@ def domain_bn(
         A handle. ``undo()``, or the end of a ``with`` block, discards what layers keep per domain.
 
     Raises:
-        ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, level
-            modules within each other, layers without running statistics, conflicting features on a layer (see
-            docs/callbacks/pairs.md), ``affine="domain"`` for a layer without affine. In a forward: for a domain with
-            one value per channel if ``train_statistics="domain"``.
+        ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, nested
+            level modules, layers without running statistics, a conflicting feature, ``affine="domain"`` for a layer
+            without affine. In a forward: for a domain with one value per channel if ``train_statistics="domain"``.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is not in the level module's input.
         RuntimeError: In a forward: for another number of levels, or if no domain is set.
 
@@ -192,20 +186,16 @@ def _levels(
     for outer in found:
         inner = [name for name in found if name.startswith(f"{outer}.")]
         if inner:
-            raise ValueError(
-                f"level_modules={level_modules!r} matches {outer!r} and {inner[0]!r} within it: pass only the one "
-                "whose forward runs a tower once for each level."
-            )
+            found_both = f"level_modules={level_modules!r} matches {outer!r} and {inner[0]!r} within it"
+            raise ValueError(f"{found_both}: pass only the one whose forward runs a tower once for each level.")
     levels = []
     for name in found:
         inside = set(modules[name].modules()) - {modules[name]}
         levels.append(Levels(name, modules[name], {layer: n for layer, n in names.items() if layer in inside}, choices))
     outside = [name for layer, name in names.items() if not any(layer in source.layers for source in levels)]
     if outside and (strict or len(outside) == len(names)):
-        raise ValueError(
-            f"Layer {outside[0]!r} is in none of the level modules {', '.join(found)}. Leave it out by layers=, or "
-            "name its level module."
-        )
+        where = f"Layer {outside[0]!r} is in none of the level modules {', '.join(found)}"
+        raise ValueError(f"{where}. Leave it out by layers=, or name its level module.")
     return levels
 
 
@@ -227,9 +217,8 @@ def _warn_if_unusual(choices: Choices, levels: bool) -> None:
     if train != population:
         ap = "2.1" if train == "shared" else "34.1" if choices.affine == "shared" else "35.5"
         warnings.warn(
-            f"train_statistics={train!r} and population_statistics={population!r} are inconsistent: evaluation "
-            "normalizes with other statistics than training. In the paper's Table 5 such a RetinaNet head has "
-            f"{ap} AP, and a consistent one 39.1.",
+            f"train_statistics={train!r} and population_statistics={population!r} are inconsistent: in the paper's "
+            f"Table 5 such a RetinaNet head has {ap} AP, and one that is evaluated as it is trained 39.1.",
             stacklevel=3,
         )
     elif train == choices.affine == "shared" and not levels:

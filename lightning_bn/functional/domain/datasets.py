@@ -20,29 +20,29 @@ Domain: TypeAlias = "int | Tensor"
 """The domain of a batch; or of each of its samples, ``(N,)``."""
 
 
-class Datasets(DomainSource):
-    """Knows which datasets the model's current input is from.
+class Datasets(Behavior, DomainSource):
+    """Runs the layer's other behaviors on each domain's part of a batch; training with shared statistics does not.
 
     Attributes:
-        default: What the domains are outside of `use`.
+        default: What the domains of the model's input are outside of `use`.
     """
+
+    name = ""
+    outermost = True
 
     def __init__(self, layers: dict[_BatchNorm, str], choices: Choices) -> None:
         super().__init__(layers, choices)
         self.default: DomainAssignment | None = None
 
     def behaviors(self) -> Sequence[tuple[nn.Module, Behavior]]:
-        split = SplitByDomain(self)
-        return [(layer, split) for layer in self.layers]
+        return [(layer, self) for layer in self.layers]
 
     def current(self) -> DomainAssignment | None:
         return super().current() or self.default
 
     def unknown(self, layer: nn.Module) -> RuntimeError:
-        return RuntimeError(
-            "No domain is set. Call the model inside `with handle.use_domain(domain):`, or pass level_modules= if "
-            "domains are feature levels."
-        )
+        advice = "Call the model inside `with handle.use_domain(domain):`, or pass level_modules= for feature levels."
+        return RuntimeError(f"No domain is set. {advice}")
 
     def of(self, domain: Any) -> DomainAssignment:
         """The assignment of a batch to the domain that a caller has passed, of any type and value."""
@@ -57,35 +57,25 @@ class Datasets(DomainSource):
                 raise ValueError(f"Domain {d} does not exist: num_domains={number}, so 0 to {number - 1}.")
         return DomainAssignment(domain.long() if isinstance(domain, Tensor) else int(domain))
 
-
-class SplitByDomain(Behavior):
-    """Runs the layer's other behaviors on each domain's part of a batch; training with shared statistics does not."""
-
-    name = ""
-    outermost = True
-
-    def __init__(self, datasets: Datasets) -> None:
-        self._datasets, self._choices = datasets, datasets.choices
-
     def normalization_batch(self, samples: float) -> float:
-        current = self._datasets.current()
+        current = self.current()
         domain = None if current is None else current.domain
-        if self._choices.train_statistics == "shared" or not isinstance(domain, Tensor) or not len(domain):
+        if self.choices.train_statistics == "shared" or not isinstance(domain, Tensor) or not len(domain):
             return samples
         return int(domain.bincount().max())
 
     @disable_compile
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        uses_batch, choices = uses_batch_stats(layer), self._choices
+        uses_batch, choices = uses_batch_stats(layer), self.choices
         if not uses_batch and choices.population_statistics == choices.affine == "shared":
             return forward(input)
-        domain = self._datasets.assignment(layer).domain
+        domain = self.assignment(layer).domain
         if isinstance(domain, Tensor):
             self._check_samples(layer, input, domain)
             domain = domain.cpu()
         if uses_batch and choices.train_statistics == "shared":
             together = DomainAssignment(domain if isinstance(domain, Tensor) else torch.tensor([domain]))
-            with self._datasets.use(together):
+            with self.use(together):
                 return forward(input)
 
         in_pass = uses_batch and has_behavior(layer, "batch mode")
@@ -103,14 +93,14 @@ class SplitByDomain(Behavior):
         for d in range(choices.num_domains):
             if d in present:
                 assignment.domain = d
-                with self._datasets.use(assignment):
+                with self.use(assignment):
                     outputs.append(forward(input[rows[len(outputs)]] if rows else input))
             elif in_pass:
                 record_empty(layer, d if choices.population_statistics == "domain" else None)
         return torch.cat(outputs)[torch.cat(rows).argsort()] if rows else outputs[0]
 
     def _check_samples(self, layer: _BatchNorm, input: Any, domain: Tensor) -> None:
-        name, advice = self._datasets.layers[layer], "Leave it out by layers=, or pass one domain for the batch."
+        name, advice = self.layers[layer], "Leave it out by layers=, or pass one domain for the batch."
         if not isinstance(input, Tensor):
             raise TypeError(f"Layer {name!r} gets a {type(input).__name__}, which cannot be split by domain. {advice}")
         if len(domain) != len(input):
@@ -122,6 +112,6 @@ class SplitByDomain(Behavior):
         for d, count in enumerate(domain.bincount().tolist()):
             if count * input[0].numel() == layer.num_features:
                 raise ValueError(
-                    f"Layer {self._datasets.layers[layer]!r} gets one value per channel of domain {d}, which has no "
+                    f"Layer {self.layers[layer]!r} gets one value per channel of domain {d}, which has no "
                     "variance. Give each domain of a batch two samples or more, or pass train_statistics='shared'."
                 )

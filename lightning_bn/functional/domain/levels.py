@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,40 +34,33 @@ from lightning_bn.functional.domain.tensors import Choices
 from lightning_bn.layers.behavior import Behavior, ModuleBehavior
 from lightning_bn.lockstep.scheduler import Lockstep
 
-
-class _LayerInput(NamedTuple):
-    forward: Callable[[Tensor], Tensor]
-    input: Tensor
+LayerInput: TypeAlias = tuple[Callable[[Tensor], Tensor], Tensor]
+"""What runs a layer on a level, and the level."""
 
 
 @dataclass
 class _LevelForward:
-    """One forward of a level module, or one level's forward through a tower in lockstep.
+    """One forward of a level module, or one level's forward through a tower in lockstep."""
 
-    Attributes:
-        inputs: The tensors in the module's input.
-        calls: Number of calls of each module so far.
-        assignments: Each layer's, with the moments of its calls so far.
-        results: Inputs and outputs of towers that ran on all levels, without those already returned.
-        level: The level, in lockstep.
-        lockstep: Where it waits for the other levels.
-    """
-
-    inputs: Sequence[Tensor] = ()
-    calls: dict[nn.Module, int] = field(default_factory=dict)
-    assignments: dict[_BatchNorm, DomainAssignment] = field(default_factory=dict)
+    inputs: Sequence[Tensor] = ()  # the tensors in the module's input
+    calls: dict[nn.Module, int] = field(default_factory=dict)  # of each module so far
+    assignments: dict[nn.Module, DomainAssignment] = field(default_factory=dict)  # of layers, with moments so far
+    # inputs and outputs of towers that ran on all levels, without those already returned
     results: dict[nn.Module, list[tuple[Tensor, Any]]] = field(default_factory=dict)
-    level: int | None = None
-    lockstep: Lockstep[str, _LayerInput, Tensor] | None = None
+    level: int | None = None  # in lockstep
+    lockstep: Lockstep[str, LayerInput, Tensor] | None = None
 
 
-class Levels(DomainSource):
-    """Knows the level of the inputs of ``layers``, which are in the level module ``module``."""
+class Levels(ModuleBehavior, DomainSource):
+    """Checks the number of calls in each forward of a level module, which ``layers`` are in."""
 
-    def __init__(self, name: str, module: nn.Module, layers: dict[_BatchNorm, str], choices: Choices) -> None:
+    name = ""
+    outermost = True
+
+    def __init__(self, path: str, module: nn.Module, layers: dict[_BatchNorm, str], choices: Choices) -> None:
         super().__init__(layers, choices)
-        self.name, self.module, self.number = name, module, choices.num_domains
-        self.names = {m: f"{name}.{inner}" for inner, m in module.named_modules() if inner}
+        self.path, self.module, self.number = path, module, choices.num_domains
+        self.names = {m: f"{path}.{inner}" for inner, m in module.named_modules() if inner}
         self.level_of = WeakTensorKeyDictionary()
 
     def behaviors(self) -> Sequence[tuple[nn.Module, Behavior]]:
@@ -77,29 +70,45 @@ class Levels(DomainSource):
             joint += [(tower, _Tower(self)) for tower in _find_towers(self.module, self.layers)]
         # a ScriptModule takes no behavior, and contains no layer with domains
         inner = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
-        return [*joint, (self.module, _LevelModule(self)), *((module, _CallCounter(self)) for module in inner)]
+        return [*joint, (self.module, self), *((module, _CallCounter(self)) for module in inner)]
 
     def unknown(self, layer: nn.Module) -> RuntimeError:
-        message = f"{self.names[layer]!r} was run outside of a forward of {self.name!r}, so its level is unknown. "
+        message = f"{self.names[layer]!r} was run outside of a forward of {self.path!r}, so its level is unknown. "
         if not is_recomputing():
             advice = "Pass as level_modules= the module whose forward runs it once for each level."
         elif self.choices.train_statistics == "shared":
             advice = (
                 "Activation checkpointing runs it again on one level, but levels are normalized together "
-                f"(train_statistics='shared'). Checkpoint all of {self.name!r}, or pass train_statistics='domain'."
+                f"(train_statistics='shared'). Checkpoint all of {self.path!r}, or pass train_statistics='domain'."
             )
         else:
             advice = "Checkpoint with use_reentrant=False, which passes the same tensor again."
         return RuntimeError(message + advice)
 
     def wrong_number(self, found: str) -> RuntimeError:
-        return RuntimeError(
-            f"{found}, but num_domains={self.number}: every forward of {self.name!r} must have that number of levels."
+        return RuntimeError(f"{found}, but num_domains={self.number}: every forward must have that number of levels.")
+
+    def not_together(self, found: str) -> TypeError:
+        return TypeError(
+            f"{found}, so levels cannot be normalized together. Pass as level_modules= the module that runs a tower "
+            "once for each tensor of a list, or pass train_statistics='domain'."
         )
 
-    def forward(self) -> _LevelForward | None:
-        """The running forward of this level module."""
+    def running(self) -> _LevelForward | None:
+        """The running forward of the level module."""
         return _FORWARDS.get({}).get(self)
+
+    @disable_compile
+    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first = [*args, *kwargs.values()][:1]
+        current = _LevelForward([leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)])
+        with set_entry(_FORWARDS, self, current):
+            output = call(*args, **kwargs)
+        for layer, name in self.layers.items():
+            calls = current.calls.get(layer, 0)
+            if calls not in (0, self.number):
+                raise self.wrong_number(f"Layer {name!r} was called {calls} times in one forward of {self.path!r}")
+        return output
 
 
 _FORWARDS: ContextVar[dict[Levels, _LevelForward]] = ContextVar("running forward of each level module")
@@ -113,28 +122,12 @@ class _LevelBehavior(ModuleBehavior):
         self.levels = levels
 
 
-class _LevelModule(_LevelBehavior):
-    """Counts the calls within each forward from 0."""
-
-    @disable_compile
-    def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        levels = self.levels
-        current = _LevelForward([leaf for leaf in tree_leaves(_first(args, kwargs)) if isinstance(leaf, Tensor)])
-        with set_entry(_FORWARDS, levels, current):
-            output = call(*args, **kwargs)
-        for layer, name in levels.layers.items():
-            calls = current.calls.get(layer, 0)
-            if calls not in (0, levels.number):
-                raise levels.wrong_number(f"Layer {name!r} was called {calls} times in one forward of {levels.name!r}")
-        return output
-
-
 class _CallCounter(_LevelBehavior):
     """Counts calls of a module, and notes the level of its input for a recomputation."""
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        levels, input = self.levels, _first(args, kwargs)
-        current = levels.forward()
+        levels, input = self.levels, next(iter((*args, *kwargs.values())), None)
+        current = levels.running()
         if current is not None:
             level = current.calls.get(module, 0) if current.level is None else current.level
             current.calls[module] = current.calls.get(module, 0) + 1
@@ -144,8 +137,7 @@ class _CallCounter(_LevelBehavior):
                 return call(*args, **kwargs)
             if level >= levels.number:
                 raise levels.wrong_number(f"Layer {levels.names[module]!r} was called {level + 1} times")
-            new = DomainAssignment(level, parts=levels.number)
-            assignment = current.assignments.setdefault(module, new)
+            assignment = current.assignments.setdefault(module, DomainAssignment(level, parts=levels.number))
             assignment.domain = level
             with levels.use(assignment):
                 return call(*args, **kwargs)
@@ -168,17 +160,16 @@ class _Tower(_LevelBehavior):
         layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m in levels.layers]
         if not any(uses_batch_stats(layer) for layer in layers):
             return call(*args, **kwargs)
-        current = levels.forward()
+        current = levels.running()
         if current is None:
             raise levels.unknown(module)
         if len(inputs) != 1:
-            raise TypeError(
-                f"{levels.names[module]!r} got {len(inputs)} arguments. To run on all levels of {levels.name!r} at "
-                "once it must take one tensor: change its arguments, or pass train_statistics='domain'."
+            raise levels.not_together(
+                f"{levels.names[module]!r} got {len(inputs)} arguments, not the tensor of a level"
             )
         if module not in current.results:
             if len(current.inputs) != levels.number:
-                raise levels.wrong_number(f"{levels.name!r} got {len(current.inputs)} tensors")
+                raise levels.wrong_number(f"{levels.path!r} got {len(current.inputs)} tensors")
             self._index(module, current.inputs, inputs[0])
             current.results[module] = _run_in_lockstep(levels, current, call)
         results = current.results[module]
@@ -188,11 +179,8 @@ class _Tower(_LevelBehavior):
         for index, tensor in enumerate(tensors):
             if tensor is input:
                 return index
-        raise TypeError(
-            f"{self.levels.names[module]!r} got a tensor that is not in the input of {self.levels.name!r}, or got it "
-            "twice, so the levels cannot be normalized together. Pass as level_modules= the module that runs a tower "
-            "once for each tensor of a list, or pass train_statistics='domain'."
-        )
+        found = f"{self.levels.names[module]!r} got a tensor that is not in the input of {self.levels.path!r}"
+        raise self.levels.not_together(f"{found}, or got it twice")
 
 
 class _JointLayer(_LevelBehavior):
@@ -201,47 +189,41 @@ class _JointLayer(_LevelBehavior):
     name = "all levels together"
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        levels, current = self.levels, self.levels.forward()
+        levels, current = self.levels, self.levels.running()
         if not uses_batch_stats(cast(_BatchNorm, module)):
             return call(*args, **kwargs)
         if current is None:
             raise levels.unknown(module)
         if current.lockstep is None:
-            raise TypeError(
-                f"{levels.names[module]!r} got a single level: {levels.name!r} calls a part of a child module, not the "
-                "child, which could run on all levels at once. Pass as level_modules= the module that runs a tower "
-                "once for each tensor of a list, or pass train_statistics='domain'."
-            )
-        return current.lockstep.exchange(levels.names[module], _LayerInput(call, *args))
+            found = f"{levels.names[module]!r} got a single level: {levels.path!r} calls a part of a child module"
+            raise levels.not_together(f"{found}, not the child")
+        return current.lockstep.exchange(levels.names[module], (call, *args))
 
 
 def _run_in_lockstep(levels: Levels, current: _LevelForward, call: Callable[[Tensor], Any]) -> list[tuple[Tensor, Any]]:
     """Run a tower on all levels; inputs and outputs."""
-    lockstep = Lockstep[str, _LayerInput, Tensor](lambda _, inputs: _run_layer(levels, inputs))
+    lockstep = Lockstep[str, LayerInput, Tensor](lambda _, inputs: _run_layer(levels, inputs))
 
     def run_level(level: int, input: Tensor) -> Any:
-        own = _LevelForward(calls=current.calls, level=level, lockstep=lockstep)
-        with set_entry(_FORWARDS, levels, own):
+        with set_entry(_FORWARDS, levels, _LevelForward(calls=current.calls, level=level, lockstep=lockstep)):
             return call(input)
 
     runs = [functools.partial(run_level, level, x) for level, x in enumerate(current.inputs)]
     return list(zip(current.inputs, lockstep.run(runs), strict=True))
 
 
-def _run_layer(levels: Levels, calls: Sequence[_LayerInput]) -> Sequence[Tensor]:
-    inputs = [call.input for call in calls]
+def _run_layer(levels: Levels, calls: Sequence[LayerInput]) -> Sequence[Tensor]:
+    (forward, _), inputs = calls[0], [input for _, input in calls]
     x, dim, sizes = _concat_levels(inputs)
     domains = torch.arange(len(inputs)).repeat_interleave(torch.tensor(sizes))
     with levels.use(DomainAssignment(domains, dim)):
-        return _split_levels(calls[0].forward(x), inputs, dim, sizes)
+        return _split_levels(forward(x), inputs, dim, sizes)
 
 
 def _concat_levels(levels: Sequence[Tensor]) -> tuple[Tensor, int, list[int]]:
-    """Flatten and concatenate tensors ``(N, C, ...)`` into one that a layer takes.
+    """Flatten and concatenate tensors ``(N, C, ...)``; the dimension of concatenation, and each level's size in it.
 
-    Returns:
-        ``(N, C, places, 1)``; ``(1, C, places of all samples, 1)`` if levels differ in N; or ``(rows, C)``. Then the
-        dimension of concatenation, and each level's size in it.
+    The result is ``(N, C, places, 1)``; ``(1, C, places of all samples, 1)`` if levels differ in N; or ``(rows, C)``.
     """
     first = levels[0]
     if first.ndim == 2:
@@ -271,7 +253,3 @@ def _find_towers(module: nn.Module, layers: dict[_BatchNorm, str]) -> list[nn.Mo
         elif any(m in layers for m in child.modules()):
             towers.append(child)
     return towers
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return next(iter((*args, *kwargs.values())), None)

@@ -30,7 +30,7 @@ from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 
 
 class DomainSpecific(Behavior):
-    """Keeps population statistics, or an affine, per domain; `Levels` and `SplitByDomain` group the inputs."""
+    """Keeps population statistics, or an affine, per domain; `Levels` and `Datasets` group the inputs."""
 
     kind = "domain"
 
@@ -63,7 +63,7 @@ class DomainSpecific(Behavior):
             return self._train(layer, forward, input, assignment)
         if uses_batch or not tracks or not self._stores:
             return forward(input)
-        mean, var, _ = statistics_of(layer, cast(int, domain))  # `SplitByDomain` splits the batches of eval mode
+        mean, var, _ = statistics_of(layer, cast(int, domain))  # `Datasets` splits the batches of eval mode
         return forward_with_buffers(layer, forward, input, False, mean, var)
 
     def _train(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any, assignment: DomainAssignment) -> Any:
@@ -123,18 +123,15 @@ class DomainSpecific(Behavior):
         complete = x.ndim > 2 or (isinstance(given, Tensor) and given.numel() == x.numel())
         if len(domains) > 1 and not (same_length and complete):
             raise TypeError(
-                f"Layer {self._names[layer]!r} reshapes its input to {tuple(x.shape)} before it normalizes it, so the "
-                f"domains of its {len(domains)} samples are unknown there. Leave it out by layers=, or pass one domain "
-                "for the batch."
+                f"Layer {self._names[layer]!r} reshapes its input to {tuple(x.shape)}, so the domains of its "
+                f"{len(domains)} samples are unknown. Leave it out by layers=, or pass one domain for the batch."
             )
 
     def _check_channels(self, layer: _BatchNorm, call: BatchNormCall) -> None:
         stored, channels = len(statistics_of(layer)[0]), call.input.shape[1]
         if stored != channels:
-            raise TypeError(
-                f"Layer {self._names[layer]!r} stores statistics of {stored} channels but normalizes {channels}. Leave "
-                "it out by layers=."
-            )
+            found = f"stores statistics of {stored} channels but normalizes {channels}"
+            raise TypeError(f"Layer {self._names[layer]!r} {found}. Leave it out by layers=.")
 
 
 def record_empty(layer: _BatchNorm, domain: int | None) -> None:

@@ -107,18 +107,15 @@ def load_state(layers: dict[str, _BatchNorm], state: State) -> None:
     for name, layer in layers.items():
         tensors, saved = {**layer._buffers, **layer._parameters}, state.get(name, {})
         if any(tensors.get(key) is not None and key not in saved for key in STATISTICS):
-            raise ValueError(
-                f"The state has no statistics of domains for layer {name!r}. Use the layers=, population_statistics= "
-                "and affine= of the fit that saved it."
-            )
+            advice = "Use the layers=, population_statistics= and affine= of the fit that saved it."
+            raise ValueError(f"The state has no statistics of domains for layer {name!r}. {advice}")
         for key, value in saved.items():
             tensor = tensors.get(key)
             if tensor is None and key in STATISTICS:
                 continue
             if tensor is None or tensor.shape != value.shape:
                 now = "none" if tensor is None else f"{len(tensor)} domains"
-                raise ValueError(
-                    f"{key} of layer {name!r} was saved for {len(value)} domains, but the layer has {now}. Use the "
-                    "num_domains=, population_statistics= and affine= of the fit that saved it."
-                )
+                advice = "Use the num_domains=, population_statistics= and affine= of the fit that saved it."
+                found = f"{key} of layer {name!r} was saved for {len(value)} domains, but the layer has {now}"
+                raise ValueError(f"{found}. {advice}")
             tensor.copy_(value)
