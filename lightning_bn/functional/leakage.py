@@ -174,7 +174,7 @@ def _test_on_rank_zero(layers: Mapping[str, _BatchNorm], rows: RowMeans, seed: i
     of_all = gather_rows(torch.tensor([own], dtype=torch.float64)).amax(0).tolist()
     reason = "another rank cannot assign its rows to samples"
     left_out: dict[str, str] = {}
-    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}  # means, batches and precision of each call
     for (name, layer), (is_left_out, calls, eps) in zip(layers.items(), of_all, strict=True):
         if is_left_out:
             left_out[name] = rows.left_out.get(name, reason)
@@ -210,10 +210,7 @@ def _of_all_ranks(inputs: list[Rows], channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _table(layers: Mapping[str, list[tuple[Tensor, Tensor, float]]], seed: int) -> list[tuple[float, float]]:
-    """The p-value, then correlation and noise of each layer; NaN for a layer with nothing to compare.
-
-    ``layers`` has the means, normalization batches and machine precision of each call of each layer.
-    """
+    """The p-value, then correlation and noise of each layer, from its calls; NaN if there is nothing to compare."""
     table = []
     by_groups: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # layers with the same rows in the same groups
     for calls in layers.values():

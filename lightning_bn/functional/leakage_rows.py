@@ -76,8 +76,8 @@ class RowMeans(Behavior):
         try:
             run()
             for (name, call), (means, batches) in self.unknown.items():
-                rolled = self._rolled.get((name, call))
-                blocks = None if rolled is None else _blocks(means, rolled, self._samples, self.eps[name])
+                rolled = self._rolled.get((name, call), means[:0])
+                blocks = _blocks(means, rolled, self._samples, self.eps[name])
                 if blocks is None:
                     self.left_out[name] = f"its {len(means)} rows cannot be assigned to {self._samples} samples"
                 else:
@@ -136,10 +136,7 @@ class RowMeans(Behavior):
 
 
 def by_sample(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Means and normalization batches of samples; of rows if each normalization batch is a single sample's.
-
-    In such a batch, as in an R-CNN head on one image's regions, rows are grouped by their sample.
-    """
+    """Means and normalization batches of samples; of rows if each batch is a single sample's, as in an R-CNN head."""
     pairs, place = torch.stack([rows.batches, rows.samples], 1).unique(dim=0, return_inverse=True)
     if len(pairs) == len(rows.batches.unique()):
         return rows.means, rows.batches

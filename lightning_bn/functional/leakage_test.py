@@ -23,20 +23,15 @@ from torch import Tensor
 
 _MAX_COMPONENTS = 16
 """With 8 the test was weaker (batches of 16 classes x 2, of 80 classes of digits), with 32 and 64 not stronger."""
-
 _MAX_EXTREME = 10
 """Stop after this many regroupings at least as extreme (Besag and Clifford, 1991)."""
-
 _MAX_SUMS = 2**23
 """Sums of groups computed at once: 64 MiB."""
-
 _ROUNDING = 1e-12
 """Smaller fractions of a sum of squares count as zero."""
-
 _MIN_SPREAD = 1e-5
 """A smaller standard deviation, relative to the largest value, may be float32 rounding of equal rows: about 80
 roundings, as in sums of thousands of products. They depend on a row's position in the batch."""
-
 _EXPONENT = 1 / 8
 """Exponent of the bets in `EProcess`: small, so that one epoch with the smallest p-value suffices."""
 

@@ -58,16 +58,14 @@ class MeasureConfig:
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, at_least=1)
         as_batch_size_fn(self.batch_size_fn)
-        size, tolerance = self.normalization_batch_size, self.tolerance
+        size, tolerance, option = self.normalization_batch_size, self.tolerance, "normalization_batch_size"
         if size not in ("auto", "loader", "population"):
             if size is None or isinstance(size, str):
                 choices = "a number of samples, 'auto', 'loader' (batches as they come) or 'population'"
-                raise ValueError(f"normalization_batch_size must be {choices} but is {size!r}.")
-            check_int("normalization_batch_size", size, at_least=1)
+                raise ValueError(f"{option} must be {choices} but is {size!r}.")
+            check_int(option, size, at_least=1)
         if self.memory_limit is not None and size == "loader":
-            raise ValueError(
-                "memory_limit= has no meaning with normalization_batch_size='loader': leave one of them out."
-            )
+            raise ValueError(f"memory_limit= has no use with {option}='loader': leave one of them out.")
         if tolerance is None:
             return
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -75,10 +73,9 @@ class MeasureConfig:
         if not tolerance > 0:
             raise ValueError(f"tolerance must be above 0 but is {tolerance}.")
         if size == "population":
-            what = (
-                "tolerance= compares normalization batches, and normalization_batch_size='population' is a single one"
+            raise ValueError(
+                f"tolerance= compares batches, and {option}='population' is a single one: leave one of them out."
             )
-            raise ValueError(f"{what}: leave one of them out.")
 
 
 @torch.inference_mode(False)
@@ -150,7 +147,7 @@ class _Totals:
     normalizations: int = 0
     left_out: int = 0
     merged: list[tuple[int, int]] = field(default_factory=list)  # number and samples of the first batch of each merge
-    next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR  # normalization batches at the next one
+    next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR  # when there are so many normalization batches
 
     def add(self, group: list[MicroBatch], normalizations: int) -> None:
         self.samples += sum([m.global_size for m in group])

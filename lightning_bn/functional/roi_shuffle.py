@@ -130,10 +130,10 @@ class RowShuffle(ModuleBehavior):
         self.anchors: list[Tensor] | None = None
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not module.training or any(has_behavior(layer, "batch mode") for layer in self._layers):
+            return call(*args, **kwargs)  # in a pass ranks do not synchronize
         inside = self._inside[module]
-        uses_batch = [layer for layer in inside if layer.training and not has_behavior(layer, "frozen")]
-        in_pass = any(has_behavior(layer, "batch mode") for layer in self._layers)  # there ranks do not synchronize
-        if not module.training or in_pass or (inside and not uses_batch):
+        if inside and not any(layer.training and not has_behavior(layer, "frozen") for layer in inside):
             return call(*args, **kwargs)
         return self._call_with_exchange(module, call, args, kwargs)
 

@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.ranks import get_rank
-from lightning_bn.functional.domain.assignment import DomainSource
 from lightning_bn.functional.domain.datasets import Datasets, Domain
 from lightning_bn.functional.domain.levels import Levels
-from lightning_bn.functional.domain.specific import DomainSpecific
+from lightning_bn.functional.domain.specific import DomainSource, DomainSpecific
 from lightning_bn.functional.domain.tensors import (
     Choice,
     Choices,

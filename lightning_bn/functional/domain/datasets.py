@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.compiler import disable_compile
-from lightning_bn.functional.domain.assignment import DomainAssignment, DomainSource, uses_batch_stats
-from lightning_bn.functional.domain.specific import record_empty
+from lightning_bn.functional.domain.specific import DomainAssignment, DomainSource, record_empty, uses_batch_stats
 from lightning_bn.functional.domain.tensors import Choices
 from lightning_bn.layers.behavior import Behavior, has_behavior
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.core.compiler import disable_compile
-from lightning_bn.functional.domain.assignment import (
+from lightning_bn.functional.domain.specific import (
     DomainAssignment,
     DomainSource,
     is_recomputing,

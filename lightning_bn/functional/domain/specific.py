@@ -1,32 +1,86 @@
 """The behavior of a layer with domains: it uses the statistics, or the affine, of its input's domain (Sec. 5.2).
 
-The layer's own running statistics are updated as if there were one domain: an EMA over the batches of all domains.
+`Datasets` and `Levels` say of which domain an input is. The layer's own running statistics are updated as if there were
+one domain: an EMA over the batches of all domains.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.moments import Moments, batch_statistics
-from lightning_bn.functional.domain.assignment import (
-    DomainAssignment,
-    DomainSource,
-    batch_mode_of,
-    is_recomputing,
-    uses_batch_stats,
-)
-from lightning_bn.functional.domain.tensors import AFFINE, OWN_STATISTICS, statistics_of
-from lightning_bn.layers.batch_mode import forward_with_buffers
-from lightning_bn.layers.behavior import Behavior, has_behavior
+from lightning_bn.functional.domain.tensors import AFFINE, OWN_STATISTICS, Choices, statistics_of
+from lightning_bn.layers.batch_mode import BatchMode, forward_with_buffers
+from lightning_bn.layers.behavior import Behavior, behaviors_of, has_behavior
 from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
+
+
+@dataclass
+class DomainAssignment:
+    """The domains of a layer's current input.
+
+    Attributes:
+        domain: The domain; or the domain of each index of the input along ``dim``, a single one for all of them.
+        dim: 0 for samples, 2 for concatenated levels.
+        parts: Number of inputs into which the batch is split, one per domain.
+        moments: Those of the parts so far.
+    """
+
+    domain: int | Tensor
+    dim: int = 0
+    parts: int = 1
+    moments: list[Moments] = field(default_factory=list)
+
+
+class DomainSource(ABC):
+    """Knows the domains of the current inputs of ``layers`` (layer -> qualified name)."""
+
+    def __init__(self, layers: dict[_BatchNorm, str], choices: Choices) -> None:
+        self.layers, self.choices = layers, choices
+
+    @abstractmethod
+    def behaviors(self) -> Sequence[tuple[nn.Module, Behavior]]:
+        """The behaviors that find the domains out, each with its module, innermost first."""
+
+    @abstractmethod
+    def unknown(self, layer: nn.Module) -> RuntimeError:
+        """The error for an input whose domains are not known."""
+
+    def use(self, assignment: DomainAssignment) -> AbstractContextManager[None]:
+        return set_entry(_ASSIGNMENTS, self, assignment)
+
+    def current(self) -> DomainAssignment | None:
+        return _ASSIGNMENTS.get({}).get(self)
+
+    def assignment(self, layer: _BatchNorm) -> DomainAssignment:
+        current = self.current()
+        if current is None:
+            raise self.unknown(layer)
+        return current
+
+
+_ASSIGNMENTS: ContextVar[dict[DomainSource, DomainAssignment]] = ContextVar("assignment in use, of each source")
+
+
+@contextmanager
+def set_entry(variable: ContextVar[dict[Any, Any]], key: Any, value: Any) -> Iterator[None]:
+    """Set an entry within a block and in this context alone: each of several forwards in lockstep has its own."""
+    token = variable.set({**variable.get({}), key: value})
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class DomainSpecific(Behavior):
@@ -132,6 +186,24 @@ class DomainSpecific(Behavior):
         if stored != channels:
             found = f"stores statistics of {stored} channels but normalizes {channels}"
             raise TypeError(f"Layer {self._names[layer]!r} {found}. Leave it out by layers=.")
+
+
+def uses_batch_stats(layer: _BatchNorm) -> bool:
+    """Return True if the layer currently normalizes with batch statistics."""
+    batch_mode = batch_mode_of(layer)
+    if batch_mode is not None:
+        return batch_mode.is_by_batch(layer)
+    return layer.training and not has_behavior(layer, "frozen")
+
+
+def batch_mode_of(layer: _BatchNorm) -> BatchMode | None:
+    """The layer's batch mode, in a pass."""
+    return next((b for b in behaviors_of(layer) if isinstance(b, BatchMode)), None)
+
+
+def is_recomputing() -> bool:
+    """Return True inside a backward: activation checkpointing runs a forward again, whose moments were recorded."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def record_empty(layer: _BatchNorm, domain: int | None) -> None:
