@@ -51,8 +51,7 @@ def adapt_bn(
 
     Args:
         model: The model. ``DistributedDataParallel`` is unwrapped.
-        batches: Any iterable of unlabelled batches of the target domain. Under torch.distributed every rank calls this,
-            each with its own batches, in any number; all get the same statistics.
+        batches: Any iterable of unlabelled batches of the target domain; under torch.distributed, each rank's own.
         prior_samples: Number of samples $N$ that the stored statistics are worth; 0 ignores them.
         forward: ``forward(model, batch)`` runs the model on a batch; as for `precise_bn`, like the next three.
         num_samples: Number of samples of all ranks, in whole batches; None takes all.

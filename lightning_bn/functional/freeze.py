@@ -24,9 +24,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
     The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$ in any mode, and keeps
     its identity and its state dict.
 
-    When it helps: fine-tuning, and the last epochs of a training with normalization batches of 8 samples or fewer. When
-    it does not help: from 16 samples on it costs accuracy (Fig. 5 and 6), and a network cannot be trained from the
-    start with frozen statistics.
+    When it helps: fine-tuning, and the last epochs of training with normalization batches of 8 samples or fewer. When
+    it does not: from 16 samples on it costs accuracy (Fig. 5 and 6), and no network trains with it from the start.
 
     Args:
         model: The model.

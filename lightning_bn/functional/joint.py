@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from lightning_bn.core.micro_batches import MISSING, MicroBatch
 from lightning_bn.core.ranks import get_rank
@@ -15,30 +16,25 @@ _MEMORY_SHARE = 0.5
 """Share of the free memory that joint batches may take."""
 
 
+@dataclass(frozen=True)
 class JointBatches:
     """Runs batches jointly, in groups of ``target`` samples of all ranks.
 
     With ``fits_memory`` it takes smaller groups, with a warning, rather than more than half of the free memory.
-    ``advance`` advances the progress display by a number of samples.
     """
 
-    def __init__(
-        self,
-        pooled: PooledForward,
-        profile: ModelProfile,
-        target: float,
-        fits_memory: bool,
-        advance: Callable[[int], None],
-    ) -> None:
-        self.pooled, self._profile, self._target = pooled, profile, target
-        self._fits_memory, self._advance = fits_memory, advance
+    pooled: PooledForward
+    profile: ModelProfile
+    target: float
+    fits_memory: bool
+    advance: Callable[[int], None]  # the progress display, by a number of samples
 
     def run(self, first: MicroBatch, steps: Iterator[MicroBatch]) -> list[MicroBatch]:
         """Run a group that begins with ``first``; returns it, or nothing if memory suffices only for one batch."""
-        max_batches: float = self._target  # which have a sample each
-        if self._fits_memory:
+        max_batches: float = self.target  # which have a sample each
+        if self.fits_memory:
             max_batches = self.pooled.max_batches(first, _MEMORY_SHARE)
-            if first.global_size * max_batches < self._target:
+            if first.global_size * max_batches < self.target:
                 self._warn(first, int(max_batches))
         if max_batches == 1:
             return []
@@ -50,25 +46,25 @@ class JointBatches:
                 group.append(step)
                 if step.batch is not MISSING:
                     yield step
-                if sum(m.global_size for m in group) >= self._target or len(group) >= max_batches:
+                if sum(m.global_size for m in group) >= self.target or len(group) >= max_batches:
                     return
 
         def show(share: float) -> None:
             nonlocal shown
             done = int(share * sum(m.global_size for m in group))
-            self._advance(done - shown)
+            self.advance(done - shown)
             shown = done
 
         self.pooled.run(fetched(), show)
         return group
 
     def _warn(self, first: MicroBatch, max_batches: int) -> None:
-        needed = self._target / first.global_size * self.pooled.memory(first)
+        needed = self.target / first.global_size * self.pooled.memory(first)
         warn_once(
-            self._profile,
+            self.profile,
             "memory",
             f"A pass takes normalization batches of {max_batches * first.global_size} samples, not of "
-            f"{self._target:.0f}, which would take {needed / 1e9:.1f} GB on each rank, more than half of the "
+            f"{self.target:.0f}, which would take {needed / 1e9:.1f} GB on each rank, more than half of the "
             f"{self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in depth (paper, Table 2): "
             "pass memory_limit= to move the rest to disk, or normalization_batch_size='loader' to accept that.",
         )

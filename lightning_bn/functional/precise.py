@@ -46,26 +46,24 @@ def precise_bn(
 
     $$\mu_{pop} = E[\mu_B], \qquad \sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2.$$
 
-    Only BatchNorm is in batch mode: everything else runs in eval mode (dropout is off), without gradients. Layers that
-    are frozen, not chosen or not reached keep their statistics. A layer counts as frozen if `freeze_bn` or
-    ``BaseFinetuning`` froze it, or if it is in eval mode while ``model`` is in train mode.
+    Everything but BatchNorm runs in eval mode (dropout is off), without gradients. Layers that are frozen, not chosen
+    or not reached keep their statistics. A layer counts as frozen if `freeze_bn` or ``BaseFinetuning`` froze it, or if
+    it is in eval mode while ``model`` is in train mode.
 
-    When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
-    (Sec. 3.3).
+    When it does not help: with large i.i.d. batches, one domain and a converged model, the EMA is as good (Sec. 3.3).
 
     Args:
         model: The model. ``DistributedDataParallel`` is unwrapped: its buffer broadcast must not run here.
-        batches: Any iterable of batches. Under torch.distributed every rank calls this, each with its own batches, in
-            any number.
+        batches: Any iterable of batches. Under torch.distributed every rank calls this, with any number of its own.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Number of samples of all ranks, in whole batches; 1e3 to 1e4 suffice (Table 1). None takes all.
         normalization_batch_size: Samples of all ranks that a layer normalizes jointly, in whole batches: B of Table 2.
             Small ones accumulate error in depth. ``"loader"`` takes the batches as they come, each rank its own.
-            ``"population"`` normalizes all of them jointly, which is exact. ``"auto"`` decides by the first batch: if
-            every rank's holds 32 samples or more, as ``"loader"``; else, jointly until there are 100 samples, or as
-            many as fit into half of the free memory. Batches that are normalized jointly wait for each other at every
-            layer (lockstep). A layer that is called several times in a forward normalizes each call by itself.
+            ``"population"`` normalizes all of them jointly, which is exact. ``"auto"`` is ``"loader"`` if every rank's
+            first batch holds 32 samples or more; else 100, or as many as fit into half of the free memory. Batches that
+            are normalized jointly wait for each other at every layer (lockstep). A layer that is called several times
+            in a forward normalizes each call by itself.
         tolerance: Stop before ``num_samples``, as soon as the standard errors of every layer's means (in sigma) and
             variances (relative) are below it. None never stops early.
         memory_limit: Bytes that batches waiting for each other may take on each rank. The rest is moved to the host's
