@@ -68,9 +68,8 @@ def adapt_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import adapt_bn
-        >>> model = nn.Sequential(nn.BatchNorm1d(1)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1)).eval()
         >>> with adapt_bn(model, [torch.tensor([[4.0], [8.0]])], prior_samples=2):
         ...     model[0].running_mean, model[0].running_var
         (tensor([3.]), tensor([2.5000]))

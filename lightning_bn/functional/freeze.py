@@ -42,9 +42,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import freeze_bn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8)).train()
         >>> x = torch.randn(16, 4)
         >>> with freeze_bn(model):
         ...     frozen = model(x)

@@ -58,9 +58,8 @@ def ghost_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import ghost_bn
-        >>> model = nn.Sequential(nn.BatchNorm1d(1))
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
         >>> x = torch.tensor([[0.0], [10.0], [2.0], [14.0]])
         >>> with ghost_bn(model, size=2):  # samples 0 and 2, samples 1 and 3
         ...     model(x).flatten()

@@ -90,10 +90,9 @@ def batch_leakage(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import batch_leakage
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> samples = torch.randn(1024, 4)
         >>> batch_leakage(model, samples.split(32)).p_value > 0.01
         True

@@ -40,9 +40,8 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import mini_batch_inference
-        >>> model = nn.Sequential(nn.BatchNorm1d(1, affine=False)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False)).eval()
         >>> x = torch.tensor([[1.0], [3.0]])
         >>> with mini_batch_inference(model) as handle:
         ...     model(x).flatten(), model(x[:1]).flatten(), handle.fallbacks

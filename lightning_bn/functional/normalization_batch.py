@@ -18,7 +18,7 @@ from lightning_bn.layers.find import Layers, find_bn
 def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers = None) -> dict[str, float]:
     """Return how many samples each BatchNorm layer normalizes together in training, as it is set up now.
 
-    In the paper's Fig. 5 and 6 error rises below 16, steeply from 8 down, where FrozenBN helps; above 128 only a little.
+    Error rises below 16, steeply from 8 down, where FrozenBN helps, and a little above 128 (paper, Fig. 5 and 6).
 
     | layer | NBS |
     |---|---|

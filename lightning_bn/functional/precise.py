@@ -85,9 +85,8 @@ def precise_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import precise_bn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> statistics = precise_bn(model, torch.randn(20, 50, 4))  # 20 batches of 50 samples
         >>> statistics
         PopulationStatistics(1 layers, 1000 samples in 20 batches)

@@ -133,9 +133,8 @@ def domain_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import domain_bn
-        >>> model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, momentum=None))
         >>> choices = {"train_statistics": "domain", "population_statistics": "domain", "affine": "shared"}
         >>> handle = domain_bn(model, num_domains=2, **choices)
         >>> for domain, x in enumerate(([[0.0], [2.0]], [[10.0], [14.0]])):
