@@ -28,8 +28,9 @@ def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers =
     | under `domain_bn` with ``train_statistics="domain"`` and domains per sample | its largest domain's |
     | frozen by `freeze_bn`, or in eval mode | NaN: it uses the population statistics |
 
-    It counts samples: a layer in a detector's head gets many rows per sample, and a layer on rows ``(N, C)`` makes
-    ghost batches of at least two. If the model itself is in eval mode, all of its layers count as in train mode.
+    Gradient accumulation and the number of devices do not change it. It counts samples: a layer in a detector's head
+    gets many rows per sample, and a layer on rows ``(N, C)`` makes ghost batches of at least two. If the model itself
+    is in eval mode, all of its layers count as in train mode.
 
     Args:
         model: The model.
