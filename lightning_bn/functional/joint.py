@@ -63,7 +63,7 @@ class JointBatches:
         warn_once(
             self.profile,
             "memory",
-            f"A pass takes normalization batches of {max_batches * first.global_size} samples, not of "
+            f"Population statistics are of normalization batches of {max_batches * first.global_size} samples, not of "
             f"{self.target:.0f}, which would take {needed / 1e9:.1f} GB on each rank, more than half of the "
             f"{self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in depth (paper, Table 2): "
             "pass memory_limit= to move the rest to disk, or normalization_batch_size='loader' to accept that.",
