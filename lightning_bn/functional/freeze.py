@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,11 @@ from lightning_bn.layers.frozen import Frozen
 def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) -> Handle:
     r"""Make BatchNorm layers normalize with their stored population statistics, in training as in evaluation.
 
-    The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$, whatever
-    ``.train()`` or ``.eval()`` is called later. The layers keep their identity and their state dict.
+    The layer becomes the constant affine map $y = \gamma (x - \mu_{pop}) / \sigma_{pop} + \beta$ in any mode, and keeps
+    its identity and its state dict.
 
-    When it helps: fine-tuning, and the last epochs of a training with normalization batches of 8 samples or fewer. When
-    it does not help: from 16 samples on it costs accuracy (Fig. 5 and 6), and a network cannot be trained from the
-    start with frozen statistics.
+    When it helps: fine-tuning, and the last epochs of training with normalization batches of 8 samples or fewer. When
+    it does not: from 16 samples on it costs accuracy (Fig. 5 and 6), and no network trains with it from the start.
 
     Args:
         model: The model.
@@ -42,9 +42,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import freeze_bn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8)).train()
         >>> x = torch.randn(16, 4)
         >>> with freeze_bn(model):
         ...     frozen = model(x)
@@ -53,7 +52,8 @@ def freeze_bn(model: nn.Module, *, layers: Layers = None, affine: bool = False) 
     """
     chosen = storing_layers(model, layers)
     check_conflicts(chosen, "frozen")
-    also = [register_optimizer_step_pre_hook(_gradient_dropper(chosen.values())).remove] if affine else []
+    hook = partial(_before_step, affine_of(chosen.values()))
+    also = [register_optimizer_step_pre_hook(hook).remove] if affine else []
     return Handle(chosen.values(), Frozen(), also)
 
 
@@ -66,10 +66,8 @@ def affine_of(layers: Iterable[_BatchNorm]) -> list[Tensor]:
 def check_lbfgs(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:
     """Raise TypeError if the optimizer is LBFGS and holds frozen parameters: it moves them without a gradient."""
     if isinstance(optimizer, torch.optim.LBFGS) and _frozen_in(optimizer, frozen):
-        raise TypeError(
-            "affine=True cannot freeze parameters that LBFGS optimizes: it moves all of them together along past "
-            "gradients. Give it parameters without the affine ones, or use another optimizer."
-        )
+        advice = "Give it parameters without the affine ones, or use another optimizer."
+        raise TypeError(f"affine=True cannot freeze parameters of LBFGS, which moves along past gradients. {advice}")
 
 
 def drop_gradients(optimizer: Optimizer, frozen: Iterable[Tensor]) -> None:
@@ -84,23 +82,18 @@ def _frozen_in(optimizer: Optimizer, frozen: Iterable[Tensor]) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if id(p) in ids]
 
 
-def _gradient_dropper(layers: Iterable[_BatchNorm]) -> Callable[..., Any]:
-    """An optimizer step pre-hook. It also wraps the closure, which computes gradients within the step."""
-    frozen = affine_of(layers)
+def _before_step(frozen: Iterable[Tensor], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook before an optimizer's step. It also wraps the closure, which computes gradients within the step."""
+    drop_gradients(optimizer, frozen)
+    itself, closure, *rest = (*args, None) if len(args) == 1 else args
+    closure = kwargs.get("closure", closure)
+    if closure is None:
+        return None
 
-    def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def closure_without_gradients() -> Any:
+        loss = closure()
         drop_gradients(optimizer, frozen)
-        itself, closure, *rest = (*args, None) if len(args) == 1 else args
-        closure = kwargs.get("closure", closure)
-        if closure is None:
-            return None
+        return loss
 
-        def closure_without_gradients() -> Any:
-            loss = closure()
-            drop_gradients(optimizer, frozen)
-            return loss
-
-        others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (itself, closure_without_gradients, *rest), others
-
-    return before_step
+    others = {key: value for key, value in kwargs.items() if key != "closure"}
+    return (itself, closure_without_gradients, *rest), others

@@ -31,22 +31,20 @@ def ghost_bn(
     r"""Make BatchNorm layers normalize groups ("ghosts") of the training batch, each with its own statistics.
 
     For sample $i$ in group $B_k$: $y_i = \gamma (x_i - \mu_{B_k}) / \sigma_{B_k} + \beta$. Only normalization in
-    training changes. Running statistics are updated once per forward, from the whole batch. `precise_bn` normalizes
-    whole batches.
-
-    A batch of $N$ samples is divided into $\lceil N / size \rceil$ or ``splits`` groups. Group sizes differ by at most
-    one: 33 samples at ``size=32`` make groups of 17 and 16. Each group has at least two values per channel.
+    training changes: running statistics are updated once per forward, from the whole batch, and `precise_bn` normalizes
+    whole batches. A batch of $N$ samples is divided into $\lceil N / size \rceil$ or ``splits`` groups, whose sizes
+    differ by at most one (33 samples at ``size=32``: 17 and 16), each with at least two values per channel.
 
     It regularizes large device batches (more than about 128 samples), and separates samples that leak information
-    about each other. Groups of 8 or fewer cost accuracy (paper, Fig. 5). ``torch.compile`` recompiles for each new
-    batch size. Costs are in benchmarks/RESULTS.md.
+    about each other. It does not help small ones: groups of 8 or fewer cost accuracy (paper, Fig. 5).
+    ``torch.compile`` recompiles for each new batch size. Costs are in benchmarks/RESULTS.md.
 
     Args:
         model: The model.
         size: Maximum number of samples in a group; the paper uses 32. Give either this or ``splits``.
         splits: Number of groups.
-        grouping: ``"interleaved"``: sample i belongs to group i modulo the number of groups, which separates neighbors
-            in an ordered batch (c0, c0, c1, c1, ...). ``"contiguous"``: groups are runs of samples.
+        grouping: ``"interleaved"``: sample i is in group i modulo the number of groups, which separates neighbors in an
+            ordered batch. ``"contiguous"``: groups are runs of samples.
         layers: Glob patterns over qualified layer names; None selects every BatchNorm layer.
 
     Returns:
@@ -60,9 +58,8 @@ def ghost_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import ghost_bn
-        >>> model = nn.Sequential(nn.BatchNorm1d(1))
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
         >>> x = torch.tensor([[0.0], [10.0], [2.0], [14.0]])
         >>> with ghost_bn(model, size=2):  # samples 0 and 2, samples 1 and 3
         ...     model(x).flatten()
@@ -136,12 +133,13 @@ class Ghost(Behavior):
         if groups == 1:
             return call.run()
         rows, larger = divmod(samples, groups)
+        wide = x.dtype if x.dtype.itemsize > 2 else torch.float32
         if self._grouping == "interleaved" and not larger and x.is_contiguous():
-            counts = x.new_full((groups, 1), values // groups, dtype=_wide(x))
+            counts = x.new_full((groups, 1), values // groups, dtype=wide)
             output, mean, var = _batch_norm_of_view(call, counts)
         else:
             sizes = rows + (torch.arange(groups, device=x.device) < larger)
-            counts = (sizes * (values // samples)).to(_wide(x)).unsqueeze(1)
+            counts = (sizes * (values // samples)).to(wide).unsqueeze(1)
             function = _differentiable if torch.compiler.is_compiling() else _GroupedBatchNorm.apply
             output, mean, var = function(x, call.weight, call.bias, self.normalization_groups(x), counts, call.eps)
         if call.running_mean is not None and call.running_var is not None:
@@ -186,7 +184,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor, counts: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         space = list(range(2, x.ndim))
-        mean = _sum_groups(_sum(x, counts.dtype), group, counts) / counts
+        mean = _sum_groups(x, group, counts) / counts
         y = x - _expand(mean, group, x)
         squares = torch.linalg.vector_norm(y, dim=space).square() if space else y.square()
         var = _sum_groups(squares, group, counts) / counts
@@ -209,8 +207,8 @@ class _GroupedBatchNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             return *(next(found) if needs else None for needs in needed[:3]), None, None, None
         grad_x = (x - _expand(mean, group, x)).mul_(grad)
-        by_one = _sum_groups(_sum(grad, counts.dtype), group, counts)
-        by_xhat = _sum_groups(_sum(grad_x, counts.dtype), group, counts) / sigma
+        by_one = _sum_groups(grad, group, counts)
+        by_xhat = _sum_groups(grad_x, group, counts) / sigma
         # scale * (grad - by_one / n - xhat * by_xhat / n) as factors of grad, of x and of 1
         of_x = -scale * by_xhat / (sigma * counts)
         of_one = -scale * by_one / counts - of_x * mean
@@ -225,28 +223,21 @@ def _differentiable(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor, counts: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_GroupedBatchNorm` by operations that autograd can differentiate twice and torch.compile fuses."""
-    mean = _sum_groups(_sum(x, counts.dtype), group, counts) / counts
+    mean = _sum_groups(x, group, counts) / counts
     y = x - _expand(mean, group, x)
-    var = _sum_groups(_sum(y.square(), counts.dtype), group, counts) / counts
+    var = _sum_groups(y.square(), group, counts) / counts
     y = y / _expand((var + eps).sqrt(), group, x)
     weight, bias = (p if p is None else p.view(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype), mean, var
 
 
-def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of each sample and channel."""
-    return x.sum(list(range(2, x.ndim)), dtype=dtype) if x.ndim > 2 else x.to(dtype)
-
-
-def _sum_groups(sums: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+def _sum_groups(x: Tensor, group: Tensor, counts: Tensor) -> Tensor:
+    """Sums of each group and channel."""
+    sums = x.sum(list(range(2, x.ndim)), dtype=counts.dtype) if x.ndim > 2 else x.to(counts.dtype)
     return sums.new_zeros(len(counts), sums.shape[1]).index_add_(0, group, sums)
 
 
 def _expand(statistics: Tensor, group: Tensor, like: Tensor) -> Tensor:
     """Statistics of each sample's group, to be broadcast over an input."""
     return statistics[group].view(*like.shape[:2], *[1] * (like.ndim - 2))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype.itemsize > 2 else torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from lightning_bn.core.micro_batches import MISSING, MicroBatch
 from lightning_bn.core.ranks import get_rank
@@ -15,82 +16,58 @@ _MEMORY_SHARE = 0.5
 """Share of the free memory that joint batches may take."""
 
 
+@dataclass(frozen=True)
 class JointBatches:
-    """Runs groups of batches jointly.
+    """Runs batches jointly, in groups of ``target`` samples of all ranks.
 
-    Args:
-        pooled: Runs the micro-batches of a group.
-        profile: Facts about the model, the warnings that were given among them.
-        target: Samples of all ranks in a group.
-        fits_memory: Take smaller groups, with a warning, rather than more than half of the free memory.
-        advance: Advances the progress display by a number of samples.
+    With ``fits_memory`` it takes smaller groups, with a warning, rather than more than half of the free memory.
     """
 
-    def __init__(
-        self,
-        pooled: PooledForward,
-        profile: ModelProfile,
-        target: float,
-        fits_memory: bool,
-        advance: Callable[[int], None],
-    ) -> None:
-        self.pooled, self._profile, self._target = pooled, profile, target
-        self._fits_memory, self._advance = fits_memory, advance
+    pooled: PooledForward
+    profile: ModelProfile
+    target: float
+    fits_memory: bool
+    advance: Callable[[int], None]  # the progress display, by a number of samples
 
     def run(self, first: MicroBatch, steps: Iterator[MicroBatch]) -> list[MicroBatch]:
         """Run a group that begins with ``first``; returns it, or nothing if memory suffices only for one batch."""
-        max_batches: float = self._target  # which have a sample each
-        if self._fits_memory:
+        max_batches: float = self.target  # which have a sample each
+        if self.fits_memory:
             max_batches = self.pooled.max_batches(first, _MEMORY_SHARE)
-            if first.global_size * max_batches < self._target:
+            if first.global_size * max_batches < self.target:
                 self._warn(first, int(max_batches))
         if max_batches == 1:
             return []
-        group = _BatchGroup(itertools.chain([first], steps), self._target, max_batches, self._advance)
-        self.pooled.run(group, group.progress)
-        return group.batches
+        group: list[MicroBatch] = []
+        shown = 0
+
+        def fetched() -> Iterator[MicroBatch]:
+            for step in itertools.chain([first], steps):
+                group.append(step)
+                if step.batch is not MISSING:
+                    yield step
+                if sum(m.global_size for m in group) >= self.target or len(group) >= max_batches:
+                    return
+
+        def show(share: float) -> None:
+            nonlocal shown
+            done = int(share * sum(m.global_size for m in group))
+            self.advance(done - shown)
+            shown = done
+
+        self.pooled.run(fetched(), show)
+        return group
 
     def _warn(self, first: MicroBatch, max_batches: int) -> None:
-        needed = self._target / first.global_size * self.pooled.memory(first)
+        needed = self.target / first.global_size * self.pooled.memory(first)
         warn_once(
-            self._profile,
+            self.profile,
             "memory",
-            f"Population statistics are estimated with normalization batches of {max_batches * first.global_size} "
-            f"samples, not of {self._target:.0f}: those would keep about {needed / 1e9:.1f} GB alive on each rank, "
-            f"more than half of the {self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in "
-            "depth (paper, Table 2): pass memory_limit= to move the rest to disk, or "
-            "normalization_batch_size='loader' to accept that.",
+            f"Population statistics are of normalization batches of {max_batches * first.global_size} samples, not of "
+            f"{self.target:.0f}, which would take {needed / 1e9:.1f} GB on each rank, more than half of the "
+            f"{self.pooled.free() / 1e9:.1f} GB that are free. Small ones accumulate error in depth (paper, Table 2): "
+            "pass memory_limit= to move the rest to disk, or normalization_batch_size='loader' to accept that.",
         )
-
-
-class _BatchGroup:
-    """Steps that are normalized jointly: until they hold ``target`` samples, or there are ``max_batches``.
-
-    Attributes:
-        batches: Those fetched so far.
-    """
-
-    def __init__(
-        self, steps: Iterator[MicroBatch], target: float, max_batches: float, advance: Callable[[int], None]
-    ) -> None:
-        self._steps, self._target, self._max_batches, self._advance = steps, target, max_batches, advance
-        self.batches: list[MicroBatch] = []
-        self._shown = 0
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        while sum(m.global_size for m in self.batches) < self._target and len(self.batches) < self._max_batches:
-            micro_batch = next(self._steps, None)
-            if micro_batch is None:
-                return
-            self.batches.append(micro_batch)
-            if micro_batch.batch is not MISSING:
-                yield micro_batch
-
-    def progress(self, share: float) -> None:
-        """Advance the progress display to the share of the work that is done."""
-        done = int(share * sum(m.global_size for m in self.batches))
-        self._advance(done - self._shown)
-        self._shown = done
 
 
 def warn_once(profile: ModelProfile, subject: str, message: str) -> None:

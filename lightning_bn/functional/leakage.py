@@ -64,12 +64,11 @@ def batch_leakage(
 
     $$ICC = \frac{MS_B - MS_W}{MS_B + (m - 1) MS_W}$$
 
-    with $MS_B$, $MS_W$ the mean squares between and within normalization batches of $m$ samples. The most extreme layer
-    is compared with up to 19,999 random regroupings of the same rows. Layers with other rows are tested separately, and
-    their p-values are combined (Bonferroni). A normalization batch is what the layer normalizes together in training:
-    `ghost_bn`, `sync_bn` and SyncBatchNorm count. Several rows of a sample (tokens, views) are averaged; the batch is
-    then run once more to assign rows to samples. If each normalization batch is a single sample's rows, rows are
-    compared.
+    with $MS_B$, $MS_W$ the mean squares between and within normalization batches of $m$ samples: what the layer
+    normalizes together in training, with `ghost_bn`, `sync_bn` and SyncBatchNorm. The most extreme layer is compared
+    with up to 19,999 random regroupings of the same rows; p-values of layers with other rows are combined (Bonferroni).
+    Several rows of a sample (tokens, views) are averaged; the batch is then run once more to assign rows to samples. If
+    each normalization batch is a single sample's rows, rows are compared.
 
     When it does not help: it does not measure the cost of leakage. It needs about 4000 samples in 4 batches or more.
 
@@ -77,8 +76,7 @@ def batch_leakage(
         model: The model. ``DistributedDataParallel`` is unwrapped.
         batches: Finitely many batches, composed as in training. Under torch.distributed every rank passes its own;
             the test ends with the rank that has the fewest.
-        forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
-            its first element if that is a tuple or list, or with it as keywords if it is a mapping.
+        forward: ``forward(model, batch)`` runs the model on a batch; None calls it as `precise_bn` does.
         layers: Glob patterns over qualified layer names; None tests every BatchNorm layer that is not frozen.
         batch_size_fn: Number of samples in a batch; None takes the first size of tensors, or the length of a list.
 
@@ -92,10 +90,9 @@ def batch_leakage(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import batch_leakage
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> samples = torch.randn(1024, 4)
         >>> batch_leakage(model, samples.split(32)).p_value > 0.01
         True
@@ -125,19 +122,7 @@ def measure_leakage(
     *,
     seed: int = 0,
 ) -> BatchLeakage:
-    """Run batches through a model in eval mode and test the inputs of ``layers``.
-
-    Args:
-        layers: Qualified name -> layer.
-        batches: This rank's batches.
-        run: Runs the model on one batch.
-        batch_size_fn: Number of samples in a batch.
-        seed: Seed of the regroupings.
-
-    Raises:
-        ValueError: If there is nothing to compare.
-        RuntimeError: If another rank failed.
-    """
+    """Run batches through a model in eval mode and test the inputs of ``layers``; see `batch_leakage`."""
     rows = RowMeans(layers)
     device = next(iter(layers.values())).running_mean.device  # type: ignore[union-attr]  # estimable layers have one
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), Handle(layers.values(), rows):
@@ -152,8 +137,8 @@ def measure_leakage(
                 samples = batch_size_fn(batch)
                 rows.next_batch(samples)
                 run(batch)
-            needs_probe, *_ = sum_over_ranks([rows.needs_probe], device)
-            if needs_probe:  # on any rank: all run the model again, since its forward may contain collectives
+            unknown, *_ = sum_over_ranks([bool(rows.unknown)], device)
+            if unknown:  # on any rank: all run the model again, since its forward may contain collectives
                 with agreed(device):
                     rows.probe(partial(run, _rolled(batch, samples)))
     return _test_on_rank_zero(layers, rows, seed)
@@ -163,10 +148,8 @@ def left_out_message(left_out: Mapping[str, str]) -> str:
     """A sentence that names the layers left out, why, and what to do."""
     name, reason = next(iter(left_out.items()))
     others = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-    return (
-        f"Layer {name!r}{others} is left out: {reason}. If samples were miscounted, pass batch_size_fn=, a function "
-        "from batch to number of samples."
-    )
+    advice = "If samples were miscounted, pass batch_size_fn=, a function from batch to number of samples."
+    return f"Layer {name!r}{others} is left out: {reason}. {advice}"
 
 
 def _rolled(batch: Any, samples: int) -> Any:
@@ -187,30 +170,29 @@ def _rolled(batch: Any, samples: int) -> Any:
 def _test_on_rank_zero(layers: Mapping[str, _BatchNorm], rows: RowMeans, seed: int) -> BatchLeakage:
     """Test the rows of all ranks on rank 0 and share its result: processors may differ in the last bits."""
     own = [[name in rows.left_out, sum(name == n for n, _ in rows.rows), rows.eps.get(name, 0.0)] for name in layers]
-    is_left_out, calls, eps = gather_rows(torch.tensor([own], dtype=torch.float64)).amax(0).T.tolist()
+    of_all = gather_rows(torch.tensor([own], dtype=torch.float64)).amax(0).tolist()
     reason = "another rank cannot assign its rows to samples"
-    left_out = {name: rows.left_out.get(name, reason) for name, left in zip(layers, is_left_out, strict=True) if left}
-    numbers = dict(zip(layers, calls, strict=True))
-    gathered = {
-        (name, call): _of_all_ranks(rows.rows.get((name, call), []), layers[name].num_features)
-        for name in layers
-        for call in range(int(numbers[name]))
-    }
-    names = [name for name in layers if numbers[name] and name not in left_out]
+    left_out: dict[str, str] = {}
+    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}  # means, batches and precision of each call
+    for (name, layer), (is_left_out, calls, eps) in zip(layers.items(), of_all, strict=True):
+        if is_left_out:
+            left_out[name] = rows.left_out.get(name, reason)
+        inputs = [_of_all_ranks(rows.rows.get((name, i), []), layer.num_features) for i in range(int(calls))]
+        if inputs and not is_left_out:
+            found[name] = [(*means_and_batches, eps) for means_and_batches in inputs]
     table: list[tuple[float, float]] = []
     with agreed(torch.device("cpu")):
         if get_rank() == 0:
-            tested = {key: call for key, call in gathered.items() if key[0] in names}
-            table = _table(tested, names, dict(zip(layers, eps, strict=True)), seed)
+            table = _table(found, seed)
     (p_value, _), *results = gather_rows(torch.tensor(table, dtype=torch.float64).view(-1, 2)).tolist()
-    comparable_layers = {name: row for name, row in zip(names, results, strict=True) if row[0] == row[0]}  # else NaN
-    if not comparable_layers:
+    tested = {name: row for name, row in zip(found, results, strict=True) if row[0] == row[0]}  # else NaN
+    if not tested:
         raise ValueError(
             "There is nothing to compare: a layer needs two normalization batches or more, one of them of two rows or "
-            "more, with rows that are finite and differ by more than rounding"
-            + (f", and that can be assigned to samples. {left_out_message(left_out)}" if left_out else ".")
+            "more, with rows that are finite, differ by more than rounding, and can be assigned to samples."
+            + (f" {left_out_message(left_out)}" if left_out else "")
         )
-    correlations, noises = ({name: row[i] for name, row in comparable_layers.items()} for i in (0, 1))
+    correlations, noises = ({name: row[i] for name, row in tested.items()} for i in (0, 1))
     return BatchLeakage(p_value, correlations, noises, left_out)
 
 
@@ -226,19 +208,17 @@ def _of_all_ranks(inputs: list[Rows], channels: int) -> tuple[Tensor, Tensor]:
     return by_sample(Rows(*map(gather_rows, parts)))
 
 
-def _table(
-    calls: dict[tuple[str, int], tuple[Tensor, Tensor]], names: list[str], eps: dict[str, float], seed: int
-) -> list[tuple[float, float]]:
-    """The p-value, then correlation and noise of each layer; NaN for a layer with nothing to compare."""
-    found: dict[str, tuple[float, float]] = {}
+def _table(layers: Mapping[str, list[tuple[Tensor, Tensor, float]]], seed: int) -> list[tuple[float, float]]:
+    """The p-value, then correlation and noise of each layer, from its calls; NaN if there is nothing to compare."""
+    table = []
     by_groups: dict[bytes, tuple[Tensor, list[Tensor]]] = {}  # layers with the same rows in the same groups
-    for (name, _), (means, batches) in calls.items():
-        components = leading_components(means, eps=eps[name])
-        if comparable(components, batches):
-            correlation, noise = icc(components, batches), icc_noise(components, batches)
-            if name not in found or abs(correlation / noise) > abs(found[name][0] / found[name][1]):
-                found[name] = correlation, noise
-            by_groups.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
+    for calls in layers.values():
+        found = []
+        for means, batches, eps in calls:
+            components = leading_components(means, eps=eps)
+            if comparable(components, batches):
+                found.append((icc(components, batches), icc_noise(components, batches)))
+                by_groups.setdefault(batches.numpy().tobytes(), (batches, []))[1].append(components)
+        table.append(max(found, key=lambda row: abs(row[0] / row[1]), default=(torch.nan, torch.nan)))
     p_values = [permutation_test(components, batches, seed=seed) for batches, components in by_groups.values()]
-    p_value = min(1.0, len(p_values) * min(p_values, default=1.0))
-    return [(p_value, 0.0), *(found.get(name, (torch.nan, torch.nan)) for name in names)]
+    return [(min(1.0, len(p_values) * min(p_values, default=1.0)), 0.0), *table]

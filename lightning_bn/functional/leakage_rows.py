@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -23,14 +24,14 @@ _MAX_ROWS_PER_CALL = 256
 _MAX_BATCH_SIZE = 2**20
 """Upper bound of samples in a batch, and of groups in an input: makes their numbers unique."""
 
+Call: TypeAlias = tuple[str, int]
+"""A layer's name, and the number of its call within a batch."""
+
 
 class Rows(NamedTuple):
-    """Recorded rows of an input.
+    """Means over space ``(n, C)`` of rows; numbers of their normalization batches, and of their samples, ``(n,)``.
 
-    Attributes:
-        means: Means over space, ``(n, C)``.
-        batches: Number of each row's normalization batch, ``(n,)``, unique over all ranks.
-        samples: Number of each row's sample, ``(n,)``, unique over all ranks.
+    Both numbers are unique over all ranks.
     """
 
     means: Tensor
@@ -44,11 +45,9 @@ class RowMeans(Behavior):
     If a batch of several samples has several rows per sample (tokens, views), the mean of each sample is recorded.
     `probe` finds out which rows belong to which sample. A layer for which it cannot is left out.
 
-    Args:
-        layers: Qualified name -> layer.
-
     Attributes:
-        rows: Layer name and number of its call within a batch -> rows of each input.
+        rows: Rows of each batch's input, by call.
+        unknown: Means and normalization batches of this batch's inputs whose layout is unknown: `probe` is needed.
         eps: Layer name -> machine precision of its coarsest input.
         left_out: Layer name -> why it is not tested.
     """
@@ -56,109 +55,88 @@ class RowMeans(Behavior):
     name = "row means"
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self.rows: dict[tuple[str, int], list[Rows]] = {}
+        self.rows: dict[Call, list[Rows]] = {}
+        self.unknown: dict[Call, tuple[Tensor, Tensor]] = {}
         self.eps: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
         self._names = {layer: name for name, layer in layers.items()}
         self._batch, self._samples = -1, 0
         self._calls: dict[str, int] = {}
-        # call -> number of blocks in which the samples repeat, and rows per sample when that was found
-        self._layouts: dict[tuple[str, int], tuple[int, int]] = {}
-        # call -> means and normalization batches of this batch's input with an unknown layout
-        self._unknown: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._rolled: dict[tuple[str, int], Tensor] | None = None
+        # number of blocks in which the samples repeat, and rows per sample when that was found
+        self._layouts: dict[Call, tuple[int, int]] = {}
+        self._rolled: dict[Call, Tensor] | None = None
 
     def next_batch(self, samples: int) -> None:
         """Begin the next batch, of so many samples."""
         self._batch, self._samples, self._calls = self._batch + 1, samples, {}
 
-    @property
-    def needs_probe(self) -> bool:
-        """This batch has rows with an unknown layout."""
-        return bool(self._unknown)
-
     def probe(self, run: Callable[[], object]) -> None:
-        """Find out which rows belong to which sample.
-
-        Args:
-            run: Runs the model on the same batch with each sample in the next one's place.
-        """
+        """Find out which rows belong to which sample; ``run`` runs the model on the batch rolled by one sample."""
         self._rolled, self._calls = {}, {}
         try:
             run()
-            for (name, call), (means, batches) in self._unknown.items():
-                rolled = self._rolled.get((name, call))
-                blocks = None if rolled is None else _blocks(means, rolled, self._samples, self.eps[name])
+            for (name, call), (means, batches) in self.unknown.items():
+                rolled = self._rolled.get((name, call), means[:0])
+                blocks = _blocks(means, rolled, self._samples, self.eps[name])
                 if blocks is None:
-                    unknown = f"its {len(means)} rows cannot be assigned to {self._samples} samples"
-                    self.left_out[name] = unknown
+                    self.left_out[name] = f"its {len(means)} rows cannot be assigned to {self._samples} samples"
                 else:
                     self._layouts[name, call] = blocks, len(means) // self._samples
-                    self._record(name, call, means, batches)
+                    self._record((name, call), means, batches)
         finally:
-            self._rolled, self._unknown = None, {}
+            self._rolled, self.unknown = None, {}
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
-        """Record the input of the layer's ``batch_norm`` call."""
-        called = False
-
-        def recorded(call: BatchNormCall) -> Tensor:
-            nonlocal called
-            called = True
-            self._read(layer, call.input)
-            return call.run()
-
-        output = replace_batch_norm(recorded, self._names[layer], forward, input, required=False)
-        if not called:
-            self.left_out[self._names[layer]] = "its forward does not call torch.nn.functional.batch_norm"
+        name = self._names[layer]
+        before = self._calls.get(name)
+        read = partial(self._read, layer, name)
+        output = replace_batch_norm(read, name, forward, input, required=False)
+        if self._calls.get(name) == before:
+            self.left_out[name] = "its forward does not call torch.nn.functional.batch_norm"
         return output
 
-    def _read(self, layer: _BatchNorm, input: Tensor) -> None:
-        name = self._names[layer]
-        call = self._calls[name] = self._calls.get(name, -1) + 1
-        if not len(input) or name in self.left_out:
-            return
-        rows = input.detach().to(torch.promote_types(input.dtype, torch.float32))
-        means = rows.flatten(2).mean(-1) if rows.ndim > 2 else rows
-        if self._rolled is not None:
-            self._rolled[name, call] = means
-            return
-        self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
-        first = (self._batch * get_world_size() + _first_rank(layer)) * _MAX_BATCH_SIZE
-        self._record(name, call, means, first + _groups(layer, input))
+    def _read(self, layer: _BatchNorm, name: str, call: BatchNormCall) -> Tensor:
+        input, number = call.input, self._calls.get(name, -1) + 1
+        self._calls[name] = number
+        if len(input) and name not in self.left_out:
+            rows = input.detach().to(torch.promote_types(input.dtype, torch.float32))
+            means = rows.flatten(2).mean(-1) if rows.ndim > 2 else rows
+            if self._rolled is not None:
+                self._rolled[name, number] = means
+            else:
+                self.eps[name] = max(self.eps.get(name, 0.0), torch.finfo(input.dtype).eps)
+                self._record((name, number), means, _normalization_batches(layer, input, self._batch))
+        return call.run()
 
-    def _record(self, name: str, call: int, means: Tensor, batches: Tensor) -> None:
+    def _record(self, call: Call, means: Tensor, batches: Tensor) -> None:
         per_sample, rest = divmod(len(means), max(self._samples, 1))
         if self._samples == 1 or len(means) == self._samples:
             samples = torch.arange(len(means)) % self._samples
         elif rest or not self._samples:
-            self.left_out[name] = f"{len(means)} rows of {self._samples} samples: their numbers differ"
+            self.left_out[call[0]] = f"{len(means)} rows of {self._samples} samples: their numbers differ"
             return
         else:
-            blocks, known_for = self._layouts.get((name, call), (0, 0))
+            blocks, known_for = self._layouts.get(call, (0, 0))
             if not blocks or (blocks > 1 and per_sample != known_for):  # a single block may have any length
-                self._unknown[name, call] = means, batches
+                self.unknown[call] = means, batches
                 return
-            samples = torch.arange(self._samples).repeat_interleave(per_sample // blocks).repeat(blocks)
-            means, of_rows = _means_by(samples, means), batches
-            batches = of_rows.new_zeros(self._samples).index_copy_(0, samples, of_rows)
-            if not torch.equal(batches[samples], of_rows):
-                self.left_out[name] = "a sample's rows are in several normalization batches (ghosts)"
+            places = torch.arange(self._samples).repeat_interleave(per_sample // blocks).repeat(blocks)
+            of_rows, samples = batches, torch.arange(self._samples)
+            means, batches = _means_by(places, means), of_rows.new_zeros(self._samples).index_copy_(0, places, of_rows)
+            if not torch.equal(batches[places], of_rows):
+                self.left_out[call[0]] = "a sample's rows are in several normalization batches (ghosts)"
                 return
-            samples = torch.arange(self._samples)
+
         if len(means) > _MAX_ROWS_PER_CALL:  # the same rows in all layers with as many
             generator = torch.Generator().manual_seed(self._batch)
             part = torch.randperm(len(means), generator=generator)[:_MAX_ROWS_PER_CALL]
             means, batches, samples = means[part], batches[part], samples[part]
-        samples = samples + (self._batch * get_world_size() + get_rank()) * _MAX_BATCH_SIZE
-        self.rows.setdefault((name, call), []).append(Rows(means, batches, samples))
+        samples = samples + _number(self._batch, get_rank())
+        self.rows.setdefault(call, []).append(Rows(means, batches, samples))
 
 
 def by_sample(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Means and normalization batches of samples; of rows if each normalization batch is a single sample's.
-
-    In such a batch, as in an R-CNN head on one image's regions, rows are grouped by their sample.
-    """
+    """Means and normalization batches of samples; of rows if each batch is a single sample's, as in an R-CNN head."""
     pairs, place = torch.stack([rows.batches, rows.samples], 1).unique(dim=0, return_inverse=True)
     if len(pairs) == len(rows.batches.unique()):
         return rows.means, rows.batches
@@ -185,17 +163,19 @@ def _means_by(places: Tensor, rows: Tensor) -> Tensor:
     return sums / counts.to(rows.device)[:, None]
 
 
-def _groups(layer: _BatchNorm, input: Tensor) -> Tensor:
-    """Index of each row's normalization group within the input."""
+def _normalization_batches(layer: _BatchNorm, input: Tensor, batch: int) -> Tensor:
+    """Number of each row's normalization batch, unique over all ranks."""
+    rank = get_rank()
+    if get_world_size() > 1:
+        shared = [b.group for b in behaviors_of(layer) if isinstance(b, Synced)]
+        if isinstance(layer, SyncBatchNorm):
+            shared.append(cast("ProcessGroup | None", layer.process_group))
+        rank = min(dist.get_process_group_ranks(shared[0])) if shared else rank
     groups = (behavior.normalization_groups(input) for behavior in behaviors_of(layer))
-    return next((g for g in groups if g is not None), torch.zeros(len(input), dtype=torch.long))
+    none = torch.zeros(len(input), dtype=torch.long)
+    return _number(batch, rank) + next((g for g in groups if g is not None), none)
 
 
-def _first_rank(layer: _BatchNorm) -> int:
-    """The first of the ranks that normalize together."""
-    if get_world_size() == 1:
-        return 0
-    shared = [b.group for b in behaviors_of(layer) if isinstance(b, Synced)]
-    if isinstance(layer, SyncBatchNorm):
-        shared.append(cast("ProcessGroup | None", layer.process_group))
-    return min(dist.get_process_group_ranks(shared[0])) if shared else get_rank()
+def _number(batch: int, rank: int) -> int:
+    """The first number of samples, or groups, of a rank's batch."""
+    return (batch * get_world_size() + rank) * _MAX_BATCH_SIZE

@@ -23,36 +23,24 @@ from torch import Tensor
 
 _MAX_COMPONENTS = 16
 """With 8 the test was weaker (batches of 16 classes x 2, of 80 classes of digits), with 32 and 64 not stronger."""
-
 _MAX_EXTREME = 10
 """Stop after this many regroupings at least as extreme (Besag and Clifford, 1991)."""
-
 _MAX_SUMS = 2**23
 """Sums of groups computed at once: 64 MiB."""
-
 _ROUNDING = 1e-12
 """Smaller fractions of a sum of squares count as zero."""
-
 _MIN_SPREAD = 1e-5
 """A smaller standard deviation, relative to the largest value, may be float32 rounding of equal rows: about 80
 roundings, as in sums of thousands of products. They depend on a row's position in the batch."""
-
 _EXPONENT = 1 / 8
 """Exponent of the bets in `EProcess`: small, so that one epoch with the smallest p-value suffices."""
 
 
 def leading_components(rows: Tensor, most: int = _MAX_COMPONENTS, eps: float = 0.0) -> Tensor:
-    """Leading principal components of rows ``(n, C)``, after each channel is scaled to variance one.
+    """Leading principal components ``(n, d)`` of rows ``(n, C)``, after each channel is scaled to variance one.
 
-    Channels that differ only by rounding are left out.
-
-    Args:
-        rows: Any number of rows.
-        most: Maximum number of components.
-        eps: Machine precision in which the rows were computed; matters if it is coarser than float32.
-
-    Returns:
-        ``(n, d)`` in float64, uncorrelated, with mean 0 and sum of squares 1 each. ``d`` is 0 for equal rows.
+    Each has mean 0 and sum of squares 1. Channels that differ only by rounding, in the machine precision ``eps`` of the
+    rows or in float32, are left out; ``d`` is 0 if all are.
     """
     x = rows.double()
     rounding = max(_MIN_SPREAD, eps) * x.abs().amax(0) if len(x) else 0
@@ -71,18 +59,8 @@ def leading_components(rows: Tensor, most: int = _MAX_COMPONENTS, eps: float = 0
 
 
 def icc(components: Tensor, groups: Tensor) -> float:
-    """Intra-class correlation of rows over all components.
-
-    Args:
-        components: ``(n, d)``, with mean 0 each.
-        groups: Index of each row's group, ``(n,)``.
-
-    Example:
-        >>> groups = torch.tensor([0, 0, 1, 1])
-        >>> icc(torch.tensor([[-1.0], [-1.0], [1.0], [1.0]]), groups), icc(torch.tensor([[-1.0], [1.0]] * 2), groups)
-        (1.0, -1.0)
-    """
-    sizes, x = group_sizes(groups), components.double()
+    """Intra-class correlation of rows over all components ``(n, d)``, each of mean 0, in groups ``(n,)``."""
+    sizes, x = _sizes(groups), components.double()
     between = _between(x, groups.argsort().unsqueeze(0), sizes).sum()
     within = (x.square().sum() - between).clamp(min=0)
     ms_between, ms_within = float(between) / (len(sizes) - 1), float(within) / (len(groups) - len(sizes))
@@ -91,42 +69,27 @@ def icc(components: Tensor, groups: Tensor) -> float:
 
 def icc_noise(components: Tensor, groups: Tensor) -> float:
     """Standard deviation of `icc` over random groups, for approximately normal rows."""
-    sizes = group_sizes(groups)
+    sizes = _sizes(groups)
     k, n, d = len(sizes), int(sizes.sum()), components.shape[1]
     return float((2 / d * (1 / (k - 1) + 1 / (n - k))) ** 0.5 / _typical_size(sizes))
 
 
 def comparable(components: Tensor, groups: Tensor) -> bool:
     """Return whether rows differ, and there are two groups or more, one of them of two rows or more."""
-    return components.shape[1] > 0 and 1 < len(group_sizes(groups)) < len(groups)
-
-
-def group_sizes(groups: Tensor) -> Tensor:
-    """Number of rows of each group, ``(k,)``."""
-    sizes: Tensor = groups.unique(return_counts=True)[1]
-    return sizes
+    return components.shape[1] > 0 and 1 < len(groups.unique()) < len(groups)
 
 
 def permutation_test(layers: Sequence[Tensor], groups: Tensor, permutations: int = 19_999, seed: int = 0) -> float:
-    r"""Probability that random groups of the same sizes are at least as extreme, in the most extreme layer.
+    """Probability that random groups of the same sizes are at least as extreme, in the most extreme layer.
 
-    The test is two-sided. Rows keep their places in all layers, so layers may depend on each other in any way.
-
-    Args:
-        layers: `leading_components` of each layer, ``(n, d)``; row i is the same sample in all layers.
-        groups: Index of each row's group, ``(n,)``, the same for all layers.
-        permutations: Maximum number of regroupings.
-        seed: Seed of the regroupings.
-
-    Returns:
-        An exact p-value: under random grouping it is at most p in at most a fraction p of tests.
+    It is exact: under random grouping it is at most p in at most a fraction p of tests. Row i of the components of each
+    layer is the same sample and keeps its place, so layers may depend on each other in any way.
     """
     rows = torch.cat(list(layers), 1)
-    sizes, widths = group_sizes(groups), [layer.shape[1] for layer in layers]
+    sizes, widths = _sizes(groups), [layer.shape[1] for layer in layers]
     observed = _most_extreme(rows, groups.argsort().unsqueeze(0), sizes, widths)
     generator = torch.Generator().manual_seed(seed)
-    drawn = extreme = 0
-    at_once = 25
+    drawn, extreme, at_once = 0, 0, 25
     while drawn < permutations:
         at_once = min(at_once, permutations - drawn, max(1, _MAX_SUMS // (len(sizes) * rows.shape[1])))
         orders = torch.stack([torch.randperm(len(rows), generator=generator) for _ in range(at_once)])
@@ -159,6 +122,11 @@ def _between(rows: Tensor, orders: Tensor, sizes: Tensor) -> Tensor:
     return (sums.view(len(orders), len(sizes), -1).square() / sizes.view(-1, 1)).sum(1)
 
 
+def _sizes(groups: Tensor) -> Tensor:
+    sizes: Tensor = groups.unique(return_counts=True)[1]
+    return sizes
+
+
 def _typical_size(sizes: Tensor) -> float:
     n = float(sizes.sum())
     return (n - float(sizes.square().sum()) / n) / (len(sizes) - 1)
@@ -174,27 +142,14 @@ class EProcess:
     $$E_t = \frac{1}{t + 1} + \sum_{s \le t} \frac{1}{s (s + 1)} \prod_{u = s}^{t} f(p_u).$$
 
     Without leakage the capital ever reaches $1 / \alpha$ in at most a fraction $\alpha$ of runs (Ville's inequality).
-    So the run's p-value is one over the largest capital so far.
-
-    Attributes:
-        epochs: Number of p-values so far.
-        staked: The sum in the formula.
-        largest: Largest capital so far.
-
-    Example:
-        >>> evidence = EProcess()
-        >>> for p in (0.02, 0.6, 0.01, 0.004, 0.01):
-        ...     evidence.add(p)
-        >>> round(evidence.p_value, 4)
-        0.0026
+    So the run's p-value, which never rises, is one over the largest capital so far.
     """
 
     epochs: int = 0
-    staked: float = 0.0
+    staked: float = 0.0  # the sum in the formula
     largest: float = 1.0
 
     def add(self, p_value: float) -> None:
-        """Add the p-value of an epoch."""
         self.epochs += 1
         share = 1 / (self.epochs * (self.epochs + 1))
         self.staked = (self.staked + share) * _EXPONENT * p_value ** (_EXPONENT - 1)
@@ -202,5 +157,4 @@ class EProcess:
 
     @property
     def p_value(self) -> float:
-        """p-value of the run so far; it never rises."""
         return 1 / self.largest

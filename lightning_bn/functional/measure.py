@@ -45,19 +45,7 @@ _MIN_BATCHES_FOR_STD_ERROR = 8  # the spread of 8 is known to a quarter of itsel
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """The user's numbers for a pass over data; validated once.
-
-    Attributes:
-        num_samples: Stop after so many samples of all ranks, in whole batches; None takes all batches.
-        normalization_batch_size: Samples of all ranks that are normalized jointly.
-        tolerance: Stop as soon as the standard errors of every layer are below it; None never stops early.
-        memory_limit: Bytes that batches waiting for each other may take on each rank.
-        batch_size_fn: Number of samples in a batch; None infers it.
-
-    Raises:
-        TypeError: If a value has the wrong type.
-        ValueError: If a value is out of range, or has no meaning beside another.
-    """
+    """The user's numbers for a pass over data, as `precise_bn` describes them; validated once."""
 
     num_samples: int | None = None
     normalization_batch_size: NormalizationBatchSize = "auto"
@@ -70,19 +58,14 @@ class MeasureConfig:
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, at_least=1)
         as_batch_size_fn(self.batch_size_fn)
-        size, tolerance = self.normalization_batch_size, self.tolerance
+        size, tolerance, option = self.normalization_batch_size, self.tolerance, "normalization_batch_size"
         if size not in ("auto", "loader", "population"):
             if size is None or isinstance(size, str):
-                raise ValueError(
-                    "normalization_batch_size must be a number of samples, 'auto', 'loader' (batches as they come) or "
-                    f"'population' but is {size!r}."
-                )
-            check_int("normalization_batch_size", size, at_least=1)
+                choices = "a number of samples, 'auto', 'loader' (batches as they come) or 'population'"
+                raise ValueError(f"{option} must be {choices} but is {size!r}.")
+            check_int(option, size, at_least=1)
         if self.memory_limit is not None and size == "loader":
-            raise ValueError(
-                "memory_limit= is for batches that wait for each other, and with normalization_batch_size='loader' "
-                "none does: leave one of them out."
-            )
+            raise ValueError(f"memory_limit= has no use with {option}='loader': leave one of them out.")
         if tolerance is None:
             return
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -91,8 +74,7 @@ class MeasureConfig:
             raise ValueError(f"tolerance must be above 0 but is {tolerance}.")
         if size == "population":
             raise ValueError(
-                "tolerance= needs several normalization batches to compare, and normalization_batch_size='population' "
-                "is a single one: leave one of them out."
+                f"tolerance= compares batches, and {option}='population' is a single one: leave one of them out."
             )
 
 
@@ -110,39 +92,24 @@ def measure(
 ) -> PopulationStatistics:
     """Run batches, eagerly and without gradients, and return the statistics of the inputs of ``layers``.
 
-    Writes nothing into the layers. Every rank calls this, each with its own batches, in any number.
-
-    Args:
-        layers: Qualified name -> layer.
-        batches: This rank's batches.
-        run: Runs the model on one batch.
-        config: The user's numbers.
-        profile: Facts about the model that an earlier call with it found out; this call adds its own.
-        of_training: Measure the inputs that would move the running statistics in training: layers begin each batch in
-            train mode, and what ``run`` then does to their mode, momentum or tracking is honored. If False, measure
-            all inputs, in the modes that the layers have.
-        progress: Display to show the progress on.
-
-    Raises:
-        ValueError: If there was no batch, no layer was reached, or all batches gave a layer non-finite values.
-        TypeError: If a layer's forward makes no ``batch_norm`` call.
-        LockstepError: If batches cannot be normalized jointly.
-        MemoryError: If free memory does not suffice for that.
+    Writes nothing into the layers. With ``of_training`` it measures the inputs that would move the running statistics
+    in training: layers begin each batch in train mode, and what ``run`` then does to their mode, momentum or tracking
+    is honored. Without, it measures all inputs, in the modes that the layers have.
     """
     if not layers:
         raise ValueError(_ALL_FROZEN)
-    profile = profile or ModelProfile()
-    accumulator, size = _accumulator(layers), config.normalization_batch_size
-    mode, totals = BatchMode(layers, accumulator, of_training), _Totals()
-    joint: JointBatches | None = None
-    advance: Callable[[int], Any] = lambda samples: None  # noqa: E731
-    steps = _synchronized(batches, config, layers, accumulator.device)
+    profile, accumulator, totals = profile or ModelProfile(), _accumulator(layers), _Totals()
+    mode, joint = BatchMode(layers, accumulator, of_training), None
+    size, count = config.normalization_batch_size, as_batch_size_fn(config.batch_size_fn)
+    min_size = _MIN_SIZES[size] if isinstance(size, str) else size
+    has_synced = bool([layer for layer in layers.values() if isinstance(layer, SyncBatchNorm)])
+    steps = SynchronizedBatches(batches, config.num_samples, count, accumulator.device, has_synced, min_size)
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and its import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         flags = stack.enter_context(preserve_flags(layers.values(), training=True if of_training else None))
-        if progress:
-            advance = stack.enter_context(progress(config.num_samples))
+        show = progress(config.num_samples) if progress else contextlib.nullcontext(lambda samples: None)
+        advance: Callable[[int], None] = stack.enter_context(show)
         for layer in layers.values():
             attach(layer, mode)
             stack.callback(detach, layer, mode)
@@ -173,19 +140,14 @@ def measure(
 
 @dataclass
 class _Totals:
-    """Samples, batches and normalization batches of all ranks so far; ``left_out`` ones are subtracted at the end.
-
-    Attributes:
-        merged: Number and samples of this rank's first batch in each merge.
-        next_comparison: Normalization batches at which standard errors are compared with the tolerance next.
-    """
+    """Samples, batches and normalization batches of all ranks so far; ``left_out`` ones are subtracted at the end."""
 
     samples: int = 0
     batches: int = 0
     normalizations: int = 0
-    merged: list[tuple[int, int]] = field(default_factory=list)
-    next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR
     left_out: int = 0
+    merged: list[tuple[int, int]] = field(default_factory=list)  # number and samples of the first batch of each merge
+    next_comparison: int = _MIN_BATCHES_FOR_STD_ERROR  # when there are so many normalization batches
 
     def add(self, group: list[MicroBatch], normalizations: int) -> None:
         self.samples += sum([m.global_size for m in group])
@@ -203,33 +165,21 @@ class _Totals:
     def leave_out(
         self, nonfinite: Mapping[int, str], joint: JointBatches | None, accumulator: Accumulator
     ) -> tuple[int, str] | None:
-        """Subtract the batches that gave a layer non-finite values.
-
-        Returns:
-            Number of the first of them on any rank, and the layer that got such values first; None if there are none.
-        """
+        """Subtract the batches that gave a layer non-finite values; the first one's number, and the first layer."""
         device, names = accumulator.device, list(accumulator.channels)
-        single = [(*self.merged[merge], layer) for merge, layer in nonfinite.items()]
-        jointly = [(m.number, m.samples, layer) for m, layer in joint.pooled.left_out] if joint else []
-        bad = single + jointly
-        samples, batches, normalizations = sum_over_ranks([sum([n for _, n, _ in bad]), len(bad), len(single)], device)
-        if not batches:
+        bad = [(*self.merged[merge], layer) for merge, layer in nonfinite.items()]
+        if joint:
+            bad += [(m.number, m.samples, layer) for m, layer in joint.pooled.left_out]
+        own = [sum([n for _, n, _ in bad]), len(bad), len(nonfinite)]
+        samples, self.left_out, normalizations = sum_over_ranks(own, device)
+        if not self.left_out:
             return None
-        self.samples, self.batches = self.samples - samples, self.batches - batches
-        self.normalizations, self.left_out = self.normalizations - normalizations, batches
+        self.samples, self.batches = self.samples - samples, self.batches - self.left_out
+        self.normalizations -= normalizations
         number, _, layer = min(bad, default=(2**62, 0, names[0]))  # more than there are batches
         (minus_first,) = max_over_ranks([-number], device)
         (place,) = max_over_ranks([names.index(layer) if number == -minus_first else -1], device)
         return -minus_first, names[place]
-
-
-def _synchronized(
-    batches: Iterable[Any], config: MeasureConfig, layers: Mapping[str, _BatchNorm], device: torch.device
-) -> SynchronizedBatches:
-    size, count = config.normalization_batch_size, as_batch_size_fn(config.batch_size_fn)
-    min_size = _MIN_SIZES[size] if isinstance(size, str) else size
-    has_synced = bool([layer for layer in layers.values() if isinstance(layer, SyncBatchNorm)])
-    return SynchronizedBatches(batches, config.num_samples, count, device, has_synced, min_size)
 
 
 def _result(
@@ -257,12 +207,10 @@ def _result(
             "mode, with track_running_stats and a momentum other than 0): is the iterable of batches empty, or does "
             "the forward bypass the layers?"
         )
-    single = [name for name, s in statistics.items() if s.count < 2]
-    if single:
-        raise ValueError(
-            f"Layer {single[0]!r} received one value per channel in all, which has no variance, so no statistics were "
-            "written: pass more samples."
-        )
+    for name, values in statistics.items():
+        if values.count < 2:
+            what = f"Layer {name!r} received one value per channel in all, which has no variance"
+            raise ValueError(f"{what}, so no statistics were written: pass more samples.")
     if any(STATISTICS[0] in layer._buffers for layer in layers.values()):
         statistics = _with_domains(statistics, layers)
     spilled, batch_size = joint.pooled.spilled if joint else 0, totals.samples / totals.normalizations
@@ -278,12 +226,13 @@ def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
 
 
 def _accumulator(layers: Mapping[str, _BatchNorm]) -> Accumulator:
+    means = {name: cast(Tensor, layer._buffers["running_mean"]) for name, layer in layers.items()}
     channels = {}
-    for name, layer in layers.items():
-        domains = num_domains(layer) if STATISTICS[0] in layer._buffers else 0
-        parts = (name, *[of_domain(name, domain) for domain in range(domains)])
-        channels.update(dict.fromkeys(parts, len(cast(Tensor, layer._buffers["running_mean"]))))
-    first = cast(Tensor, next(iter(layers.values())).running_mean)
+    for name, mean in means.items():
+        channels[name] = len(mean)
+        domains = num_domains(layers[name]) if STATISTICS[0] in layers[name]._buffers else 0
+        channels |= {of_domain(name, domain): len(mean) for domain in range(domains)}
+    first = next(iter(means.values()))
     return Accumulator(channels, first.device, torch.promote_types(first.dtype, torch.float32))
 
 

@@ -17,8 +17,8 @@ from lightning_bn.layers.override import BatchNormCall, replace_batch_norm
 def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatchHandle:
     r"""Make BatchNorm layers normalize with the statistics of the mini-batch in eval mode, too.
 
-    $y = \gamma (x - \mu_B) / \sigma_B + \beta$, as in training. The stored statistics are neither used nor changed, nor
-    is ``num_batches_tracked``. In train mode nothing changes.
+    $y = \gamma (x - \mu_B) / \sigma_B + \beta$, as in training. The stored statistics are neither used nor changed. In
+    train mode nothing changes.
 
     When it helps: a layer gets many rows of each image, as in an R-CNN head (box AP 30.7 -> 41.5 at one image per
     device, Table 3). When it does not: in a classifier, predictions depend on the other samples of the batch, and are
@@ -26,26 +26,22 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
 
     An input with a single value per channel has no variance: it is normalized with the stored statistics, and counted
     in the handle's ``fallbacks``. Frozen layers (`freeze_bn`) keep using their stored statistics. A `SyncBatchNorm`
-    uses the batch of its own rank. A layer that is in eval mode during training changes as well: exclude it by
-    ``layers``.
+    uses the batch of its own rank. A layer in eval mode during training changes as well: exclude it by ``layers``.
 
     Args:
         model: The model.
         layers: Glob patterns over qualified layer names, such as ``"roi_heads.*"``; None takes every BatchNorm layer.
-            Those without stored statistics (``track_running_stats=False``) always use the mini-batch.
 
     Returns:
         A handle: ``undo()`` it, or use it as a context manager, to evaluate with stored statistics again.
 
     Raises:
-        ValueError: If a pattern matches nothing, a chosen layer's forward was replaced on the instance, or it has a
-            conflicting feature.
+        ValueError: If a pattern matches nothing, or a layer has a conflicting feature or a forward on the instance.
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import mini_batch_inference
-        >>> model = nn.Sequential(nn.BatchNorm1d(1, affine=False)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False)).eval()
         >>> x = torch.tensor([[1.0], [3.0]])
         >>> with mini_batch_inference(model) as handle:
         ...     model(x).flatten(), model(x[:1]).flatten(), handle.fallbacks
@@ -59,12 +55,7 @@ def mini_batch_inference(model: nn.Module, *, layers: Layers = None) -> MiniBatc
 
 
 class MiniBatch(Behavior):
-    """In eval mode, normalizes like a layer without stored statistics (``track_running_stats=False``).
-
-    Attributes:
-        fallbacks: Number of calls with a single value per channel, which used the stored statistics.
-        min_rows: Rows of the smallest input so far; None before the first.
-    """
+    """In eval mode, normalizes like a layer without stored statistics (``track_running_stats=False``)."""
 
     kind = "mini-batch"
     name = "mini-batch statistics in eval"
@@ -86,13 +77,11 @@ class MiniBatch(Behavior):
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:
         rows = len(call.input)
-        if self.min_rows is None or rows < self.min_rows:
-            self.min_rows = rows
-        if call.training:
-            return call.run()
-        if call.values > 1:
+        self.min_rows = rows if self.min_rows is None else min(rows, self.min_rows)
+        if call.values > 1 and not call.training:
             return call.normalize_by_itself()
-        self.fallbacks += call.values  # 0 for an input without rows, in which there is nothing to normalize
+        if not call.training:
+            self.fallbacks += call.values  # 0 for an input without rows, in which there is nothing to normalize
         return call.run()
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn import SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import get_world_size
@@ -19,8 +18,7 @@ from lightning_bn.layers.find import Layers, find_bn
 def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers = None) -> dict[str, float]:
     """Return how many samples each BatchNorm layer normalizes together in training, as it is set up now.
 
-    In the paper's Fig. 5 and 6, error rises below 16, steeply from 8 down, where FrozenBN helps; above 128 it rises a
-    little.
+    Error rises below 16, steeply from 8 down, where FrozenBN helps, and a little above 128 (paper, Fig. 5 and 6).
 
     | layer | NBS |
     |---|---|
@@ -31,8 +29,8 @@ def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers =
     | frozen by `freeze_bn`, or in eval mode | NaN: it uses the population statistics |
 
     Gradient accumulation and the number of devices do not change it. It counts samples: a layer in a detector's head
-    gets many rows per sample, and a layer on rows ``(N, C)`` makes ghost batches of at least two. A model that is in
-    eval mode itself does not show how it trains: all of its layers count as in train mode.
+    gets many rows per sample, and a layer on rows ``(N, C)`` makes ghost batches of at least two. If the model itself
+    is in eval mode, all of its layers count as in train mode.
 
     Args:
         model: The model.
@@ -54,15 +52,12 @@ def normalization_batch_size(model: nn.Module, *, samples: int, layers: Layers =
         {'1': 32, '3': 256}
     """
     check_int("samples", samples, at_least=1)
-    return {
-        name: _size_of(layer, samples) if layer.training or not model.training else torch.nan
-        for name, layer in find_bn(model, layers).items()
-    }
-
-
-def _size_of(layer: _BatchNorm, samples: float) -> float:
-    if isinstance(layer, SyncBatchNorm):
-        samples *= get_world_size(cast("ProcessGroup | None", layer.process_group))
-    for behavior in behaviors_of(layer):
-        samples = behavior.normalization_batch(samples)
-    return samples
+    sizes: dict[str, float] = {}
+    for name, layer in find_bn(model, layers).items():
+        size: float = samples
+        if isinstance(layer, SyncBatchNorm):
+            size *= get_world_size(cast("ProcessGroup | None", layer.process_group))
+        for behavior in behaviors_of(layer):
+            size = behavior.normalization_batch(size)
+        sizes[name] = torch.nan if model.training and not layer.training else size
+    return sizes

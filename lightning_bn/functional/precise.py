@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.core.batch_sizes import BatchSizeFn
 from lightning_bn.core.population import LayerStatistics, PopulationStatistics
-from lightning_bn.functional.domain.tensors import STATISTICS
+from lightning_bn.functional.domain.tensors import statistics_of
 from lightning_bn.functional.measure import MeasureConfig, NormalizationBatchSize, measure
 from lightning_bn.layers.find import Layers, storing_layers
 from lightning_bn.layers.frozen import is_frozen
@@ -46,26 +46,24 @@ def precise_bn(
 
     $$\mu_{pop} = E[\mu_B], \qquad \sigma_{pop}^2 = E[\mu_B^2 + \sigma_B^2] - E[\mu_B]^2.$$
 
-    Only BatchNorm is in batch mode: everything else runs in eval mode (dropout is off), without gradients. Layers that
-    are frozen, not chosen or not reached keep their statistics. A layer counts as frozen if `freeze_bn` or
-    ``BaseFinetuning`` froze it, or if it is in eval mode while ``model`` is in train mode.
+    Everything but BatchNorm runs in eval mode (dropout is off), without gradients. Layers that are frozen, not chosen
+    or not reached keep their statistics. A layer counts as frozen if `freeze_bn` or ``BaseFinetuning`` froze it, or if
+    it is in eval mode while ``model`` is in train mode.
 
-    When it does not help: with i.i.d. batches of decent size, one domain and a converged model, the EMA is as good
-    (Sec. 3.3).
+    When it does not help: with large i.i.d. batches, one domain and a converged model, the EMA is as good (Sec. 3.3).
 
     Args:
         model: The model. ``DistributedDataParallel`` is unwrapped: its buffer broadcast must not run here.
-        batches: Any iterable of batches. Under torch.distributed every rank calls this, each with its own batches, in
-            any number.
+        batches: Any iterable of batches. Under torch.distributed every rank calls this, with any number of its own.
         forward: ``forward(model, batch)`` runs the model on a batch. By default the model is called on the batch, on
             its first element if that is a tuple or list, or with it as keywords if it is a mapping.
         num_samples: Number of samples of all ranks, in whole batches; 1e3 to 1e4 suffice (Table 1). None takes all.
         normalization_batch_size: Samples of all ranks that a layer normalizes jointly, in whole batches: B of Table 2.
             Small ones accumulate error in depth. ``"loader"`` takes the batches as they come, each rank its own.
-            ``"population"`` normalizes all of them jointly, which is exact. ``"auto"`` decides by the first batch: if
-            every rank's holds 32 samples or more, as ``"loader"``; else, jointly until there are 100 samples, or as
-            many as fit into half of the free memory. Batches that are normalized jointly wait for each other at every
-            layer (lockstep). A layer that is called several times in a forward normalizes each call by itself.
+            ``"population"`` normalizes all of them jointly, which is exact. ``"auto"`` is ``"loader"`` if every rank's
+            first batch holds 32 samples or more; else 100, or as many as fit into half of the free memory. Batches that
+            are normalized jointly wait for each other at every layer (lockstep). A layer that is called several times
+            in a forward normalizes each call by itself.
         tolerance: Stop before ``num_samples``, as soon as the standard errors of every layer's means (in sigma) and
             variances (relative) are below it. None never stops early.
         memory_limit: Bytes that batches waiting for each other may take on each rank. The rest is moved to the host's
@@ -87,9 +85,8 @@ def precise_bn(
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import precise_bn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> statistics = precise_bn(model, torch.randn(20, 50, 4))  # 20 batches of 50 samples
         >>> statistics
         PopulationStatistics(1 layers, 1000 samples in 20 batches)
@@ -118,41 +115,29 @@ def estimable_layers(
 ) -> dict[str, _BatchNorm]:
     """Return the chosen layers that store statistics and are not frozen: those that a pass estimates.
 
-    Args:
-        model: The model.
-        layers: Glob patterns; naming a layer that stores no statistics is an error, leaving it out by default is not.
-        trains: Whether a layer is in train mode when the model trains, as callbacks know. By default its mode decides
-            if ``model`` is in train mode; if it is not, all layers count as training.
-
-    Raises:
-        ValueError: If there is no BatchNorm layer that stores statistics.
+    ``trains`` says if a layer is in train mode when the model trains, as callbacks know. By default its own mode does
+    if ``model`` is in train mode; if it is not, all layers count as training.
     """
     trains = trains or (lambda layer: layer.training or not model.training)
-    return {
-        name: layer for name, layer in storing_layers(model, layers).items() if not is_frozen(layer) and trains(layer)
-    }
+    return {n: layer for n, layer in storing_layers(model, layers).items() if not is_frozen(layer) and trains(layer)}
 
 
 def write_running_stats(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, LayerStatistics]) -> None:
-    """Store measured statistics as the layers' running statistics, in place and in the buffers' own dtype.
-
-    Raises:
-        ValueError: If a value is too large for that dtype; nothing is then written.
-    """
-    writes: list[tuple[str, Tensor, Tensor]] = []  # layer and buffer, the buffer, its new value
+    """Store measured statistics as the layers' running statistics, in the buffers' own dtype; all of them, or none."""
+    writes: list[tuple[str, Tensor, Tensor]] = []  # what it is, the buffer, its new value
     with torch.no_grad():
         for name, layer in layers.items():
-            measured, buffers = statistics.get(name), layer._buffers
-            if measured is None:
+            if name not in statistics:
                 continue
-            for key, value in (("running_mean", measured.mean), ("running_var", measured.var)):
-                writes.append((f"{key} of layer {name!r}", cast(Tensor, buffers[key]), value))
+            measured = statistics[name]
+            mean, var, _ = statistics_of(layer)
+            writes.append((f"running_mean of layer {name!r}", mean, measured.mean))
+            writes.append((f"running_var of layer {name!r}", var, measured.var))
             for domain, part in enumerate(measured.domains):
                 if part is not None:
-                    mean, var, batches = (cast(Tensor, buffers[key])[domain] for key in STATISTICS)
-                    writes += [(f"domain {domain} of layer {name!r}", mean, part.mean)]
-                    writes += [(f"domain {domain} of layer {name!r}", var, part.var)]
-                    writes += [(f"domain {domain} of layer {name!r}", batches, batches.clamp(min=1))]
+                    mean, var, batches = statistics_of(layer, domain)
+                    values = [(mean, part.mean), (var, part.var), (batches, batches.clamp(min=1))]
+                    writes += [(f"domain {domain} of layer {name!r}", *value) for value in values]
         rounded = [value.to(buffer.dtype) for _, buffer, value in writes]
         if not torch.cat([value.flatten() for value in rounded]).isfinite().all():  # one question to the device
             where, buffer, value = next(w for w, r in zip(writes, rounded, strict=True) if not r.isfinite().all())
@@ -170,7 +155,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def tqdm_progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """Progress bar over samples."""
+    """Show a bar over samples."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc="PreciseBN", unit="sample", leave=False) as bar:

@@ -45,10 +45,9 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
     r"""Exchange, in training, the rows that enter chosen modules at random among ranks; outputs return to their own.
 
     Rows of one rank are often alike: an R-CNN head gets hundreds of regions of one image. Normalized together, they
-    leak information about each other, and the head exploits it. Shuffled, a normalization batch holds rows of all
-    ranks. Rank $r$ of $k$ has $n_r$ rows, possibly zero, and its modules get a random $n / k$ of all
-    $n = \sum_r n_r$. The output for a row returns to the row's rank and index; gradients take the same route. Modules
-    without BatchNorm compute the same losses and gradients as without the shuffle.
+    leak information about each other, and the head exploits it. If rank $r$ of $k$ has $n_r$ rows, possibly zero, its
+    modules get a random $n / k$ of all $n = \sum_r n_r$. The output for a row returns to the row's rank and index;
+    gradients take the same route. Modules without BatchNorm compute the same losses and gradients as without it.
 
     It helps heads that see many regions of few images, and momentum encoders of contrastive learning
     (``modules="encoder_k"``). `sync_bn` has the same accuracy in the paper (Table 3) and sends less. With one process
@@ -60,14 +59,12 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
 
     - Every rank calls ``roi_shuffle`` and ``undo()``, and runs the modules in train mode the same number of times in
       the same order, with zero rows if it has none.
-    - If one rank runs backward, all do, from outputs of ``model``. A loss may ignore the modules' outputs: every output
-      of ``model`` passes its backward through the exchanges. Exceptions: activation checkpointing with
-      ``use_reentrant=True``, and a LightningModule that runs its own backward. There each rank's loss must depend on
-      the modules' outputs (``0 * output.sum()``).
+    - If one rank runs backward, all do, from outputs of ``model``, which all pass their backward through the exchanges.
+      With activation checkpointing with ``use_reentrant=True``, or in a LightningModule that runs its own backward,
+      each rank's loss must depend on the modules' outputs (``0 * output.sum()``).
 
     Args:
-        model: The model that each training step calls, wrapped by DDP or not. If it is compiled, pass the compiled
-            model.
+        model: The model that each training step calls, wrapped by DDP or not; the compiled model if it is compiled.
         modules: Glob patterns over qualified module names, such as ``"roi_heads.box_head"``. Of nested matches the
             outermost counts. Each module takes and returns tensors, or structures of tensors, with one row each.
         generator: CPU generator that draws the order, in the same state on every rank; None makes one with seed 0.
@@ -97,25 +94,18 @@ def roi_shuffle(model: nn.Module, *, modules: str | Sequence[str], generator: to
     chosen = find_modules(model, modules)
     for name, module in chosen.items():
         if type(module).forward is nn.Module.forward and "forward" not in vars(module):
-            raise ValueError(
-                f"Module {name!r} is a {type(module).__name__}, which is never called itself: select its members "
-                f"(modules={name + '.*'!r})."
-            )
+            members = f"select its members (modules={name + '.*'!r})"
+            raise ValueError(f"Module {name!r} is a {type(module).__name__}, which is never called itself: {members}.")
     inside = {f"{name}.{n}" if n else name: m for name, module in chosen.items() for n, m in module.named_modules()}
     check_conflicts(inside, "row shuffle", model)
-    without = [n for n, module in chosen.items() if not any(isinstance(m, _BatchNorm) for m in module.modules())]
     if get_world_size() == 1:
-        warnings.warn(
-            "roi_shuffle changes nothing: there is one process. To separate similar samples of its batch use Ghost BN "
-            "(ghost_bn, GhostBNCallback).",
-            stacklevel=2,
-        )
-        chosen = {}
-    elif without and get_rank() == 0:
-        warnings.warn(
-            f"Module {without[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing.",
-            stacklevel=2,
-        )
+        advice = "To separate similar samples of its batch use Ghost BN (ghost_bn, GhostBNCallback)."
+        warnings.warn(f"roi_shuffle changes nothing: there is one process. {advice}", stacklevel=2)
+        return Shuffle(model, {}, generator)
+    without = [name for name, module in chosen.items() if not _batch_norms(module)]
+    if without and get_rank() == 0:
+        what = f"Module {without[0]!r} has no BatchNorm layer: exchanging its rows costs time and changes nothing."
+        warnings.warn(what, stacklevel=2)
     return Shuffle(model, chosen, generator)
 
 
@@ -140,15 +130,12 @@ class RowShuffle(ModuleBehavior):
         self.anchors: list[Tensor] | None = None
 
     def call(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not module.training or not self._uses_batch_statistics(module):
+        if not module.training or any(has_behavior(layer, "batch mode") for layer in self._layers):
+            return call(*args, **kwargs)  # in a pass ranks do not synchronize
+        inside = self._inside[module]
+        if inside and not any(layer.training and not has_behavior(layer, "frozen") for layer in inside):
             return call(*args, **kwargs)
         return self._call_with_exchange(module, call, args, kwargs)
-
-    def _uses_batch_statistics(self, module: nn.Module) -> bool:
-        if any(has_behavior(layer, "batch mode") for layer in self._layers):  # in a pass ranks do not synchronize
-            return False
-        inside = self._inside[module]
-        return not inside or any(layer.training and not has_behavior(layer, "frozen") for layer in inside)
 
     @disable_compile
     def _call_with_exchange(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

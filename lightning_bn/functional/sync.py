@@ -30,14 +30,14 @@ def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers =
     $$\mu = \sum_r \frac{n_r}{n} \mu_r, \qquad
     \sigma^2 = \sum_r \frac{n_r}{n} \left( \sigma_r^2 + (\mu_r - \mu)^2 \right).$$
 
-    Outputs, gradients and running statistics are those of one process with all batches as one. Ranks may hold batches
-    of different size, or none. Unlike ``convert_sync_batchnorm`` this keeps the layers, the forward of subclasses
-    (timm's ``BatchNormAct2d``) and the state dict, selects layers and ranks, and runs on the CPU. Layers in eval mode,
-    frozen layers and passes of `precise_bn` do not synchronize.
+    Outputs, gradients and running statistics are those of one process with all batches as one; batches may differ in
+    size, or be empty. Unlike ``convert_sync_batchnorm`` this keeps the layers, the forward of subclasses (timm's
+    ``BatchNormAct2d``) and the state dict, selects layers and ranks, and runs on the CPU. Layers in eval mode, frozen
+    layers and passes of `precise_bn` do not synchronize.
 
     It helps for device batches below 16, and if the samples of a device are correlated (paper, Fig. 5 and Table 3).
-    Each layer makes two exchanges of a few numbers per channel and step. ``torch.compile`` breaks the graph at a
-    synced layer in train mode. A backward with ``create_graph=True`` makes three exchanges instead of one.
+    Each layer makes two exchanges of a few numbers per channel and step, four with ``create_graph=True``.
+    ``torch.compile`` breaks the graph at a synced layer in train mode.
 
     Requirements (otherwise training deadlocks until the process-group timeout):
 
@@ -52,8 +52,8 @@ def sync_bn(model: nn.Module, *, group_size: int | None = None, layers: Layers =
 
     Args:
         model: The model, wrapped by DDP or not.
-        group_size: Number of consecutive ranks that share statistics. None selects all ranks. With 1, or in one
-            process, nothing changes and a warning is issued.
+        group_size: Number of consecutive ranks that share statistics; None takes all. With 1, or in one process,
+            nothing changes and a warning is issued.
         layers: Glob patterns over qualified layer names; None selects every BatchNorm layer. torch's SyncBatchNorm
             layers are left unchanged: they already synchronize over their own group.
 

@@ -7,6 +7,7 @@ they are those of the scheduler. So any scheduler, several optimizers and manual
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,23 +20,8 @@ from torch.optim import Optimizer
 class WarmUp:
     """Scale the learning rates of the next ``steps`` steps of each optimizer by 1/steps, 2/steps, ..., 1.
 
-    If several warm up one optimizer, the smallest factor applies.
-
-    Args:
-        optimizers: The optimizers; each counts its own steps.
-        steps: Length of the warm-up.
-        done: Steps that each optimizer has already taken, from ``done`` of an earlier warm-up.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> sgd = torch.optim.SGD([weight], lr=1.0)
-        >>> warm_up = WarmUp([sgd], steps=2)
-        >>> for _ in range(3):
-        ...     weight.grad = -torch.ones(1)
-        ...     sgd.step()
-        >>> weight.item(), sgd.param_groups[0]["lr"]  # 0.5 + 1.0 + 1.0
-        (2.5, 1.0)
+    ``done`` has the steps that each has already taken in an earlier warm-up. If several warm up one optimizer, the
+    smallest factor applies.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], steps: int, done: Sequence[int] | None = None) -> None:
@@ -59,10 +45,9 @@ class WarmUp:
             _restore(optimizer)
 
     def _before_step(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        step = _CURRENT_STEP.get(optimizer)
-        if step is None:  # else another warm-up has begun the step, or the last step raised and is still scaled
-            rates = [(group, _copied(group["lr"])) for group in optimizer.param_groups]
-            step = _CURRENT_STEP[optimizer] = _Step(rates)
+        new = _Step([(group, deepcopy(group["lr"])) for group in optimizer.param_groups])
+        # there is one if another warm-up has begun the step, or if the last step raised and is still scaled
+        step = _CURRENT_STEP.setdefault(optimizer, new)
         step.factors[self] = self.factor(index)
         for group, rate in step.original_rates:
             _set(group, rate * min(step.factors.values()))
@@ -86,10 +71,6 @@ def _restore(optimizer: Optimizer) -> None:
     step = _CURRENT_STEP.pop(optimizer, None)
     for group, rate in step.original_rates if step else ():
         _set(group, rate)
-
-
-def _copied(rate: float | Tensor) -> float | Tensor:
-    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def _set(group: dict[str, Any], rate: float | Tensor) -> None:

@@ -6,19 +6,18 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.core.checks import check_int
 from lightning_bn.core.ranks import get_rank
-from lightning_bn.functional.domain.datasets import Datasets, Domain, SplitByDomain
-from lightning_bn.functional.domain.joint_levels import joint_behaviors
+from lightning_bn.functional.domain.datasets import Datasets, Domain
 from lightning_bn.functional.domain.levels import Levels
 from lightning_bn.functional.domain.specific import DomainSource, DomainSpecific
 from lightning_bn.functional.domain.tensors import (
     Choice,
+    Choices,
     State,
     add_domain_tensors,
     get_state,
@@ -43,27 +42,24 @@ class DomainHandle(Handle):
         self._datasets = datasets
 
     def use_domain(self, domain: Domain) -> AbstractContextManager[None]:
-        """Set the domain of the model's input within a ``with`` block.
-
-        Args:
-            domain: The domain of the batch; or of each of its samples, ``(N,)``.
+        """Set the domain of the batch, or of each of its samples ``(N,)``, within a ``with`` block.
 
         Raises:
             ValueError: If there is no such domain, or if domains are feature levels.
             TypeError: If it is neither an int nor a 1d tensor of ints.
         """
-        return self._require_datasets().use_domain(domain)
+        datasets = self._require_datasets()
+        return datasets.use(datasets.of(domain))
 
     def set_domain(self, domain: Domain | None) -> None:
         """Set the domain of the model's input; None clears it. `use_domain` overrides it."""
         datasets = self._require_datasets()
-        datasets.current = None if domain is None else datasets.validate(domain)
+        datasets.default = None if domain is None else datasets.of(domain)
 
     def state(self, affine: bool = False) -> State:
         """Copy each domain's statistics to the CPU: layer name -> ``"domain_mean"`` etc. -> ``(num_domains, C)``.
 
-        Args:
-            affine: Include ``domain_weight`` and ``domain_bias``, which the model's state dict holds, too.
+        ``affine`` includes ``domain_weight`` and ``domain_bias``, which the model's state dict holds, too.
         """
         return get_state(self.layers, affine)
 
@@ -107,7 +103,6 @@ def domain_bn(
     *Feature levels*: ``level_modules`` names the modules whose forward runs a tower once for each level, such as
     torchvision's ``"head.*_head"``. A layer's level is the index of its call in one forward of that module. With
     ``train_statistics="shared"`` the tower runs on all levels in lockstep, and layers normalize them concatenated.
-
     *Datasets*: without ``level_modules``, set the domain by ``handle.use_domain(domain)``.
 
     When it helps: a head shared by levels (box AP 34.1 for the straightforward code, 39.1 if training and evaluation
@@ -130,18 +125,16 @@ def domain_bn(
         A handle. ``undo()``, or the end of a ``with`` block, discards what layers keep per domain.
 
     Raises:
-        ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, level
-            modules within each other, layers without running statistics, conflicting features on a layer (see
-            docs/callbacks/pairs.md), ``affine="domain"`` for a layer without affine. In a forward: for a domain with
-            one value per channel if ``train_statistics="domain"``.
+        ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, nested
+            level modules, layers without running statistics, a conflicting feature, ``affine="domain"`` for a layer
+            without affine. In a forward: for a domain with one value per channel if ``train_statistics="domain"``.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is not in the level module's input.
         RuntimeError: In a forward: for another number of levels, or if no domain is set.
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from lightning_bn import domain_bn
-        >>> model = nn.Sequential(nn.BatchNorm1d(1, momentum=None))
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, momentum=None))
         >>> choices = {"train_statistics": "domain", "population_statistics": "domain", "affine": "shared"}
         >>> handle = domain_bn(model, num_domains=2, **choices)
         >>> for domain, x in enumerate(([[0.0], [2.0]], [[10.0], [14.0]])):
@@ -152,59 +145,38 @@ def domain_bn(
         >>> handle.state()["0"]["domain_mean"].flatten()
         tensor([ 1., 12.])
     """
-    check_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
-    chosen = storing_layers(model, layers)
-    groups = None
+    choices = check_choices(num_domains, train_statistics, population_statistics, affine, level_modules)
+    names = {layer: name for name, layer in storing_layers(model, layers).items()}
+    sources: Sequence[DomainSource] = [Datasets(names, choices)]
     if level_modules is not None:
-        groups = _group_by_module(model, level_modules, chosen, strict=layers is not None)
-        inside = {layer for _, group in groups.values() for layer in group}
-        chosen = {name: layer for name, layer in chosen.items() if layer in inside}
+        sources = _levels(model, level_modules, names, choices, strict=layers is not None)
+    chosen = {name: layer for layer, name in names.items() if any(layer in source.layers for source in sources)}
     check_conflicts(chosen, "domain", model)
     without = [name for name, layer in chosen.items() if not layer.affine]
     if affine == "domain" and without:
         raise ValueError(f"Layer {without[0]!r} has no weight and bias (affine=False): pass affine='shared'.")
     if get_rank() == 0:
-        _warn_if_unusual(train_statistics, population_statistics, affine, levels=groups is not None)
-    names = {layer: name for name, layer in chosen.items()}
-    datasets = Datasets(num_domains) if groups is None else None
-    handle = DomainHandle(chosen, datasets)
-    choices = num_domains, population_statistics, affine
+        _warn_if_unusual(choices, levels=level_modules is not None)
+
+    handle = DomainHandle(chosen, sources[0] if isinstance(sources[0], Datasets) else None)
     try:
-        if datasets is not None:
-            specific = _add_domains(handle, names, datasets, *choices)
-            for layer in names:
-                handle._attach(layer, SplitByDomain(names, datasets, specific, train_statistics))
-        for name, (module, group) in (groups or {}).items():
-            levels = Levels(name, module, group, num_domains, train_statistics)
-            _add_domains(handle, group, levels, *choices)
-            joint = joint_behaviors(levels) if train_statistics == "shared" else []
-            for target, behavior in (*joint, *levels.behaviors()):
-                handle._attach(target, behavior)
+        for source in sources:
+            specific = DomainSpecific(source)
+            for layer in source.layers:
+                add_domain_tensors(layer, choices)
+                handle._undo.append(functools.partial(remove_domain_tensors, layer))
+                handle._attach(layer, specific)
+            for module, behavior in source.behaviors():
+                handle._attach(module, behavior)
     except BaseException:
         handle.undo()
         raise
     return handle
 
 
-def _add_domains(
-    handle: DomainHandle,
-    names: dict[_BatchNorm, str],
-    source: DomainSource,
-    num_domains: int,
-    population: Choice,
-    affine: Choice,
-) -> DomainSpecific:
-    specific = DomainSpecific(names, num_domains, population, affine, source)
-    for layer in names:
-        add_domain_tensors(layer, num_domains, population, affine)
-        handle._undo.append(functools.partial(remove_domain_tensors, layer))
-        handle._attach(layer, specific)
-    return specific
-
-
-def _group_by_module(
-    model: nn.Module, level_modules: str | Sequence[str], chosen: dict[str, _BatchNorm], strict: bool
-) -> dict[str, tuple[nn.Module, dict[_BatchNorm, str]]]:
+def _levels(
+    model: nn.Module, level_modules: str | Sequence[str], names: dict[_BatchNorm, str], choices: Choices, strict: bool
+) -> list[Levels]:
     """The level modules, each with the chosen layers in it; if ``strict``, all of them must be in one."""
     modules = {name: module for name, module in model.named_modules() if name}
     patterns = as_patterns(level_modules, "level_modules")
@@ -212,21 +184,17 @@ def _group_by_module(
     for outer in found:
         inner = [name for name in found if name.startswith(f"{outer}.")]
         if inner:
-            raise ValueError(
-                f"level_modules={level_modules!r} matches {outer!r} and {inner[0]!r} within it: pass only the one "
-                "whose forward runs a tower once for each level."
-            )
-    groups = {}
+            found_both = f"level_modules={level_modules!r} matches {outer!r} and {inner[0]!r} within it"
+            raise ValueError(f"{found_both}: pass only the one whose forward runs a tower once for each level.")
+    levels = []
     for name in found:
         inside = set(modules[name].modules()) - {modules[name]}
-        groups[name] = modules[name], {layer: n for n, layer in chosen.items() if layer in inside}
-    outside = [n for n, layer in chosen.items() if not any(layer in group for _, group in groups.values())]
-    if outside and (strict or len(outside) == len(chosen)):
-        raise ValueError(
-            f"Layer {outside[0]!r} is in none of the level modules {', '.join(found)}. Leave it out by layers=, or "
-            "name its level module."
-        )
-    return groups
+        levels.append(Levels(name, modules[name], {layer: n for layer, n in names.items() if layer in inside}, choices))
+    outside = [name for layer, name in names.items() if not any(layer in source.layers for source in levels)]
+    if outside and (strict or len(outside) == len(names)):
+        where = f"Layer {outside[0]!r} is in none of the level modules {', '.join(found)}"
+        raise ValueError(f"{where}. Leave it out by layers=, or name its level module.")
+    return levels
 
 
 def check_choices(
@@ -235,30 +203,21 @@ def check_choices(
     population_statistics: Choice,
     affine: Choice,
     level_modules: str | Sequence[str] | None,
-) -> None:
-    """Raise for invalid arguments of `domain_bn`.
-
-    Raises:
-        ValueError: Naming the argument.
-        TypeError: Likewise.
-    """
-    check_int("num_domains", num_domains, at_least=2)
-    choices = {"train_statistics": train_statistics, "population_statistics": population_statistics, "affine": affine}
-    for name, choice in choices.items():
-        if choice not in get_args(Choice):
-            raise ValueError(f"{name} must be 'shared' or 'domain' but is {choice!r}.")
+) -> Choices:
+    """Validate arguments of `domain_bn`."""
     if level_modules is not None:
         as_patterns(level_modules, "level_modules")
+    return Choices(num_domains, train_statistics, population_statistics, affine)
 
 
-def _warn_if_unusual(train_statistics: Choice, population_statistics: Choice, affine: Choice, levels: bool) -> None:
-    if train_statistics != population_statistics:
-        ap = "2.1" if train_statistics == "shared" else "34.1" if affine == "shared" else "35.5"
+def _warn_if_unusual(choices: Choices, levels: bool) -> None:
+    train, population = choices.train_statistics, choices.population_statistics
+    if train != population:
+        ap = "2.1" if train == "shared" else "34.1" if choices.affine == "shared" else "35.5"
         warnings.warn(
-            f"train_statistics={train_statistics!r} and population_statistics={population_statistics!r} are "
-            "inconsistent: evaluation normalizes with other statistics than training. In the paper's Table 5 such a "
-            f"RetinaNet head has {ap} AP, and a consistent one 39.1.",
+            f"train_statistics={train!r} and population_statistics={population!r} are inconsistent: in the paper's "
+            f"Table 5 such a RetinaNet head has {ap} AP, and one that is evaluated as it is trained 39.1.",
             stacklevel=3,
         )
-    elif train_statistics == affine == "shared" and not levels:
+    elif train == choices.affine == "shared" and not levels:
         warnings.warn("domain_bn changes nothing: datasets that share everything are plain BatchNorm.", stacklevel=3)
