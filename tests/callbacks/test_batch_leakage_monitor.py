@@ -19,16 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
 from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks.test_detectors import Detector, Scenes, count_images
-from tests.callbacks.zoo import (
-    Evaluated,
-    Passes,
-    TinyNet,
-    digest,
-    fit,
-    train_loader,
-    trainer_with,
-    val_loader,
-)
+from tests.callbacks.zoo import Evaluated, Passes, TinyNet, digest, fit, train_loader, trainer_with, val_loader
 from tests.ranks import in_a_fresh_process, run_on_ranks
 
 KINDS = 128

@@ -19,13 +19,7 @@ from torch.utils.data import DataLoader
 
 import lightning_bn
 
-EXAMPLES: dict[Any, list[Any]] = {
-    NoneType: [None],
-    bool: [True, False],
-    int: [3],
-    float: [0.25],
-    str: ["bn*"],
-}
+EXAMPLES: dict[Any, list[Any]] = {NoneType: [None], bool: [True, False], int: [3], float: [0.25], str: ["bn*"]}
 
 
 # Functions as people write them, with and without annotations.

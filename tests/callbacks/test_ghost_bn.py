@@ -109,10 +109,7 @@ def test_evaluation_is_that_of_the_plain_model() -> None:
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
-    [
-        ({}, ValueError, "either size= or splits="),
-        ({"size": 4, "layers": 3}, TypeError, "glob pattern"),
-    ],
+    [({}, ValueError, "either size= or splits="), ({"size": 4, "layers": 3}, TypeError, "glob pattern")],
 )
 def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

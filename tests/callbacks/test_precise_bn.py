@@ -859,12 +859,7 @@ def test_a_shuffled_loader_is_shared_without_repeats() -> None:
 
 @pytest.mark.ddp
 @pytest.mark.parametrize(
-    ("source", "shown"),
-    [
-        (uneven_loader, 2 * 37),
-        (own_on_each_rank, 37 + 29),
-        (nothing_on_rank_1, 24),
-    ],
+    ("source", "shown"), [(uneven_loader, 2 * 37), (own_on_each_rank, 37 + 29), (nothing_on_rank_1, 24)]
 )
 def test_without_shard_every_rank_takes_all_of_its_batches(source: Any, shown: int) -> None:
     module, ranks = precise_on_ranks(2, {"num_samples": 10**6, "source": FromLoader(source, shard=False)})

@@ -111,9 +111,7 @@ def test_a_chosen_size_that_is_not_possible_is_an_error_that_leaves_everything_a
     assert type(module.bn1) is torch.nn.BatchNorm2d
 
 
-def test_auto_takes_what_fits_into_half_of_the_free_memory_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_takes_what_fits_into_half_of_the_free_memory_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[trial.MemoryEstimate] = []
     look = trial.Trial.memory
     monkeypatch.setattr(trial.Trial, "memory", lambda self, own: needs.append(look(self, own)) or needs[-1])
