@@ -137,23 +137,6 @@ def test_comparing_beside_mini_batch_inference_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- says so
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"alpha": 0}, ValueError, "alpha must be"),
-        ({"alpha": 2.0}, ValueError, "alpha must be"),
-        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
-        ({"same_pattern": in_pattern}, ValueError, "same_pattern is for log_errors=True"),
-        ({"forward": "backward"}, ValueError, "forward must be"),
-        ({"batch_size_fn": 5}, TypeError, "batch_size_fn must be a function from a batch .* but is 5"),
-        ({"log_errors": "x"}, TypeError, "log_errors must be True or False but is 'x'"),
-        ({"layers": 3}, TypeError, "layers must be a glob pattern .* but is 3"),
-        ({"log_errors": True, "same_pattern": "x"}, TypeError, "same_pattern must be a function .* but is 'x'"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        BatchLeakageMonitor(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- ends no fit

@@ -157,29 +157,6 @@ def test_a_channel_that_is_not_there_is_refused() -> None:
             fit(TinyNet(), BNStatsMonitor(trace_channels=channels))
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"every_n_batches": 0}, ValueError),
-        ({"window": 1.5}, TypeError),
-        ({"quantities": ["drift"]}, ValueError),
-        ({"quantities": "lag"}, ValueError),
-        ({"alert_threshold": -1.0}, ValueError),
-        ({"alert_threshold": True}, ValueError),
-        ({"log_layers": 3}, TypeError),
-        ({"layers": 3}, TypeError),
-        ({"trace_channels": 3}, TypeError),
-        ({"trace_channels": {}}, ValueError),
-        ({"trace_channels": {"bn1": -1}}, ValueError),
-        ({"batch_size_fn": 3}, TypeError),
-    ],
-    ids=str,
-)
-def test_senseless_arguments_are_refused_at_once(options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"^{next(iter(options))}"):
-        BNStatsMonitor(**options)
-
-
 @pytest.mark.parametrize("first", ["monitor", "PreciseBN"])
 def test_the_way_from_ema_to_precise_is_kept_layer_by_layer_in_any_order(first: str, tmp_path: Path) -> None:
     module, stale = TinyNet(), TinyNet()

@@ -325,21 +325,6 @@ def test_a_model_whose_layers_come_later_is_refused() -> None:
         fit(Late(), of_levels())
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"num_domains": 1}, ValueError, "num_domains must be at least 2"),
-        ({"num_domains": 2, "train_statistics": "each"}, ValueError, "train_statistics must be 'shared' or 'domain'"),
-        ({"num_domains": 2, "level_modules": 3}, TypeError, "level_modules must be a glob pattern"),
-        ({"num_domains": 2, "level_modules": "head", "domain_fn": labels}, ValueError, "pass one of them"),
-        ({"num_domains": 2, "domain_fn": "label"}, TypeError, "domain_fn must be a function"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        DomainSpecificBNCallback(**options)
-
-
 def test_a_forward_between_batches_without_a_domain_is_refused() -> None:
     class Forwards(TinyNet):
         def on_train_epoch_end(self) -> None:

@@ -211,12 +211,6 @@ def test_schedule_free_optimizers_are_refused_with_the_reason() -> None:
         fit(ScheduledFreely(), ForecastBNCallback())
 
 
-@pytest.mark.parametrize("threshold", [-1.0, "0.1", float("nan")])
-def test_a_wrong_threshold_is_refused(threshold: Any) -> None:
-    with pytest.raises(ValueError, match="skip_below"):
-        PreciseBNCallback(skip_below=threshold)
-
-
 # ------------------------------------------------------------------------------------------------------- skip_below
 def test_a_pass_is_run_while_the_ema_is_off_and_not_when_it_is_not() -> None:
     """Of fixed weights, the EMA of 24 steps is off by 8 % of its start, after a pass by nothing."""

@@ -675,27 +675,6 @@ def test_lbfgs_is_refused_before_training_if_it_holds_the_affine() -> None:
     assert not watch.started
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({}, "given: none"),
-        ({"last_n_epochs": 1, "start_step": 3}, "given: last_n_epochs, start_step"),
-        ({"last_n_epochs": 0}, "last_n_epochs must be at least 1 but is 0"),
-        ({"start_epoch": -1}, "start_epoch must be at least 0 but is -1"),
-        ({"start_step": -1}, "start_step must be at least 0 but is -1"),
-        ({"start_fraction": 1.0}, "start_fraction must be .* but is 1.0"),
-        ({"start_fraction": -0.1}, "start_fraction must be .* but is -0.1"),
-        ({"start_epoch": 1, "statistics": "exact"}, "'exact'"),
-        ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs must be .* but is -1"),
-        ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps must be at least 0 but is -1"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        FreezeBNCallback(**arguments)
-
-
 @pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
 def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="pass start_epoch or start_step"):

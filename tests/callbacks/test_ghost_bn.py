@@ -107,15 +107,6 @@ def test_evaluation_is_that_of_the_plain_model() -> None:
         assert metrics["val_loss"] == pytest.approx(validation_loss(loaded(state)), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [({}, ValueError, "either size= or splits="), ({"size": 4, "layers": 3}, TypeError, "glob pattern")],
-)
-def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        GhostBNCallback(**options)
-
-
 def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
     module = TinyNet()
     module.bn2 = nn.SyncBatchNorm(6)

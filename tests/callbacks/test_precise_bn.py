@@ -560,24 +560,6 @@ def test_a_loader_that_cannot_be_read_twice_is_refused_and_both_alternatives_wor
         assert precise.result.num_samples == 24
 
 
-@pytest.mark.parametrize(
-    ("arguments", "refused"),
-    [
-        ({"num_samples": 0}, "num_samples must be at least 1 but is 0"),
-        ({"every_n_validations": 0}, "every_n_validations must be at least 1 but is 0"),
-        ({"source": "val_dataloader"}, "source must be .* but is 'val_dataloader'"),
-        ({"source": first_batches}, r"source=FromLoader\(first_batches\)"),
-        ({"source": "training"}, "source must be"),
-        ({"forward": "validation_step"}, "forward must be .* but is 'validation_step'"),
-        ({"stages": "validate"}, "stages must be a list .* but is 'validate'"),
-        ({"stages": ["fit"]}, r"stages must be a list .* but is \['fit'\]"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], refused: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=refused):
-        PreciseBNCallback(**arguments)
-
-
 # ------------------------------------------------------------------------------------ batches and loaders of any kind
 class Several(TinyNet):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -152,28 +152,6 @@ def test_a_tolerance_stops_as_soon_as_the_standard_errors_are_below_it() -> None
             assert error.square().mean().sqrt() < 0.2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"normalization_batch_size": 0}, ValueError, "normalization_batch_size must be at least 1"),
-        ({"normalization_batch_size": 2.5}, TypeError, "normalization_batch_size must be a whole number"),
-        ({"normalization_batch_size": "all"}, ValueError, "normalization_batch_size must be .* but is 'all'"),
-        ({"normalization_batch_size": None}, ValueError, "normalization_batch_size must be .* but is None"),
-        ({"tolerance": 0}, ValueError, "tolerance must be above 0"),
-        ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
-        ({"tolerance": 0.1, "normalization_batch_size": "population"}, ValueError, "leave one of them out"),
-        ({"memory_limit": 0}, ValueError, "memory_limit must be at least 1"),
-        ({"memory_limit": 9, "normalization_batch_size": "loader"}, ValueError, "leave one of them out"),
-    ],
-    ids=str,
-)
-def test_wrong_values_are_refused_at_construction(
-    arguments: dict[str, Any], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=match):
-        PreciseBNCallback(**arguments)
-
-
 @pytest.mark.parametrize("batch_size", [8, 32])
 def test_from_32_samples_on_auto_runs_batches_plainly_each_once(batch_size: int) -> None:
     """Smaller ones cost a trial forward, which tells whether they can wait for each other."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_bn
-from lightning_bn import FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback, Replay
+from lightning_bn import FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
 from tests.callbacks.zoo import TinyNet, fit, in_a_pass, train_loader
 
 PASSES: dict[str, Callable[..., Any]] = {
@@ -215,48 +215,6 @@ def test_more_last_epochs_than_there_are_is_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=refused):
         fit(TinyNet(), FreezeBNCallback(last_n_epochs=last), max_epochs=epochs)
     fit(TinyNet(), FreezeBNCallback(last_n_epochs=last), fast_dev_run=True)  # which has one epoch of its own
-
-
-@every_pass
-@pytest.mark.parametrize(
-    ("wrong", "error"),
-    [
-        ({"num_samples": None}, TypeError),
-        ({"num_samples": 2.5}, TypeError),
-        ({"layers": 3}, TypeError),
-        ({"batch_size_fn": 3}, TypeError),
-        ({"source": 3}, ValueError),
-        ({"forward": None}, ValueError),
-    ],
-    ids=str,
-)
-def test_a_wrong_argument_is_refused_at_construction_by_its_name(
-    name: str, wrong: dict[str, Any], error: type[Exception]
-) -> None:
-    with pytest.raises(error, match=f"^{next(iter(wrong))} must be"):
-        PASSES[name](**wrong)
-
-
-def run_on_nothing(trainer: Any) -> list[Any]:
-    return []
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: FreezeBNCallback(start_epoch=1, affine="no"), TypeError, "affine must be True or False but is 'no'"),
-        (lambda: FreezeBNCallback(start_epoch=1, affine=0), TypeError, "affine must be True or False but is 0"),
-        (lambda: FreezeBNCallback(start_epoch=1, precise=20), TypeError, "precise must be a PassConfig but is 20"),
-        (lambda: FromLoader(run_on_nothing, shard=None), TypeError, "shard must be True or False but is None"),
-        (lambda: FromLoader([1]), TypeError, r"fn must be a function from the Trainer to a loader but is \[1\]"),
-        (lambda: Replay(0), ValueError, "max_bytes must be at least 1 but is 0"),
-        (lambda: PassConfig(source=run_on_nothing), TypeError, r"source=FromLoader\(run_on_nothing\)"),
-        (lambda: lightning_bn.ForecastBNCallback(layers=3), TypeError, "layers must be a glob pattern"),
-    ],
-)
-def test_other_wrong_values_are_refused_at_construction(make: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        make()
 
 
 @pytest.mark.parametrize(

@@ -364,19 +364,6 @@ def test_what_was_not_shuffled_so_far_is_in_the_checkpoint() -> None:
     assert callback.unshuffled == callback.state_dict()["unshuffled"] == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        *(({"modules": m}, TypeError, "modules must be a glob pattern over") for m in (3, None, "", [], ["bn1", None])),
-        ({"modules": "bn1", "seed": -1}, ValueError, "seed must be"),
-        ({"modules": "bn1", "seed": 2**64}, ValueError, "seed must be below"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        RoIShuffleCallback(**options)
-
-
 def test_two_on_modules_within_each_other_are_refused() -> None:
     class Nested(TinyNet):
         def __init__(self) -> None:

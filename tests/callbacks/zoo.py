@@ -1,15 +1,17 @@
 """Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
 
-`fit` trains a module with a plain Trainer. `Recorder` records everything that no other callback may change (law 2).
+`fit` trains a module with a plain Trainer, `caught` collects warnings, and `Recorder` records everything that no
+callback that only observes may change (law 2).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,22 +98,16 @@ class TinyNet(LightningModule):
 
 
 class MomentumEncoder(TinyNet):
-    """With a teacher that the training step moves towards a student, as MoCo and BYOL do.
-
-    Args:
-        update: Moves one parameter of the teacher a tenth of the way to the student's.
-        student_first: Run the student before the teacher is moved, not behind.
-    """
+    """With a teacher whose parameters the training step moves by ``update`` to a student's, as MoCo and BYOL do."""
 
     def __init__(self, update: Callable[[nn.Parameter, Tensor], Any], student_first: bool = False) -> None:
         super().__init__()
         self.update, self.student_first = update, student_first
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            layers = [
+            self.student, self.teacher = (
                 nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)) for _ in "12"
-            ]
-        self.student, self.teacher = layers
+            )
         self.teacher.requires_grad_(False)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -137,12 +133,7 @@ def other_data(own: nn.Parameter, theirs: Tensor) -> None:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Random images whose mean depends on their class, the same in every process.
-
-    Args:
-        size: How many.
-        augment: Changes an image each time it is read.
-    """
+    """Random images whose mean depends on their class, the same in every process, augmented on reading."""
 
     def __init__(self, size: int, augment: Callable[[Tensor], Tensor] | None = None) -> None:
         own = torch.Generator().manual_seed(size)
@@ -185,11 +176,7 @@ class TinyData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         return val_loader()
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return val_loader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return val_loader()
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class InMemory(DummyLogger):
@@ -204,6 +191,16 @@ class InMemory(DummyLogger):
         return {step: row[key] for step, row in self.rows if key in row}
 
 
+@contextlib.contextmanager
+def caught(about: str = "") -> Iterator[list[str]]:
+    """The warnings that hold ``about``, each as often as it is given; complete at the end of the block."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(w.message) for w in record if about in str(w.message)]
+
+
 def in_a_pass(module: LightningModule) -> bool:
     """Whether a pass runs now, in which the Trainer's loggers are muted."""
     return not any(isinstance(logger, InMemory) for logger in module.trainer.loggers)
@@ -211,17 +208,9 @@ def in_a_pass(module: LightningModule) -> bool:
 
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
     """A plain Trainer: two epochs on the CPU, no output but an `InMemory` logger, no sanity check."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "logger": InMemory(),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": InMemory(), "log_every_n_steps": 1}
+    defaults |= {"num_sanity_val_steps": 0, **quiet}
     callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -238,16 +227,7 @@ def fit(
     ckpt_path: Any = None,
     **kwargs: Any,
 ) -> Trainer:
-    """Train ``module`` from a fixed seed and return the Trainer.
-
-    Args:
-        module: The module.
-        callbacks: One callback or several.
-        train: Train loader(s) or a data module; four batches of eight images by default.
-        val: Validation loader(s); None for no validation.
-        ckpt_path: Checkpoint to resume from.
-        kwargs: For the Trainer.
-    """
+    """Train from a fixed seed on four batches of eight images, and return the Trainer, which gets ``kwargs``."""
     trainer = trainer_with(callbacks, **kwargs)
     seed_everything(7, verbose=False)
     train = train_loader() if train is None else train
