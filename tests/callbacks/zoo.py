@@ -1,4 +1,4 @@
-"""Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
+"""All callbacks, and tiny LightningModules and data for their tests: a fit of two epochs takes a tenth of a second.
 
 `fit` trains a module with a plain Trainer, `caught` collects warnings, and `Recorder` records everything that no
 callback that only observes may change (law 2).
@@ -7,7 +7,9 @@ callback that only observes may change (law 2).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import logging
 import random
 import warnings
@@ -20,11 +22,47 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_bn as lbn
+
 CLASSES = 3
+
+
+def labels(batch: Any) -> Tensor:
+    return batch[1]
+
+
+WITH_A_PASS: dict[str, Callable[..., Any]] = {
+    "PreciseBN": functools.partial(lbn.PreciseBNCallback, 20),
+    "PreciseBN, skip_below": functools.partial(lbn.PreciseBNCallback, 20, skip_below=0.0),
+    "FreezeBN": functools.partial(lbn.FreezeBNCallback, start_epoch=1, precise=lbn.PassConfig(20)),
+}
+EVALUATING: dict[str, Callable[..., Any]] = {
+    "MiniBatchInference": functools.partial(lbn.MiniBatchInferenceCallback, stages=["validate", "test"]),
+    "AdaBN": functools.partial(lbn.AdaBNCallback, num_samples=8, log_unadapted=True),
+    "AdaBN, online": functools.partial(lbn.AdaBNCallback, online=True, prior_samples=4),
+}
+"""Those that act while the model is evaluated."""
+
+CALLBACKS: dict[str, Callable[..., Any]] = {
+    **WITH_A_PASS,
+    **EVALUATING,
+    "ForecastBN": functools.partial(lbn.ForecastBNCallback),
+    "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, every_n_batches=1, window=2),
+    "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 24, log_errors=True),
+    "GhostBN": functools.partial(lbn.GhostBNCallback, size=3),
+    "SyncBN": functools.partial(lbn.SyncBNCallback),
+    "DomainSpecificBN": functools.partial(lbn.DomainSpecificBNCallback, num_domains=3, domain_fn=labels),
+    "RoIShuffle": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
+}
+"""Every callback, with arguments that make it act within two epochs of four batches of eight."""
+
+
+def patterns_of(make: Any) -> str:
+    return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
 
 
 class TinyNet(LightningModule):
@@ -153,16 +191,17 @@ def torch_noise(image: Tensor) -> Tensor:
     return image + 0.1 * torch.randn_like(image)
 
 
-def numpy_noise(image: Tensor) -> Tensor:
-    return image + float(np.random.randn())
-
-
-def python_noise(image: Tensor) -> Tensor:
-    return image * random.uniform(0.5, 1.5)
-
-
 def train_loader(size: int = 32, batch_size: int = 8, augment: Any = None, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(Images(size, augment), batch_size=batch_size, **kwargs)
+
+
+def first_batches(number: int, **kwargs: Any) -> list[Any]:
+    return list(train_loader(**kwargs))[:number]
+
+
+def equal_batches(times: int = 4) -> DataLoader[Any]:
+    """An epoch of equal batches: it does not matter which of them Lightning shows again in a resumed epoch."""
+    return DataLoader(ConcatDataset([Images(8)] * times), 8)
 
 
 def val_loader(size: int = 12, batch_size: int = 6, **kwargs: Any) -> DataLoader[Any]:
