@@ -174,15 +174,9 @@ def test_a_batch_may_have_any_structure_and_asks_for_count_if_its_samples_cannot
         fit(OfMoved(), PreciseBNCallback(20), train_loader(collate_fn=Moved.collate))
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        images = Images(32)
-        return (images[i] for i in range(32))
-
-
 def test_an_iterable_dataset_is_read_from_its_start_and_no_more_than_an_epoch_may_read() -> None:
     module, precise = TinyNet(), PreciseBNCallback(10**6)
-    fit(module, precise, DataLoader(Stream(), batch_size=8), limit_train_batches=2)
+    fit(module, precise, DataLoader(zoo.Stream(), batch_size=8), limit_train_batches=2)
     assert precise.result.num_batches == 2
     assert_stored(module, first_batches(2))
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -199,6 +199,13 @@ def first_batches(number: int, **kwargs: Any) -> list[Any]:
     return list(train_loader(**kwargs))[:number]
 
 
+class Stream(IterableDataset[Any]):
+    """The images of the default loader, of unknown number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([Images(32)[i] for i in range(32)])
+
+
 def equal_batches(times: int = 4) -> DataLoader[Any]:
     """An epoch of equal batches: it does not matter which of them Lightning shows again in a resumed epoch."""
     return DataLoader(ConcatDataset([Images(8)] * times), 8)
@@ -275,6 +282,13 @@ def fit(
     else:
         trainer.fit(module, train, val_loader() if isinstance(val, str) else val, ckpt_path=ckpt_path)
     return trainer
+
+
+def said(about: str, *args: Any, **kwargs: Any) -> list[str]:
+    """The warnings of a fit that hold ``about``."""
+    with caught(about) as found:
+        fit(*args, **kwargs)
+    return found
 
 
 class Recorder(Callback):
