@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_bn import (
     BatchLeakageMonitor,
+    BNStatsMonitor,
     ForecastBNCallback,
     FreezeBNCallback,
     FromLoader,
@@ -189,6 +190,10 @@ def freezing(start_step: int, **options: Any) -> FreezeBNCallback:
     return FreezeBNCallback(start_step=start_step, precise=PassConfig(20), **options)
 
 
+def monitoring(every_n_batches: int, window: int) -> Callable[[], list[Any]]:
+    return lambda: [BNStatsMonitor(every_n_batches, window=window)]
+
+
 RESUMED: dict[str, Callable[[], list[Any]]] = {
     "PreciseBN": lambda: [PreciseBNCallback(20, every_n_validations=2)],
     "PreciseBN, skip_below": lambda: [PreciseBNCallback(20, skip_below=0.3)],
@@ -225,6 +230,7 @@ AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
     [
         *((n, make, {"val_check_interval": 2}, MOMENTS) for n, make in RESUMED.items()),
         *((n, make, validating, AT_BATCH_ENDS) for n, make in WITH_A_PHASE.items() for validating in VALIDATING),
+        *(("BNStatsMonitor", monitoring(*o), {"limit_val_batches": 0}, ["batch-4"]) for o in ((3, 1), (1, 3))),
     ],
 )
 def test_a_resumed_training_ends_as_the_uninterrupted_one(
