@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback
-from tests.callbacks.zoo import (
-    Evaluated,
-    TinyNet,
-    digest,
-    expected,
-    fit,
-    loaded,
-    statistics_of,
-    train_loader,
-    validation_loss,
-)
+from tests.callbacks import zoo
+from tests.callbacks.zoo import Evaluated, TinyNet, digest, fit, said, statistics_of, train_loader
 
 
 class ByHand(TinyNet):
@@ -48,13 +36,6 @@ class ByHand(TinyNet):
     def features(self, x: Tensor) -> Tensor:
         x = F.relu(self.normalized("bn1", self.conv1(x)))
         return F.relu(self.normalized("bn2", self.conv2(x))).mean((2, 3))
-
-
-def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        fit(TinyNet(), callbacks, **kwargs)
-    return [str(w.message) for w in record if about in str(w.message)]
 
 
 @pytest.mark.parametrize(
@@ -87,16 +68,13 @@ class Compiled(TinyNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.compiled = torch.compile(super().features, backend="eager")
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.compiled(x)
+        self.features = torch.compile(super().features, backend="eager")
 
 
 def test_a_model_that_was_compiled_before_trains_as_one_that_was_not() -> None:
     compiled, eager = Compiled(), TinyNet()
-    fit(compiled, GhostBNCallback(size=4))
-    fit(eager, GhostBNCallback(size=4))
+    for module in (compiled, eager):
+        fit(module, GhostBNCallback(size=4), max_epochs=1)
     assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
 
 
@@ -104,7 +82,7 @@ def test_evaluation_is_that_of_the_plain_model() -> None:
     evaluated = Evaluated()
     fit(TinyNet(), [GhostBNCallback(size=2), evaluated])
     for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        assert metrics["val_loss"] == pytest.approx(validation_loss(loaded(state)), rel=1e-5)
+        assert metrics["val_loss"] == pytest.approx(zoo.validation_loss(zoo.loaded(state)), rel=1e-5)
 
 
 def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
@@ -117,40 +95,27 @@ def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
 
 @pytest.mark.parametrize(("batch_size", "options"), [(4, {"size": 4}), (3, {"splits": 1})])
 def test_it_warns_once_where_a_batch_is_no_larger_than_a_ghost(batch_size: int, options: Any) -> None:
-    loader = train_loader(12, batch_size)
-    (message,) = said(GhostBNCallback(**options), "changes nothing", train=loader, accumulate_grad_batches=4)
+    loader, ghosts = train_loader(12, batch_size), GhostBNCallback(**options)
+    (message,) = said("changes nothing", TinyNet(), ghosts, loader, accumulate_grad_batches=4)
     assert f"holds {batch_size} samples" in message
 
 
-def test_it_does_not_warn_where_it_divides() -> None:
-    assert not said(GhostBNCallback(size=7), "changes nothing")
-
-
-def test_it_says_that_layers_are_frozen() -> None:
+def test_it_warns_of_frozen_layers_and_not_where_it_divides() -> None:
     class Frozen(TinyNet):
         def on_train_start(self) -> None:
             self.bn1.eval(), self.bn2.eval()
 
-    with pytest.warns(UserWarning, match="changes nothing: all of its layers are frozen"):
-        fit(Frozen(), GhostBNCallback(size=4))
-
-
-class StatisticsAtValidation(Callback):
-    def __init__(self) -> None:
-        self.module: Any = None
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.module = copy.deepcopy(pl_module)
+    assert said("changes nothing: all of its layers are frozen", Frozen(), GhostBNCallback(size=4))
+    assert not said("changes nothing", TinyNet(), GhostBNCallback(size=7), max_epochs=1)
 
 
 @pytest.mark.parametrize("first", ["ghosts", "PreciseBN"])
 def test_a_pass_normalizes_whole_batches_in_any_order(first: str) -> None:
-    callbacks = [GhostBNCallback(size=2), PreciseBNCallback(32)]
-    watch = StatisticsAtValidation()
-    fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), watch], max_epochs=1)
-    assert type(watch.module.bn1) is nn.BatchNorm2d  # a copy is plain
-    for key, value in expected(watch.module, train_loader()).items():
-        torch.testing.assert_close(watch.module.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    callbacks, evaluated = [GhostBNCallback(size=2), PreciseBNCallback(32)], Evaluated()
+    fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), evaluated], max_epochs=1)
+    module = zoo.loaded(evaluated.states[0])
+    for key, value in zoo.expected(module, train_loader()).items():
+        torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["ghosts", "FreezeBN"])

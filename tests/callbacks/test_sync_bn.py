@@ -28,12 +28,12 @@ class Glimpse(Callback):
     """Looks at the module before every training batch: its keys, and the classes of its copies."""
 
     def __init__(self) -> None:
-        self.keys: list[list[str]] = []
+        self.keys: set[tuple[str, ...]] = set()
         self.classes: set[type] = set()
         self.shown = ""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.keys.append(list(pl_module.state_dict()))
+        self.keys.add(tuple(pl_module.state_dict()))
         self.classes |= {type(copy.deepcopy(pl_module).bn1), type(pickle.loads(pickle.dumps(pl_module)).bn1)}
         self.shown = repr(pl_module)
 
@@ -43,14 +43,14 @@ def numbers(module: TinyNet) -> dict[str, Tensor]:
 
 
 def trained(world_size: int, callbacks: list[Any]) -> tuple[TinyNet, Glimpse]:
-    """Three epochs in float64: 8 images a rank and step on two ranks, 4 on four, 16 in one process; the same ones."""
+    """Two epochs in float64: 8 images a rank and step on two ranks, 4 on four, 16 in one process; the same ones."""
     module, glimpse = TinyNet(), Glimpse()
     rank = dist.get_rank() if world_size > 1 else 0
     sampler = DistributedSampler(range(32), world_size, rank, shuffle=False)  # Lightning's would shuffle
     loader = train_loader(32, 16 // world_size, sampler=sampler)
-    defaults = {"max_epochs": 3, "precision": "64-true", "devices": world_size, "val": None}
-    options = {"use_distributed_sampler": False, "strategy": "ddp" if world_size > 1 else "auto"}
-    fit(module, [*callbacks, glimpse], loader, **defaults, **options)
+    options = {"precision": "64-true", "devices": world_size, "val": None, "use_distributed_sampler": False}
+    options["strategy"] = "ddp" if world_size > 1 else "auto"
+    fit(module, [*callbacks, glimpse], loader, **options)
     return module, glimpse
 
 
@@ -73,7 +73,7 @@ def test_a_training_is_that_of_one_process_on_the_concatenated_batches(world_siz
         assert largest_difference(result["numbers"], numbers(alone)) < 1e-10
         glimpse = result["glimpse"]
         assert f"synced over {world_size} ranks" in glimpse.shown
-        assert glimpse.classes == {nn.BatchNorm2d} and set(map(tuple, glimpse.keys)) == {tuple(TinyNet().state_dict())}
+        assert glimpse.classes == {nn.BatchNorm2d} and glimpse.keys == {tuple(TinyNet().state_dict())}
         plain = TinyNet()
         assert result["left"] == [(type(m), sorted(vars(m))) for m in (plain.bn1, plain.bn2)]
     (unsynced, _) = run_on_ranks(on_rank, 2, 2, [])
@@ -87,39 +87,30 @@ def test_layers_and_groups_of_ranks_are_those_chosen() -> None:
     assert "synced" not in first["glimpse"].shown.split("(bn2)")[0]
 
 
-def refused(callbacks: list[Any], **kwargs: Any) -> str:
-    module = TinyNet()
-    with pytest.raises((ValueError, TypeError)) as error:
-        fit(module, callbacks, devices=2, strategy="ddp", **kwargs)
-    assert type(module.bn1) is nn.BatchNorm2d, "something is left"
-    return str(error.value)
-
-
 def refusals() -> list[str]:
-    sync, ghosts = SyncBNCallback, GhostBNCallback
-    return [
-        refused([sync(), ghosts(2)]),
-        refused([ghosts(2), sync()]),
-        refused([sync(3)]),
-        refused([sync(layers="bn1"), ghosts(2, layers="bn2"), ghosts(2, layers="bn1")]),
-    ]
+    sync, ghosts, found = SyncBNCallback, GhostBNCallback, []
+    for callbacks in ([sync(), ghosts(2)], [ghosts(2), sync()], [sync(3)]):
+        module = TinyNet()
+        with pytest.raises((ValueError, TypeError)) as error:
+            fit(module, callbacks, devices=2, strategy="ddp")
+        assert type(module.bn1) is nn.BatchNorm2d, "something is left"
+        found.append(str(error.value))
+    return found
 
 
 @pytest.mark.ddp
 def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> None:
-    for first, second, third, fourth in run_on_ranks(refusals, 2):
+    for first, second, third in run_on_ranks(refusals, 2):
         assert "SyncBNCallback and GhostBNCallback act on layer 'bn1'" in first
         assert "GhostBNCallback and SyncBNCallback act on layer 'bn1'" in second
         assert "group_size=3, but there are 2 ranks" in third
-        assert "act on layer 'bn1'" in fourth
 
 
 def with_others() -> dict[str, Tensor]:
     """With a pass, a freeze and the monitor: all of them wait for nobody where they need not."""
-    freeze = FreezeBNCallback(start_epoch=2, precise=PassConfig(32), warmup_epochs=0)
-    callbacks = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, window=2)]
-    module = TinyNet()
-    fit(module, callbacks, train_loader(32, 8), devices=2, strategy="ddp", max_epochs=3, precision="64-true")
+    freeze = FreezeBNCallback(start_epoch=1, precise=PassConfig(32), warmup_epochs=0)
+    callbacks, module = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, window=2)], TinyNet()
+    fit(module, callbacks, train_loader(32, 8), devices=2, strategy="ddp", precision="64-true")
     return numbers(module)
 
 
