@@ -1,7 +1,8 @@
-"""The law of layers that people write themselves, in a fit: the statistics of every pass are those of the truth."""
+"""Layers that people write themselves, in a fit: the statistics of every pass, the monitor and the forecast."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -12,8 +13,16 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
-from tests.callbacks.zoo import fit, trainer_with
+from lightning_bn import (
+    AdaBNCallback,
+    BNStatsMonitor,
+    ForecastBNCallback,
+    FreezeBNCallback,
+    FromLoader,
+    PassConfig,
+    PreciseBNCallback,
+)
+from tests.callbacks.zoo import caught, fit, trainer_with
 from tests.hand_written import ZOO, Net, batches, state, truth
 
 SAMPLES = 12
@@ -140,3 +149,66 @@ def test_adabn_reads_what_is_normalized_in_evaluation(name: str, forward: Any) -
             assert ((measured[f"net.{layer}"].mean - mean).abs() <= 1e-5 * var.sqrt()).all(), layer
             assert ((measured[f"net.{layer}"].var - var).abs() <= 1e-5 * var).all(), layer
     assert state(module.net) == before
+
+
+# ----------------------------------------------------------- the monitor and the forecast mark what they cannot recover
+class Fits(LightningModule):
+    """Two calls a step of one net, the second at momentum 0; it does not learn."""
+
+    def __init__(self, name: str, fails_at: int = -1) -> None:
+        super().__init__()
+        self.net, self.fails_at = Net(ZOO[name]), fails_at
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.net(batch)
+        self.net.last.momentum = 0.0
+        self.net.last(3 + 9 * batch)
+        self.net.last.momentum = 0.1
+        if batch_idx == self.fails_at:
+            raise KeyError("the step")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def fit_twice_a_step(module: LightningModule, callbacks: Any) -> list[str]:
+    loader: DataLoader[Any] = DataLoader(batches([8]) * 12, batch_size=None)
+    with caught() as said:
+        fit(module, callbacks, loader, None, max_epochs=1)
+    return said
+
+
+LEFT = ["by hand, biased", "own statistics, inverted momentum", "by hand, activated"]
+
+
+@pytest.mark.parametrize("name", ["by hand, by assignment", "timm BatchNormAct2d", *LEFT])
+def test_a_forecast_is_written_where_it_is_right_and_the_other_layer_is_left_and_named(name: str) -> None:
+    torch.manual_seed(0)
+    module, plain = Fits(name), Fits(name)
+    plain.load_state_dict(module.state_dict())
+    callback = ForecastBNCallback()
+    torch.manual_seed(1)
+    said = fit_twice_a_step(module, callback)
+    torch.manual_seed(1)
+    fit_twice_a_step(plain, [])
+    bn = module.net.bn
+    assert callback.result is not None
+    assert set(callback.result) == {"net.last", *(() if name in LEFT else ("net.bn",))}
+    assert ("cannot forecast 'net.bn'" in "".join(said)) == (name in LEFT)
+    assert torch.equal(bn.running_mean, plain.net.bn.running_mean) == (name in LEFT)
+    torch.manual_seed(1)
+    (x,) = batches([8])
+    given = module.net.outside(module.net.entry.use(bn, module.net.inside(x), x))
+    torch.testing.assert_close(module.net.last.running_mean, given.mean((0, 2)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fails_at", [-1, 0, 5])
+@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), ForecastBNCallback])
+def test_nothing_of_ours_is_left_in_the_layers_and_nothing_ends_the_fit(kind: Any, fails_at: int) -> None:
+    module = Fits(LEFT[1], fails_at)
+    before, said = [type(m) for m in module.modules()], []
+    with pytest.raises(KeyError, match="the step") if fails_at >= 0 else contextlib.nullcontext():
+        said = fit_twice_a_step(module, kind())
+    assert [type(m) for m in module.modules()] == before
+    assert "cannot measure a batch" not in "".join(said)
