@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Images, TinyNet, caught, digest, fit, statistics_of, train_loader, trainer_with
+from tests.callbacks.zoo import At, Images, TinyNet, caught, digest, fit, statistics_of, train_loader, trainer_with
 from tests.ranks import run_on_ranks
 
 
@@ -58,14 +58,14 @@ class Statistics(Callback):
         self.of_batches: list[dict[str, Tensor]] = []
         self.at_end: dict[str, Tensor] = {}
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def of_batch(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.of_batches.append(statistics_of(pl_module))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.at_end = statistics_of(pl_module)
 
-    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
-    on_validation_end = on_predict_end = on_test_end
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end = of_batch
+    on_validation_end = on_predict_end = on_test_end = end
 
 
 def evaluate(callbacks: Any, stage: str = "test", loaders: Any = None, module: Any = None, **kwargs: Any) -> Any:
@@ -162,17 +162,15 @@ def test_other_forwards_give_the_same(forward: Any) -> None:
 def test_the_live_loader_and_random_numbers_are_not_disturbed(
     stage: str, workers: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    class Batches(Callback):
-        def note(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-            found.append((digest(batch), digest(list(zoo.random_states()))))
-
-        on_test_batch_end = on_validation_batch_end = on_predict_batch_end = note
+    def note(trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        found.append((digest(batch), digest(list(zoo.random_states()))))
 
     seen = []
     for callbacks in ([], [AdaBNCallback(**options)]):
         torch.manual_seed(3)
         found: list[Any] = []
-        evaluate([*callbacks, Batches()], stage, train_loader(12, 4, zoo.torch_noise, shuffle=True, **workers))
+        at_ends = At(note, *(f"on_{kind}_batch_end" for kind in ("test", "validation", "predict")))
+        evaluate([*callbacks, at_ends], stage, train_loader(12, 4, zoo.torch_noise, shuffle=True, **workers))
         seen.append(found)
     assert len(seen[0]) == 3 and seen[0] == seen[1]
 
@@ -218,9 +216,8 @@ def test_it_logs_the_gaps_between_target_and_source() -> None:
     trainer = trainer_with(AdaBNCallback())
     trainer.test(Evaluating(), domains(), verbose=False)
     row = {key: value for _, row in trainer.logger.rows for key, value in row.items()}
-    for i, samples in enumerate((13, 9)):
-        assert row[f"ada_bn/dataloader_idx_{i}/num_samples"] == samples
-        assert row[f"ada_bn/dataloader_idx_{i}/mean_gap_max"] > 0
+    assert [row[f"ada_bn/dataloader_idx_{i}/num_samples"] for i in (0, 1)] == [13, 9]
+    assert all(row[f"ada_bn/dataloader_idx_{i}/mean_gap_max"] > 0 for i in (0, 1))
 
 
 # --- online -----------------------------------------------------------------------------------------------------------
@@ -336,24 +333,18 @@ def test_an_error_while_reading_ahead_is_raised_and_everything_is_restored(
             if batch_idx == 1:
                 raise error
 
-    class State(Callback):
-        before = after = None
+    found: dict[str, Any] = {}
 
-        def of(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-            modules = [(type(m), sorted(vars(m)), m.training) for m in pl_module.modules()]
-            loop = trainer.test_loop
-            return [modules, digest(pl_module.state_dict()), trainer.loggers, trainer.state.stage, id(loop._results)]
+    def look(trainer: Trainer, pl_module: LightningModule, *at: Any) -> None:
+        modules = [(type(m), sorted(vars(m)), m.training) for m in pl_module.modules()]
+        states = trainer.loggers, trainer.state.stage, id(trainer.test_loop._results)
+        after = at and isinstance(at[0], BaseException)
+        found["after" if after else "before"] = modules, digest(pl_module.state_dict()), states
 
-        def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            self.before = self.of(trainer, pl_module)
-
-        def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-            self.after = self.of(trainer, pl_module)
-
-    state = State()
+    looking = At(look, "on_test_batch_start", "on_exception")
     with pytest.raises(error):
-        evaluate([state, AdaBNCallback(log_unadapted=log_unadapted)], module=Failing())
-    assert state.before and state.after == state.before
+        evaluate([looking, AdaBNCallback(log_unadapted=log_unadapted)], module=Failing())
+    assert found["after"] == found["before"]
 
 
 def test_a_forward_that_raises_stop_iteration_is_an_error() -> None:

@@ -19,7 +19,7 @@ from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback,
 from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks import zoo
 from tests.callbacks.test_detectors import Detector, Scenes, count_images
-from tests.callbacks.zoo import TinyNet, caught, digest, fit, train_loader, trainer_with, val_loader
+from tests.callbacks.zoo import Passes, TinyNet, caught, digest, fit, loaded, train_loader, trainer_with, val_loader
 from tests.ranks import in_a_fresh_process, run_on_ranks
 
 KINDS = 128
@@ -56,7 +56,7 @@ def warned(module: Any, callbacks: Any, *args: Any, **kwargs: Any) -> tuple[Trai
 
 def test_a_pattern_alarms_within_one_epoch_and_then_it_rests() -> None:
     monitor = BatchLeakageMonitor()
-    passes = zoo.Passes(monitor)
+    passes = Passes(monitor)
     trainer, said = warned(TinyNet(), [monitor, passes], loader("16 x 2"), val=None, max_epochs=2)
     assert monitor.alarmed and monitor.p_value <= 0.01
     assert len(said) == 1 and "Batches leak information: In epoch 0 the samples that layer 'bn" in said[0]
@@ -109,7 +109,7 @@ def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> N
     state = evaluated.states[-1]
     by_batch = MiniBatchInferenceCallback(layers=layers)
     for key, size, callbacks in (("population", 6, []), ("mini_batch", 6, by_batch), ("same_pattern", 3, by_batch)):
-        (oracle,) = trainer_with(callbacks).validate(zoo.loaded(state), val_loader(batch_size=size), verbose=False)
+        (oracle,) = trainer_with(callbacks).validate(loaded(state), val_loader(batch_size=size), verbose=False)
         assert found[f"batch_leakage/{key}/val_loss"] == pytest.approx(oracle["val_loss"], rel=1e-5)
     assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[-1]["val_loss"], rel=1e-6)
     assert "batch_leakage/population/val_loss" not in trainer.callback_metrics

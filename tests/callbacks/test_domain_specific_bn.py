@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_bn import DomainSpecificBNCallback, PreciseBNCallback
-from tests.callbacks.zoo import Images, TinyNet, digest, fit, labels, said, train_loader, trainer_with, val_loader
+from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, labels, said, train_loader, trainer_with, val_loader
 from tests.functional.domains import CONSISTENT, ROWS, choices
 from tests.ranks import run_on_ranks
 
@@ -154,26 +154,28 @@ def test_averaged_weights_have_averaged_statistics_of_domains_that_a_checkpoint_
     saving = ModelCheckpoint(tmp_path, filename="last")
     averaging = EMAWeightAveraging(decay=0.5)
 
-    class Twins(Callback):
-        def __init__(self) -> None:
-            self.found: list[Tensor] = []
+    found, average = [], []
 
-        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            self.found.append(pl_module.head.conv[1].domain_mean.clone())
+    def used(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        found.append(pl_module.head.conv[1].domain_mean.clone())
 
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            own = pl_module.head.conv[1].domain_mean
-            self.average = averaging._average_model.module.head.conv[1].domain_mean.clone()
-            assert self.average.shape == (3, 4) and (trainer.global_step == 1) == torch.equal(self.average, own)
+    def twin(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        average[:] = [averaging._average_model.module.head.conv[1].domain_mean.clone()]
+        own = pl_module.head.conv[1].domain_mean
+        assert own.shape == (3, 4) and (trainer.global_step == 1) == torch.equal(average[0], own)
 
-    twins = Twins()
-    fit(module, [callback, averaging, saving, twins], enable_checkpointing=True, max_epochs=2)
-    torch.testing.assert_close(twins.found[-1], twins.average)  # validation uses the average's
+    seen = At(used, "on_validation_batch_end")
+    fit(
+        module,
+        [callback, averaging, saving, seen, At(twin, "on_train_batch_end")],
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    torch.testing.assert_close(found[-1], average[0])  # validation uses the average's
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
-    torch.testing.assert_close(state["averaged"][0]["head.conv.1"]["domain_mean"], twins.average)
-    seen = Twins()
+    torch.testing.assert_close(state["averaged"][0]["head.conv.1"]["domain_mean"], average[0])
     validated(Pyramid(), [of_levels(), seen], tmp_path / "last.ckpt")
-    torch.testing.assert_close(seen.found[-1], twins.average)  # and so does a test of its weights
+    torch.testing.assert_close(found[-1], average[0])  # and so does a test of its weights
     with pytest.raises(ValueError, match="must come before EMAWeightAveraging"):
         fit(Pyramid(), [EMAWeightAveraging(), of_levels()])
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_bn import ForecastBNCallback, FromLoader, PreciseBNCallback
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Evaluated, Passes, TinyNet, digest, equal_batches, fit, said, statistics_of
+from tests.callbacks.zoo import At, Evaluated, Passes, TinyNet, digest, equal_batches, fit, loaded, said, statistics_of
 from tests.ranks import run_on_ranks
 
 
@@ -61,39 +61,27 @@ def test_a_saved_model_reproduces_the_metric_that_was_logged() -> None:
     evaluated = Evaluated()
     fit(Learning(0.5), [ForecastBNCallback(), evaluated])
     for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        assert zoo.validation_loss(zoo.loaded(state)) == pytest.approx(metrics["val_loss"], rel=1e-5)
-
-
-class Writes(Callback):
-    """Overwrites running statistics after every validation."""
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with torch.no_grad():
-            pl_module.bn1.running_mean.fill_(50.0)
+        assert zoo.validation_loss(loaded(state)) == pytest.approx(metrics["val_loss"], rel=1e-5)
 
 
 def test_statistics_written_between_steps_do_not_change_the_forecast() -> None:
     """A step's batch is recovered from the statistics before *that* step: of fixed weights, the forecast stays."""
     written = []
-    for others in ([], [Writes()]):
+    writing = At(lambda trainer, module: module.bn1.running_mean.fill_(50.0), "on_validation_end")
+    for others in ([], [writing]):
         evaluated = Evaluated()
         fit(Learning(), [ForecastBNCallback(), evaluated, *others], equal_batches(12), max_epochs=3)
         written.append(evaluated.states[-1]["bn1.running_mean"])
     assert torch.allclose(*written, atol=1e-3)
 
 
-class PoisonedOnce(Callback):
-    """Writes NaN into the statistics, as a batch with NaN does."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if (trainer.current_epoch, batch_idx) == (0, 4):
-            with torch.no_grad():
-                pl_module.bn1.running_mean.fill_(torch.nan)
-
-
 def test_running_statistics_that_a_nan_has_poisoned_are_replaced() -> None:
+    def poison(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:  # as a batch with NaN does
+            pl_module.bn1.running_mean.fill_(torch.nan)
+
     module = Learning()
-    fit(module, [PoisonedOnce(), ForecastBNCallback()], equal_batches(6), max_epochs=1)
+    fit(module, [At(poison, "on_train_batch_start"), ForecastBNCallback()], equal_batches(6), max_epochs=1)
     assert all(value.isfinite().all() for value in statistics_of(module).values())
 
 
@@ -217,13 +205,11 @@ def test_resumed_with_other_layers_it_begins_anew_with_a_warning() -> None:
     callback, other = ForecastBNCallback(), ForecastBNCallback()
     fit(TinyNet(), callback, max_epochs=1)
 
-    class Widened(Callback):
-        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            other.load_state_dict(callback.state_dict())
+    widened = At(lambda *_: other.load_state_dict(callback.state_dict()), "on_fit_start")
 
     class Wider(TinyNet):
         def __init__(self) -> None:
             super().__init__()
             self.third = nn.BatchNorm1d(3)
 
-    assert said("begins a new forecast", Wider(), [Widened(), other], max_epochs=1)
+    assert said("begins a new forecast", Wider(), [widened, other], max_epochs=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.optim import lr_scheduler as schedulers
@@ -17,18 +17,9 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import FreezeBNCallback, PreciseBNCallback
 from tests.callbacks import test_freeze_bn as parts
+from tests.callbacks import zoo
 from tests.callbacks.test_freeze_bn import EPOCH, Configured, Watch, freeze, is_statistic, is_thawed, rates, snapshot
-from tests.callbacks.zoo import (
-    TinyNet,
-    caught,
-    digest,
-    equal_batches,
-    fit,
-    said,
-    train_loader,
-    trainer_with,
-    val_loader,
-)
+from tests.callbacks.zoo import At, TinyNet, caught, digest, fit, said, train_loader, trainer_with, val_loader
 from tests.ranks import run_on_ranks
 
 pytestmark = parts.pytestmark
@@ -46,7 +37,7 @@ def run_to_the_end(
     trainer = fit(
         module,
         callbacks,
-        train=equal_batches(),
+        train=zoo.equal_batches(),
         val=None,
         max_epochs=3,
         enable_checkpointing=checkpoints is not None,
@@ -148,14 +139,6 @@ def test_it_warns_once_when_statistics_were_never_trained() -> None:
     assert not said("never trained", TinyNet(), freeze())
 
 
-@pytest.mark.parametrize(("size", "warned"), [(15, 0), (16, 1)])
-def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warned: int) -> None:
-    options = {"train": train_loader(64, size), "max_epochs": 3, "accumulate_grad_batches": 4}
-    found = said("normalization batch", TinyNet(), freeze(), **options)
-    assert len(found) == warned  # accumulation raises nothing
-    assert all(f"holds {size} samples" in message for message in found)
-
-
 def test_it_warns_of_large_batches_also_behind_a_layer_in_eval_mode() -> None:
     module = TinyNet()
     module.bn1.eval()
@@ -218,21 +201,14 @@ def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics(
     assert is_thawed(module)
 
 
-class Batches(Callback):
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.seen.append(batch)
-
-
 def _fit_on_ranks() -> tuple[Any, ...]:
     """Each rank has two of the four batches of an epoch; the switch comes at the second epoch."""
-    watch, batches, module = Watch(), Batches(), Configured(parts.adamw)
+    watch, batches, module = Watch(), [], Configured(parts.adamw)
     callback = freeze(start_step=2, num_samples=32, affine=True)
-    fit(module, [callback, watch, batches], max_epochs=3, accelerator="cpu", devices=2, strategy="ddp")
+    note = At(lambda trainer, module, batch, _: batches.append(batch), "on_train_batch_start")
+    fit(module, [callback, watch, note], max_epochs=3, devices=2, strategy="ddp")
     assert is_thawed(copy.deepcopy(module))
-    return [snapshot(module), watch.started[2], watch.frozen], watch.rates_in_step, batches.seen[2:4]
+    return [snapshot(module), watch.started[2], watch.frozen], watch.rates_in_step, batches[2:4]
 
 
 @pytest.mark.ddp

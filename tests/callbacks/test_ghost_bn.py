@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback
-from tests.callbacks import zoo
-from tests.callbacks.zoo import Evaluated, TinyNet, digest, fit, said, statistics_of, train_loader
+from tests.callbacks.zoo import Evaluated, TinyNet, digest, expected, fit, loaded, said, statistics_of, train_loader
 
 
 class ByHand(TinyNet):
@@ -63,28 +62,6 @@ def test_a_whole_training_is_that_of_groups_normalized_by_hand(
     assert not torch.allclose(ghosts.conv2.weight, plain.conv2.weight, rtol=1e-4)
 
 
-class Compiled(TinyNet):
-    """Compiled before there are any ghosts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = torch.compile(super().features, backend="eager")
-
-
-def test_a_model_that_was_compiled_before_trains_as_one_that_was_not() -> None:
-    compiled, eager = Compiled(), TinyNet()
-    for module in (compiled, eager):
-        fit(module, GhostBNCallback(size=4), max_epochs=1)
-    assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
-
-
-def test_evaluation_is_that_of_the_plain_model() -> None:
-    evaluated = Evaluated()
-    fit(TinyNet(), [GhostBNCallback(size=2), evaluated])
-    for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        assert metrics["val_loss"] == pytest.approx(zoo.validation_loss(zoo.loaded(state)), rel=1e-5)
-
-
 def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
     module = TinyNet()
     module.bn2 = nn.SyncBatchNorm(6)
@@ -113,8 +90,8 @@ def test_it_warns_of_frozen_layers_and_not_where_it_divides() -> None:
 def test_a_pass_normalizes_whole_batches_in_any_order(first: str) -> None:
     callbacks, evaluated = [GhostBNCallback(size=2), PreciseBNCallback(32)], Evaluated()
     fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), evaluated], max_epochs=1)
-    module = zoo.loaded(evaluated.states[0])
-    for key, value in zoo.expected(module, train_loader()).items():
+    module = loaded(evaluated.states[0])
+    for key, value in expected(module, train_loader()).items():
         torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 

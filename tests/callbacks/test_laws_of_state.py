@@ -29,7 +29,7 @@ from lightning_bn import (
     PreciseBNCallback,
 )
 from tests.callbacks import zoo
-from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, TinyNet, digest, fit, patterns_of, train_loader, val_loader
+from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, At, TinyNet, caught, digest, fit, patterns_of, val_loader
 
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 
@@ -54,14 +54,9 @@ class Peeking(TinyNet):
         return super().training_step(batch, batch_idx)
 
 
-class AtEveryMoment(Callback):
-    def __init__(self, look: Callable[[nn.Module], Any]) -> None:
-        self.look, self.found = look, []
-
-    def note(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.found.append(self.look(pl_module))
-
-    on_train_batch_start = on_validation_epoch_end = on_train_end = note
+def at_every_moment(look: Callable[[nn.Module], Any], found: list[Any]) -> Callback:
+    moments = "on_train_batch_start", "on_validation_epoch_end", "on_train_end"
+    return At(lambda trainer, module, *_: found.append(look(module)), *moments)
 
 
 def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
@@ -86,13 +81,13 @@ def looked_at(module: nn.Module) -> Any:
 def test_at_every_moment_keys_and_copies_are_those_of_the_plain_model_and_checkpoints_load_into_it(
     make: Callable[[], Any], tmp_path: Path
 ) -> None:
-    between, module = AtEveryMoment(looked_at), Peeking()
+    found, module = [], Peeking()
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
-    fit(module, [make(), between, saving], enable_checkpointing=True)
+    fit(module, [make(), at_every_moment(looked_at, found), saving], enable_checkpointing=True)
     plain = looked_at(Peeking())
     assert plain[0] == shapes(TinyNet())
     assert len(module.shown.found) > 8 or make not in WITH_A_PASS.values(), "no pass was run"
-    assert all(found == plain for found in between.found + module.shown.found)
+    assert all(one == plain for one in found + module.shown.found)
     checkpoints = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
     assert len(checkpoints) == 8
     assert all(TinyNet().load_state_dict(checkpoint["state_dict"], strict=True) for checkpoint in checkpoints)
@@ -104,16 +99,16 @@ def test_the_callback_copies_before_between_and_after(make: Callable[[], Any]) -
         state = digest(callback.state_dict())
         return all(digest(copy_of(callback).state_dict()) == state for copy_of in (pickled, copy.deepcopy))
 
-    callback, between = make(), AtEveryMoment(copies)
-    assert copies(None)
-    fit(TinyNet(), [callback, between])
-    assert len(between.found) > 8 and all(between.found)
+    callback: Any = make()
+    found = [copies(None)]
+    fit(TinyNet(), [callback, at_every_moment(copies, found)])
+    assert len(found) > 8 and all(found)
     fit(TinyNet(), pickled(copy.deepcopy(callback)), max_epochs=1)  # a copy of a used callback works
 
 
 # --------------------------------------------------------------------------------------------------- the command line
 def batches_for_a_pass(trainer: Trainer) -> Any:
-    return train_loader(16)
+    return zoo.train_loader(16)
 
 
 def run_on(module: LightningModule, batch: Any) -> Any:
@@ -156,34 +151,19 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
-class StateAtStart(Callback):
-    """The state of the callback when training starts, after a checkpoint was restored."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.state = callback, None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.state = copy.deepcopy(self.callback.state_dict())
-
-
 class SavesAt(Checkpoint):
     """Writes ``batch-5.ckpt`` after the fifth batch, and so on: at the three moments of `ModelCheckpoint`."""
 
     def __init__(self, folder: Path, moments: list[str]) -> None:
         self.folder, self.moments = folder, moments
 
-    def save(self, moment: str, trainer: Trainer) -> None:
+    def save(self, moment: str, trainer: Trainer, *_: Any) -> None:
         if f"{moment}-{trainer.global_step}" in self.moments:
             trainer.save_checkpoint(self.folder / f"{moment}-{trainer.global_step}.ckpt")
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.save("batch", trainer)
-
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        self.save("validation", trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.save("epoch", trainer)
+    on_train_batch_end = functools.partialmethod(save, "batch")
+    on_validation_end = functools.partialmethod(save, "validation")
+    on_train_epoch_end = functools.partialmethod(save, "epoch")
 
 
 def freezing(start_step: int, **options: Any) -> FreezeBNCallback:
@@ -213,12 +193,7 @@ WITH_A_PHASE: dict[str, Callable[[], list[Any]]] = {
     "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), freezing(4, statistics="ema")],
 }
 """Those whose passes depend on the number of validations."""
-VALIDATING: list[dict[str, Any]] = [
-    {},
-    {"val_check_interval": 2},
-    {"check_val_every_n_epoch": 2},
-    {"limit_val_batches": 0},
-]
+VALIDATING = [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}]
 MOMENTS = ["batch-4", "batch-5", "validation-6", "validation-8", "epoch-8"]
 """The first is written before the epoch's validation and end, which a resumed fit skips."""
 AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
@@ -244,10 +219,11 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(
         moments = moments[1:]
     for last in moments:
         checkpoint, resumed, ours = tmp_path / f"{last}.ckpt", TinyNet(), make()
-        at_start = StateAtStart(ours[0])
-        fit(resumed, [at_start, *ours], zoo.equal_batches(), ckpt_path=checkpoint, **trainer)
+        at_start: list[Any] = []
+        look = At(lambda *_: at_start.append(digest(ours[0].state_dict())), "on_train_start")  # noqa: B023
+        fit(resumed, [look, *ours], zoo.equal_batches(), ckpt_path=checkpoint, **trainer)
         saved = torch.load(checkpoint, weights_only=True)["callbacks"].get(ours[0].state_key, {})
-        assert at_start.state is None or digest(at_start.state) == digest(saved), last
+        assert at_start in ([], [digest(saved)]), last
         assert [digest(c.state_dict()) for c in ours] == [digest(c.state_dict()) for c in whole], last
         assert digest(resumed.state_dict()) == digest(module.state_dict()), last
 
@@ -276,7 +252,7 @@ class Keeps(TinyNet):
 
 
 def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]:
-    with zoo.caught() as said:
+    with caught() as said:
         trainer = fit(module, callback, **options)
     rows = [
         (step, {k: repr(v) for k, v in row.items() if not k.endswith("seconds")}) for step, row in trainer.logger.rows
@@ -331,7 +307,7 @@ def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..
 def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[..., Any]) -> None:
     module, before = TinyNet(), zoo.statistics_of(TinyNet())
     module.bn1.eval(), module.bn2.eval()
-    with zoo.caught("all of its layers are frozen") as said:
+    with caught("all of its layers are frozen") as said:
         fit(module, make())
     assert len(said) == 1
     assert digest(zoo.statistics_of(module)) == digest(before)
@@ -377,6 +353,6 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tm
         assert results[0] != results[1]
         unadapted = {f"unadapted/{key}": value for key, value in results[0].items()}
         assert not getattr(callbacks[0], "log_unadapted", False) or callbacks[0].source_metrics == unadapted
-    trainer.fit(module, train_loader(), val_loader())
+    trainer.fit(module, zoo.train_loader(), val_loader())
     # no pass, one or two; the first pass runs its first batch three times
     assert len(module.shown.found) in (8, 8 + 3, 8 + 5, 8 + 5 + 3, 8 + 2 * 4)

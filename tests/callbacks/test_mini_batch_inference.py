@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from tests.callbacks import zoo
-from tests.callbacks.zoo import TinyNet, caught, digest, fit, statistics_of, trainer_with, val_loader
+from tests.callbacks.zoo import Evaluated, TinyNet, caught, digest, expected, fit, loaded, trainer_with, val_loader
 
 
 def with_batch_statistics(module: TinyNet, x: Tensor, layers: tuple[str, ...] = ("bn1", "bn2")) -> Tensor:
@@ -66,10 +66,10 @@ def test_in_a_fit_the_validation_does_it_and_neither_training_nor_the_sanity_che
 
 
 def test_a_validation_in_a_fit_gives_the_loss_of_batch_statistics() -> None:
-    evaluated, module = zoo.Evaluated(), TinyNet()
+    evaluated, module = Evaluated(), TinyNet()
     fit(module, [MiniBatchInferenceCallback(), evaluated])
     for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        losses = [nn.functional.cross_entropy(with_batch_statistics(zoo.loaded(state), x), y) for x, y in val_loader()]
+        losses = [nn.functional.cross_entropy(with_batch_statistics(loaded(state), x), y) for x, y in val_loader()]
         assert metrics["val_loss"] == pytest.approx(float(torch.stack(losses).mean()), 1e-5)
 
 
@@ -78,11 +78,11 @@ def test_precise_bn_estimates_the_same_population_with_it() -> None:
     for callbacks in ([], [MiniBatchInferenceCallback()]):
         module = TinyNet()
         fit(module, [*callbacks, PreciseBNCallback(20)])
-        states.append(digest(statistics_of(module)))
+        states.append(digest(zoo.statistics_of(module)))
     assert states[0] == states[1]
     module, precise = TinyNet(), PreciseBNCallback(24, stages=["test"], source=FromLoader(lambda _: zoo.train_loader()))
     trainer_with([MiniBatchInferenceCallback(), precise]).test(module, val_loader(), verbose=False)
-    for key, value in zoo.expected(TinyNet(), zoo.first_batches(3)).items():
+    for key, value in expected(TinyNet(), zoo.first_batches(3)).items():
         torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 

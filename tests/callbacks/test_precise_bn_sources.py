@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_bn import FromLoader, PreciseBNCallback, Replay
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Images, TinyNet, caught, expected, first_batches, fit, statistics_of, train_loader
+from tests.callbacks.zoo import Images, TinyNet, first_batches, fit, lerp, statistics_of, train_loader, trainer_with
 
 
 def assert_stored(module: TinyNet, shown: list[Any]) -> None:
-    assert_close(statistics_of(module), expected(module, shown), rtol=1e-5, atol=1e-5)
+    assert_close(statistics_of(module), zoo.expected(module, shown), rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- replays
@@ -53,7 +53,7 @@ def test_an_empty_replay_warns() -> None:
     """As Lightning validates first when it resumes a checkpoint written in the middle of a validation."""
     module, precise = TinyNet(), PreciseBNCallback(16, source="replay", stages=["validate"])
     with pytest.warns(UserWarning, match="no batches to replay before the first training batch, nor right after a"):
-        zoo.trainer_with(precise).validate(module, zoo.val_loader(), verbose=False)
+        trainer_with(precise).validate(module, zoo.val_loader(), verbose=False)
     assert_close(statistics_of(module), statistics_of(TinyNet()))
 
 
@@ -80,7 +80,7 @@ def test_a_later_batch_that_cannot_be_kept_for_a_replay_is_left_out_with_one_war
 
     first, *whole = first_batches(4)
     precise = PreciseBNCallback(32, source="replay", batch_size_fn=count)
-    with caught("could not keep a batch for the replay") as said:
+    with zoo.caught("could not keep a batch for the replay") as said:
         fit(Grows(), precise, DataLoader([first, {"of": whole[0]}, {"of": whole[1]}, whole[2]], batch_size=None))
     assert len(said) == 1 and "unknown batch" in said[0] and precise.result.num_samples == 32
     precise = PreciseBNCallback(32, source="replay", batch_size_fn=count)
@@ -194,7 +194,7 @@ def test_compiled_modules_are_shown_batches_eagerly() -> None:
             self.features = torch.compile(self.features, backend=backend)
 
     module, precise = Compiled(), PreciseBNCallback(20)
-    trainer = zoo.trainer_with(precise, max_epochs=1)
+    trainer = trainer_with(precise, max_epochs=1)
     trainer.fit(module, train_loader(), None)
     assert set(compiled) == {0}
     assert_stored(module, first_batches(3))
@@ -237,7 +237,7 @@ def test_an_unusable_training_step_is_refused_and_the_alternatives_work(module: 
     assert list(precise.result) == ["bn1"]
 
 
-@pytest.mark.parametrize("update", [zoo.lerp, zoo.other_data])
+@pytest.mark.parametrize("update", [lerp, zoo.other_data])
 def test_a_momentum_encoder_is_measured_as_the_next_step_will_use_it(update: Callable[..., Any]) -> None:
     module, precise = zoo.MomentumEncoder(update), PreciseBNCallback(20)
     fit(module, precise)

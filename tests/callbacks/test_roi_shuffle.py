@@ -23,7 +23,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 import lightning_bn as lbn
 from lightning_bn import RoIShuffleCallback
-from tests.callbacks.zoo import Images, TinyNet, digest, fit, said, statistics_of, train_loader
+from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, said, statistics_of, train_loader
 from tests.distributed.test_roi_shuffle_ranks import Detector
 from tests.ranks import run_on_ranks
 
@@ -86,22 +86,21 @@ class Detects(LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-class Gradients(Callback):
-    def __init__(self) -> None:
-        self.last: dict[str, Tensor] = {}
+def gradients_into(found: dict[str, Tensor]) -> Callback:
+    def note(trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        found.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.last = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+    return At(note, "on_before_optimizer_step")
 
 
 def detected(masks: bool, bn: bool, callbacks: list[Any]) -> tuple[Detects, dict[str, Tensor]]:
     """Two steps of an image a rank: of two and three objects, of one and none."""
-    module, gradients = Detects(masks, bn), Gradients()
+    module, gradients = Detects(masks, bn), {}
     scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
     options = {"max_epochs": 1, "val": None, **ON_TWO_RANKS}
-    fit(module, [*callbacks, gradients], DataLoader(scenes, 1, collate_fn=list), **options)
+    fit(module, [*callbacks, gradients_into(gradients)], DataLoader(scenes, 1, collate_fn=list), **options)
     assert list(module.state_dict()) == list(Detects(masks, bn).state_dict())
-    return module, gradients.last
+    return module, gradients
 
 
 def with_and_without(masks: bool, bn: bool) -> dict[str, Any]:
@@ -149,35 +148,27 @@ def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently() -> None
     assert all(first["with"]["losses"][0][key] == first["without"]["losses"][0][key] for key in rpn)
 
 
-class Saves(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+def saves(path: Path) -> Callback:
+    def save(trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 5:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(path)
 
-
-class Copies(Callback):
-    """The module's classes in copies that are made in mid-fit."""
-
-    def __init__(self) -> None:
-        self.classes: set[type] = set()
-        self.keys: set[tuple[str, ...]] = set()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.classes |= {type(m) for m in copy.deepcopy(pl_module).modules()}
-        self.keys.add(tuple(pl_module.state_dict()))
+    return At(save, "on_train_batch_end")
 
 
 def trained(callbacks: list[Any], batch: int = 8, **kwargs: Any) -> dict[str, Any]:
     """Two epochs of four equal batches, so that it does not matter which of them Lightning repeats on resuming."""
-    module, copies = TinyNet(), Copies()
+    module, classes, keys = TinyNet(), set(), set()
+
+    def look(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        classes.update(type(m) for m in copy.deepcopy(pl_module).modules())
+        keys.add(tuple(pl_module.state_dict()))
+
     own = Images(16 + dist.get_rank())
     same = torch.utils.data.ConcatDataset([torch.utils.data.Subset(own, range(batch))] * 4)
-    fit(module, [*callbacks, copies], DataLoader(same, batch), **ON_TWO_RANKS, **kwargs)
+    fit(module, [*callbacks, At(look, "on_train_batch_start")], DataLoader(same, batch), **ON_TWO_RANKS, **kwargs)
     plain = TinyNet()
-    assert copies.classes == {type(m) for m in plain.modules()} and copies.keys == {tuple(plain.state_dict())}
+    assert classes == {type(m) for m in plain.modules()} and keys == {tuple(plain.state_dict())}
     assert [type(m) for m in module.modules()] == [type(m) for m in plain.modules()]
     shuffle = next((c for c in callbacks if isinstance(c, RoIShuffleCallback)), None)
     return {
@@ -189,7 +180,7 @@ def trained(callbacks: list[Any], batch: int = 8, **kwargs: Any) -> dict[str, An
 
 def resumed(folder: Path) -> list[dict[str, Any]]:
     checkpoint = folder / "5.ckpt"
-    found = [trained([RoIShuffleCallback(modules="bn*"), Saves(checkpoint)])]
+    found = [trained([RoIShuffleCallback(modules="bn*"), saves(checkpoint)])]
     dist.barrier()
     (saved,) = torch.load(checkpoint, weights_only=True)["callbacks"].values()
     assert set(saved) == {"generator", "unshuffled"}
@@ -224,12 +215,13 @@ class Ignores(LightningModule):
 
 
 def ignored(kind: str) -> dict[str, Tensor]:
-    module, gradients = Ignores(no_rows="no rows" in kind), Gradients()
+    gradients: dict[str, Tensor] = {}
+    module = Ignores(no_rows="no rows" in kind)
     data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
     strategy = "ddp_find_unused_parameters_true" if "unused" in kind else "ddp"
     shuffle = RoIShuffleCallback(modules="net.*_head")
-    fit(module, [shuffle, gradients], data, None, **ON_TWO_RANKS | {"strategy": strategy})
-    return gradients.last
+    fit(module, [shuffle, gradients_into(gradients)], data, None, **ON_TWO_RANKS | {"strategy": strategy})
+    return gradients
 
 
 @pytest.mark.ddp
@@ -242,18 +234,16 @@ def test_a_training_step_may_ignore_the_rows(kind: str) -> None:
     assert first["net.box_head.fc.weight"].abs().sum() > 0
 
 
-class Killed(Callback):
-    """kill -9 of rank 1, between its exchanges."""
+def fit_until_killed() -> None:
+    """Rank 1 is killed, between its exchanges."""
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def kill(trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-
-def fit_until_killed() -> None:
     module, shuffle = TinyNet(), RoIShuffleCallback(modules="bn*")
     try:
-        fit(module, [shuffle, Killed()], devices=2, strategy="ddp")
+        fit(module, [shuffle, At(kill, "on_before_backward")], devices=2, strategy="ddp")
     except RuntimeError as error:
         left = type(module.bn1) is not nn.BatchNorm2d or shuffle._handle is not None
         raise RuntimeError(f"ended with {'something' if left else 'nothing'} left") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -20,44 +20,30 @@ from lightning_bn import (
     PreciseBNCallback,
     SyncBNCallback,
 )
-from tests.callbacks.zoo import TinyNet, fit, statistics_of, train_loader, trainer_with
+from tests.callbacks.zoo import At, TinyNet, fit, statistics_of, train_loader, trainer_with
 from tests.ranks import run_on_ranks
-
-
-class Glimpse(Callback):
-    """Looks at the module before every training batch: its keys, and the classes of its copies."""
-
-    def __init__(self) -> None:
-        self.keys: set[tuple[str, ...]] = set()
-        self.classes: set[type] = set()
-        self.shown = ""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.keys.add(tuple(pl_module.state_dict()))
-        self.classes |= {type(copy.deepcopy(pl_module).bn1), type(pickle.loads(pickle.dumps(pl_module)).bn1)}
-        self.shown = repr(pl_module)
 
 
 def numbers(module: TinyNet) -> dict[str, Tensor]:
     return {**{k: v.detach().clone() for k, v in module.named_parameters()}, **statistics_of(module)}
 
 
-def trained(world_size: int, callbacks: list[Any]) -> tuple[TinyNet, Glimpse]:
+def trained(world_size: int, callbacks: list[Any]) -> dict[str, Any]:
     """Two epochs in float64: 8 images a rank and step on two ranks, 4 on four, 16 in one process; the same ones."""
-    module, glimpse = TinyNet(), Glimpse()
+    module, glimpses = TinyNet(), []
+
+    def glimpse(trainer: Trainer, pl_module: TinyNet, *_: Any) -> None:
+        copies = copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
+        glimpses.append((list(pl_module.state_dict()), [type(twin.bn1) for twin in copies], repr(pl_module)))
+
     rank = dist.get_rank() if world_size > 1 else 0
     sampler = DistributedSampler(range(32), world_size, rank, shuffle=False)  # Lightning's would shuffle
     loader = train_loader(32, 16 // world_size, sampler=sampler)
     options = {"precision": "64-true", "devices": world_size, "val": None, "use_distributed_sampler": False}
     options["strategy"] = "ddp" if world_size > 1 else "auto"
-    fit(module, [*callbacks, glimpse], loader, **options)
-    return module, glimpse
-
-
-def on_rank(world_size: int, callbacks: list[Any]) -> dict[str, Any]:
-    module, glimpse = trained(world_size, callbacks)
+    fit(module, [*callbacks, At(glimpse, "on_train_batch_start")], loader, **options)
     left = [(type(m), sorted(vars(m))) for m in (module.bn1, module.bn2)]
-    return {"numbers": numbers(module), "glimpse": glimpse, "left": left}
+    return {"numbers": numbers(module), "glimpses": glimpses, "left": left}
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -67,24 +53,23 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 @pytest.mark.ddp
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_training_is_that_of_one_process_on_the_concatenated_batches(world_size: int) -> None:
-    results = run_on_ranks(on_rank, world_size, world_size, [SyncBNCallback()])
-    alone, _ = trained(1, [])
+    results, alone = run_on_ranks(trained, world_size, world_size, [SyncBNCallback()]), trained(1, [])
     for result in results:
-        assert largest_difference(result["numbers"], numbers(alone)) < 1e-10
-        glimpse = result["glimpse"]
-        assert f"synced over {world_size} ranks" in glimpse.shown
-        assert glimpse.classes == {nn.BatchNorm2d} and glimpse.keys == {tuple(TinyNet().state_dict())}
-        plain = TinyNet()
-        assert result["left"] == [(type(m), sorted(vars(m))) for m in (plain.bn1, plain.bn2)]
-    (unsynced, _) = run_on_ranks(on_rank, 2, 2, [])
-    assert largest_difference(unsynced["numbers"], numbers(alone)) > 1e-3
+        assert largest_difference(result["numbers"], alone["numbers"]) < 1e-10
+        for keys, classes, shown in result["glimpses"]:
+            assert keys == list(TinyNet().state_dict()) and classes == [nn.BatchNorm2d] * 2
+            assert f"synced over {world_size} ranks" in shown
+        assert result["left"] == alone["left"]
+    (unsynced, _) = run_on_ranks(trained, 2, 2, [])
+    assert largest_difference(unsynced["numbers"], alone["numbers"]) > 1e-3
 
 
 @pytest.mark.ddp
 def test_layers_and_groups_of_ranks_are_those_chosen() -> None:
-    first, *_, last = run_on_ranks(on_rank, 4, 4, [SyncBNCallback(group_size=2, layers="bn2")])
-    assert all("synced over 2 ranks" in r["glimpse"].shown.split("(bn2)")[1] for r in (first, last))
-    assert "synced" not in first["glimpse"].shown.split("(bn2)")[0]
+    first, *_, last = run_on_ranks(trained, 4, 4, [SyncBNCallback(group_size=2, layers="bn2")])
+    for *_, shown in first["glimpses"] + last["glimpses"]:
+        before, after = shown.split("(bn2)")
+        assert "synced over 2 ranks" in after and "synced" not in before
 
 
 def refusals() -> list[str]:
@@ -124,16 +109,13 @@ def test_it_works_together_with_a_pass_a_freeze_and_the_monitor() -> None:
 
 def judged() -> dict[str, str]:
     """How the monitor gets at each layer's batches, with momentum 0 in the first."""
-    monitor, module = BNStatsMonitor(1, window=2), TinyNet()
+    monitor, module, found = BNStatsMonitor(1, window=2), TinyNet(), {}
     module.bn1.momentum = 0.0
-    found: dict[str, str] = {}
-
-    class Judged(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            if monitor._record and monitor._record.last:
-                found.update(monitor._record.last.direct)
-
-    fit(module, [SyncBNCallback(), monitor, Judged()], devices=2, strategy="ddp", max_epochs=1)
+    look = At(
+        lambda *_: found.update((monitor._record and monitor._record.last and monitor._record.last.direct) or {}),
+        "on_train_batch_end",
+    )
+    fit(module, [SyncBNCallback(), monitor, look], devices=2, strategy="ddp", max_epochs=1)
     return found
 
 

@@ -291,6 +291,14 @@ def said(about: str, *args: Any, **kwargs: Any) -> list[str]:
     return found
 
 
+class At(Callback):
+    """Calls ``do`` with the Trainer, the module and what else a hook is given, at each of ``hooks``."""
+
+    def __init__(self, do: Callable[..., Any], *hooks: str) -> None:
+        for hook in hooks:
+            setattr(self, hook, do)
+
+
 class Recorder(Callback):
     """Records, as ``trace``, everything that an observing callback must not change; compare two runs with ``==``."""
 
@@ -383,19 +391,7 @@ def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
     return {f"{name}.{kind}": s.float() for name, pair in pairs for kind, s in zip(_STATISTICS, pair, strict=True)}
 
 
-class Passes(Callback):
-    """Records the moment and optimizer step of each pass; place it after the callback."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.last, self.seen = callback, None, []
-
-    def look(self, moment: str, trainer: Trainer) -> None:
-        if self.callback.result is not self.last:
-            self.last = self.callback.result
-            self.seen.append((moment, trainer.global_step))
-
-
-for _hook, _moment in {
+MOMENTS = {
     "on_sanity_check_end": "sanity check",
     "on_train_batch_start": "training",
     "on_validation_batch_start": "validation",
@@ -403,8 +399,21 @@ for _hook, _moment in {
     "on_test_batch_start": "test",
     "on_predict_batch_start": "predict",
     "on_train_epoch_end": "epoch end",
-}.items():
-    setattr(Passes, _hook, lambda self, trainer, *_, moment=_moment: self.look(moment, trainer))
+}
+
+
+class Passes(Callback):
+    """Records the moment and optimizer step of each pass; place it after the callback."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.last, self.seen = callback, None, []
+        for hook, moment in MOMENTS.items():
+            setattr(self, hook, functools.partial(self.look, moment))
+
+    def look(self, moment: str, trainer: Trainer, *_: Any) -> None:
+        if self.callback.result is not self.last:
+            self.last = self.callback.result
+            self.seen.append((moment, trainer.global_step))
 
 
 class Evaluated(Callback):
