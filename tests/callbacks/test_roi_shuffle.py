@@ -24,7 +24,6 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 import lightning_bn as lbn
 from lightning_bn import RoIShuffleCallback
 from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, said, statistics_of, train_loader
-from tests.distributed.test_roi_shuffle_ranks import Detector
 from tests.ranks import run_on_ranks
 
 ON_TWO_RANKS: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
@@ -196,42 +195,6 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(tmp_path: P
     assert other_seed["weights"] != whole["weights"] != plain["weights"]
     for ours, theirs in zip(first, second, strict=True):
         assert ours["weights"] == theirs["weights"] and ours["state"] == theirs["state"]
-
-
-class Ignores(LightningModule):
-    """Rank 1 has no rows for the heads, or a loss that ignores what becomes of them."""
-
-    def __init__(self, no_rows: bool) -> None:
-        super().__init__()
-        self.net, self.no_rows = Detector(), no_rows
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        rows = torch.as_tensor(batch)[: 0 if self.no_rows and dist.get_rank() else None]
-        outputs = self.net(rows)
-        return {"loss": outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"]), "batch": batch_idx}
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 1e-3)
-
-
-def ignored(kind: str) -> dict[str, Tensor]:
-    gradients: dict[str, Tensor] = {}
-    module = Ignores(no_rows="no rows" in kind)
-    data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
-    strategy = "ddp_find_unused_parameters_true" if "unused" in kind else "ddp"
-    shuffle = RoIShuffleCallback(modules="net.*_head")
-    fit(module, [shuffle, gradients_into(gradients)], data, None, **ON_TWO_RANKS | {"strategy": strategy})
-    return gradients
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("kind", ["rows", "no rows, find unused"])
-def test_a_training_step_may_ignore_the_rows(kind: str) -> None:
-    first, second = run_on_ranks(ignored, 2, kind)
-    assert first.keys() == second.keys() == dict(Ignores(True).named_parameters()).keys()
-    for name, gradient in first.items():
-        assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
-    assert first["net.box_head.fc.weight"].abs().sum() > 0
 
 
 def fit_until_killed() -> None:

@@ -14,10 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_bn import (
     BNStatsMonitor,
-    FreezeBNCallback,
     GhostBNCallback,
-    PassConfig,
-    PreciseBNCallback,
     SyncBNCallback,
 )
 from tests.callbacks.zoo import At, TinyNet, fit, statistics_of, train_loader, trainer_with
@@ -89,22 +86,6 @@ def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> Non
         assert "SyncBNCallback and GhostBNCallback act on layer 'bn1'" in first
         assert "GhostBNCallback and SyncBNCallback act on layer 'bn1'" in second
         assert "group_size=3, but there are 2 ranks" in third
-
-
-def with_others() -> dict[str, Tensor]:
-    """With a pass, a freeze and the monitor: all of them wait for nobody where they need not."""
-    freeze = FreezeBNCallback(start_epoch=1, precise=PassConfig(32), warmup_epochs=0)
-    callbacks, module = [SyncBNCallback(), PreciseBNCallback(32), freeze, BNStatsMonitor(1, window=2)], TinyNet()
-    fit(module, callbacks, train_loader(32, 8), devices=2, strategy="ddp", precision="64-true")
-    return numbers(module)
-
-
-@pytest.mark.ddp
-def test_it_works_together_with_a_pass_a_freeze_and_the_monitor() -> None:
-    """The freeze's statistics are a pass over what rank-sized batches say: the same on both ranks, and finite."""
-    first, second = run_on_ranks(with_others, 2)
-    assert largest_difference(first, second) == 0
-    assert all(value.isfinite().all() for value in first.values())
 
 
 def judged() -> dict[str, str]:
