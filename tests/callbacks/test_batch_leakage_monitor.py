@@ -67,14 +67,11 @@ def test_a_pattern_alarms_within_one_epoch_and_then_it_rests() -> None:
     assert monitor._evidence.epochs == 1 and monitor._pass._reservoir is None
 
 
-def test_shuffled_batches_do_not_alarm() -> None:
+def test_shuffled_batches_do_not_alarm_and_balanced_ones_do_and_are_called_so() -> None:
     monitor = BatchLeakageMonitor(1024)
-    trainer, said = warned(TinyNet(), monitor, loader("shuffled"), max_epochs=2)
+    trainer, said = warned(TinyNet(), monitor, loader("shuffled"))
     assert not monitor.alarmed and said == []
     assert len(trainer.loggers[0].logged("batch_leakage/epoch_p_value")) == 2
-
-
-def test_balanced_batches_alarm_and_are_called_so() -> None:
     _, said = warned(TinyNet(), BatchLeakageMonitor(), loader("balanced"), val=None, max_epochs=1)
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
 
@@ -91,7 +88,6 @@ def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
     assert monitor.alarmed and list(monitor.result.icc) == ["net.roi_heads.box_head.2"] and len(said) == 1
 
 
-# ------------------------------------------------------------------------------------------------- errors of Fig. 8
 def in_pattern(trainer: Trainer) -> Any:
     return val_loader(batch_size=3)
 
@@ -102,14 +98,14 @@ def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> N
     module = TinyNet()
     trainer = fit(module, [monitor, evaluated], max_epochs=1, num_sanity_val_steps=2)
     assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in the sanity check, too"
-    trainer.validate(module, val_loader(), verbose=False)
+    trainer.validate(module, val_loader())
     assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in an evaluation of the user's"
     evaluated.states.pop(), evaluated.metrics.pop()
     found = {k: v for _, row in trainer.loggers[0].rows for k, v in row.items() if k.startswith("batch_leakage/")}
     state = evaluated.states[-1]
     by_batch = MiniBatchInferenceCallback(layers=layers)
     for key, size, callbacks in (("population", 6, []), ("mini_batch", 6, by_batch), ("same_pattern", 3, by_batch)):
-        (oracle,) = trainer_with(callbacks).validate(loaded(state), val_loader(batch_size=size), verbose=False)
+        (oracle,) = trainer_with(callbacks).validate(loaded(state), val_loader(batch_size=size))
         assert found[f"batch_leakage/{key}/val_loss"] == pytest.approx(oracle["val_loss"], rel=1e-5)
     assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[-1]["val_loss"], rel=1e-6)
     assert "batch_leakage/population/val_loss" not in trainer.callback_metrics
@@ -121,10 +117,6 @@ def test_comparing_beside_mini_batch_inference_is_refused() -> None:
     fit(TinyNet(), [BatchLeakageMonitor(log_errors=True), MiniBatchInferenceCallback(stages=["test"])])
 
 
-# ------------------------------------------------------------------------------------------------------- says so
-
-
-# ---------------------------------------------------------------------------------------------------- ends no fit
 def raising(error: Any) -> Any:
     def function(*_: Any) -> Any:
         raise error
@@ -218,7 +210,6 @@ def test_it_advises_no_callback_that_is_there() -> None:
         assert ("GhostBNCallback" in said[0]) is ghosts and "FreezeBNCallback" in said[0]
 
 
-# --------------------------------------------------------------------------------------------------- state of a fit
 def fitted_in_a_fork() -> tuple[bool, BatchLeakageMonitor]:
     monitor = BatchLeakageMonitor()
     trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
@@ -239,14 +230,10 @@ def test_an_epoch_of_one_batch_and_frozen_layers_are_warned_of_once() -> None:
         assert len(said) == 1 and message in said[0]
 
 
-def test_a_frozen_layer_among_others_is_left_out() -> None:
-    monitor = BatchLeakageMonitor()
-    fit(TinyNet(), [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")])
+def test_a_frozen_layer_among_others_is_left_out_and_manual_optimization_refused_with_the_way_out() -> None:
+    monitor, module = BatchLeakageMonitor(), TinyNet()
+    fit(module, [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")])
     assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
-
-
-def test_manual_optimization_is_refused_with_the_way_out() -> None:
-    module = TinyNet()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="pass forward='forward'"):
         fit(module, BatchLeakageMonitor())
@@ -258,28 +245,18 @@ def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
     assert picture.stat().st_size > 5000
 
 
-# ------------------------------------------------------------------------------------------- which batches are kept
-def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
+def test_each_batch_of_an_epoch_is_as_likely_to_be_kept_as_a_copy() -> None:
     kept: Counter[int] = Counter()
     for seed in range(1000):
-        reservoir = BatchReservoir(3, seed)
-        for number in range(10):
-            reservoir.keep(torch.tensor(number))
+        reservoir, batch = BatchReservoir(3, seed), torch.tensor(-1)
+        for _ in range(10):
+            reservoir.keep(batch.add_(1))
         assert reservoir.held == 3
-        kept.update(int(b) for b in reservoir.batches())
+        kept.update(int(shown) for shown in reservoir.batches())
+        assert next(reservoir.batches()).add_(100) != next(reservoir.batches()), "what is shown is another copy"
     assert all(count == pytest.approx(300, abs=70) for count in kept.values()) and len(kept) == 10
 
 
-def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
-    reservoir, batch = BatchReservoir(1, 0), torch.zeros(2)
-    reservoir.keep(batch)
-    batch += 1
-    for shown in (next(reservoir.batches()) for _ in range(2)):
-        assert torch.equal(shown, torch.zeros(2))
-        shown += 1
-
-
-# ------------------------------------------------------------------------------------------------------------ ranks
 def fit_on_rank() -> Any:
     """The sampler hands rank 0 the even samples and rank 1 the odd ones."""
     module, monitor = TinyNet(), BatchLeakageMonitor(80, log_errors=True)

@@ -106,9 +106,7 @@ def parser() -> ArgumentParser:
 
 
 @pytest.mark.parametrize(("callback", "argument", "value"), [*arguments()])
-def test_every_value_survives_the_command_line_both_ways(
-    callback: str, argument: str, value: Any, parser: ArgumentParser
-) -> None:
+def test_every_value_survives_the_command_line_both_ways(callback: str, argument: str, value: Any, parser: Any) -> None:
     signature = inspect.signature(getattr(lightning_bn, callback))
     required = [name for name, p in signature.parameters.items() if p.default is p.empty]  # domains, modules
     needed: dict[str, Any] = {name: "*" if name == "modules" else 2 for name in required}

@@ -35,7 +35,7 @@ def train(folder: Path, *others: Callback, **kwargs: Any) -> tuple[TinyNet, list
     callbacks = [PreciseBNCallback(20), FreezeBNCallback(start_step=10, precise=PassConfig(20), warmup_epochs=0.5)]
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1)
     loader = DataLoader(ConcatDataset([Images(8)] * 4), 8)
-    fit(module, [*callbacks, saving, *others], loader, max_epochs=3, enable_checkpointing=True, **kwargs)
+    fit(module, [*callbacks, saving, *others], loader, max_epochs=3, **kwargs)
     return module, callbacks
 
 

@@ -69,7 +69,7 @@ def of_labels(row: int = 4, **options: Any) -> DomainSpecificBNCallback:
 
 
 def validated(module: Any, callback: Any, checkpoint: Path | None = None) -> Any:
-    return trainer_with(callback).validate(module, val_loader(), ckpt_path=checkpoint, verbose=False)
+    return trainer_with(callback).validate(module, val_loader(), ckpt_path=checkpoint)
 
 
 BOTH = pytest.mark.parametrize(
@@ -79,12 +79,10 @@ BOTH = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("row", [1, 2, 4, 6])
 @BOTH
-def test_every_row_of_table_5_trains_and_is_tested_from_its_checkpoint(
-    net: Any, make: Any, row: int, tmp_path: Path
-) -> None:
+def test_each_row_of_table_5_is_trained_and_saved_with_all(net: Any, make: Any, row: int, tmp_path: Path) -> None:
     module, last, later = net(), tmp_path / "last.ckpt", tmp_path / "later.ckpt"
-    trainer = fit(module, [make(row), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
-    after = trainer.validate(module, val_loader(), verbose=False)
+    trainer = fit(module, [make(row), ModelCheckpoint(tmp_path, filename="last")])
+    after = trainer.validate(module, val_loader())
     trainer.save_checkpoint(later)
     assert validated(net(), make(row), last) == validated(net(), make(row), later) == after
     plain = {k for k in net().state_dict() if not k.startswith("bn") or module.bn1 is not None}
@@ -96,15 +94,15 @@ def test_every_row_of_table_5_trains_and_is_tested_from_its_checkpoint(
 
 @pytest.mark.parametrize(("row", "trained_as"), [(1, 2), (5, 6)])
 @BOTH
-def test_a_fit_that_kept_every_domains_statistics_can_be_evaluated_with_the_shared_ones(
+def test_a_fit_with_statistics_of_domains_can_be_evaluated_with_shared_ones(
     net: Any, make: Any, row: int, trained_as: int, tmp_path: Path
 ) -> None:
     """Two rows of the table are one training: what evaluation normalizes with does not change what is trained."""
     saving = ModelCheckpoint(tmp_path, filename="last")
-    fit(net(), [make(trained_as), PreciseBNCallback(32), saving], enable_checkpointing=True, max_epochs=1)
+    fit(net(), [make(trained_as), PreciseBNCallback(32), saving], max_epochs=1)
     evaluated, alone = validated(net(), make(row), tmp_path / "last.ckpt"), net()
     of_row = fit(alone, [make(row), PreciseBNCallback(32)], max_epochs=1)
-    assert evaluated == of_row.validate(alone, val_loader(), verbose=False)
+    assert evaluated == of_row.validate(alone, val_loader())
 
 
 @pytest.mark.parametrize("row", [2, 3, 4, 5])
@@ -119,7 +117,7 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
     module = Pyramid()
     with pytest.raises(ValueError, match="has no statistics of domains"):
         validated(module, of_levels())
-    fit(module, [of_levels(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True, max_epochs=1)
+    fit(module, [of_levels(), ModelCheckpoint(tmp_path, filename="last")], max_epochs=1)
     with pytest.raises(ValueError, match="saved for 3 domains, but the layer has 2 domains"):
         validated(module, DomainSpecificBNCallback(2, level_modules="head"), tmp_path / "last.ckpt")
 
@@ -130,20 +128,16 @@ def test_what_is_not_known_in_testing_is_refused(tmp_path: Path) -> None:
     fewer = Fewer()
     trainer = fit(fewer, of_levels(), val=None, max_epochs=1)
     with pytest.raises(RuntimeError, match="called 2 times in one forward of 'head', but num_domains=3"):
-        trainer.test(fewer, val_loader(), verbose=False)
+        trainer.test(fewer, val_loader())
 
 
 def test_a_dataset_that_was_never_trained_on_is_refused() -> None:
-    class Tested(TinyNet):
-        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            self(batch[0])
-
-    module = Tested()
+    module = TinyNet()
     with pytest.warns(UserWarning, match="all training batches to be of domain 0"):
         trainer = fit(module, DomainSpecificBNCallback(2))
-    trainer.test(module, val_loader(), verbose=False)
+    trainer.test(module, val_loader())
     with pytest.raises(ValueError, match="Domain 1 is evaluated, but layer 'bn1' was never trained on it"):
-        trainer.test(module, [val_loader(), val_loader()], verbose=False)
+        trainer.test(module, [val_loader(), val_loader()])
     trainer = trainer_with(DomainSpecificBNCallback(2))
     with pytest.raises(ValueError, match=r"There are 2 train dataloaders.*domain_fn="):
         trainer.fit(TinyNet(), {"a": train_loader(), "b": train_loader()})
@@ -151,9 +145,7 @@ def test_a_dataset_that_was_never_trained_on_is_refused() -> None:
 
 def test_averaged_weights_have_averaged_statistics_of_domains_that_a_checkpoint_keeps(tmp_path: Path) -> None:
     module, callback = Pyramid(), of_levels()
-    saving = ModelCheckpoint(tmp_path, filename="last")
-    averaging = EMAWeightAveraging(decay=0.5)
-
+    saving, averaging = ModelCheckpoint(tmp_path, filename="last"), EMAWeightAveraging(decay=0.5)
     found, average = [], []
 
     def used(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -165,12 +157,7 @@ def test_averaged_weights_have_averaged_statistics_of_domains_that_a_checkpoint_
         assert own.shape == (3, 4) and (trainer.global_step == 1) == torch.equal(average[0], own)
 
     seen = At(used, "on_validation_batch_end")
-    fit(
-        module,
-        [callback, averaging, saving, seen, At(twin, "on_train_batch_end")],
-        enable_checkpointing=True,
-        max_epochs=2,
-    )
+    fit(module, [callback, averaging, saving, seen, At(twin, "on_train_batch_end")])
     torch.testing.assert_close(found[-1], average[0])  # validation uses the average's
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
     torch.testing.assert_close(state["averaged"][0]["head.conv.1"]["domain_mean"], average[0])
@@ -185,7 +172,7 @@ def test_a_resumed_fit_with_averaged_weights_is_the_uninterrupted_one(net: Any, 
     def train(epochs: int, folder: str, **options: Any) -> dict[str, Any]:
         saving = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
         callbacks = [callback := make(6), EMAWeightAveraging(decay=0.5), PreciseBNCallback(16), saving]
-        fit(module := net(), callbacks, enable_checkpointing=True, max_epochs=epochs, **options)
+        fit(module := net(), callbacks, max_epochs=epochs, **options)
         last = torch.load(tmp_path / folder / f"epoch={epochs - 1}.ckpt", weights_only=True)
         return {"module": module.state_dict(), "domains": callback.state_dict(), "saved": last["callbacks"]}
 
@@ -243,16 +230,11 @@ def test_a_pass_estimates_each_level(row: int) -> None:
         torch.testing.assert_close(mean, levels[domain].mean(0).detach(), rtol=1e-5, atol=1e-6)
 
 
-@BOTH
-def test_a_module_that_is_compiled_trains_as_one_that_is_not(net: Any, make: Any) -> None:
-    class Compiled(net):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.features = torch.compile(super().features, backend="eager")
-
-    compiled, eager = Compiled(), net()
-    fit(compiled, make(), max_epochs=1)
-    fit(eager, make(), max_epochs=1)
+def test_a_module_that_is_compiled_trains_as_one_that_is_not() -> None:
+    compiled, eager = TinyNet(), TinyNet()
+    compiled.features = torch.compile(compiled.features, backend="eager")
+    fit(compiled, of_labels(), max_epochs=1)
+    fit(eager, of_labels(), max_epochs=1)
     assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
 
 
@@ -290,17 +272,16 @@ def test_a_forward_between_batches_without_a_domain_is_refused() -> None:
 
 def test_a_fit_that_does_not_begin_keeps_what_the_one_before_has_found(tmp_path: Path) -> None:
     module, callback = TinyNet(), of_labels(6)
-    after = fit(module, callback).validate(module, val_loader(), verbose=False)
+    after = fit(module, callback).validate(module, val_loader())
     kept = digest(callback.state_dict())
-
     plain = TinyNet()
     plain.bn1, plain.bn2 = nn.Identity(), nn.Identity()
     with pytest.raises(ValueError, match="BatchNorm"):
         fit(plain, callback)
     saving = ModelCheckpoint(tmp_path, save_weights_only=True)  # refused when layers have their domains
     with pytest.raises(ValueError, match="save_weights_only=True"):
-        fit(TinyNet(), [callback, saving], enable_checkpointing=True)
-    fit(TinyNet(), [of_labels(1), saving], enable_checkpointing=True, max_epochs=1)  # which has nothing to lose
+        fit(TinyNet(), [callback, saving])
+    fit(TinyNet(), [of_labels(1), saving], max_epochs=1)  # which has nothing to lose
     with pytest.raises(ValueError, match="state of DomainSpecificBNCallback is incomplete"):
         callback.load_state_dict({"statistics": {}})
     assert digest(callback.state_dict()) == kept
@@ -315,18 +296,14 @@ def test_a_resumed_fit_that_has_nothing_left_to_do_has_what_it_resumed(row: int,
         ([], {"ckpt_path": tmp_path / "done.ckpt"}),
     ):
         module = TinyNet()
-        trainer = fit(module, [of_labels(row), *others], enable_checkpointing=bool(others), **options)
-        found.append(trainer.validate(module, val_loader(), verbose=False))
+        trainer = fit(module, [of_labels(row), *others], **options)
+        found.append(trainer.validate(module, val_loader()))
     assert found[0] == found[1]
 
 
 def test_a_domain_that_is_validated_in_a_fit_before_it_was_trained_on_warns_once() -> None:
-    class Validated(TinyNet):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            self(batch[0])
-
     two = [val_loader(), val_loader()]
-    (message,) = said("never trained on", Validated(), DomainSpecificBNCallback(2), val=two, num_sanity_val_steps=1)
+    (message,) = said("never trained on", TinyNet(), DomainSpecificBNCallback(2), val=two, num_sanity_val_steps=1)
     assert "Domain 1 is" in message and "domain_fn=" in message
     assert not said("never trained on", TinyNet(), of_labels(), num_sanity_val_steps=1)
 

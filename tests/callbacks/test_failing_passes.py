@@ -145,16 +145,15 @@ def test_a_resumed_fit_remembers_that_a_pass_has_succeeded(tmp_path: Path) -> No
     def make() -> list[Any]:
         return [PreciseBNCallback(32), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
 
-    fit(Blows(ValueError("no good"), after=2), make(), enable_checkpointing=True, max_epochs=2)
+    fit(Blows(ValueError("no good"), after=2), make(), max_epochs=2)
     module = Blows(ValueError("no good"), after=2)
-    options = {"enable_checkpointing": True, "max_epochs": 3, "ckpt_path": tmp_path / "epoch=1.ckpt"}
+    options = {"max_epochs": 3, "ckpt_path": tmp_path / "epoch=1.ckpt"}
     with caught("BNCallback") as said:
         resumed = fit(module, make(), **options)
     assert resumed.logger.logged("precise_bn/failed") == {11: 1.0}
     assert len(said) == 1
 
 
-# ------------------------------------------------------------------------------------------------- FreezeBN's switch
 # a replay at the switch holds only batches of training
 @pytest.mark.parametrize("name", [n for n in FAILING if n not in ("lockstep", "training step, replay")])
 def test_a_switch_whose_pass_fails_freezes_the_running_statistics(name: str) -> None:
@@ -174,7 +173,6 @@ def test_a_switch_whose_pass_fails_freezes_the_running_statistics(name: str) -> 
         fit(make(), raising(FreezeBNCallback(start_epoch=1, precise=config)))
 
 
-# -------------------------------------------------------------------------------------------------------- many ranks
 def dies_on_rank_1(trainer: Trainer) -> Iterator[Any]:
     for number, batch in enumerate(train_loader(64)):
         if later(trainer) and trainer.global_rank == 1 and number > 1:

@@ -85,7 +85,6 @@ def test_running_statistics_that_a_nan_has_poisoned_are_replaced() -> None:
     assert all(value.isfinite().all() for value in statistics_of(module).values())
 
 
-# ----------------------------------------------------------------------------------- layers without a forecast
 def far_off(module: TinyNet) -> None:
     with torch.no_grad():
         module.bn1.running_mean.fill_(1e6)  # some hundred thousand sigma
@@ -144,7 +143,6 @@ def test_a_model_whose_statistics_cannot_be_forecast_is_refused_with_the_reason(
         fit(module(), callbacks, **trainer)
 
 
-# ------------------------------------------------------------------------------------------------------- skip_below
 def test_a_pass_is_run_while_the_ema_is_off_and_not_when_it_is_not() -> None:
     """Of fixed weights, the EMA of 24 steps is off by 8 % of its start, after a pass by nothing."""
     callback = PreciseBNCallback(8, skip_below=0.05)
@@ -174,11 +172,10 @@ def test_before_a_test_the_pass_is_run_whatever_a_forecast_says() -> None:
     module, callback = Learning(0.1), PreciseBNCallback(8, source=own, skip_below=1e9, stages=["test"])
     trainer = fit(module, callback)
     assert callback.result is None
-    trainer.test(module, equal_batches(), verbose=False)
+    trainer.test(module, equal_batches())
     assert callback.result is not None
 
 
-# ------------------------------------------------------------------------------------------------------------------ DDP
 def forecast_on_rank(kind: Any, options: dict[str, Any], broadcast: bool) -> Any:
     evaluated, callback = Evaluated(), kind(**options)
     strategy = DDPStrategy(broadcast_buffers=broadcast)

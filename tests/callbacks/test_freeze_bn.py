@@ -101,7 +101,6 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     return FreezeBNCallback(start_epoch=start_epoch, precise=PassConfig(**{"num_samples": 20, **config}), **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------- when it switches
 @pytest.mark.parametrize(
     ("when", "trainer", "batches"),
     [
@@ -132,7 +131,6 @@ def test_another_rule_can_be_given_by_overriding_should_freeze() -> None:
     assert watch.frozen == [False, False, True, True]
 
 
-# ------------------------------------------------------------------------------------------------ with which statistics
 @pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}], ids=str)
 def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[str, int]) -> None:
     watch = Watch()
@@ -159,7 +157,6 @@ def test_replay_takes_the_last_batches_of_training() -> None:
     assert_exact(at_switch, first_batches(3)[1:])
 
 
-# ------------------------------------------------------------------------------- what is frozen and what trains on
 def sgd(module: nn.Module) -> Optimizer:
     return SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
 
@@ -169,12 +166,7 @@ def adamw(module: nn.Module) -> Optimizer:
 
 
 class Configured(TinyNet):
-    def __init__(
-        self,
-        optimizer: Callable[[nn.Module], Optimizer] = sgd,
-        scheduler: Callable[[Optimizer], Any] | None = None,
-        interval: str = "step",
-    ) -> None:
+    def __init__(self, optimizer: Any = sgd, scheduler: Any = None, interval: str = "step") -> None:
         super().__init__()
         self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
 
@@ -186,9 +178,7 @@ class Configured(TinyNet):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def train_by_hand(
-    module: Configured, switch: int, factors: list[float], affine: bool, clip: float | None, epochs: int
-) -> None:
+def train_by_hand(module: Configured, switch: int, factors: list[float], affine: bool, clip: Any, epochs: int) -> None:
     """The truth: from the switch on BatchNorm in eval mode, rates scaled one by one, affine gradients left out."""
     optimizer = module.optimizer(module)
     scheduler = module.scheduler(optimizer) if module.scheduler else None
@@ -220,9 +210,7 @@ def train_by_hand(
 @pytest.mark.parametrize(
     ("optimizer", "affine", "clip"), [(sgd, False, None), (sgd, True, 0.05), (adamw, True, None), (adamw, False, 0.05)]
 )
-def test_a_fit_is_bit_for_bit_the_loop_by_hand(
-    optimizer: Callable[[nn.Module], Optimizer], affine: bool, clip: float | None
-) -> None:
+def test_a_fit_is_bit_for_bit_the_loop_by_hand(optimizer: Any, affine: bool, clip: float | None) -> None:
     def cosine(o: Optimizer) -> Any:
         return schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH)
 
@@ -245,7 +233,6 @@ def test_two_callbacks_freeze_their_own_layers_and_warm_up_once() -> None:
     assert [rate / 0.5 for (rate,) in watch.rates_in_step[EPOCH:]] == pytest.approx([0.25, 0.25, 0.5, 0.75, 1, 1, 1, 1])
 
 
-# -------------------------------------------------------------------------------------------------------------- warm-up
 @pytest.mark.parametrize(
     ("arguments", "trainer", "factors"),
     [
@@ -259,9 +246,7 @@ def test_two_callbacks_freeze_their_own_layers_and_warm_up_once() -> None:
     ],
     ids=str,
 )
-def test_the_warm_up_is_counted_in_optimizer_steps(
-    arguments: dict[str, Any], trainer: dict[str, Any], factors: list[float]
-) -> None:
+def test_the_warm_up_is_counted_in_optimizer_steps(arguments: Any, trainer: Any, factors: list[float]) -> None:
     watch = Watch()
     trained = fit(TinyNet(lr=0.5), [freeze(**arguments), watch], max_epochs=3, **trainer)
     steps = trained.global_step // 3  # of an epoch

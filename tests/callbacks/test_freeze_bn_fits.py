@@ -25,7 +25,6 @@ from tests.ranks import run_on_ranks
 pytestmark = parts.pytestmark
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
 def run_to_the_end(
     checkpoints: Path | None, callback: FreezeBNCallback, ckpt_path: Path | None = None, **kwargs: Any
 ) -> tuple[TinyNet, Watch, list[int]]:
@@ -49,9 +48,7 @@ def run_to_the_end(
 
 
 @pytest.mark.parametrize("when", [{"start_step": 5}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
-def test_a_resumed_fit_ends_as_the_uninterrupted_one_without_a_second_pass_or_warning(
-    when: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_resumed_fit_ends_as_the_uninterrupted_one_without_a_second_pass_or_warning(when: Any, tmp_path: Any) -> None:
     """From checkpoints before, at and after the switch, within an epoch and at its end."""
     arguments = {"affine": True, "warmup_steps": 5, **when}
     uninterrupted, watched, (switch,) = run_to_the_end(tmp_path, freeze(**arguments))
@@ -69,7 +66,6 @@ def test_a_resumed_fit_ends_as_the_uninterrupted_one_without_a_second_pass_or_wa
         assert saved == done if step > switch else not saved, step
 
 
-# -------------------------------------------------------------------------------------------------------- thawing
 class CallsModes(TinyNet):
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +128,6 @@ def test_a_second_fit_of_the_same_trainer_starts_unfrozen() -> None:
     assert watch.frozen[8:] == [False] * 2 + [True] * 6
 
 
-# ---------------------------------------------------------------------------------------------- warnings and errors
 def test_it_warns_once_when_statistics_were_never_trained() -> None:
     (message,) = said("never trained", TinyNet(), freeze(start_epoch=0, statistics="ema"))
     assert "2 layers, 'bn1' first" in message
@@ -179,7 +174,6 @@ def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
         fit(TinyNet(), freeze(**when), max_epochs=-1)
 
 
-# --------------------------------------------------------------------------------------------- with other callbacks
 @pytest.mark.parametrize("freeze_first", [True, False])
 def test_precise_bn_runs_until_the_switch_and_then_warns_once(freeze_first: bool) -> None:
     watch = Watch()

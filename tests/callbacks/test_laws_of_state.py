@@ -78,12 +78,10 @@ def looked_at(module: nn.Module) -> Any:
 
 
 @every_callback
-def test_at_every_moment_keys_and_copies_are_those_of_the_plain_model_and_checkpoints_load_into_it(
-    make: Callable[[], Any], tmp_path: Path
-) -> None:
+def test_keys_and_copies_are_always_the_plain_models_and_checkpoints_load_into_it(make: Any, tmp_path: Path) -> None:
     found, module = [], Peeking()
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
-    fit(module, [make(), at_every_moment(looked_at, found), saving], enable_checkpointing=True)
+    fit(module, [make(), at_every_moment(looked_at, found), saving])
     plain = looked_at(Peeking())
     assert plain[0] == shapes(TinyNet())
     assert len(module.shown.found) > 8 or make not in WITH_A_PASS.values(), "no pass was run"
@@ -208,12 +206,12 @@ AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
         *(("BNStatsMonitor", monitoring(*o), {"limit_val_batches": 0}, ["batch-4"]) for o in ((3, 1), (1, 3))),
     ],
 )
-def test_a_resumed_training_ends_as_the_uninterrupted_one(
+def test_a_resumed_fit_ends_as_the_uninterrupted_one(
     name: str, make: Callable[[], list[Any]], trainer: dict[str, Any], moments: list[str], tmp_path: Path
 ) -> None:
     """From a checkpoint of each moment, as if the training had been killed right after it."""
     module, whole = TinyNet(), make()
-    trainer = {"max_epochs": 3, "enable_checkpointing": True, **trainer}
+    trainer = {"max_epochs": 3, **trainer}
     fit(module, [*whole, SavesAt(tmp_path, moments)], zoo.equal_batches(), **trainer)
     if name == "BatchLeakageMonitor":  # loses the batches of the interrupted epoch
         moments = moments[1:]
@@ -267,9 +265,7 @@ def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]
     [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})],
     ids=["from a stateful one", "to a stateful one without validation"],
 )
-def test_one_callback_over_two_models_is_as_two_callbacks(
-    make: Callable[[], Any], first: Any, second: Any, options: dict[str, Any]
-) -> None:
+def test_one_callback_over_two_models_is_as_two_callbacks(make: Any, first: Any, second: Any, options: Any) -> None:
     used = make()
     fit(first(), used)
     assert outcome_of(used, second(), **options) == outcome_of(make(), second(), **options)
@@ -347,7 +343,7 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tm
         module, trainer = Elsewhere(), pytorch_lightning.Trainer(callbacks=callbacks, **options)
         if make in zoo.EVALUATING.values():
             before = digest(module.state_dict())
-            results += trainer.test(module, val_loader(), verbose=False)
+            results += trainer.test(module, val_loader())
             assert digest(module.state_dict()) == before
     if results:
         assert results[0] != results[1]

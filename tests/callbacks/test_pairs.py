@@ -30,7 +30,7 @@ def pair_of(first: str, second: str) -> Pair:
 def train_and_test(first: str, second: str, **trainer: Any) -> LightningModule:
     module = TinyNet()
     fitted = fit(module, [MAKE[first](), MAKE[second]()], train_loader(16, 8, shuffle=True), **trainer)
-    fitted.test(module, val_loader(), verbose=False)
+    fitted.test(module, val_loader())
     return module
 
 

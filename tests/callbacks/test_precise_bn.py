@@ -22,7 +22,6 @@ from tests.callbacks.zoo import Evaluated, TinyNet, digest, expected, first_batc
 from tests.ranks import run_on_ranks
 
 
-# ------------------------------------------------------------------------------------------------------------- when
 class Empty(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -58,7 +57,7 @@ QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_
     ],
     ids=str,
 )
-def test_runs_before_validations_and_where_none_follows_an_epochs_last_update(
+def test_it_runs_before_validations_and_else_at_an_epochs_last_update(
     moments: list[tuple[str, int]], callback: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
     cls = callback.get("cls", PreciseBNCallback)
@@ -89,7 +88,7 @@ def test_outside_of_a_fit_it_runs_on_request_only(verb: str) -> None:
 @pytest.mark.parametrize(("verb", "beside"), [("validate", "val_loss"), ("test", "test_loss")])
 def test_before_a_verb_metrics_are_logged_at_its_step(verb: str, beside: str) -> None:
     trainer = fit(TinyNet(), PreciseBNCallback(20, stages=[verb]), Sequential(), max_epochs=1)
-    getattr(trainer, verb)(trainer.model, datamodule=Sequential(), verbose=False)
+    getattr(trainer, verb)(trainer.model, datamodule=Sequential())
     logged = trainer.logger.logged
     assert max(logged("precise_bn/seconds")) == max(logged(beside)) == trainer.global_step
 
@@ -123,7 +122,6 @@ def test_without_training_data_a_pass_before_a_verb_is_refused_and_a_loader_of_t
     assert_close(statistics_of(module), expected(module, first_batches(2)), rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- which weights, and what is written
 def test_each_validation_metric_is_that_of_exact_statistics_of_the_weights_at_that_step() -> None:
     evaluated, ema = Evaluated(), Evaluated()
     fit(TinyNet(), [PreciseBNCallback(20), evaluated], val_check_interval=2)
@@ -136,7 +134,7 @@ def test_each_validation_metric_is_that_of_exact_statistics_of_the_weights_at_th
 
 
 @pytest.mark.parametrize(("num_samples", "shown"), [(8, 8), (9, 16), (10**6, 29)])
-def test_whole_batches_are_shown_until_there_are_enough_samples_and_the_result_holds_what_is_written(
+def test_whole_batches_are_shown_until_they_hold_enough_and_the_result_is_what_is_written(
     num_samples: int, shown: int
 ) -> None:
     precise, module = PreciseBNCallback(num_samples), TinyNet()
@@ -178,12 +176,12 @@ def test_statistics_are_those_of_a_forward_in_the_trainers_precision(precision: 
     [(True, {}), (False, {"val_check_interval": 2}), (None, {"accumulate_grad_batches": 2})],
     ids=str,
 )
-def test_best_and_last_checkpoints_reproduce_the_logged_metric_in_the_plain_model(
+def test_checkpoints_reproduce_the_logged_metric_in_the_plain_model(
     at_train_epoch_end: bool | None, trainer: dict[str, Any], tmp_path: Path
 ) -> None:
     evaluated, when = Evaluated(), {"save_on_train_epoch_end": at_train_epoch_end}
     saving = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True, save_top_k=-1, **when)
-    fit(TinyNet(), [PreciseBNCallback(20), evaluated, saving], enable_checkpointing=True, **trainer)
+    fit(TinyNet(), [PreciseBNCallback(20), evaluated, saving], **trainer)
     logged = [metrics["val_loss"] for metrics in evaluated.metrics]
     assert saving.best_k_models and len(set(logged)) == len(logged)
     saved = {path: score.item() for path, score in saving.best_k_models.items()} | {saving.last_model_path: logged[-1]}
@@ -193,7 +191,6 @@ def test_best_and_last_checkpoints_reproduce_the_logged_metric_in_the_plain_mode
         assert zoo.validation_loss(zoo.loaded(state)) == pytest.approx(score, abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- averaged weights
 class OncePerEpoch(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return epoch_idx is not None
@@ -208,12 +205,10 @@ AVERAGING: dict[str, Callable[[], WeightAveraging]] = {
 
 
 @pytest.mark.parametrize(("kind", "val"), [*((kind, "default") for kind in AVERAGING), ("EMA", None)])
-def test_averaged_weights_get_their_own_statistics_in_validation_and_checkpoint(
-    kind: str, val: Any, tmp_path: Path
-) -> None:
+def test_averaged_weights_get_statistics_of_their_own(kind: str, val: Any, tmp_path: Path) -> None:
     evaluated, module = Evaluated(), TinyNet()
     callbacks = [AVERAGING[kind](), PreciseBNCallback(20), evaluated, ModelCheckpoint(tmp_path, save_top_k=-1)]
-    fit(module, callbacks, val=val, enable_checkpointing=True)
+    fit(module, callbacks, val=val)
     checkpoints = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
     assert len(checkpoints) == 2 and len(evaluated.states) == (2 if val else 0)
     for state in [*evaluated.states, *(c["state_dict"] for c in checkpoints), module.state_dict()]:
@@ -276,7 +271,6 @@ def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(ho
         assert_close(statistics_of(plain), expected(plain, first_batches(3)), rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- displayed and logged
 def test_a_pass_has_a_line_in_the_tqdm_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
     update = Tqdm.update
@@ -345,7 +339,6 @@ def test_the_gaps_are_those_from_the_ema_to_the_new_statistics() -> None:
         assert logged(f"precise_bn/{gap}_p50") == {3: pytest.approx(sum(of_layers) / 2, rel=1e-3)}
 
 
-# ------------------------------------------------------------------------------------------------------ many ranks
 def batches_of_ranks(world_size: int) -> list[Any]:
     """All batches that DistributedSamplers deal out, those of all ranks together."""
     data, shares = zoo.Images(44), [torch.arange(44)[rank::world_size] for rank in range(world_size)]
@@ -408,7 +401,7 @@ def test_ranks_end_with_the_statistics_of_all_ranks_data(world_size: int, source
         (2, nothing_on_rank_1, False, 24, first_batches(3)),
     ],
 )
-def test_ranks_share_the_batches_of_a_loader_unless_each_is_to_take_all_of_its_own(
+def test_ranks_share_the_batches_of_a_loader_or_each_takes_its_own(
     world_size: int, source: Any, shard: bool, samples: int, batches: list[Any]
 ) -> None:
     module, result = precise_on_ranks(world_size, 10**6, FromLoader(source, shard=shard))

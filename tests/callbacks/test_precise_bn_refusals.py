@@ -70,7 +70,7 @@ def copied_from(message: str, name: str) -> Any:
     ],
     ids=["dict", "tuple"],
 )
-def test_a_batch_that_forward_cannot_be_called_on_is_refused_before_any_step(
+def test_a_batch_that_forward_does_not_take_is_refused_before_any_step(
     name: str, module: type[Counts], collate: Any, misfit: str
 ) -> None:
     module.steps = 0
@@ -161,9 +161,7 @@ class Teacher(TinyNet):
     [("PreciseBNCallback", {}, 1), ("FreezeBNCallback", {}, 1), ("FreezeBNCallback", {"statistics": "ema"}, 0)],
     ids=["PreciseBN", "FreezeBN", "FreezeBN, ema"],
 )
-def test_a_layer_that_no_pass_reaches_is_named_once_if_training_changes_it_and_never_else(
-    name: str, options: dict[str, str], named: int
-) -> None:
+def test_a_layer_that_no_pass_reaches_is_named_once_if_training_changes_it(name: str, options: Any, named: int) -> None:
     found = said("BNCallback", Teacher(averages=True), PASSES[name](**options), max_epochs=3)
     assert ["do not reach layer 'teacher.0'" in s for s in found] == [True] * named
     assert not said("BNCallback", Teacher(averages=False), PASSES[name](**options), max_epochs=3)
@@ -175,15 +173,6 @@ def test_layers_that_training_reaches_and_has_never_trained_are_named_at_the_swi
     (found,) = said("never trained", Teacher(averages=False), never)
     named = "3 layers" if statistics == "ema" else "2 layers"  # before the first step nobody knows what is called
     assert f"{named}, 'bn1' first" in found
-
-
-class Twice(PreciseBNCallback):
-    """A class of the user."""
-
-
-def test_a_class_of_the_user_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Two Twices act on layer 'bn1' \(2 in all\): .*layers="):
-        fit(TinyNet(), [Twice(), Twice()])
 
 
 def test_more_last_epochs_than_there_are_is_refused_with_both_numbers() -> None:

@@ -24,7 +24,6 @@ def assert_stored(module: TinyNet, shown: list[Any]) -> None:
     assert_close(statistics_of(module), zoo.expected(module, shown), rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- replays
 @pytest.mark.parametrize(("num_samples", "last"), [(1, 1), (20, 3), (60, 8)])
 def test_a_replay_shows_the_last_training_batches(num_samples: int, last: int) -> None:
     trained, precise = TinyNet(), PreciseBNCallback(num_samples, source="replay")
@@ -53,7 +52,7 @@ def test_an_empty_replay_warns() -> None:
     """As Lightning validates first when it resumes a checkpoint written in the middle of a validation."""
     module, precise = TinyNet(), PreciseBNCallback(16, source="replay", stages=["validate"])
     with pytest.warns(UserWarning, match="no batches to replay before the first training batch, nor right after a"):
-        trainer_with(precise).validate(module, zoo.val_loader(), verbose=False)
+        trainer_with(precise).validate(module, zoo.val_loader())
     assert_close(statistics_of(module), statistics_of(TinyNet()))
 
 
@@ -88,7 +87,6 @@ def test_a_later_batch_that_cannot_be_kept_for_a_replay_is_left_out_with_one_war
         fit(Grows(), precise, DataLoader([{"of": first}], batch_size=None))
 
 
-# ------------------------------------------------------------------------------------------------ loaders of the user
 class Several(TinyNet):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = batch.values() if isinstance(batch, dict) else batch
@@ -188,19 +186,14 @@ def test_compiled_modules_are_shown_batches_eagerly() -> None:
         compiled.append(trainer.global_step)
         return graph.forward
 
-    class Compiled(TinyNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.features = torch.compile(self.features, backend=backend)
-
-    module, precise = Compiled(), PreciseBNCallback(20)
+    module, precise = TinyNet(), PreciseBNCallback(20)
+    module.features = torch.compile(module.features, backend=backend)
     trainer = trainer_with(precise, max_epochs=1)
     trainer.fit(module, train_loader(), None)
     assert set(compiled) == {0}
     assert_stored(module, first_batches(3))
 
 
-# -------------------------------------------------------------------------------------- refused, with an alternative
 def bn1_only(module: TinyNet, batch: Any) -> Tensor:
     return module.bn1(module.conv1(batch[0]))
 
@@ -296,9 +289,7 @@ WITH_OTHER_SOURCE: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("loader", "refused"), WITH_OTHER_SOURCE.values(), ids=WITH_OTHER_SOURCE)
-def test_a_loader_that_cannot_be_read_twice_is_refused_and_both_alternatives_work(
-    loader: Callable[[], Any], refused: str
-) -> None:
+def test_a_loader_that_cannot_be_read_twice_is_refused_and_both_alternatives_work(loader: Any, refused: str) -> None:
     several = isinstance(loader(), dict)
     module = Several if several else TinyNet
     with pytest.raises(ValueError, match=rf"{refused}.*source='replay'.*FromLoader"):

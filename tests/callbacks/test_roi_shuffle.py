@@ -259,26 +259,6 @@ def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted() -> None
         assert same and unshuffled == copied == 2 * 4 * 2
 
 
-def beside(kind: type, layers: str) -> str:
-    options = {"size": 4} if kind is lbn.GhostBNCallback else {}
-    try:
-        trained([RoIShuffleCallback(modules="bn2"), kind(layers=layers, **options)])
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.ddp
-def test_beside_others_on_the_same_layer() -> None:
-    for refused in run_on_ranks(beside, 2, lbn.SyncBNCallback, "bn*"):
-        assert "RoIShuffleCallback and SyncBNCallback act on layer 'bn2' (1 in all)" in refused
-    assert (
-        run_on_ranks(beside, 2, lbn.SyncBNCallback, "bn1")
-        == run_on_ranks(beside, 2, lbn.GhostBNCallback, "bn*")
-        == ["", ""]
-    )
-
-
 def test_one_process_is_as_it_was_and_warns_once() -> None:
     modules, callback = (TinyNet(), TinyNet()), RoIShuffleCallback(modules="bn*")
     (message,) = said("roi_shuffle", modules[0], callback)

@@ -12,11 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from lightning_bn import (
-    BNStatsMonitor,
-    GhostBNCallback,
-    SyncBNCallback,
-)
+from lightning_bn import BNStatsMonitor, GhostBNCallback, SyncBNCallback
 from tests.callbacks.zoo import At, TinyNet, fit, statistics_of, train_loader, trainer_with
 from tests.ranks import run_on_ranks
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
@@ -118,17 +119,17 @@ class TinyNet(LightningModule):
         self.losses.append(loss)
         self.seen["batches"] += 1
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         logits = self(x)
         self.log("val_loss", F.cross_entropy(logits.float(), y), batch_size=len(x))
         self.log("val_sum", logits.float().square().sum(), batch_size=len(x), reduce_fx="sum")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         self.log("test_loss", F.cross_entropy(self(x), y), batch_size=len(x))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
@@ -254,10 +255,11 @@ def in_a_pass(module: LightningModule) -> bool:
 
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
     """A plain Trainer: two epochs on the CPU, no output but an `InMemory` logger, no sanity check."""
-    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
+    quiet["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": InMemory(), "log_every_n_steps": 1}
     defaults |= {"num_sanity_val_steps": 0, **quiet}
-    callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -308,9 +310,7 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.trace.append(("batch", (batch_idx, digest(batch))))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.trace.append(("loss", outputs["loss"].item()))
         self.trace.append(("random numbers", digest(random_states())))
         self.trace.append(("gradients", digest([p.grad for p in pl_module.parameters()])))
@@ -385,9 +385,9 @@ def exact_statistics(
     return {name: (r.mean(0), r.var(0, correction=0)) for name, r in rows.items()}
 
 
-def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
+def expected(module: TinyNet, batches: Iterable[Any], together: bool = True) -> dict[str, Any]:
     """Running statistics that ``module`` should have after a pass over ``batches``, by the names of its buffers."""
-    pairs = exact_statistics(module, batches).items()
+    pairs = exact_statistics(module, batches, together).items()
     return {f"{name}.{kind}": s.float() for name, pair in pairs for kind, s in zip(_STATISTICS, pair, strict=True)}
 
 
@@ -423,9 +423,7 @@ class Evaluated(Callback):
         self.states: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.states.append({k: v.clone() for k, v in pl_module.state_dict().items()})
 
