@@ -92,19 +92,6 @@ def test_each_row_of_table_5_is_trained_and_saved_with_all(net: Any, make: Any, 
     assert [type(m) for m in module.modules()] == [type(m) for m in net().modules()]
 
 
-@pytest.mark.parametrize(("row", "trained_as"), [(1, 2), (5, 6)])
-@BOTH
-def test_a_fit_with_statistics_of_domains_can_be_evaluated_with_shared_ones(
-    net: Any, make: Any, row: int, trained_as: int, tmp_path: Path
-) -> None:
-    """Two rows of the table are one training: what evaluation normalizes with does not change what is trained."""
-    saving = ModelCheckpoint(tmp_path, filename="last")
-    fit(net(), [make(trained_as), PreciseBNCallback(32), saving], max_epochs=1)
-    evaluated, alone = validated(net(), make(row), tmp_path / "last.ckpt"), net()
-    of_row = fit(alone, [make(row), PreciseBNCallback(32)], max_epochs=1)
-    assert evaluated == of_row.validate(alone, val_loader())
-
-
 @pytest.mark.parametrize("row", [2, 3, 4, 5])
 def test_inconsistent_rows_warn_with_the_papers_numbers(row: int) -> None:
     ap = {2: "2.1", 3: "34.1", 5: "35.5"}

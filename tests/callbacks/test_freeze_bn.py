@@ -131,30 +131,28 @@ def test_another_rule_can_be_given_by_overriding_should_freeze() -> None:
     assert watch.frozen == [False, False, True, True]
 
 
-@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}], ids=str)
-def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[str, int]) -> None:
-    watch = Watch()
-    fit(TinyNet(dropout=0.5), [freeze(**when), watch])
-    switch = watch.frozen.index(True)
-    at_switch = TinyNet()
+@pytest.mark.parametrize(
+    ("options", "switch", "shown"),
+    [
+        ({"start_epoch": 1}, 4, first_batches(3)),  # 24 samples: whole batches until there are 20
+        # of a replay, the batch that is about to be trained on has come already, as one of the two
+        ({"start_step": 6, "source": "replay", "num_samples": 16}, 6, first_batches(3)[1:]),
+    ],
+    ids=["train dataloader", "replay"],
+)
+def test_precise_statistics_are_those_of_the_weights_at_the_switch(options: Any, switch: int, shown: Any) -> None:
+    watch, at_switch = Watch(), TinyNet()
+    logged = fit(TinyNet(dropout=0.5), [freeze(**options), watch]).logger.logged
     at_switch.load_state_dict(watch.started[switch])
-    assert_exact(at_switch, first_batches(3))  # 24 samples: whole batches until there are 20
+    assert_exact(at_switch, shown)
+    assert logged("freeze_bn/num_samples") == {switch: 8 * len(shown)}
+    assert len(logged("freeze_bn/seconds")) == len(logged("freeze_bn/mean_gap_max")) == 1
 
 
 def test_ema_keeps_the_running_statistics_as_they_are() -> None:
     watch = Watch()
     fit(TinyNet(), [freeze(statistics="ema"), watch])
-    before, at_switch = watch.ended[EPOCH - 1], watch.started[EPOCH]
-    assert digest(before) == digest(at_switch)
-
-
-def test_replay_takes_the_last_batches_of_training() -> None:
-    watch = Watch()
-    fit(TinyNet(), [freeze(start_step=6, source="replay", num_samples=16), watch])
-    at_switch = TinyNet()
-    at_switch.load_state_dict(watch.started[6])
-    # the batch that is about to be trained on has come already, as one of the two
-    assert_exact(at_switch, first_batches(3)[1:])
+    assert digest(watch.ended[EPOCH - 1]) == digest(watch.started[EPOCH])
 
 
 def sgd(module: nn.Module) -> Optimizer:
@@ -286,12 +284,6 @@ def test_the_factor_is_logged_at_the_step_of_the_loss(val_check_interval: float,
     # the second and third epoch warm up
     factors = {losses[steps + n]: pytest.approx((n + 1) / (2 * steps)) for n in range(2 * steps)}
     assert logged("freeze_bn/lr_factor") == factors
-
-
-def test_the_pass_is_logged() -> None:
-    logged = fit(TinyNet(), freeze(start_step=6)).logger.logged
-    assert logged("freeze_bn/num_samples") == {6: 24.0}
-    assert len(logged("freeze_bn/seconds")) == len(logged("freeze_bn/mean_gap_max")) == 1
 
 
 class TwoOptimizers(TinyNet):
