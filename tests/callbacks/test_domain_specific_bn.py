@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -170,51 +171,32 @@ def test_a_resumed_fit_with_averaged_weights_is_the_uninterrupted_one(net: Any, 
     assert digest(resumed["saved"][own]) == digest(whole["saved"][own]) and whole["saved"][own]["averaged"]
 
 
-class DomainMeans(Callback):
-    """Statistics of domains while a validation runs."""
+def noting(state: dict[str, Tensor], weights: dict[str, Tensor]) -> Callback:
+    """Puts statistics of domains and the weights while a validation runs into the two dictionaries."""
 
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
+    def note(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        named = pl_module.named_buffers()
+        state.update({k: v.clone() for k, v in named if "domain_" in k or "running" in k})
+        weights.update({k: v.clone() for k, v in pl_module.state_dict().items()})
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.state = {k: v.clone() for k, v in pl_module.named_buffers() if "domain_" in k or "running" in k}
-        self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+    return At(note, "on_validation_batch_end")
 
 
 @pytest.mark.parametrize("batch_size", ["auto", "loader"])
 @pytest.mark.parametrize("row", [1, 4])
 def test_a_pass_estimates_each_dataset(row: int, batch_size: Any) -> None:
     """bn1, whose inputs are not normalized before: each class's and all images' moments, in float64."""
-    seen = DomainMeans()
-    callbacks = [of_labels(row), PreciseBNCallback(32, normalization_batch_size=batch_size), seen]
+    (state, weights), net, data = ({}, {}), TinyNet(), Images(32)
+    callbacks = [of_labels(row), PreciseBNCallback(32, normalization_batch_size=batch_size), noting(state, weights)]
     assert not said("each batch alone", TinyNet(), callbacks, max_epochs=1), "they went in lockstep"
-    net = TinyNet()
-    net.load_state_dict(seen.weights)
-    data = Images(32)
-    x = net.conv1.double()(data.images.double()).detach()
-    rows = x.movedim(1, -1)
-    whole = seen.state["bn1.running_mean"].double()
-    torch.testing.assert_close(whole, rows.flatten(0, -2).mean(0), rtol=1e-5, atol=1e-6)
+    net.load_state_dict(weights)
+    rows = net.conv1.double()(data.images.double()).detach().movedim(1, -1)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(state["bn1.running_mean"].double(), rows.flatten(0, -2).mean(0))
     for domain in range(3) if row == 4 else ():
         own = rows[data.labels == domain].flatten(0, -2)
-        torch.testing.assert_close(seen.state["bn1.domain_mean"][domain].double(), own.mean(0), rtol=1e-5, atol=1e-6)
-        var = own.var(0, correction=0)
-        torch.testing.assert_close(seen.state["bn1.domain_var"][domain].double(), var, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("row", [1, 4])
-def test_a_pass_estimates_each_level(row: int) -> None:
-    seen = DomainMeans()
-    fit(Pyramid(), [of_levels(row), PreciseBNCallback(32), seen], max_epochs=1)
-    net = Pyramid()
-    net.load_state_dict(seen.weights)
-    images = net.levels(Images(32).images.double())
-    levels = [net.double().head.conv[0](x).movedim(1, -1).flatten(0, -2) for x in images]
-    own = seen.state["head.conv.1.running_mean"].double()
-    torch.testing.assert_close(own, torch.cat(levels).mean(0).detach(), rtol=1e-5, atol=1e-6)
-    for domain in range(3) if row == 4 else ():
-        mean = seen.state["head.conv.1.domain_mean"][domain].double()
-        torch.testing.assert_close(mean, levels[domain].mean(0).detach(), rtol=1e-5, atol=1e-6)
+        close(state["bn1.domain_mean"][domain].double(), own.mean(0))
+        close(state["bn1.domain_var"][domain].double(), own.var(0, correction=0))
 
 
 def test_a_module_that_is_compiled_trains_as_one_that_is_not() -> None:
@@ -227,9 +209,16 @@ def test_a_module_that_is_compiled_trains_as_one_that_is_not() -> None:
 
 def fit_on_rank(row: int, data: str) -> Any:
     net, make = (Pyramid, of_levels) if data == "levels" else (TinyNet, of_labels)
-    module, callbacks, seen = net(), [make(row), PreciseBNCallback(20)], DomainMeans()
-    fit(module, [*callbacks, seen], train_loader(44, 4), devices=2, strategy="ddp", max_epochs=1)
-    return digest(seen.state), digest(module.state_dict())
+    module, state = net(), {}
+    fit(
+        module,
+        [make(row), PreciseBNCallback(20), noting(state, {})],
+        train_loader(44, 4),
+        devices=2,
+        strategy="ddp",
+        max_epochs=1,
+    )
+    return digest(state), digest(module.state_dict())
 
 
 @pytest.mark.ddp

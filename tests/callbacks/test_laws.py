@@ -12,7 +12,6 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -125,16 +124,6 @@ class TwoLoaders(TinyNet):
         return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
 
 
-@dataclass
-class Setup:
-    """One way to train: a module, a loader and arguments of the Trainer."""
-
-    module: Callable[[], LightningModule] = TinyNet
-    train: Callable[[], Any] = train_loader
-    val: Callable[[], Any] = zoo.val_loader
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
 def own_generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
@@ -144,40 +133,40 @@ def every_noise(image: Tensor) -> Tensor:
 
 
 MID_EPOCH = {"val_check_interval": 2}
-WORKER = {"shuffle": True, "num_workers": 1, "persistent_workers": True}
+WORKER = {"num_workers": 1, "persistent_workers": True}
+shuffled = functools.partial(train_loader, shuffle=True)
 
-SETUPS = {
-    "dropout, mid-epoch validation": Setup(
-        functools.partial(TinyNet, 0.5), lambda: train_loader(shuffle=True), trainer=MID_EPOCH
+SETUPS: dict[str, Callable[[], tuple[LightningModule, dict[str, Any]]]] = {
+    "dropout, mid-epoch validation": lambda: (TinyNet(0.5), {"train": shuffled(), **MID_EPOCH}),
+    "shuffle, own generator": lambda: (TinyNet(), {"train": shuffled(generator=own_generator()), **MID_EPOCH}),
+    "random sampler with generator": lambda: (
+        TinyNet(),
+        {"train": train_loader(sampler=RandomSampler(range(32), replacement=True, generator=own_generator()))},
     ),
-    "shuffle, own generator": Setup(
-        train=lambda: train_loader(shuffle=True, generator=own_generator()), trainer=MID_EPOCH
+    "sampler with a state": lambda: (TinyNet(), {"train": train_loader(sampler=Shuffles()), **MID_EPOCH}),
+    "iterable dataset, workers": lambda: (TinyNet(), {"train": DataLoader(Stream(), 8, num_workers=1)}),
+    "persistent workers": lambda: (TinyNet(), {"train": shuffled(augment=every_noise, **WORKER), **MID_EPOCH}),
+    "workers, own generator": lambda: (TinyNet(), {"train": shuffled(generator=own_generator(), **WORKER)}),
+    "augmentation": lambda: (TinyNet(), {"train": shuffled(augment=every_noise), **MID_EPOCH}),
+    "augmentation with own generators": lambda: (
+        TinyNet(),
+        {"train": train_loader(augment=Nested(), collate_fn=collate_with_own_generators()), **MID_EPOCH},
     ),
-    "random sampler with generator": Setup(
-        train=lambda: train_loader(sampler=RandomSampler(range(32), replacement=True, generator=own_generator()))
+    "augmentation on the device": lambda: (AugmentsOnDevice(), {}),
+    "augmentation on the device by a data module": lambda: (TinyNet(), {"train": AugmentingData()}),
+    "mid-accumulation": lambda: (TinyNet(), {"accumulate_grad_batches": 2, "val_check_interval": 1}),
+    "bf16-mixed": lambda: (TinyNet(0.5), {"precision": "bf16-mixed"}),
+    "two loaders": lambda: (TwoLoaders(), {"train": {"a": shuffled(), "b": train_loader(24)}}),
+    "no validation": lambda: (TinyNet(), {"train": shuffled(), "val": None}),
+    "reloading, max_steps in mid-epoch": lambda: (
+        TinyNet(),
+        {"train": shuffled(), "reload_dataloaders_every_n_epochs": 1, "max_epochs": -1, "max_steps": 6},
     ),
-    "sampler with a state": Setup(train=lambda: train_loader(sampler=Shuffles()), trainer=MID_EPOCH),
-    "iterable dataset, workers": Setup(train=lambda: DataLoader(Stream(), 8, num_workers=1)),
-    "persistent workers": Setup(train=lambda: train_loader(augment=every_noise, **WORKER), trainer=MID_EPOCH),
-    "persistent workers, own generator": Setup(train=lambda: train_loader(generator=own_generator(), **WORKER)),
-    "augmentation": Setup(train=lambda: train_loader(shuffle=True, augment=every_noise), trainer=MID_EPOCH),
-    "augmentation with own generators": Setup(
-        train=lambda: train_loader(augment=Nested(), collate_fn=collate_with_own_generators()), trainer=MID_EPOCH
-    ),
-    "augmentation on the device": Setup(AugmentsOnDevice),
-    "augmentation on the device by a data module": Setup(train=AugmentingData),
-    "validation in mid-accumulation": Setup(trainer={"accumulate_grad_batches": 2, "val_check_interval": 1}),
-    "bf16-mixed": Setup(functools.partial(TinyNet, 0.5), trainer={"precision": "bf16-mixed"}),
-    "two loaders": Setup(TwoLoaders, lambda: {"a": train_loader(shuffle=True), "b": train_loader(24)}),
-    "no validation": Setup(train=lambda: train_loader(shuffle=True), val=lambda: None),
-    "reloading, max_steps in mid-epoch": Setup(
-        train=lambda: train_loader(shuffle=True),
-        trainer={"reload_dataloaders_every_n_epochs": 1, "max_epochs": -1, "max_steps": 6},
-    ),
-    "momentum encoder": Setup(functools.partial(zoo.MomentumEncoder, zoo.lerp_data)),
-    "momentum encoder, other data": Setup(functools.partial(zoo.MomentumEncoder, zoo.other_data, student_first=True)),
+    "momentum encoder": lambda: (zoo.MomentumEncoder(zoo.lerp_data), {}),
+    "momentum encoder, other data": lambda: (zoo.MomentumEncoder(zoo.other_data, student_first=True), {}),
 }
-A_FEW = ["dropout, mid-epoch validation", "validation in mid-accumulation"]
+"""Ways to train: a module, and what `fit` is given besides."""
+A_FEW = ["dropout, mid-epoch validation", "mid-accumulation"]
 OF_THE_STEP = ["two loaders", "augmentation on the device", "bf16-mixed", "no validation"]
 OF_THE_STEP += [*A_FEW, "momentum encoder", "momentum encoder, other data"]
 RUNNING_THE_STEP = ["PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
@@ -185,21 +174,21 @@ RUNNING_THE_STEP = ["PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"
 WAYS = {"PreciseBN": list(SETUPS), **dict.fromkeys(RUNNING_THE_STEP, OF_THE_STEP)}
 
 
-def trace(setup: Setup, callback: Any = None) -> list[tuple[str, Any]]:
-    recorder = zoo.Recorder()
-    fit(setup.module(), [callback, recorder] if callback else [recorder], setup.train(), setup.val(), **setup.trainer)
+def trace(name: str, callbacks: list[Any]) -> list[tuple[str, Any]]:
+    (module, options), recorder = SETUPS[name](), zoo.Recorder()
+    fit(module, [*callbacks, recorder], **options)
     return recorder.trace
 
 
 @functools.cache
 def undisturbed(name: str) -> list[tuple[str, Any]]:
-    return trace(SETUPS[name])
+    return trace(name, [])
 
 
 @pytest.mark.parametrize(("observer", "name"), [(o, n) for o in OBSERVING for n in WAYS.get(o, A_FEW)])
 def test_training_is_bit_for_bit_the_same_with_and_without(observer: str, name: str) -> None:
     callback = OBSERVING[observer]()
-    observed = trace(SETUPS[name], callback)
+    observed = trace(name, [callback])
     if isinstance(callback, (PreciseBNCallback, BatchLeakageMonitor)):
         assert callback.result is not None, "no pass was run: this test shows nothing"
     for ours, theirs in zip(observed, undisturbed(name), strict=True):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -47,32 +47,26 @@ class Scenes(torch.utils.data.Dataset[Any]):
         return image, {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
 
 
-def detector(masks: bool, norm: Any) -> nn.Module:
-    """torchvision's Faster or Mask R-CNN on a small backbone, with ``norm`` in its heads."""
-    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
-    trunk.out_channels = 8
-    options: dict[str, Any] = {"num_classes": 3, "min_size": 64, "max_size": 64, "rpn_pre_nms_top_n_train": 50}
-    options |= {"rpn_post_nms_top_n_train": 20, "rpn_anchor_generator": AnchorGenerator(((16, 32),), ((1.0,),))}
-    options["box_head"] = FastRCNNConvFCHead((8, 7, 7), [8], [1024], norm_layer=norm)
-    if masks:
-        options["mask_head"] = MaskRCNNHeads(8, [256], 1, norm_layer=norm)
-    return (MaskRCNN if masks else FasterRCNN)(trunk, **options)
-
-
 class Detects(LightningModule):
-    """A detector, with BatchNorm in its heads or without, that notes how many rows these are given."""
+    """torchvision's Mask R-CNN, without BatchNorm in its heads, that notes how many rows these get."""
 
-    def __init__(self, masks: bool, bn: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.model = detector(masks, nn.BatchNorm2d if bn else None)
+            trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+            trunk.out_channels = 8
+            options = {"num_classes": 3, "min_size": 64, "max_size": 64, "rpn_pre_nms_top_n_train": 50}
+            options["rpn_anchor_generator"] = AnchorGenerator(((16, 32),), ((1.0,),))
+            options["box_head"] = FastRCNNConvFCHead((8, 7, 7), [8], [1024])
+            options["mask_head"] = MaskRCNNHeads(8, [256], 1)
+            self.model = MaskRCNN(trunk, rpn_post_nms_top_n_train=20, **options)
         self.double()
-        self.rows: list[tuple[str, int]] = []
+        self.rows: dict[str, list[int]] = {"box_head": [], "mask_head": []}
         self.losses: list[dict[str, float]] = []
-        for name, head in self.model.roi_heads.named_children():
-            if name.endswith("_head") and head is not None:
-                head.register_forward_pre_hook(lambda _, args, name=name: self.rows.append((name, len(args[0]))))
+        for name, rows in self.rows.items():
+            head = self.model.roi_heads.get_submodule(name)
+            head.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = zip(*batch, strict=True)
@@ -85,56 +79,40 @@ class Detects(LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-def gradients_into(found: dict[str, Tensor]) -> Callback:
-    def note(trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        found.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
+def with_and_without() -> list[Any]:
+    """Two steps of an image a rank, of two and three objects, of one and none: without a shuffle and with one."""
+    found: list[Any] = []
+    for callbacks in ([], [RoIShuffleCallback(modules="model.roi_heads.*_head")]):
+        module, gradients = Detects(), {}
 
-    return At(note, "on_before_optimizer_step")
+        def note(trainer: Trainer, pl_module: LightningModule, optimizer: Any, into: Any = gradients) -> None:
+            into.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
-
-def detected(masks: bool, bn: bool, callbacks: list[Any]) -> tuple[Detects, dict[str, Tensor]]:
-    """Two steps of an image a rank: of two and three objects, of one and none."""
-    module, gradients = Detects(masks, bn), {}
-    scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
-    options = {"max_epochs": 1, "val": None, **ON_TWO_RANKS}
-    fit(module, [*callbacks, gradients_into(gradients)], DataLoader(scenes, 1, collate_fn=list), **options)
-    assert list(module.state_dict()) == list(Detects(masks, bn).state_dict())
-    return module, gradients
-
-
-def with_and_without(masks: bool, bn: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in ("without", "with"):
-        shuffle = RoIShuffleCallback(modules="model.roi_heads.*_head")
-        module, gradients = detected(masks, bn, [shuffle] if kind == "with" else [])
-        found[kind] = {"losses": module.losses, "gradients": gradients, "rows": module.rows}
-        found["unshuffled"] = shuffle.unshuffled
-    return found
+        scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
+        options = {"max_epochs": 1, "val": None, **ON_TWO_RANKS}
+        loader = DataLoader(scenes, 1, collate_fn=list)
+        fit(module, [*callbacks, At(note, "on_before_optimizer_step")], loader, **options)
+        assert list(module.state_dict()) == list(Detects().state_dict())
+        found.append((module.losses, gradients, module.rows))
+    return [*found, callbacks[0].unshuffled]
 
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:.*has no BatchNorm layer")
 def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle() -> None:
-    results = run_on_ranks(with_and_without, 2, True, False)
-    for found in results:
-        for ours, theirs in zip(found["with"]["losses"], found["without"]["losses"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-        assert found["with"]["gradients"].keys() == found["without"]["gradients"].keys()
-        for name, gradient in found["without"]["gradients"].items():
-            torch.testing.assert_close(found["with"]["gradients"][name], gradient, rtol=1e-6, atol=1e-6, msg=name)
-    before, after = ([dict.fromkeys(("box_head", "mask_head"), 0) for _ in range(4)] for _ in range(2))
-    for rank, found in enumerate(results):
-        for kind, seen in (("without", before), ("with", after)):
-            for call, (name, rows) in enumerate(found[kind]["rows"]):
-                seen[2 * (call // 2) + rank][name] = rows
-    for step in (0, 2):
-        for head in ("box_head", "mask_head"):
-            own, given = ([seen[step + rank][head] for rank in range(2)] for seen in (before, after))
-            assert given == (own if sum(own) < 4 else [sum(own) - sum(own) // 2, sum(own) // 2])
-    assert before[3]["mask_head"] == 0, "this test shows nothing of empty sets"
-    assert {found["unshuffled"] for found in results} == {
-        sum(before[s]["mask_head"] + before[s + 1]["mask_head"] < 4 for s in (0, 2))
-    }
+    ranks = run_on_ranks(with_and_without, 2)
+    for (losses, gradients, _), (ours, shuffled, _), _ in ranks:
+        assert ours == [pytest.approx(step, rel=1e-6, abs=1e-6) for step in losses]
+        torch.testing.assert_close(shuffled, gradients, rtol=1e-6, atol=1e-6)
+    too_few = 0
+    for head in ("box_head", "mask_head"):
+        before, after = ([rank[kind][2][head] for rank in ranks] for kind in (0, 1))
+        for step, (own, given) in enumerate(zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)):
+            few = sum(own) < 4
+            assert given == (own if few else (sum(own) - sum(own) // 2, sum(own) // 2)), step
+            too_few += few
+    assert before[1][1] == 0, "this test shows nothing of empty sets"
+    assert [unshuffled for *_, unshuffled in ranks] == [too_few, too_few]
 
 
 def saves(path: Path) -> Callback:
