@@ -35,7 +35,7 @@ def arguments() -> Iterator[tuple[str, str]]:
     return ((name, argument) for name in NAMES for argument in inspect.signature(getattr(lbn, name)).parameters)
 
 
-@pytest.mark.parametrize(("name", "argument"), arguments())
+@pytest.mark.parametrize(("name", "argument"), [*arguments()])
 def test_an_object_of_another_kind_is_refused_by_the_arguments_name(name: str, argument: str) -> None:
     needed = {k: v for k, v in NEEDED.get(name, {}).items() if not {k, argument} <= ONE_OF}
     with pytest.raises((TypeError, ValueError), match=rf"^(\w+: )?{argument} must (be|map) .*but is <object"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bn import GhostBNCallback, PreciseBNCallback
 from tests.callbacks.zoo import Evaluated, TinyNet, expected, fit, loaded, said, statistics_of, train_loader
@@ -58,14 +58,6 @@ def test_a_whole_training_is_that_of_groups_normalized_by_hand(callback: Any, gr
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-11, msg=key)
     assert evaluated.metrics == [pytest.approx(row) for row in by_hand_evaluated.metrics]
     assert not torch.allclose(ghosts.conv2.weight, plain.conv2.weight, rtol=1e-4)
-
-
-def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
-    module = TinyNet()
-    module.bn2 = nn.SyncBatchNorm(6)
-    with pytest.raises(TypeError, match="'bn2' is a SyncBatchNorm"):
-        fit(module, GhostBNCallback(size=4))
-    assert type(module.bn1) is nn.BatchNorm2d
 
 
 @pytest.mark.parametrize(("batch_size", "options"), [(4, {"size": 4}), (3, {"splits": 1})])

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 
 import lightning_bn as lbn
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.layers.conflicts import FEATURES, PAIRS, Pair, check_conflicts
+from lightning_bn.layers.conflicts import FEATURES, PAIRS, Pair
 from tests.callbacks.zoo import CALLBACKS, TinyNet, caught, digest, fit, train_loader, val_loader
 from tests.ranks import run_on_ranks
 
@@ -88,19 +88,6 @@ def test_a_subclass_counts_as_the_callback_it_is_derived_from() -> None:
     for other in (lbn.SyncBNCallback(), lbn.GhostBNCallback(splits=2)):
         with pytest.raises(ValueError, match=f"Own and {type(other).__name__} act on layer 'bn1'"):
             fit(TinyNet(), [Own(size=4), other])
-
-
-def test_verbs_ask_the_table_too() -> None:
-    """One in each order; which verbs ask is tested with each of them."""
-    model = TinyNet()
-    with lbn.freeze_bn(model), lbn.ghost_bn(model, size=2, layers="bn1"):
-        with pytest.raises(ValueError, match=r"cannot have SyncBN, because it has Ghost BN: one makes .*layers="):
-            lbn.sync_bn(model)
-        check_conflicts({"bn2": model.bn2}, "ghost", model)
-        with pytest.raises(ValueError, match=r"Layer 'bn1' already has Ghost BN: undo\(\) its handle"):
-            lbn.ghost_bn(model, size=2)
-        with lbn.freeze_bn(model):  # twice is the same as once
-            pass
 
 
 def table() -> str:

@@ -112,12 +112,6 @@ def test_one_process_is_as_it_was_and_warns_once() -> None:
     assert largest_difference(numbers(synced), numbers(plain)) == 0
 
 
-def test_torchs_own_layers_are_left_to_torch_unless_groups_are_asked_for() -> None:
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(TinyNet())
-    with pytest.raises(TypeError, match=r"'bn1' is torch's SyncBatchNorm.*sync_batchnorm=False"):
-        fit(module, SyncBNCallback(group_size=2))
-
-
 @pytest.mark.parametrize("callback", [SyncBNCallback(), GhostBNCallback(size=4)])
 def test_a_strategy_that_shards_the_model_is_refused(callback: Any) -> None:
     trainer, module = trainer_with(callback), TinyNet()
