@@ -266,16 +266,9 @@ def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -
         return Trainer(callbacks=callbacks, **{**defaults, **kwargs})
 
 
-def fit(
-    module: LightningModule,
-    callbacks: Callback | Sequence[Callback] = (),
-    train: Any = None,
-    val: Any = "default",
-    *,
-    ckpt_path: Any = None,
-    **kwargs: Any,
-) -> Trainer:
+def fit(module: Any, callbacks: Any = (), train: Any = None, val: Any = "default", **kwargs: Any) -> Trainer:
     """Train from a fixed seed on four batches of eight images, and return the Trainer, which gets ``kwargs``."""
+    ckpt_path = kwargs.pop("ckpt_path", None)
     trainer = trainer_with(callbacks, **kwargs)
     seed_everything(7, verbose=False)
     train = train_loader() if train is None else train
