@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_bn import ForecastBNCallback, FromLoader, PreciseBNCallback
 from tests.callbacks import zoo
-from tests.callbacks.zoo import At, Evaluated, Passes, TinyNet, digest, equal_batches, fit, loaded, said, statistics_of
+from tests.callbacks.zoo import At, Evaluated, Passes, TinyNet, digest, equal_batches, fit, said, statistics_of
 from tests.ranks import run_on_ranks
 
 
@@ -55,34 +54,6 @@ def test_it_is_written_before_validations_and_epochs_checkpoints_and_the_model_i
         assert len(module.losses) == 12
         assert passes.seen == [(moment, 6), (moment, 12)]
         assert callback.result is not None and callback.result.num_samples == 0
-
-
-def test_a_saved_model_reproduces_the_metric_that_was_logged() -> None:
-    evaluated = Evaluated()
-    fit(Learning(0.5), [ForecastBNCallback(), evaluated])
-    for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        assert zoo.validation_loss(loaded(state)) == pytest.approx(metrics["val_loss"], rel=1e-5)
-
-
-def test_statistics_written_between_steps_do_not_change_the_forecast() -> None:
-    """A step's batch is recovered from the statistics before *that* step: of fixed weights, the forecast stays."""
-    written = []
-    writing = At(lambda trainer, module: module.bn1.running_mean.fill_(50.0), "on_validation_end")
-    for others in ([], [writing]):
-        evaluated = Evaluated()
-        fit(Learning(), [ForecastBNCallback(), evaluated, *others], equal_batches(12), max_epochs=3)
-        written.append(evaluated.states[-1]["bn1.running_mean"])
-    assert torch.allclose(*written, atol=1e-3)
-
-
-def test_running_statistics_that_a_nan_has_poisoned_are_replaced() -> None:
-    def poison(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 4:  # as a batch with NaN does
-            pl_module.bn1.running_mean.fill_(torch.nan)
-
-    module = Learning()
-    fit(module, [At(poison, "on_train_batch_start"), ForecastBNCallback()], equal_batches(6), max_epochs=1)
-    assert all(value.isfinite().all() for value in statistics_of(module).values())
 
 
 def far_off(module: TinyNet) -> None:

@@ -128,13 +128,6 @@ def test_a_second_fit_of_the_same_trainer_starts_unfrozen() -> None:
     assert watch.frozen[8:] == [False] * 2 + [True] * 6
 
 
-def test_it_warns_of_large_batches_also_behind_a_layer_in_eval_mode_and_not_of_trained_statistics() -> None:
-    module = TinyNet()
-    module.bn1.eval()
-    assert len(said("holds 32 samples", module, freeze(), train=train_loader(64, 32))) == 1
-    assert not said("never trained", TinyNet(), freeze())
-
-
 def test_batches_that_cannot_be_counted_do_not_end_a_fit_without_a_pass() -> None:
     class FromLists(TinyNet):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

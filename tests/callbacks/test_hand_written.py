@@ -13,16 +13,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import (
-    AdaBNCallback,
-    BNStatsMonitor,
-    ForecastBNCallback,
-    FreezeBNCallback,
-    FromLoader,
-    PassConfig,
-    PreciseBNCallback,
-)
-from tests.callbacks.zoo import caught, fit, trainer_with
+from lightning_bn import BNStatsMonitor, ForecastBNCallback, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
+from tests.callbacks.zoo import caught, fit
 from tests.hand_written import ZOO, Net, batches, state, truth
 
 SAMPLES = 12
@@ -57,9 +49,6 @@ class Module(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test", self(batch[0]).square().mean())
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -129,25 +118,6 @@ def test_an_unknown_computation_is_refused_by_name_and_the_alternative_works(nam
     after_fit(name, [make(layers="net.last")])
 
 
-@pytest.mark.parametrize(
-    ("name", "forward"),
-    [(name, ("evaluation_step", "forward", shown)[i % 3]) for i, name in enumerate(KINDS + UNTOLD_KINDS)],
-)
-def test_adabn_reads_what_is_normalized_in_evaluation(name: str, forward: Any) -> None:
-    module, callback = Module(name).eval(), AdaBNCallback(None, forward=forward)
-    before = state(module.net)
-    if ZOO[name].in_eval is None:
-        with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
-            trainer_with(callback).test(module, loader())
-    else:
-        trainer_with(callback).test(module, loader())
-        (measured,) = callback.results
-        assert measured is not None
-        for layer, rows in truth(module.net, [[x] for x in data()], in_eval=True).items():
-            assert_close_to(rows, measured[f"net.{layer}"].mean, measured[f"net.{layer}"].var)
-    assert state(module.net) == before
-
-
 class Fits(LightningModule):
     """Two calls a step of one net, the second at momentum 0; it does not learn."""
 
@@ -175,34 +145,10 @@ def fit_twice_a_step(module: LightningModule, callbacks: Any) -> list[str]:
     return said
 
 
-LEFT = ["by hand, biased", "own statistics, inverted momentum", "by hand, activated"]
-
-
-@pytest.mark.parametrize("name", ["by hand, by assignment", "timm BatchNormAct2d", *LEFT])
-def test_a_forecast_is_written_where_it_is_right_and_the_other_layer_is_left_and_named(name: str) -> None:
-    torch.manual_seed(0)
-    module, plain = Fits(name), Fits(name)
-    plain.load_state_dict(module.state_dict())
-    callback = ForecastBNCallback()
-    torch.manual_seed(1)
-    said = fit_twice_a_step(module, callback)
-    torch.manual_seed(1)
-    fit_twice_a_step(plain, [])
-    bn = module.net.bn
-    assert callback.result is not None
-    assert set(callback.result) == {"net.last", *(() if name in LEFT else ("net.bn",))}
-    assert ("cannot forecast 'net.bn'" in "".join(said)) == (name in LEFT)
-    assert torch.equal(bn.running_mean, plain.net.bn.running_mean) == (name in LEFT)
-    torch.manual_seed(1)
-    (x,) = batches([8])
-    given = module.net.outside(module.net.entry.use(bn, module.net.inside(x), x))
-    torch.testing.assert_close(module.net.last.running_mean, given.mean((0, 2)), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("fails_at", [100, 0, 5])
 @pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), ForecastBNCallback])
 def test_nothing_of_ours_is_left_in_the_layers_and_nothing_ends_the_fit(kind: Any, fails_at: int) -> None:
-    module = Fits(LEFT[1], fails_at)
+    module = Fits("own statistics, inverted momentum", fails_at)
     before = [type(m) for m in module.modules()]
     with caught("cannot measure a batch") as said, contextlib.suppress(KeyError):
         fit_twice_a_step(module, kind())

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import FreezeBNCallback, MiniBatchInferenceCallback
+from lightning_bn import MiniBatchInferenceCallback
 from tests.callbacks.zoo import Evaluated, TinyNet, caught, digest, fit, loaded, trainer_with, val_loader
 
 
@@ -68,18 +68,6 @@ def test_a_validation_in_a_fit_gives_the_loss_of_batch_statistics() -> None:
     for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
         losses = [nn.functional.cross_entropy(with_batch_statistics(loaded(state), x), y) for x, y in val_loader()]
         assert metrics["val_loss"] == pytest.approx(float(torch.stack(losses).mean()), 1e-5)
-
-
-def test_frozen_layers_keep_using_their_statistics() -> None:
-    by_eval = TinyNet()
-    by_eval.train().bn1.eval()
-    (first, _), (x, _) = predictions(MiniBatchInferenceCallback(), by_eval), next(iter(val_loader()))
-    torch.testing.assert_close(first, with_batch_statistics(TinyNet(), x, ("bn2",)))
-    losses = []
-    for callbacks in ([], [MiniBatchInferenceCallback()]):
-        freeze = FreezeBNCallback(start_step=0, statistics="ema", warmup_epochs=0)
-        losses.append(fit(TinyNet(), [freeze, *callbacks]).callback_metrics["val_loss"].item())
-    assert losses[0] == losses[1], "layers that train frozen are evaluated frozen"
 
 
 def test_it_warns_once_that_predictions_depend_on_their_batch() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_bn import FromLoader, PreciseBNCallback, Replay
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Images, TinyNet, first_batches, fit, lerp, statistics_of, train_loader, trainer_with
+from tests.callbacks.zoo import Images, Stream, TinyNet, caught, first_batches, fit, lerp, statistics_of, train_loader
 
 
 def assert_stored(module: TinyNet, shown: list[Any]) -> None:
@@ -52,7 +52,7 @@ def test_an_empty_replay_warns() -> None:
     """As Lightning validates first when it resumes a checkpoint written in the middle of a validation."""
     module, precise = TinyNet(), PreciseBNCallback(16, source="replay", stages=["validate"])
     with pytest.warns(UserWarning, match="no batches to replay before the first training batch, nor right after a"):
-        trainer_with(precise).validate(module, zoo.val_loader())
+        zoo.trainer_with(precise).validate(module, zoo.val_loader())
     assert_close(statistics_of(module), statistics_of(TinyNet()))
 
 
@@ -79,7 +79,7 @@ def test_a_later_batch_that_cannot_be_kept_for_a_replay_is_left_out_with_one_war
 
     first, *whole = first_batches(4)
     precise = PreciseBNCallback(32, source="replay", batch_size_fn=count)
-    with zoo.caught("could not keep a batch for the replay") as said:
+    with caught("could not keep a batch for the replay") as said:
         fit(Grows(), precise, DataLoader([first, {"of": whole[0]}, {"of": whole[1]}, whole[2]], batch_size=None))
     assert len(said) == 1 and "unknown batch" in said[0] and precise.result.num_samples == 32
     precise = PreciseBNCallback(32, source="replay", batch_size_fn=count)
@@ -174,24 +174,9 @@ def test_a_batch_may_have_any_structure_and_asks_for_count_if_its_samples_cannot
 
 def test_an_iterable_dataset_is_read_from_its_start_and_no_more_than_an_epoch_may_read() -> None:
     module, precise = TinyNet(), PreciseBNCallback(10**6)
-    fit(module, precise, DataLoader(zoo.Stream(), batch_size=8), limit_train_batches=2)
+    fit(module, precise, DataLoader(Stream(), batch_size=8), limit_train_batches=2)
     assert precise.result.num_batches == 2
     assert_stored(module, first_batches(2))
-
-
-def test_compiled_modules_are_shown_batches_eagerly() -> None:
-    compiled: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(trainer.global_step)
-        return graph.forward
-
-    module, precise = TinyNet(), PreciseBNCallback(20)
-    module.features = torch.compile(module.features, backend=backend)
-    trainer = trainer_with(precise, max_epochs=1)
-    trainer.fit(module, train_loader(), None)
-    assert set(compiled) == {0}
-    assert_stored(module, first_batches(3))
 
 
 def bn1_only(module: TinyNet, batch: Any) -> Tensor:

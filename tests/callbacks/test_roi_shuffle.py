@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import signal
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -23,7 +22,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 import lightning_bn as lbn
 from lightning_bn import RoIShuffleCallback
-from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, said, statistics_of, train_loader
+from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 
 ON_TWO_RANKS: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
@@ -225,14 +224,6 @@ def too_few() -> tuple[Any, ...]:
 def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted() -> None:
     for same, unshuffled, copied in run_on_ranks(too_few, 2):
         assert same and unshuffled == copied == 2 * 4 * 2
-
-
-def test_one_process_is_as_it_was_and_warns_once() -> None:
-    modules, callback = (TinyNet(), TinyNet()), RoIShuffleCallback(modules="bn*")
-    (message,) = said("roi_shuffle", modules[0], callback)
-    assert re.search("one process.*Ghost BN", message)
-    fit(modules[1])
-    assert digest(modules[0].state_dict()) == digest(modules[1].state_dict()) and callback.unshuffled == 0
 
 
 def test_two_on_modules_within_each_other_are_refused() -> None:

@@ -103,15 +103,6 @@ def test_the_monitor_measures_no_rank_alone_where_ranks_normalize_together() -> 
     assert list(on_rank_0) == ["bn1"] and "synchronized over ranks" in on_rank_0["bn1"]
 
 
-def test_one_process_is_as_it_was_and_warns_once() -> None:
-    synced, plain = TinyNet(), TinyNet()
-    with pytest.warns(UserWarning, match="sync_bn changes nothing: there is one process") as record:
-        fit(synced, SyncBNCallback())
-    assert len([w for w in record if "sync_bn" in str(w.message)]) == 1
-    fit(plain)
-    assert largest_difference(numbers(synced), numbers(plain)) == 0
-
-
 @pytest.mark.parametrize("callback", [SyncBNCallback(), GhostBNCallback(size=4)])
 def test_a_strategy_that_shards_the_model_is_refused(callback: Any) -> None:
     trainer, module = trainer_with(callback), TinyNet()
