@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.callbacks.zoo import CALLBACKS, TinyNet, caught, digest, fit, train_l
 from tests.ranks import run_on_ranks
 
 MAKE: dict[str, Callable[[], Any]] = {make.func.__name__: make for make in reversed(CALLBACKS.values())}
+MAKE["BatchLeakageMonitor"] = functools.partial(lbn.BatchLeakageMonitor, 24)  # also beside mini-batch inference
 """One of each class."""
 KINDS: dict[str, str] = {name: getattr(lbn, name).kind for name in MAKE}
 ALL = list(itertools.combinations(sorted(MAKE), 2))
@@ -29,7 +31,7 @@ def pair_of(first: str, second: str) -> Pair:
 
 def train_and_test(first: str, second: str, **trainer: Any) -> LightningModule:
     module = TinyNet()
-    fitted = fit(module, [MAKE[first](), MAKE[second]()], train_loader(16, 8, shuffle=True), **trainer)
+    fitted = fit(module, [MAKE[first](), MAKE[second]()], train_loader(shuffle=True), **trainer)
     fitted.test(module, val_loader())
     return module
 
