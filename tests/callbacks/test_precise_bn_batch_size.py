@@ -24,7 +24,7 @@ SAMPLES = 232  # 29 batches of 8: two groups of 104 samples and one of 24
 def fitted(module: TinyNet, precise: PreciseBNCallback, group: int, batch_size: int = 8) -> list[str]:
     """Warnings of a fit in which so many batches are normalized together; what is written must be float64's of that."""
     train = train_loader(SAMPLES, batch_size)
-    found = said("PreciseBN", module, precise, train, max_epochs=1)
+    found = said("samples", module, precise, train, max_epochs=1)
     batches = list(train)
     groups = [[torch.cat(t) for t in zip(*batches[i : i + group], strict=True)] for i in range(0, len(batches), group)]
     for name, (mean, var) in exact_statistics(module, groups, together=False).items():
@@ -67,8 +67,7 @@ class Diverging(TinyNet):
 def test_auto_takes_the_batches_alone_with_one_warning_if_they_cannot_wait_for_each_other() -> None:
     module, plain = Diverging(), Diverging()
     alone = PreciseBNCallback(64, normalization_batch_size="loader")
-    (found,) = said("opulation", module, PreciseBNCallback(64), train_loader(64))
-    assert "normalizes each batch alone" in found
+    (found,) = said("normalizes each batch alone", module, PreciseBNCallback(64), train_loader(64))
     assert ("bn2" in found and "their end" in found) or "had ended" in found
     fit(plain, alone, train_loader(64))
     assert digest(statistics_of(module)) == digest(statistics_of(plain))

@@ -89,7 +89,7 @@ class WithoutForward(LightningModule):
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.net(batch[0]).square().mean()
+        return self.net(batch).square().mean()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -97,9 +97,10 @@ class WithoutForward(LightningModule):
 
 @every_pass
 def test_a_module_without_forward_is_refused_and_the_line_to_copy_works(name: str) -> None:
+    images = DataLoader([x for x, _ in train_loader().dataset], 8)
     with pytest.raises(ValueError, match="WithoutForward defines no forward") as refused:
-        fit(WithoutForward(), PASSES[name](forward="forward"), val=None)
-    fit(WithoutForward(), copied_from(str(refused.value), name), val=None)
+        fit(WithoutForward(), PASSES[name](forward="forward"), images, val=None)
+    fit(WithoutForward(), copied_from(str(refused.value), name), images, val=None)
     with pytest.raises(ValueError, match=rf"^{name}: forward must be a function of module and batch.*too many"):
         fit(TinyNet(), PASSES[name](forward=lambda batch: batch))
 
