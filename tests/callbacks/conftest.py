@@ -1,14 +1,11 @@
 """No test of callbacks may reach the next one. The modules and data they train are in `tests.callbacks.zoo`."""
 
-import logging
 import multiprocessing
 from collections.abc import Iterator
 
 import pytest
 
 from tests import ranks
-
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
 from lightning_bn.trainer.leakage_pass import BatchReservoir
+from tests.callbacks import zoo
 from tests.callbacks.test_detectors import Detector, Scenes, count_images
-from tests.callbacks.zoo import (
-    Evaluated,
-    Passes,
-    TinyNet,
-    digest,
-    fit,
-    train_loader,
-    trainer_with,
-    val_loader,
-)
+from tests.callbacks.zoo import Passes, TinyNet, caught, digest, fit, loaded, train_loader, trainer_with, val_loader
 from tests.ranks import in_a_fresh_process, run_on_ranks
 
 KINDS = 128
@@ -36,26 +27,20 @@ KINDS = 128
 
 def images_of_kinds() -> tuple[Tensor, Tensor]:
     """16 images of each of 128 kinds, sorted by kind."""
-    generator = torch.Generator().manual_seed(0)
-    kind = torch.arange(KINDS).repeat_interleave(16)
-    images = (
-        torch.randn(len(kind), 3, 6, 6, generator=generator)
-        + 2 * torch.randn(KINDS, 3, 1, 1, generator=generator)[kind]
-    )
+    own, kind = torch.Generator().manual_seed(0), torch.arange(KINDS).repeat_interleave(16)
+    images = torch.randn(len(kind), 3, 6, 6, generator=own) + 2 * torch.randn(KINDS, 3, 1, 1, generator=own)[kind]
     return images, kind % 3
 
 
 def batches(pattern: str) -> list[list[int]]:
-    """An epoch in 64 batches of 32: shuffled, in order, or 16 kinds x 2 each."""
-    generator = torch.Generator().manual_seed(1)
+    """An epoch in batches of 32: shuffled, in order, or 16 kinds x 2 each; or balanced, in batches of 128."""
+    own = torch.Generator().manual_seed(1)
     if pattern == "16 x 2":
-        kinds = [torch.randperm(KINDS, generator=generator).view(8, 16) for _ in range(8)]
-        return [
-            (16 * k.repeat_interleave(2) + torch.arange(2).repeat(16) + 2 * i).tolist()
-            for i, ks in enumerate(kinds)
-            for k in ks
-        ]
-    order = torch.randperm(2048, generator=generator) if pattern == "shuffled" else torch.arange(2048)
+        kinds = [(i, k) for i in range(8) for k in torch.randperm(KINDS, generator=own).view(8, 16)]
+        return [(16 * k.repeat_interleave(2) + torch.arange(2).repeat(16) + 2 * i).tolist() for i, k in kinds]
+    if pattern == "balanced":
+        return torch.arange(2048).view(KINDS, 16).T.reshape(16, KINDS).tolist()
+    order = torch.randperm(2048, generator=own) if pattern == "shuffled" else torch.arange(2048)
     return order.view(64, 32).tolist()
 
 
@@ -64,10 +49,8 @@ def loader(pattern: str) -> DataLoader[Any]:
 
 
 def warned(module: Any, callbacks: Any, *args: Any, **kwargs: Any) -> tuple[Trainer, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with caught() as said:
         trainer = fit(module, callbacks, *args, **kwargs)
-    said = [str(w.message) for w in caught]
     return trainer, [m for m in said if "BatchLeakage" in m or m.startswith("Batches ")]
 
 
@@ -84,17 +67,12 @@ def test_a_pattern_alarms_within_one_epoch_and_then_it_rests() -> None:
     assert monitor._evidence.epochs == 1 and monitor._pass._reservoir is None
 
 
-def test_shuffled_batches_do_not_alarm() -> None:
+def test_shuffled_batches_do_not_alarm_and_balanced_ones_do_and_are_called_so() -> None:
     monitor = BatchLeakageMonitor(1024)
-    trainer, said = warned(TinyNet(), monitor, loader("shuffled"), max_epochs=2)
+    trainer, said = warned(TinyNet(), monitor, loader("shuffled"))
     assert not monitor.alarmed and said == []
     assert len(trainer.loggers[0].logged("batch_leakage/epoch_p_value")) == 2
-
-
-def test_balanced_batches_alarm_and_are_called_so() -> None:
-    order = torch.arange(2048).view(KINDS, 16).T.reshape(16, KINDS)
-    balanced = DataLoader(TensorDataset(*images_of_kinds()), batch_sampler=order.tolist())
-    _, said = warned(TinyNet(), BatchLeakageMonitor(), balanced, val=None, max_epochs=1)
+    _, said = warned(TinyNet(), BatchLeakageMonitor(), loader("balanced"), val=None, max_epochs=1)
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
 
 
@@ -110,30 +88,24 @@ def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
     assert monitor.alarmed and list(monitor.result.icc) == ["net.roi_heads.box_head.2"] and len(said) == 1
 
 
-# ------------------------------------------------------------------------------------------------- errors of Fig. 8
 def in_pattern(trainer: Trainer) -> Any:
     return val_loader(batch_size=3)
 
 
 @pytest.mark.parametrize("layers", [None, "bn1"])
 def test_the_three_errors_are_what_validation_would_log(layers: str | None) -> None:
-    evaluated, monitor = Evaluated(), BatchLeakageMonitor(log_errors=True, same_pattern=in_pattern, layers=layers)
+    evaluated, monitor = zoo.Evaluated(), BatchLeakageMonitor(log_errors=True, same_pattern=in_pattern, layers=layers)
     module = TinyNet()
     trainer = fit(module, [monitor, evaluated], max_epochs=1, num_sanity_val_steps=2)
     assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in the sanity check, too"
-    trainer.validate(module, val_loader(), verbose=False)
+    trainer.validate(module, val_loader())
     assert len(trainer.loggers[0].logged("batch_leakage/population/val_loss")) == 1, "in an evaluation of the user's"
     evaluated.states.pop(), evaluated.metrics.pop()
     found = {k: v for _, row in trainer.loggers[0].rows for k, v in row.items() if k.startswith("batch_leakage/")}
     state = evaluated.states[-1]
-    for key, loader, callbacks in (
-        ("population", val_loader(), []),
-        ("mini_batch", val_loader(), [MiniBatchInferenceCallback(layers=layers)]),
-        ("same_pattern", val_loader(batch_size=3), [MiniBatchInferenceCallback(layers=layers)]),
-    ):
-        twin = TinyNet()
-        twin.load_state_dict(state)
-        (oracle,) = trainer_with(callbacks).validate(twin, loader, verbose=False)
+    by_batch = MiniBatchInferenceCallback(layers=layers)
+    for key, size, callbacks in (("population", 6, []), ("mini_batch", 6, by_batch), ("same_pattern", 3, by_batch)):
+        (oracle,) = trainer_with(callbacks).validate(loaded(state), val_loader(batch_size=size))
         assert found[f"batch_leakage/{key}/val_loss"] == pytest.approx(oracle["val_loss"], rel=1e-5)
     assert found["batch_leakage/population/val_loss"] == pytest.approx(evaluated.metrics[-1]["val_loss"], rel=1e-6)
     assert "batch_leakage/population/val_loss" not in trainer.callback_metrics
@@ -145,27 +117,6 @@ def test_comparing_beside_mini_batch_inference_is_refused() -> None:
     fit(TinyNet(), [BatchLeakageMonitor(log_errors=True), MiniBatchInferenceCallback(stages=["test"])])
 
 
-# ------------------------------------------------------------------------------------------------------- says so
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"alpha": 0}, ValueError, "alpha must be"),
-        ({"alpha": 2.0}, ValueError, "alpha must be"),
-        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
-        ({"same_pattern": in_pattern}, ValueError, "same_pattern is for log_errors=True"),
-        ({"forward": "backward"}, ValueError, "forward must be"),
-        ({"batch_size_fn": 5}, TypeError, "batch_size_fn must be a function from a batch .* but is 5"),
-        ({"log_errors": "x"}, TypeError, "log_errors must be True or False but is 'x'"),
-        ({"layers": 3}, TypeError, "layers must be a glob pattern .* but is 3"),
-        ({"log_errors": True, "same_pattern": "x"}, TypeError, "same_pattern must be a function .* but is 'x'"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        BatchLeakageMonitor(**arguments)
-
-
-# ---------------------------------------------------------------------------------------------------- ends no fit
 def raising(error: Any) -> Any:
     def function(*_: Any) -> Any:
         raise error
@@ -201,22 +152,14 @@ class NotFinite(TinyNet):
 
 
 TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "count raises": (
-        TinyNet,
-        {"batch_size_fn": raising(KeyError("size"))},
-        "tests nothing in this epoch: KeyError: 'size'",
-    ),
+    "count raises": (TinyNet, {"batch_size_fn": raising(KeyError("size"))}, "nothing in this epoch: KeyError: 'size'"),
     "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
     "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise max_bytes, or lower"),
     "no copy": (Uncopyable, {}, "TypeError: no copies of this one"),
     "the step raises": (FailsInEval, {}, "ZeroDivisionError: .*in the step"),
     "forward leaks a StopIteration": (TinyNet, {"forward": raising(StopIteration)}, "StopIteration"),
     "not finite": (NotFinite, {}, "There is nothing to compare"),
-    "an empty loader": (
-        TinyNet,
-        {"log_errors": True, "same_pattern": lambda _: []},
-        "returned a loader without batches",
-    ),
+    "an empty loader": (TinyNet, {"log_errors": True, "same_pattern": lambda _: []}, "a loader without batches"),
 }
 
 
@@ -244,9 +187,9 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(make: Any, argu
 def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException, where: str) -> None:
     module = TinyNet()
     monitor = BatchLeakageMonitor(**{"log_errors": where == "same_pattern", where: raising(error)})
-    with pytest.raises(BaseException) as caught:
+    with pytest.raises(BaseException) as raised:
         fit(module, monitor)
-    assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
+    assert raised.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
     assert all(type(m) is type(n) for m, n in zip(module.modules(), TinyNet().modules(), strict=True))
 
 
@@ -267,7 +210,6 @@ def test_it_advises_no_callback_that_is_there() -> None:
         assert ("GhostBNCallback" in said[0]) is ghosts and "FreezeBNCallback" in said[0]
 
 
-# --------------------------------------------------------------------------------------------------- state of a fit
 def fitted_in_a_fork() -> tuple[bool, BatchLeakageMonitor]:
     monitor = BatchLeakageMonitor()
     trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
@@ -288,19 +230,13 @@ def test_an_epoch_of_one_batch_and_frozen_layers_are_warned_of_once() -> None:
         assert len(said) == 1 and message in said[0]
 
 
-def test_a_frozen_layer_among_others_is_left_out_and_a_second_fit_begins_anew() -> None:
-    monitor = BatchLeakageMonitor()
-    for _ in range(2):
-        fit(TinyNet(), [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")], max_epochs=2)
-        assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
-
-
-def test_manual_optimization_is_refused_with_the_way_out() -> None:
-    class Manual(TinyNet):
-        automatic_optimization = False
-
+def test_a_frozen_layer_among_others_is_left_out_and_manual_optimization_refused_with_the_way_out() -> None:
+    monitor, module = BatchLeakageMonitor(), TinyNet()
+    fit(module, [monitor, FreezeBNCallback(start_step=0, statistics="ema", layers="bn1")])
+    assert set(monitor.result.icc) == {"bn2"} and monitor.state_dict()["epochs"] == 2
+    module.automatic_optimization = False
     with pytest.raises(ValueError, match="pass forward='forward'"):
-        fit(Manual(), BatchLeakageMonitor())
+        fit(module, BatchLeakageMonitor())
 
 
 def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
@@ -309,67 +245,57 @@ def test_a_picture_is_drawn_at_the_end(tmp_path: Path) -> None:
     assert picture.stat().st_size > 5000
 
 
-# ------------------------------------------------------------------------------------------- which batches are kept
-def test_each_batch_of_an_epoch_is_as_likely_to_be_kept() -> None:
+def test_each_batch_of_an_epoch_is_as_likely_to_be_kept_as_a_copy() -> None:
     kept: Counter[int] = Counter()
     for seed in range(1000):
-        reservoir = BatchReservoir(3, seed)
-        for number in range(10):
-            reservoir.keep(torch.tensor(number))
+        reservoir, batch = BatchReservoir(3, seed), torch.tensor(-1)
+        for _ in range(10):
+            reservoir.keep(batch.add_(1))
         assert reservoir.held == 3
-        kept.update(int(b) for b in reservoir.batches())
+        kept.update(int(shown) for shown in reservoir.batches())
+        assert next(reservoir.batches()).add_(100) != next(reservoir.batches()), "what is shown is another copy"
     assert all(count == pytest.approx(300, abs=70) for count in kept.values()) and len(kept) == 10
 
 
-def test_what_is_kept_is_a_copy_and_what_is_shown_is_another() -> None:
-    reservoir, batch = BatchReservoir(1, 0), torch.zeros(2)
-    reservoir.keep(batch)
-    batch += 1
-    for shown in (next(reservoir.batches()) for _ in range(2)):
-        assert torch.equal(shown, torch.zeros(2))
-        shown += 1
-
-
-# ------------------------------------------------------------------------------------------------------------ ranks
-def fit_on_rank(world_size: int) -> Any:
+def fit_on_rank() -> Any:
     """The sampler hands rank 0 the even samples and rank 1 the odd ones."""
     module, monitor = TinyNet(), BatchLeakageMonitor(80, log_errors=True)
-    trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
+    trainer = fit(module, monitor, train_loader(160, 8), devices=2, strategy="ddp")
     logged = trainer.loggers[0].rows if torch.distributed.get_rank() == 0 else None
     return monitor.state_dict(), monitor.result, digest(dict(module.named_parameters())), logged
 
 
 @pytest.mark.ddp
 def test_ranks_agree() -> None:
-    first, second = run_on_ranks(fit_on_rank, 2, 2)
+    first, second = run_on_ranks(fit_on_rank, 2)
     assert first[:3] == second[:3] and first[0]["epochs"] == 2
     noise = (2 / 4 * (1 / 9 + 1 / 70)) ** 0.5 / 8
     assert first[1].noise["bn1"] == pytest.approx(noise), "80 samples in all: five batches of 8 on each of two ranks"
     assert any("batch_leakage/p_value" in row for _, row in first[3])
 
 
-def fit_with_an_error_on_rank_1(where: str, world_size: int) -> Any:
+def fit_with_an_error_on_rank_1(where: str) -> Any:
     fails = {"left": torch.distributed.get_rank() == 1}
 
-    def count(batch: Any) -> int:
-        if where == "batch_size_fn" and fails.pop("left", False):
+    def fail(here: str) -> None:
+        if where == here and fails.pop("left", False):
             raise OSError("on rank 1")
+
+    def count(batch: Any) -> int:
+        fail("batch_size_fn")
         return len(batch[0])
 
     def forward(module: Any, batch: Any) -> None:
-        if where == "forward" and fails.pop("left", False):
-            raise OSError("on rank 1")
+        fail("forward")
         module(batch[0])
 
     module, monitor = TinyNet(), BatchLeakageMonitor(80, forward=forward, batch_size_fn=count)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = fit(module, monitor, train_loader(160, 8), devices=world_size, strategy="ddp")
+    trainer = fit(module, monitor, train_loader(160, 8), devices=2, strategy="ddp")
     return monitor.state_dict()["epochs"], monitor.p_value, digest(dict(module.named_parameters())), trainer.global_step
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("where", ["batch_size_fn", "forward"])
 def test_an_error_on_one_rank_costs_all_ranks_that_epochs_test_alone(where: str) -> None:
-    first, second = run_on_ranks(fit_with_an_error_on_rank_1, 2, where, 2, timeout=60)
+    first, second = run_on_ranks(fit_with_an_error_on_rank_1, 2, where, timeout=60)
     assert first == second and first[0] == 1 and first[3] == 20

@@ -34,8 +34,7 @@ class Detector(LightningModule):
     """torchvision's Faster R-CNN on a two-layer backbone, the first BatchNorm frozen by its user."""
 
     def __init__(self) -> None:
-        from torchvision.models.detection import FasterRCNN
-        from torchvision.models.detection.rpn import AnchorGenerator
+        from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN, FastRCNNPredictor
 
         super().__init__()
         torch.manual_seed(0)
@@ -49,7 +48,7 @@ class Detector(LightningModule):
             max_size=64,
             rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
             box_head=nn.Sequential(nn.Flatten(), nn.Linear(8 * 7 * 7, 16), nn.BatchNorm1d(16), nn.ReLU()),
-            box_predictor=BoxPredictor(),
+            box_predictor=FastRCNNPredictor(16, 2),
             box_batch_size_per_image=16,
         )
         backbone[1].eval()
@@ -65,15 +64,6 @@ class Detector(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class BoxPredictor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores, self.boxes = nn.Linear(16, 2), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scores(x), self.boxes(x)
-
-
 def scenes() -> DataLoader[Any]:
     return DataLoader(Scenes(), batch_size=2, collate_fn=lambda items: tuple(zip(*items, strict=True)))
 
@@ -84,13 +74,11 @@ def count_images(batch: Any) -> int:
 
 @pytest.mark.parametrize("source", ["train_dataloader", "replay"])
 def test_a_pass_runs_a_detector_on_images_and_targets_and_keeps_its_frozen_layer(source: Any) -> None:
-    recorders, modules, precise = (Recorder(), Recorder()), (Detector(), Detector()), None
-    for module, recorder in zip(modules, recorders, strict=True):
-        callbacks = [recorder] if precise is None else [precise, recorder]
-        fit(module, callbacks, scenes(), scenes())
-        precise = PreciseBNCallback(6, source=source, batch_size_fn=count_images)
+    precise = PreciseBNCallback(6, source=source, batch_size_fn=count_images)
+    recorders, modules = (Recorder(), Recorder()), (Detector(), Detector())
+    for module, recorder, callbacks in zip(modules, recorders, ([], [precise]), strict=True):
+        fit(module, [*callbacks, recorder], scenes(), scenes())
     assert recorders[0].trace == recorders[1].trace
-    precise = callbacks[0]
     assert (precise.result.num_samples, precise.result.num_batches) == (6, 3)
     assert list(precise.result) == ["net.backbone.4", "net.roi_heads.box_head.2"]
     assert precise.result["net.roi_heads.box_head.2"].count > 6, "the head sees boxes, not images"

@@ -6,38 +6,22 @@ batches of eight images.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 import lightning_bn as lbn
-from lightning_bn import FreezeBNCallback, PassConfig, PreciseBNCallback
-from tests.callbacks.zoo import (
-    Images,
-    TinyNet,
-    digest,
-    exact_statistics,
-    fit,
-    statistics_of,
-    train_loader,
-    trainer_with,
-    val_loader,
-)
-from tests.ranks import run_on_ranks
+from lightning_bn import FreezeBNCallback, PassConfig
+from tests.callbacks import zoo
+from tests.callbacks.zoo import Stream, TinyNet, digest, first_batches, fit, statistics_of, train_loader
 
 pytestmark = [  # these are the subject of the tests that ask for them, and noise in the others
     pytest.mark.filterwarnings("ignore:FreezeBNCallback freezes statistics that were never trained"),
@@ -101,6 +85,13 @@ def is_thawed(module: nn.Module) -> bool:
     return type(layer) is nn.BatchNorm2d and not torch.equal(before, layer.running_mean)
 
 
+def assert_exact(module: TinyNet, batches: list[Any]) -> None:
+    for name, (mean, var) in zoo.exact_statistics(module, batches).items():
+        layer = module.get_submodule(name)
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
+
+
 def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     """The callback, by default from the second epoch on; arguments of the pass may be given directly."""
     if {"last_n_epochs", "start_step", "start_fraction"} & set(kwargs):
@@ -109,7 +100,6 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
     return FreezeBNCallback(start_epoch=start_epoch, precise=PassConfig(**{"num_samples": 20, **config}), **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------- when it switches
 @pytest.mark.parametrize(
     ("when", "trainer", "batches"),
     [
@@ -118,7 +108,6 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
         ({"start_epoch": 1}, {"max_epochs": -1, "max_steps": 7}, EPOCH),
         ({"start_step": 5}, {}, 5),
         ({"start_step": 3}, {"accumulate_grad_batches": 2}, 6),
-        ({"start_fraction": 0.5}, {}, 6),
         ({"start_fraction": 0.4}, {"max_epochs": -1, "max_steps": 10}, 4),
         ({"start_fraction": 0.5}, {"max_steps": 8}, 4),  # the steps end the fit sooner than the epochs
         ({"start_fraction": 0.5}, {"max_steps": 1000}, 6),  # and here the epochs
@@ -141,61 +130,28 @@ def test_another_rule_can_be_given_by_overriding_should_freeze() -> None:
     assert watch.frozen == [False, False, True, True]
 
 
-# ------------------------------------------------------------------------------------------------ with which statistics
-@pytest.mark.parametrize("when", [{"start_epoch": 1}, {"start_step": 6}], ids=str)
-def test_precise_statistics_are_those_of_the_weights_at_the_switch(when: dict[str, int]) -> None:
-    watch = Watch()
-    fit(TinyNet(dropout=0.5), [freeze(**when), watch])
-    switch = watch.frozen.index(True)
-    at_switch = TinyNet()
+@pytest.mark.parametrize(
+    ("options", "switch", "shown"),
+    [
+        ({"start_epoch": 1}, 4, first_batches(3)),  # 24 samples: whole batches until there are 20
+        # of a replay, the batch that is about to be trained on has come already, as one of the two
+        ({"start_step": 6, "source": "replay", "num_samples": 16}, 6, first_batches(3)[1:]),
+    ],
+    ids=["train dataloader", "replay"],
+)
+def test_precise_statistics_are_those_of_the_weights_at_the_switch(options: Any, switch: int, shown: Any) -> None:
+    watch, at_switch = Watch(), TinyNet()
+    logged = fit(TinyNet(dropout=0.5), [freeze(**options), watch]).logger.logged
     at_switch.load_state_dict(watch.started[switch])
-    batches = list(train_loader())[:3]  # 24 samples: whole batches until there are 20
-
-    for name, (mean, var) in exact_statistics(at_switch, batches).items():
-        layer = at_switch.get_submodule(name)
-        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
-    independent = copy.deepcopy(at_switch)
-    independent.bn1.reset_running_stats()
-    lbn.precise_bn(independent, batches, normalization_batch_size=100)
-    assert digest(statistics_of(independent)) == digest(statistics_of(at_switch))
+    assert_exact(at_switch, shown)
+    assert logged("freeze_bn/num_samples") == {switch: 8 * len(shown)}
+    assert len(logged("freeze_bn/seconds")) == len(logged("freeze_bn/mean_gap_max")) == 1
 
 
 def test_ema_keeps_the_running_statistics_as_they_are() -> None:
     watch = Watch()
     fit(TinyNet(), [freeze(statistics="ema"), watch])
-    before, at_switch = watch.ended[EPOCH - 1], watch.started[EPOCH]
-    assert digest(before) == digest(at_switch)
-
-
-def test_replay_takes_the_last_batches_of_training() -> None:
-    watch = Watch()
-    fit(TinyNet(), [freeze(start_step=6, source="replay", num_samples=16), watch])
-    at_switch = TinyNet()
-    at_switch.load_state_dict(watch.started[6])
-    # the batch that is about to be trained on has come already, as one of the two
-    last = list(train_loader())[1:3]
-    for name, (mean, _) in exact_statistics(at_switch, last).items():
-        stored = at_switch.get_submodule(name).running_mean.double()
-        torch.testing.assert_close(stored, mean, rtol=1e-6, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------- what is frozen and what trains on
-@pytest.mark.parametrize("affine", [False, True])
-def test_statistics_stay_bit_for_bit_and_everything_else_trains_on(affine: bool) -> None:
-    watch = Watch()
-    module = TinyNet()
-    fit(module, [freeze(affine=affine), watch], max_epochs=3)
-    at_switch = watch.started[EPOCH]
-    ours = {"bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
-    for after in watch.ended[EPOCH:]:
-        for key in filter(is_statistic, at_switch):
-            assert torch.equal(after[key], at_switch[key]), key
-    for earlier, later in zip(watch.ended[EPOCH:], watch.ended[EPOCH + 1 :], strict=False):
-        for key, parameter in module.named_parameters():
-            assert torch.equal(earlier[key], later[key]) == (affine and key in ours), key
-            assert parameter.requires_grad
-    assert not torch.equal(watch.ended[0]["bn1.weight"], at_switch["bn1.weight"])  # it trained until then
+    assert digest(watch.ended[EPOCH - 1]) == digest(watch.started[EPOCH])
 
 
 def sgd(module: nn.Module) -> Optimizer:
@@ -207,12 +163,7 @@ def adamw(module: nn.Module) -> Optimizer:
 
 
 class Configured(TinyNet):
-    def __init__(
-        self,
-        optimizer: Callable[[nn.Module], Optimizer] = sgd,
-        scheduler: Callable[[Optimizer], Any] | None = None,
-        interval: str = "step",
-    ) -> None:
+    def __init__(self, optimizer: Any = sgd, scheduler: Any = None, interval: str = "step") -> None:
         super().__init__()
         self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
 
@@ -224,9 +175,7 @@ class Configured(TinyNet):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def train_by_hand(
-    module: Configured, switch: int, factors: list[float], affine: bool, clip: float | None, epochs: int
-) -> None:
+def train_by_hand(module: Configured, switch: int, factors: list[float], affine: bool, clip: Any, epochs: int) -> None:
     """The truth: from the switch on BatchNorm in eval mode, rates scaled one by one, affine gradients left out."""
     optimizer = module.optimizer(module)
     scheduler = module.scheduler(optimizer) if module.scheduler else None
@@ -258,9 +207,7 @@ def train_by_hand(
 @pytest.mark.parametrize(
     ("optimizer", "affine", "clip"), [(sgd, False, None), (sgd, True, 0.05), (adamw, True, None), (adamw, False, 0.05)]
 )
-def test_a_fit_is_bit_for_bit_the_loop_by_hand(
-    optimizer: Callable[[nn.Module], Optimizer], affine: bool, clip: float | None
-) -> None:
+def test_a_fit_is_bit_for_bit_the_loop_by_hand(optimizer: Any, affine: bool, clip: float | None) -> None:
     def cosine(o: Optimizer) -> Any:
         return schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH)
 
@@ -283,16 +230,6 @@ def test_two_callbacks_freeze_their_own_layers_and_warm_up_once() -> None:
     assert [rate / 0.5 for (rate,) in watch.rates_in_step[EPOCH:]] == pytest.approx([0.25, 0.25, 0.5, 0.75, 1, 1, 1, 1])
 
 
-def test_layers_that_are_not_chosen_go_on() -> None:
-    watch = Watch()
-    module = TinyNet()
-    fit(module, [freeze(layers="bn1", affine=True), watch])
-    first, last = watch.started[EPOCH], watch.ended[-1]
-    changed = {key for key in first if key.startswith("bn") and not torch.equal(first[key], last[key])}
-    assert changed == {key for key in first if key.startswith("bn2")}
-
-
-# -------------------------------------------------------------------------------------------------------------- warm-up
 @pytest.mark.parametrize(
     ("arguments", "trainer", "factors"),
     [
@@ -306,9 +243,7 @@ def test_layers_that_are_not_chosen_go_on() -> None:
     ],
     ids=str,
 )
-def test_the_warm_up_is_counted_in_optimizer_steps(
-    arguments: dict[str, Any], trainer: dict[str, Any], factors: list[float]
-) -> None:
+def test_the_warm_up_is_counted_in_optimizer_steps(arguments: Any, trainer: Any, factors: list[float]) -> None:
     watch = Watch()
     trained = fit(TinyNet(lr=0.5), [freeze(**arguments), watch], max_epochs=3, **trainer)
     steps = trained.global_step // 3  # of an epoch
@@ -318,80 +253,38 @@ def test_the_warm_up_is_counted_in_optimizer_steps(
     assert all(rate == 0.5 for (rate,) in watch.rates_between)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "interval"),
-    [
-        (lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=3 * EPOCH), "step"),
-        (lambda o: schedulers.StepLR(o, step_size=1, gamma=0.3), "epoch"),
-    ],
-)
-def test_the_schedule_and_its_monitor_are_unchanged(
-    scheduler: Callable[[Optimizer], Any], interval: str, tmp_path: Path
-) -> None:
-    def run(name: str, callbacks: list[Callback]) -> tuple[list[list[float]], list[Any], list[list[float]]]:
-        watch = Watch()
-        logger = CSVLogger(tmp_path / name)
-        fit(
-            Configured(sgd, scheduler, interval),
-            [*callbacks, LearningRateMonitor("step"), watch],
-            max_epochs=3,
-            logger=logger,
-        )
-        return watch.rates_between, logged(logger, "lr-SGD"), watch.rates_in_step
+def test_the_schedule_and_its_monitor_are_unchanged() -> None:
+    """Those of a schedule by steps are in the loop by hand."""
 
-    between, monitored, in_step = run("frozen", [freeze()])
-    plain_between, plain_monitored, plain_in_step = run("plain", [])
+    def step(optimizer: Optimizer) -> Any:
+        return schedulers.StepLR(optimizer, step_size=1, gamma=0.3)
+
+    def run(*callbacks: Callback) -> Any:
+        watch, module = Watch(), Configured(sgd, step, "epoch")
+        trainer = fit(module, [*callbacks, LearningRateMonitor("step"), watch], max_epochs=3)
+        return watch.rates_between, trainer.logger.logged("lr-SGD"), watch.rates_in_step
+
+    between, monitored, in_step = run(freeze())
+    plain_between, plain_monitored, plain_in_step = run()
     assert between == plain_between
     assert monitored == plain_monitored and len(monitored) == 3 * EPOCH
     factors = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     assert in_step == [pytest.approx([rate * f for rate in own]) for own, f in zip(plain_in_step, factors, strict=True)]
 
 
-def logged(logger: CSVLogger, key: str) -> list[tuple[int, float]]:
-    """The (step, value) pairs that a CSV logger wrote under a key."""
-    logger.save()
-    head, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    columns = head.split(",")
-    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
-    return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-
-
 @pytest.mark.parametrize(("val_check_interval", "accumulate"), [(1.0, 1), (0.5, 2)])
-def test_the_factor_is_logged_at_the_step_of_the_loss(
-    val_check_interval: float, accumulate: int, tmp_path: Path
-) -> None:
-    logger = CSVLogger(tmp_path)
-    fit(
-        TinyNet(),
-        freeze(warmup_epochs=2),
-        max_epochs=4,
-        logger=logger,
-        val_check_interval=val_check_interval,
-        accumulate_grad_batches=accumulate,
-    )
-    steps = EPOCH // accumulate
-    losses = [step for step, _ in logged(logger, "train_loss_step")]
+def test_the_factor_is_logged_at_the_step_of_the_loss(val_check_interval: float, accumulate: int) -> None:
+    options = {"val_check_interval": val_check_interval, "accumulate_grad_batches": accumulate}
+    logged = fit(TinyNet(), freeze(warmup_epochs=2), max_epochs=4, **options).logger.logged
+    steps, losses = EPOCH // accumulate, list(logged("train_loss_step"))
     assert losses == list(range(4 * steps))
     # the second and third epoch warm up
-    factors = [(n + 1) / (2 * steps) for n in range(2 * steps)]
-    assert logged(logger, "freeze_bn/lr_factor") == [
-        (losses[steps + n], pytest.approx(factor)) for n, factor in enumerate(factors)
-    ]
-
-
-def test_the_pass_is_logged(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    fit(TinyNet(), freeze(start_step=6), logger=logger)
-    assert logged(logger, "freeze_bn/num_samples") == [(6, 24.0)]
-    assert len(logged(logger, "freeze_bn/seconds")) == len(logged(logger, "freeze_bn/mean_gap_max")) == 1
+    factors = {losses[steps + n]: pytest.approx((n + 1) / (2 * steps)) for n in range(2 * steps)}
+    assert logged("freeze_bn/lr_factor") == factors
 
 
 class TwoOptimizers(TinyNet):
-    """Manual optimization: the features step with every batch, the head with every other one.
-
-    Args:
-        raw: Step the optimizers themselves, past Lightning's wrappers.
-    """
+    """Optimizes manually, ``raw`` past Lightning's wrappers: features at every batch, the head at every other."""
 
     def __init__(self, raw: bool = False) -> None:
         super().__init__()
@@ -430,333 +323,13 @@ def test_with_manual_optimization_each_optimizer_warms_up_in_its_own_steps(raw: 
     assert all(torch.equal(a, affine[0][0]) and torch.equal(b, affine[0][1]) for a, b in affine)
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter([Images(32)[i] for i in range(32)])
-
-
-def stream() -> DataLoader[Any]:
-    return DataLoader(Stream(), 8)
-
-
 def test_epochs_of_unknown_length_need_warmup_steps() -> None:
     with pytest.raises(ValueError, match="pass warmup_steps"):
-        fit(TinyNet(), freeze(), train=stream(), val=None)
+        fit(TinyNet(), freeze(), train=DataLoader(Stream(), 8), val=None)
     watch = Watch()
-    fit(TinyNet(lr=0.5), [freeze(warmup_steps=2), watch], train=stream(), val=None, max_epochs=3)
+    fit(TinyNet(lr=0.5), [freeze(warmup_steps=2), watch], train=DataLoader(Stream(), 8), val=None, max_epochs=3)
     assert [r / 0.5 for (r,) in watch.rates_in_step] == pytest.approx([1.0] * 4 + [0.5, 1.0] + [1.0] * 6)
     assert watch.frozen == [False] * 4 + [True] * 8
     watch = Watch()
-    fit(TinyNet(), [freeze(warmup_epochs=0), watch], train=stream(), val=None)
+    fit(TinyNet(), [freeze(warmup_epochs=0), watch], train=DataLoader(Stream(), 8), val=None)
     assert watch.frozen == [False] * 4 + [True] * 4
-
-
-# --------------------------------------------------------------------------------------------------------------- resume
-class SameBatch(Images):
-    """Every image is the same, so that it does not matter which batches of a killed epoch Lightning shows again."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return super().__getitem__(index % 8)
-
-
-def same_batches() -> DataLoader[Any]:
-    return DataLoader(SameBatch(32), 8)
-
-
-def run_to_the_end(
-    checkpoints: Path | None, callback: FreezeBNCallback, ckpt_path: Path | None = None, **kwargs: Any
-) -> tuple[TinyNet, Watch, list[int]]:
-    """The module, what was seen of it, and the steps at which a pass ran."""
-    module, watch = Configured(adamw, lambda o: schedulers.CosineAnnealingLR(o, T_max=12)), Watch()
-    callbacks: list[Callback] = [callback, watch]
-    if checkpoints is not None:
-        callbacks.append(ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=1, save_top_k=-1))
-    trainer = fit(
-        module,
-        callbacks,
-        train=same_batches(),
-        val=None,
-        max_epochs=3,
-        enable_checkpointing=checkpoints is not None,
-        ckpt_path=ckpt_path,
-        **kwargs,
-    )
-    passes = [step for step, row in trainer.logger.rows if "freeze_bn/seconds" in row]  # type: ignore[union-attr]
-    return module, watch, passes
-
-
-@pytest.mark.parametrize("when", [{"start_step": 5}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
-def test_a_resumed_fit_ends_as_the_uninterrupted_one(when: dict[str, Any], tmp_path: Path) -> None:
-    """From checkpoints before, at and after the switch, within an epoch and at its end."""
-    arguments = {"affine": True, "warmup_steps": 5, **when}
-    uninterrupted, watched, (switch,) = run_to_the_end(tmp_path, freeze(**arguments))
-    for step in (2, switch, switch + 1, 3 * EPOCH - 1):
-        resumed, watch, passes = run_to_the_end(None, freeze(**arguments), tmp_path / f"step={step}.ckpt")
-        assert passes == ([switch] if step <= switch else []), step  # no second pass
-        assert watch.rates_in_step == watched.rates_in_step[step:], step
-        assert watch.frozen == watched.frozen[step:], step
-        assert digest(snapshot(resumed)) == digest(snapshot(uninterrupted)), step
-
-
-@pytest.mark.parametrize(
-    ("when", "with_validation"), [({"start_epoch": 1}, True), ({"start_fraction": 0.5}, False)], ids=str
-)
-def test_a_checkpoint_at_an_epochs_end_does_not_move_the_switch(
-    when: dict[str, Any], with_validation: bool, tmp_path: Path
-) -> None:
-    kwargs: dict[str, Any] = {"max_epochs": 3, "val": "default" if with_validation else None}
-    watched, watch = Watch(), Watch()
-    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    fit(TinyNet(), [freeze(**when), watched, saved], enable_checkpointing=True, **kwargs)
-    fit(TinyNet(), [freeze(**when), watch], ckpt_path=tmp_path / "epoch=0.ckpt", **kwargs)
-    assert watch.frozen == watched.frozen[EPOCH:]
-    assert watch.rates_in_step == watched.rates_in_step[EPOCH:]
-    assert digest(watch.ended[-1]) == digest(watched.ended[-1])
-
-
-def test_the_checkpoint_holds_the_switch_and_the_steps_of_the_warm_up(tmp_path: Path) -> None:
-    callback = freeze(start_step=5)
-    run_to_the_end(tmp_path, callback)
-
-    def state(step: int) -> Any:
-        return torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["callbacks"].get(callback.state_key)
-
-    assert not state(5)
-    assert state(7) == {"step": 5, "warmup_steps": 4, "warmup_done": [2]}
-    assert state(12) == {"step": 5, "warmup_steps": 4, "warmup_done": [7]}
-
-
-def test_a_resumed_fit_does_not_warn_again(tmp_path: Path) -> None:
-    run_to_the_end(tmp_path, freeze(start_step=5))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*FreezeBNCallback.*")
-        run_to_the_end(None, freeze(start_step=5), tmp_path / "step=7.ckpt")
-
-
-# -------------------------------------------------------------------------------------------------------- thawing
-class CallsModes(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.modes: list[bool] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.modes.append(self.bn1.training)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.eval()
-        self.train()
-        self.bn1.eval()
-        self.bn1.train()
-
-    def on_validation_model_train(self) -> None:
-        self.train()
-
-    def on_validation_model_eval(self) -> None:
-        self.eval()
-
-    def on_train_epoch_start(self) -> None:
-        self.train()
-
-
-def test_train_and_eval_calls_do_not_thaw() -> None:
-    watch = Watch()
-    module = CallsModes()
-    fit(module, [freeze(), watch], max_epochs=3, val_check_interval=0.5)
-    assert watch.frozen == [False] * 4 + [True] * 8
-    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
-    assert module.modes == [True] * 12  # each layer reports the mode that the user has set
-
-
-class Interrupts(TinyNet):
-    """Raises in the training step of a batch, which is within the optimizer's step."""
-
-    def __init__(self, exception: type[BaseException]) -> None:
-        super().__init__(lr=0.5)
-        self.exception = exception
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.global_step == 5:
-            raise self.exception("by the test")
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize(("exception", "seen"), [(ValueError, ValueError), (KeyboardInterrupt, BaseException)])
-def test_an_exception_thaws_and_leaves_no_rate_scaled(
-    exception: type[BaseException], seen: type[BaseException]
-) -> None:
-    module, watch = Interrupts(exception), Watch()
-    trainer = trainer_with([freeze(), watch])
-    with pytest.raises(seen):
-        trainer.fit(module, train_loader(), val_loader())
-    assert watch.rates_in_step[-1] == [0.25]  # it came in the middle of the warm-up
-    assert is_thawed(module)
-    assert [rates(o) for o in trainer.optimizers] == [[0.5]]
-
-
-def test_a_second_fit_starts_unfrozen() -> None:
-    callback, watch = freeze(start_step=6), Watch()
-    trainer = fit(TinyNet(), [callback, watch])
-    assert watch.frozen == [False] * 6 + [True] * 2
-    again = Watch()
-    fit(TinyNet(), [callback, again])  # another Trainer
-    assert again.frozen == [False] * 6 + [True] * 2
-    assert again.rates_in_step == watch.rates_in_step
-
-    trainer.fit_loop.max_epochs = 4  # the same one goes on from step 8
-    callback.switch_point = dataclasses.replace(callback.switch_point, start_step=10)
-    trainer.fit(TinyNet(), train_loader(), val_loader())
-    assert watch.frozen[8:] == [False] * 2 + [True] * 6
-
-
-# ---------------------------------------------------------------------------------------------- warnings and errors
-def messages(record: list[warnings.WarningMessage], containing: str) -> list[str]:
-    return [str(w.message) for w in record if containing in str(w.message)]
-
-
-def test_it_warns_once_when_statistics_were_never_trained() -> None:
-    with pytest.warns(UserWarning) as record:
-        fit(TinyNet(), freeze(start_epoch=0, statistics="ema"))
-    (message,) = messages(record.list, "never trained")
-    assert "2 layers, 'bn1' first" in message
-    with warnings.catch_warnings(record=True) as trained:
-        warnings.simplefilter("always")
-        fit(TinyNet(), freeze())
-    assert not messages(trained, "never trained")
-
-
-@pytest.mark.parametrize(("size", "warned"), [(15, 0), (16, 1)])
-def test_it_warns_once_from_16_samples_a_normalization_batch_on(size: int, warned: int) -> None:
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        fit(TinyNet(), freeze(), train=train_loader(64, size), max_epochs=3, accumulate_grad_batches=4)
-    found = messages(record, "normalization batch")
-    assert len(found) == warned  # accumulation raises nothing
-    assert all(f"holds {size} samples" in message for message in found)
-
-
-def test_it_warns_of_large_batches_also_behind_a_layer_in_eval_mode() -> None:
-    module = TinyNet()
-    module.bn1.eval()
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        fit(module, freeze(), train=train_loader(64, 32))
-    assert len(messages(record, "holds 32 samples")) == 1
-
-
-def test_batches_that_cannot_be_counted_do_not_end_a_fit_without_a_pass() -> None:
-    class FromLists(TinyNet):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self(torch.tensor(batch)).square().mean()
-
-    watch = Watch()
-    batches = DataLoader([x.tolist() for x, _ in train_loader()], batch_size=None)
-    fit(FromLists(), [freeze(statistics="ema"), watch], train=batches, val=None)
-    assert watch.frozen == [False] * 4 + [True] * 4
-
-
-def test_it_warns_if_the_user_has_frozen_all_layers() -> None:
-    class Frozen(TinyNet):
-        def on_train_start(self) -> None:
-            self.bn1.eval()
-            self.bn2.eval()
-
-    with pytest.warns(UserWarning, match="freezes the running statistics as they are: all of its layers are frozen"):
-        fit(Frozen(), freeze(start_step=2))
-
-
-def lbfgs(parameters: Any) -> Optimizer:
-    return torch.optim.LBFGS(parameters, lr=0.1, max_iter=2)
-
-
-def test_lbfgs_is_refused_before_training_if_it_holds_the_affine() -> None:
-    module, watch = Configured(lambda m: lbfgs(m.parameters())), Watch()
-    with pytest.raises(TypeError, match="LBFGS"):
-        fit(module, [freeze(affine=True), watch])
-    assert not watch.started
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({}, "given: none"),
-        ({"last_n_epochs": 1, "start_step": 3}, "given: last_n_epochs, start_step"),
-        ({"last_n_epochs": 0}, "last_n_epochs must be at least 1 but is 0"),
-        ({"start_epoch": -1}, "start_epoch must be at least 0 but is -1"),
-        ({"start_step": -1}, "start_step must be at least 0 but is -1"),
-        ({"start_fraction": 1.0}, "start_fraction must be .* but is 1.0"),
-        ({"start_fraction": -0.1}, "start_fraction must be .* but is -0.1"),
-        ({"start_epoch": 1, "statistics": "exact"}, "'exact'"),
-        ({"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs must be .* but is -1"),
-        ({"start_epoch": 1, "warmup_steps": -1}, "warmup_steps must be at least 0 but is -1"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused_at_construction(arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        FreezeBNCallback(**arguments)
-
-
-@pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
-def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="pass start_epoch or start_step"):
-        fit(TinyNet(), freeze(**when), max_epochs=-1)
-
-
-def test_manual_optimization_is_refused_before_training_with_an_alternative() -> None:
-    with pytest.raises(ValueError, match="pass forward='forward'"):
-        fit(TwoOptimizers(), freeze())
-
-
-# --------------------------------------------------------------------------------------------- with other callbacks
-@pytest.mark.parametrize("freeze_first", [True, False])
-def test_precise_bn_runs_until_the_switch_and_then_warns_once(freeze_first: bool) -> None:
-    watch = Watch()
-    precise = PreciseBNCallback(20)
-    ours: list[Callback] = [freeze(), precise] if freeze_first else [precise, freeze()]
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        module = TinyNet()
-        fit(module, [*ours, watch], max_epochs=4, val_check_interval=0.5)
-    assert watch.frozen == [False] * 4 + [True] * 12
-    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in snapshot(module).items() if is_statistic(k))
-    assert precise.result is not None  # of the first epoch
-    assert len(messages(record, "all of its layers are frozen")) == 1
-
-
-def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics() -> None:
-    watch, module = Watch(), TinyNet()
-    fit(module, [WeightAveraging(), freeze(), watch], max_epochs=3)
-    assert watch.frozen == [False] * 4 + [True] * 8
-    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in watch.ended[-1].items() if is_statistic(k))
-    assert is_thawed(module)
-
-
-class Batches(Callback):
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.seen.append(batch)
-
-
-def _fit_on_ranks() -> tuple[Any, ...]:
-    """Each rank has two of the four batches of an epoch; the switch comes at the second epoch."""
-    watch, batches, module = Watch(), Batches(), Configured(adamw)
-    callback = freeze(start_step=2, num_samples=32, affine=True)
-    fit(module, [callback, watch, batches], max_epochs=3, accelerator="cpu", devices=2, strategy="ddp")
-    assert is_thawed(copy.deepcopy(module))
-    return [snapshot(module), watch.started[2], watch.frozen], watch.rates_in_step, batches.seen[2:4]
-
-
-@pytest.mark.ddp
-def test_ranks_freeze_together_with_the_statistics_of_all_ranks_data() -> None:
-    (found, in_step, batches), (found_there, _, batches_there) = run_on_ranks(_fit_on_ranks, 2)
-    assert digest(found_there) == digest(found)
-    _, at_switch, frozen = found
-    assert frozen == [False] * 2 + [True] * 4
-    assert [rate / 0.02 for (rate,) in in_step] == pytest.approx([1, 1, 0.5, 1, 1, 1])
-    module = TinyNet()
-    module.load_state_dict(at_switch)
-    for name, (mean, var) in exact_statistics(module, batches + batches_there).items():
-        torch.testing.assert_close(at_switch[f"{name}.running_mean"].double(), mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(at_switch[f"{name}.running_var"].double(), var, rtol=1e-5, atol=0)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_bn import BNStatsMonitor, FreezeBNCallback, GhostBNCallback, PreciseBNCallback
-from tests.callbacks.zoo import (
-    Evaluated,
-    TinyNet,
-    digest,
-    expected,
-    fit,
-    loaded,
-    statistics_of,
-    train_loader,
-    validation_loss,
-)
+from lightning_bn import GhostBNCallback, PreciseBNCallback
+from tests.callbacks.zoo import Evaluated, TinyNet, expected, fit, loaded, said, statistics_of, train_loader
 
 
 class ByHand(TinyNet):
@@ -50,13 +37,6 @@ class ByHand(TinyNet):
         return F.relu(self.normalized("bn2", self.conv2(x))).mean((2, 3))
 
 
-def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        fit(TinyNet(), callbacks, **kwargs)
-    return [str(w.message) for w in record if about in str(w.message)]
-
-
 @pytest.mark.parametrize(
     ("callback", "groups", "layers"),
     [
@@ -67,9 +47,7 @@ def said(callbacks: Any, about: str, **kwargs: Any) -> list[str]:
     ],
     ids=["two", "three of unequal size", "contiguous", "of one layer"],
 )
-def test_a_whole_training_is_that_of_groups_normalized_by_hand(
-    callback: GhostBNCallback, groups: list[list[int]], layers: str
-) -> None:
+def test_a_whole_training_is_that_of_groups_normalized_by_hand(callback: Any, groups: Any, layers: str) -> None:
     ghosts, by_hand, plain = TinyNet(), ByHand(groups, layers), TinyNet()
     evaluated, by_hand_evaluated = Evaluated(), Evaluated()
     fit(ghosts, [callback, evaluated], precision="64-true")
@@ -82,107 +60,26 @@ def test_a_whole_training_is_that_of_groups_normalized_by_hand(
     assert not torch.allclose(ghosts.conv2.weight, plain.conv2.weight, rtol=1e-4)
 
 
-class Compiled(TinyNet):
-    """Compiled before there are any ghosts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compiled = torch.compile(super().features, backend="eager")
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.compiled(x)
-
-
-def test_a_model_that_was_compiled_before_trains_as_one_that_was_not() -> None:
-    compiled, eager = Compiled(), TinyNet()
-    fit(compiled, GhostBNCallback(size=4))
-    fit(eager, GhostBNCallback(size=4))
-    assert digest(list(compiled.parameters())) == digest(list(eager.parameters()))
-
-
-def test_evaluation_is_that_of_the_plain_model() -> None:
-    evaluated = Evaluated()
-    fit(TinyNet(), [GhostBNCallback(size=2), evaluated])
-    for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        assert metrics["val_loss"] == pytest.approx(validation_loss(loaded(state)), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({}, ValueError, "either size= or splits="),
-        ({"size": 4, "layers": 3}, TypeError, "glob pattern"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        GhostBNCallback(**options)
-
-
-def test_a_syncbatchnorm_is_refused_by_name_before_training() -> None:
-    module = TinyNet()
-    module.bn2 = nn.SyncBatchNorm(6)
-    with pytest.raises(TypeError, match="'bn2' is a SyncBatchNorm"):
-        fit(module, GhostBNCallback(size=4))
-    assert type(module.bn1) is nn.BatchNorm2d
-
-
 @pytest.mark.parametrize(("batch_size", "options"), [(4, {"size": 4}), (3, {"splits": 1})])
 def test_it_warns_once_where_a_batch_is_no_larger_than_a_ghost(batch_size: int, options: Any) -> None:
-    loader = train_loader(12, batch_size)
-    (message,) = said(GhostBNCallback(**options), "changes nothing", train=loader, accumulate_grad_batches=4)
+    loader, ghosts = train_loader(12, batch_size), GhostBNCallback(**options)
+    (message,) = said("changes nothing", TinyNet(), ghosts, loader, accumulate_grad_batches=4)
     assert f"holds {batch_size} samples" in message
 
 
-def test_it_does_not_warn_where_it_divides() -> None:
-    assert not said(GhostBNCallback(size=7), "changes nothing")
-
-
-def test_it_says_that_layers_are_frozen() -> None:
+def test_it_warns_of_frozen_layers_and_not_where_it_divides() -> None:
     class Frozen(TinyNet):
         def on_train_start(self) -> None:
             self.bn1.eval(), self.bn2.eval()
 
-    with pytest.warns(UserWarning, match="changes nothing: all of its layers are frozen"):
-        fit(Frozen(), GhostBNCallback(size=4))
-
-
-class StatisticsAtValidation(Callback):
-    def __init__(self) -> None:
-        self.module: Any = None
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.module = copy.deepcopy(pl_module)
+    assert said("changes nothing: all of its layers are frozen", Frozen(), GhostBNCallback(size=4))
+    assert not said("changes nothing", TinyNet(), GhostBNCallback(size=7), max_epochs=1)
 
 
 @pytest.mark.parametrize("first", ["ghosts", "PreciseBN"])
 def test_a_pass_normalizes_whole_batches_in_any_order(first: str) -> None:
-    callbacks = [GhostBNCallback(size=2), PreciseBNCallback(32)]
-    watch = StatisticsAtValidation()
-    fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), watch], max_epochs=1)
-    assert type(watch.module.bn1) is nn.BatchNorm2d  # a copy is plain
-    for key, value in expected(watch.module, train_loader()).items():
-        torch.testing.assert_close(watch.module.state_dict()[key], value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("first", ["ghosts", "FreezeBN"])
-def test_frozen_layers_have_no_ghosts_in_any_order(first: str) -> None:
-    freezing = {"start_epoch": 0, "statistics": "ema", "warmup_epochs": 0}
-    callbacks = [GhostBNCallback(size=2), FreezeBNCallback(**freezing)]
-    both, frozen = TinyNet(), TinyNet()
-    fit(both, callbacks if first == "ghosts" else callbacks[::-1])
-    fit(frozen, FreezeBNCallback(**freezing))
-    assert digest(both.state_dict()) == digest(frozen.state_dict())
-
-
-@pytest.mark.parametrize("first", ["ghosts", "monitor"])
-def test_the_monitor_changes_nothing_and_sees_the_noise_of_whole_batches(first: str) -> None:
-    """Running statistics are updated by the whole batch, so what is recovered from them is the whole batch's."""
-    callbacks = [GhostBNCallback(size=2), BNStatsMonitor(every_n_batches=1, window=4)]
-    watched, alone = TinyNet(), TinyNet()
-    trainer = fit(watched, callbacks if first == "ghosts" else callbacks[::-1])
-    fit(alone, GhostBNCallback(size=2))
-    assert digest(watched.state_dict()) == digest(alone.state_dict())
-    rows: Any = trainer.logger
-    by_hand = fit(ByHand([[i, i + 4] for i in range(4)]), BNStatsMonitor(every_n_batches=1, window=4)).logger
-    assert rows.logged("bn_mean_gap/bn2") == pytest.approx(by_hand.logged("bn_mean_gap/bn2"), rel=1e-3)
+    callbacks, evaluated = [GhostBNCallback(size=2), PreciseBNCallback(32)], Evaluated()
+    fit(TinyNet(), [*(callbacks if first == "ghosts" else callbacks[::-1]), evaluated], max_epochs=1)
+    module = loaded(evaluated.states[0])
+    for key, value in expected(module, train_loader()).items():
+        torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,8 @@
-"""The law of layers that people write themselves, in a fit: the statistics of every pass are those of the truth."""
+"""Layers that people write themselves, in a fit: the statistics of every pass, the monitor and the forecast."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -12,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
-from tests.callbacks.zoo import fit, trainer_with
+from lightning_bn import BNStatsMonitor, ForecastBNCallback, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
+from tests.callbacks.zoo import caught, fit
 from tests.hand_written import ZOO, Net, batches, state, truth
 
 SAMPLES = 12
@@ -49,9 +50,6 @@ class Module(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test", self(batch[0]).square().mean())
-
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
@@ -71,18 +69,24 @@ def shown(module: LightningModule, batch: Any) -> Tensor:
     return module(batch[0])
 
 
-PASSES: dict[str, Callable[..., Callback]] = {
-    "train dataloader, training step": partial(PreciseBNCallback, SAMPLES),
-    "replay, forward": partial(PreciseBNCallback, SAMPLES, source="replay", forward="forward"),
-    "loader, function": partial(PreciseBNCallback, SAMPLES, source=FromLoader(loader), forward=shown),
-    "freeze": lambda **kwargs: freezing(**kwargs),
-}
-
-
 def freezing(**kwargs: Any) -> FreezeBNCallback:
     callback = FreezeBNCallback(start_step=6, precise=PassConfig(SAMPLES), **kwargs)
     callback.on_error = "raise"
     return callback
+
+
+PASSES: dict[str, Callable[..., Callback]] = {
+    "train dataloader, training step": partial(PreciseBNCallback, SAMPLES),
+    "replay, forward": partial(PreciseBNCallback, SAMPLES, source="replay", forward="forward"),
+    "loader, function": partial(PreciseBNCallback, SAMPLES, source=FromLoader(loader), forward=shown),
+    "freeze": freezing,
+}
+
+
+def assert_close_to(rows: Tensor, mean: Tensor, var: Tensor) -> None:
+    true_var, true_mean = torch.var_mean(rows, 0, correction=0)
+    assert ((mean - true_mean).abs() <= 1e-5 * true_var.sqrt()).all()
+    assert ((var - true_var).abs() <= 1e-5 * true_var).all()
 
 
 def after_fit(name: str, callbacks: list[Callback]) -> Net:
@@ -91,52 +95,62 @@ def after_fit(name: str, callbacks: list[Callback]) -> Net:
     return module.net
 
 
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [  # every kind of layer in the two ways to a layer, and every way with some kinds
-        (name, PASSES[way])
-        for i, name in enumerate(KINDS)
-        for way in ("train dataloader, training step", list(PASSES)[1 + i % 3])
-    ],
-)
+EVERY_KIND = [(name, list(PASSES.values())[way]) for i, name in enumerate(KINDS) for way in (0, 1 + i % 3)]
+"""Every kind of layer in the first way to a layer, and every way with some kinds."""
+
+
+@pytest.mark.parametrize(("name", "make"), EVERY_KIND)
 def test_a_pass_of_a_fit_stores_what_batch_norm_normalizes(name: str, make: Callable[..., Callback]) -> None:
     callback = make()
     net = after_fit(name, [callback])
-    stored, expected = net.state_dict(), truth(net, [data()])
-    for layer, rows in expected.items():
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        assert ((stored[f"{layer}.running_mean"] - mean).abs() <= 1e-5 * var.sqrt()).all(), layer
-        assert ((stored[f"{layer}.running_var"] - var).abs() <= 1e-5 * var).all(), layer
+    for layer, rows in truth(net, [data()]).items():
+        stored = net.get_submodule(layer)
+        assert_close_to(rows, stored.running_mean, stored.running_var)
     if isinstance(callback, PreciseBNCallback):
         assert state(net) == state(after_fit(name, []))
 
 
 @pytest.mark.parametrize("make", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("name", UNTOLD_KINDS)
-def test_an_unknown_computation_is_refused_by_name_and_the_alternative_works(
-    name: str, make: Callable[..., Callback]
-) -> None:
+def test_an_unknown_computation_is_refused_by_name_and_the_alternative_works(name: str, make: Any) -> None:
     with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
         after_fit(name, [make()])
     after_fit(name, [make(layers="net.last")])
 
 
-@pytest.mark.parametrize(
-    ("name", "forward"),
-    [(name, ("evaluation_step", "forward", shown)[i % 3]) for i, name in enumerate(KINDS + UNTOLD_KINDS)],
-)
-def test_adabn_reads_what_is_normalized_in_evaluation(name: str, forward: Any) -> None:
-    module, callback = Module(name).eval(), AdaBNCallback(None, forward=forward)
-    before = state(module.net)
-    if ZOO[name].in_eval is None:
-        with pytest.raises(TypeError, match=r"'net\.bn'.*layers="):
-            trainer_with(callback).test(module, loader(), verbose=False)
-    else:
-        trainer_with(callback).test(module, loader(), verbose=False)
-        (measured,) = callback.results
-        assert measured is not None
-        for layer, rows in truth(module.net, [[x] for x in data()], in_eval=True).items():
-            var, mean = torch.var_mean(rows, 0, correction=0)
-            assert ((measured[f"net.{layer}"].mean - mean).abs() <= 1e-5 * var.sqrt()).all(), layer
-            assert ((measured[f"net.{layer}"].var - var).abs() <= 1e-5 * var).all(), layer
-    assert state(module.net) == before
+class Fits(LightningModule):
+    """Two calls a step of one net, the second at momentum 0; it does not learn."""
+
+    def __init__(self, name: str, fails_at: int = -1) -> None:
+        super().__init__()
+        self.net, self.fails_at = Net(ZOO[name]), fails_at
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.net(batch)
+        self.net.last.momentum = 0.0
+        self.net.last(3 + 9 * batch)
+        self.net.last.momentum = 0.1
+        if batch_idx == self.fails_at:
+            raise KeyError("the step")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def fit_twice_a_step(module: LightningModule, callbacks: Any) -> list[str]:
+    loader: DataLoader[Any] = DataLoader(batches([8]) * 12, batch_size=None)
+    with caught() as said:
+        fit(module, callbacks, loader, None, max_epochs=1)
+    return said
+
+
+@pytest.mark.parametrize("fails_at", [100, 0, 5])
+@pytest.mark.parametrize("kind", [lambda: BNStatsMonitor(1, window=2), ForecastBNCallback])
+def test_nothing_of_ours_is_left_in_the_layers_and_nothing_ends_the_fit(kind: Any, fails_at: int) -> None:
+    module = Fits("own statistics, inverted momentum", fails_at)
+    before = [type(m) for m in module.modules()]
+    with caught("cannot measure a batch") as said, contextlib.suppress(KeyError):
+        fit_twice_a_step(module, kind())
+    assert [type(m) for m in module.modules()] == before
+    assert not said

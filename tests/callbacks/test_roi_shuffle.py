@@ -15,23 +15,17 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
-from lightning_bn import (
-    FreezeBNCallback,
-    FromLoader,
-    GhostBNCallback,
-    PassConfig,
-    PreciseBNCallback,
-    RoIShuffleCallback,
-    SyncBNCallback,
-)
-from tests.callbacks.zoo import Images, TinyNet, digest, fit, statistics_of, train_loader
-from tests.distributed.test_roi_shuffle_ranks import Detector
+import lightning_bn as lbn
+from lightning_bn import RoIShuffleCallback
+from tests.callbacks.zoo import At, Images, TinyNet, digest, fit, statistics_of, train_loader
 from tests.ranks import run_on_ranks
+
+ON_TWO_RANKS: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
 
 
 class Scenes(torch.utils.data.Dataset[Any]):
@@ -52,38 +46,26 @@ class Scenes(torch.utils.data.Dataset[Any]):
         return image, {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), "masks": masks}
 
 
-def detector(masks: bool, norm: Any) -> nn.Module:
-    """torchvision's Faster or Mask R-CNN on a small backbone, with ``norm`` in its heads."""
-    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
-    trunk.out_channels = 8
-    options: dict[str, Any] = {
-        "num_classes": 3,
-        "min_size": 64,
-        "max_size": 64,
-        "rpn_anchor_generator": AnchorGenerator(((16, 32),), ((1.0,),)),
-        "rpn_pre_nms_top_n_train": 50,
-        "rpn_post_nms_top_n_train": 20,
-        "box_head": FastRCNNConvFCHead((8, 7, 7), [8], [1024], norm_layer=norm),
-    }
-    if masks:
-        options["mask_head"] = MaskRCNNHeads(8, [256], 1, norm_layer=norm)
-    return (MaskRCNN if masks else FasterRCNN)(trunk, **options)
-
-
 class Detects(LightningModule):
-    """A detector, with BatchNorm in its heads or without, that notes how many rows these are given."""
+    """torchvision's Mask R-CNN, without BatchNorm in its heads, that notes how many rows these get."""
 
-    def __init__(self, masks: bool, bn: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.model = detector(masks, nn.BatchNorm2d if bn else None)
+            trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+            trunk.out_channels = 8
+            options = {"num_classes": 3, "min_size": 64, "max_size": 64, "rpn_pre_nms_top_n_train": 50}
+            options["rpn_anchor_generator"] = AnchorGenerator(((16, 32),), ((1.0,),))
+            options["box_head"] = FastRCNNConvFCHead((8, 7, 7), [8], [1024])
+            options["mask_head"] = MaskRCNNHeads(8, [256], 1)
+            self.model = MaskRCNN(trunk, rpn_post_nms_top_n_train=20, **options)
         self.double()
-        self.rows: list[tuple[str, int]] = []
+        self.rows: dict[str, list[int]] = {"box_head": [], "mask_head": []}
         self.losses: list[dict[str, float]] = []
-        for name, head in self.model.roi_heads.named_children():
-            if name.endswith("_head") and head is not None:
-                head.register_forward_pre_hook(lambda _, args, name=name: self.rows.append((name, len(args[0]))))
+        for name, rows in self.rows.items():
+            head = self.model.roi_heads.get_submodule(name)
+            head.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = zip(*batch, strict=True)
@@ -96,107 +78,63 @@ class Detects(LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-class Gradients(Callback):
-    def __init__(self) -> None:
-        self.last: dict[str, Tensor] = {}
+def with_and_without() -> list[Any]:
+    """Two steps of an image a rank, of two and three objects, of one and none: without a shuffle and with one."""
+    found: list[Any] = []
+    for callbacks in ([], [RoIShuffleCallback(modules="model.roi_heads.*_head")]):
+        module, gradients = Detects(), {}
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.last = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+        def note(trainer: Trainer, pl_module: LightningModule, optimizer: Any, into: Any = gradients) -> None:
+            into.update({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
 
-
-def detected(masks: bool, bn: bool, callbacks: list[Any]) -> tuple[Detects, dict[str, Tensor]]:
-    """Two steps of an image a rank: of two and three objects, of one and none."""
-    module, gradients = Detects(masks, bn), Gradients()
-    scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
-    fit(
-        module,
-        [*callbacks, gradients],
-        DataLoader(scenes, 1, collate_fn=list),
-        None,
-        max_epochs=1,
-        devices=2,
-        strategy="ddp",
-        use_distributed_sampler=False,
-    )
-    assert list(module.state_dict()) == list(Detects(masks, bn).state_dict())
-    return module, gradients.last
-
-
-def with_and_without(masks: bool, bn: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in ("without", "with"):
-        shuffle = RoIShuffleCallback(modules="model.roi_heads.*_head")
-        module, gradients = detected(masks, bn, [shuffle] if kind == "with" else [])
-        found[kind] = {"losses": module.losses, "gradients": gradients, "rows": module.rows}
-        found["unshuffled"] = shuffle.unshuffled
-    return found
+        scenes = torch.utils.data.Subset(Scenes(), [dist.get_rank(), 2 + dist.get_rank()])
+        options = {"max_epochs": 1, "val": None, **ON_TWO_RANKS}
+        loader = DataLoader(scenes, 1, collate_fn=list)
+        fit(module, [*callbacks, At(note, "on_before_optimizer_step")], loader, **options)
+        assert list(module.state_dict()) == list(Detects().state_dict())
+        found.append((module.losses, gradients, module.rows))
+    return [*found, callbacks[0].unshuffled]
 
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:.*has no BatchNorm layer")
 def test_mask_rcnn_without_batchnorm_has_the_losses_and_gradients_of_no_shuffle() -> None:
-    results = run_on_ranks(with_and_without, 2, True, False)
-    for found in results:
-        for ours, theirs in zip(found["with"]["losses"], found["without"]["losses"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-        assert found["with"]["gradients"].keys() == found["without"]["gradients"].keys()
-        for name, gradient in found["without"]["gradients"].items():
-            torch.testing.assert_close(found["with"]["gradients"][name], gradient, rtol=1e-6, atol=1e-6, msg=name)
-    before, after = ([dict.fromkeys(("box_head", "mask_head"), 0) for _ in range(4)] for _ in range(2))
-    for rank, found in enumerate(results):
-        for kind, seen in (("without", before), ("with", after)):
-            for call, (name, rows) in enumerate(found[kind]["rows"]):
-                seen[2 * (call // 2) + rank][name] = rows
-    for step in (0, 2):
-        for head in ("box_head", "mask_head"):
-            own, given = ([seen[step + rank][head] for rank in range(2)] for seen in (before, after))
-            assert given == (own if sum(own) < 4 else [sum(own) - sum(own) // 2, sum(own) // 2])
-    assert before[3]["mask_head"] == 0, "this test shows nothing of empty sets"
-    assert {found["unshuffled"] for found in results} == {
-        sum(before[s]["mask_head"] + before[s + 1]["mask_head"] < 4 for s in (0, 2))
-    }
+    ranks = run_on_ranks(with_and_without, 2)
+    for (losses, gradients, _), (ours, shuffled, _), _ in ranks:
+        assert ours == [pytest.approx(step, rel=1e-6, abs=1e-6) for step in losses]
+        torch.testing.assert_close(shuffled, gradients, rtol=1e-6, atol=1e-6)
+    too_few = 0
+    for head in ("box_head", "mask_head"):
+        before, after = ([rank[kind][2][head] for rank in ranks] for kind in (0, 1))
+        for step, (own, given) in enumerate(zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)):
+            few = sum(own) < 4
+            assert given == (own if few else (sum(own) - sum(own) // 2, sum(own) // 2)), step
+            too_few += few
+    assert before[1][1] == 0, "this test shows nothing of empty sets"
+    assert [unshuffled for *_, unshuffled in ranks] == [too_few, too_few]
 
 
-@pytest.mark.ddp
-def test_faster_rcnn_trains_with_batchnorm_in_its_head_and_differently() -> None:
-    first, second = run_on_ranks(with_and_without, 2, False, True)
-    for name, gradient in first["with"]["gradients"].items():
-        assert torch.equal(gradient, second["with"]["gradients"][name]) and gradient.isfinite().all()
-    assert first["with"]["losses"][0] != first["without"]["losses"][0]
-    rpn = [key for key in first["with"]["losses"][0] if "rpn" in key or "objectness" in key]
-    assert all(first["with"]["losses"][0][key] == first["without"]["losses"][0][key] for key in rpn)
-
-
-class Saves(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+def saves(path: Path) -> Callback:
+    def save(trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 5:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(path)
 
-
-class Copies(Callback):
-    """The module's classes in copies that are made in mid-fit."""
-
-    def __init__(self) -> None:
-        self.classes: set[type] = set()
-        self.keys: set[tuple[str, ...]] = set()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.classes |= {type(m) for m in copy.deepcopy(pl_module).modules()}
-        self.keys.add(tuple(pl_module.state_dict()))
+    return At(save, "on_train_batch_end")
 
 
 def trained(callbacks: list[Any], batch: int = 8, **kwargs: Any) -> dict[str, Any]:
-    """Three epochs of four equal batches, so that it does not matter which of them Lightning repeats on resuming."""
-    module, copies = TinyNet(), Copies()
+    """Two epochs of four equal batches, so that it does not matter which of them Lightning repeats on resuming."""
+    module, classes, keys = TinyNet(), set(), set()
+
+    def look(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        classes.update(type(m) for m in copy.deepcopy(pl_module).modules())
+        keys.add(tuple(pl_module.state_dict()))
+
     own = Images(16 + dist.get_rank())
     same = torch.utils.data.ConcatDataset([torch.utils.data.Subset(own, range(batch))] * 4)
-    options = {"max_epochs": 3, "devices": 2, "strategy": "ddp", "use_distributed_sampler": False, **kwargs}
-    fit(module, [*callbacks, copies], DataLoader(same, batch), **options)
+    fit(module, [*callbacks, At(look, "on_train_batch_start")], DataLoader(same, batch), **ON_TWO_RANKS, **kwargs)
     plain = TinyNet()
-    assert copies.classes == {type(m) for m in plain.modules()} and copies.keys == {tuple(plain.state_dict())}
+    assert classes == {type(m) for m in plain.modules()} and keys == {tuple(plain.state_dict())}
     assert [type(m) for m in module.modules()] == [type(m) for m in plain.modules()]
     shuffle = next((c for c in callbacks if isinstance(c, RoIShuffleCallback)), None)
     return {
@@ -208,78 +146,34 @@ def trained(callbacks: list[Any], batch: int = 8, **kwargs: Any) -> dict[str, An
 
 def resumed(folder: Path) -> list[dict[str, Any]]:
     checkpoint = folder / "5.ckpt"
-    found = [trained([RoIShuffleCallback(modules="bn*"), Saves(checkpoint)])]
+    found = [trained([RoIShuffleCallback(modules="bn*"), saves(checkpoint)])]
     dist.barrier()
     (saved,) = torch.load(checkpoint, weights_only=True)["callbacks"].values()
     assert set(saved) == {"generator", "unshuffled"}
     found.append(trained([RoIShuffleCallback(modules="bn*")], ckpt_path=checkpoint))
-    found.append(trained([RoIShuffleCallback(modules="bn*", seed=1)]))
-    found.append(trained([]))
-    used = RoIShuffleCallback(modules="bn*")
-    trained([used])
-    found.append(trained([used]))
-    return found
+    return [*found, trained([RoIShuffleCallback(modules="bn*", seed=1)]), trained([])]
 
 
 @pytest.mark.ddp
 def test_a_resumed_training_is_the_uninterrupted_one_and_ranks_agree(tmp_path: Path) -> None:
     first, second = run_on_ranks(resumed, 2, tmp_path)
-    whole, again, other_seed, plain, second_fit = first
+    whole, again, other_seed, plain = first
     assert again == whole, "resumed differently"
-    assert second_fit == whole, "the second fit of one callback is not like the first"
     assert other_seed["weights"] != whole["weights"] != plain["weights"]
     for ours, theirs in zip(first, second, strict=True):
         assert ours["weights"] == theirs["weights"] and ours["state"] == theirs["state"]
 
 
-class Ignores(LightningModule):
-    """Rank 1 has no rows for the heads, or a loss that ignores what becomes of them."""
+def fit_until_killed() -> None:
+    """Rank 1 is killed, between its exchanges."""
 
-    def __init__(self, no_rows: bool) -> None:
-        super().__init__()
-        self.net, self.no_rows = Detector(), no_rows
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        rows = torch.as_tensor(batch)[: 0 if self.no_rows and dist.get_rank() else None]
-        outputs = self.net(rows)
-        return {"loss": outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"]), "batch": batch_idx}
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 1e-3)
-
-
-def ignored(kind: str) -> dict[str, Tensor]:
-    module, gradients = Ignores(no_rows="no rows" in kind), Gradients()
-    data = DataLoader(torch.randn(24, 4, dtype=torch.float64) + dist.get_rank(), 8)
-    strategy = "ddp_find_unused_parameters_true" if "unused" in kind else "ddp"
-    shuffle = RoIShuffleCallback(modules="net.*_head")
-    trained = torch.compile(module, backend="eager") if "compiled" in kind else module
-    fit(trained, [shuffle, gradients], data, None, devices=2, strategy=strategy, use_distributed_sampler=False)
-    return gradients.last
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("kind", ["rows", "no rows, find unused", "rows, compiled"])
-def test_a_training_step_may_ignore_the_rows(kind: str) -> None:
-    first, second = run_on_ranks(ignored, 2, kind)
-    assert first.keys() == second.keys() == dict(Ignores(True).named_parameters()).keys()
-    for name, gradient in first.items():
-        assert torch.equal(gradient, second[name]) and gradient.isfinite().all()
-    assert first["net.box_head.fc.weight"].abs().sum() > 0
-
-
-class Killed(Callback):
-    """kill -9 of rank 1, between its exchanges."""
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def kill(trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-
-def fit_until_killed() -> None:
     module, shuffle = TinyNet(), RoIShuffleCallback(modules="bn*")
     try:
-        fit(module, [shuffle, Killed()], devices=2, strategy="ddp")
+        fit(module, [shuffle, At(kill, "on_before_backward")], devices=2, strategy="ddp")
     except RuntimeError as error:
         left = type(module.bn1) is not nn.BatchNorm2d or shuffle._handle is not None
         raise RuntimeError(f"ended with {'something' if left else 'nothing'} left") from error
@@ -302,9 +196,8 @@ class Within(TinyNet):
 def drawn(others: list[Any]) -> Any:
     """The generator after a fit, in whose passes the ranks have different numbers of batches."""
     shuffle = RoIShuffleCallback(modules="bn2")
-    rank, options = dist.get_rank(), {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    fit(Within(), [shuffle, *others], train_loader(24), **options)
-    return rank, digest(shuffle.state_dict())
+    fit(Within(), [shuffle, *others], train_loader(24), **ON_TWO_RANKS)
+    return dist.get_rank(), digest(shuffle.state_dict())
 
 
 def short_or_long(trainer: Trainer) -> Any:
@@ -314,9 +207,9 @@ def short_or_long(trainer: Trainer) -> Any:
 @pytest.mark.ddp
 def test_a_pass_and_frozen_layers_exchange_nothing() -> None:
     plain = run_on_ranks(drawn, 2, [])
-    passing = PreciseBNCallback(100, source=FromLoader(short_or_long, shard=False))
+    passing = lbn.PreciseBNCallback(100, source=lbn.FromLoader(short_or_long, shard=False))
     assert run_on_ranks(drawn, 2, [passing]) == plain
-    frozen = FreezeBNCallback(start_epoch=1, precise=PassConfig(8), warmup_epochs=0)
+    frozen = lbn.FreezeBNCallback(start_epoch=1, precise=lbn.PassConfig(8), warmup_epochs=0)
     assert run_on_ranks(drawn, 2, [frozen]) != plain, "as many were drawn as without freezing"
 
 
@@ -330,66 +223,20 @@ def too_few() -> tuple[Any, ...]:
 @pytest.mark.ddp
 def test_with_fewer_than_two_rows_a_rank_they_stay_and_that_is_counted() -> None:
     for same, unshuffled, copied in run_on_ranks(too_few, 2):
-        assert same and unshuffled == copied == 3 * 4 * 2
-
-
-def beside(kind: type, layers: str) -> str:
-    options = {"size": 4} if kind is GhostBNCallback else {}
-    try:
-        trained([RoIShuffleCallback(modules="bn2"), kind(layers=layers, **options)])
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.ddp
-def test_beside_others_on_the_same_layer() -> None:
-    for said in run_on_ranks(beside, 2, SyncBNCallback, "bn*"):
-        assert "RoIShuffleCallback and SyncBNCallback act on layer 'bn2' (1 in all)" in said
-    assert run_on_ranks(beside, 2, SyncBNCallback, "bn1") == run_on_ranks(beside, 2, GhostBNCallback, "bn*") == ["", ""]
-
-
-def test_one_process_is_as_it_was_and_warns_once() -> None:
-    modules, callback = (TinyNet(), TinyNet()), RoIShuffleCallback(modules="bn*")
-    with pytest.warns(UserWarning, match="one process.*Ghost BN") as record:
-        fit(modules[0], callback)
-    assert len([w for w in record if "roi_shuffle" in str(w.message)]) == 1
-    fit(modules[1])
-    assert digest(modules[0].state_dict()) == digest(modules[1].state_dict()) and callback.unshuffled == 0
-
-
-def test_what_was_not_shuffled_so_far_is_in_the_checkpoint() -> None:
-    callback = RoIShuffleCallback(modules="bn*")
-    callback.load_state_dict({**callback.state_dict(), "unshuffled": 3})
-    assert callback.unshuffled == callback.state_dict()["unshuffled"] == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        *(({"modules": m}, TypeError, "modules must be a glob pattern over") for m in (3, None, "", [], ["bn1", None])),
-        ({"modules": "bn1", "seed": -1}, ValueError, "seed must be"),
-        ({"modules": "bn1", "seed": 2**64}, ValueError, "seed must be below"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_at_construction(options: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        RoIShuffleCallback(**options)
+        assert same and unshuffled == copied == 2 * 4 * 2
 
 
 def test_two_on_modules_within_each_other_are_refused() -> None:
-    class Nested(TinyNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(self.bn1)
-
+    module = TinyNet()
+    module.net = nn.Sequential(module.bn1)
     with pytest.raises(ValueError, match="Two RoIShuffleCallbacks act on layer 'bn1'"):
-        fit(Nested(), [RoIShuffleCallback(modules="net"), RoIShuffleCallback(modules="bn1")], train_loader())
+        fit(module, [RoIShuffleCallback(modules="net"), RoIShuffleCallback(modules="bn1")])
 
 
-def test_it_is_sent_to_spawned_processes_without_shared_memory() -> None:
+def test_it_resumes_its_count_and_is_sent_to_spawned_processes_without_shared_memory() -> None:
     callback = RoIShuffleCallback(modules="encoder", seed=3)
+    callback.load_state_dict({**callback.state_dict(), "unshuffled": 3})
+    assert callback.unshuffled == callback.state_dict()["unshuffled"] == 3
     sent = bytes(ForkingPickler.dumps(callback))
     assert b"rebuild_storage" not in sent
-    there = ForkingPickler.loads(sent)
-    assert torch.equal(there.state_dict()["generator"], callback.state_dict()["generator"])
+    assert digest(ForkingPickler.loads(sent).state_dict()) == digest(callback.state_dict())

@@ -1,28 +1,69 @@
-"""Tiny LightningModules and data for the tests of callbacks: a fit of two epochs takes a tenth of a second.
+"""All callbacks, and tiny LightningModules and data for their tests: a fit of two epochs takes a tenth of a second.
 
-`fit` trains a module with a plain Trainer. `Recorder` records everything that no other callback may change (law 2).
+`fit` trains a module with a plain Trainer, `caught` collects warnings, and `Recorder` records everything that no
+callback that only observes may change (law 2).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import inspect
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+import lightning_bn as lbn
+
 CLASSES = 3
+
+
+def labels(batch: Any) -> Tensor:
+    return batch[1]
+
+
+WITH_A_PASS: dict[str, Callable[..., Any]] = {
+    "PreciseBN": functools.partial(lbn.PreciseBNCallback, 20),
+    "PreciseBN, skip_below": functools.partial(lbn.PreciseBNCallback, 20, skip_below=0.0),
+    "FreezeBN": functools.partial(lbn.FreezeBNCallback, start_epoch=1, precise=lbn.PassConfig(20)),
+}
+EVALUATING: dict[str, Callable[..., Any]] = {
+    "MiniBatchInference": functools.partial(lbn.MiniBatchInferenceCallback, stages=["validate", "test"]),
+    "AdaBN": functools.partial(lbn.AdaBNCallback, num_samples=8, log_unadapted=True),
+    "AdaBN, online": functools.partial(lbn.AdaBNCallback, online=True, prior_samples=4),
+}
+"""Those that act while the model is evaluated."""
+
+CALLBACKS: dict[str, Callable[..., Any]] = {
+    **WITH_A_PASS,
+    **EVALUATING,
+    "ForecastBN": functools.partial(lbn.ForecastBNCallback),
+    "BNStatsMonitor": functools.partial(lbn.BNStatsMonitor, every_n_batches=1, window=2),
+    "BatchLeakageMonitor": functools.partial(lbn.BatchLeakageMonitor, 24, log_errors=True),
+    "GhostBN": functools.partial(lbn.GhostBNCallback, size=3),
+    "SyncBN": functools.partial(lbn.SyncBNCallback),
+    "DomainSpecificBN": functools.partial(lbn.DomainSpecificBNCallback, num_domains=3, domain_fn=labels),
+    "RoIShuffle": functools.partial(lbn.RoIShuffleCallback, modules="bn*"),
+}
+"""Every callback, with arguments that make it act within two epochs of four batches of eight."""
+
+
+def patterns_of(make: Any) -> str:
+    return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
 
 
 class TinyNet(LightningModule):
@@ -78,17 +119,17 @@ class TinyNet(LightningModule):
         self.losses.append(loss)
         self.seen["batches"] += 1
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         logits = self(x)
         self.log("val_loss", F.cross_entropy(logits.float(), y), batch_size=len(x))
         self.log("val_sum", logits.float().square().sum(), batch_size=len(x), reduce_fx="sum")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         self.log("test_loss", F.cross_entropy(self(x), y), batch_size=len(x))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
@@ -96,22 +137,16 @@ class TinyNet(LightningModule):
 
 
 class MomentumEncoder(TinyNet):
-    """With a teacher that the training step moves towards a student, as MoCo and BYOL do.
-
-    Args:
-        update: Moves one parameter of the teacher a tenth of the way to the student's.
-        student_first: Run the student before the teacher is moved, not behind.
-    """
+    """With a teacher whose parameters the training step moves by ``update`` to a student's, as MoCo and BYOL do."""
 
     def __init__(self, update: Callable[[nn.Parameter, Tensor], Any], student_first: bool = False) -> None:
         super().__init__()
         self.update, self.student_first = update, student_first
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            layers = [
+            self.student, self.teacher = (
                 nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)) for _ in "12"
-            ]
-        self.student, self.teacher = layers
+            )
         self.teacher.requires_grad_(False)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -137,12 +172,7 @@ def other_data(own: nn.Parameter, theirs: Tensor) -> None:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Random images whose mean depends on their class, the same in every process.
-
-    Args:
-        size: How many.
-        augment: Changes an image each time it is read.
-    """
+    """Random images whose mean depends on their class, the same in every process, augmented on reading."""
 
     def __init__(self, size: int, augment: Callable[[Tensor], Tensor] | None = None) -> None:
         own = torch.Generator().manual_seed(size)
@@ -162,16 +192,24 @@ def torch_noise(image: Tensor) -> Tensor:
     return image + 0.1 * torch.randn_like(image)
 
 
-def numpy_noise(image: Tensor) -> Tensor:
-    return image + float(np.random.randn())
-
-
-def python_noise(image: Tensor) -> Tensor:
-    return image * random.uniform(0.5, 1.5)
-
-
 def train_loader(size: int = 32, batch_size: int = 8, augment: Any = None, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(Images(size, augment), batch_size=batch_size, **kwargs)
+
+
+def first_batches(number: int, **kwargs: Any) -> list[Any]:
+    return list(train_loader(**kwargs))[:number]
+
+
+class Stream(IterableDataset[Any]):
+    """The images of the default loader, of unknown number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([Images(32)[i] for i in range(32)])
+
+
+def equal_batches(times: int = 4) -> DataLoader[Any]:
+    """An epoch of equal batches: it does not matter which of them Lightning shows again in a resumed epoch."""
+    return DataLoader(ConcatDataset([Images(8)] * times), 8)
 
 
 def val_loader(size: int = 12, batch_size: int = 6, **kwargs: Any) -> DataLoader[Any]:
@@ -185,11 +223,7 @@ class TinyData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         return val_loader()
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return val_loader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return val_loader()
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class InMemory(DummyLogger):
@@ -204,6 +238,16 @@ class InMemory(DummyLogger):
         return {step: row[key] for step, row in self.rows if key in row}
 
 
+@contextlib.contextmanager
+def caught(about: str = "") -> Iterator[list[str]]:
+    """The warnings that hold ``about``, each as often as it is given; complete at the end of the block."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(w.message) for w in record if about in str(w.message)]
+
+
 def in_a_pass(module: LightningModule) -> bool:
     """Whether a pass runs now, in which the Trainer's loggers are muted."""
     return not any(isinstance(logger, InMemory) for logger in module.trainer.loggers)
@@ -211,43 +255,20 @@ def in_a_pass(module: LightningModule) -> bool:
 
 def trainer_with(callbacks: Callback | Sequence[Callback] = (), **kwargs: Any) -> Trainer:
     """A plain Trainer: two epochs on the CPU, no output but an `InMemory` logger, no sanity check."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "logger": InMemory(),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
     callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
+    quiet["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": InMemory(), "log_every_n_steps": 1}
+    defaults |= {"num_sanity_val_steps": 0, **quiet}
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Trainer(callbacks=callbacks, **{**defaults, **kwargs})
 
 
-def fit(
-    module: LightningModule,
-    callbacks: Callback | Sequence[Callback] = (),
-    train: Any = None,
-    val: Any = "default",
-    *,
-    ckpt_path: Any = None,
-    **kwargs: Any,
-) -> Trainer:
-    """Train ``module`` from a fixed seed and return the Trainer.
-
-    Args:
-        module: The module.
-        callbacks: One callback or several.
-        train: Train loader(s) or a data module; four batches of eight images by default.
-        val: Validation loader(s); None for no validation.
-        ckpt_path: Checkpoint to resume from.
-        kwargs: For the Trainer.
-    """
+def fit(module: Any, callbacks: Any = (), train: Any = None, val: Any = "default", **kwargs: Any) -> Trainer:
+    """Train from a fixed seed on four batches of eight images, and return the Trainer, which gets ``kwargs``."""
+    ckpt_path = kwargs.pop("ckpt_path", None)
     trainer = trainer_with(callbacks, **kwargs)
     seed_everything(7, verbose=False)
     train = train_loader() if train is None else train
@@ -256,6 +277,21 @@ def fit(
     else:
         trainer.fit(module, train, val_loader() if isinstance(val, str) else val, ckpt_path=ckpt_path)
     return trainer
+
+
+def said(about: str, *args: Any, **kwargs: Any) -> list[str]:
+    """The warnings of a fit that hold ``about``."""
+    with caught(about) as found:
+        fit(*args, **kwargs)
+    return found
+
+
+class At(Callback):
+    """Calls ``do`` with the Trainer, the module and what else a hook is given, at each of ``hooks``."""
+
+    def __init__(self, do: Callable[..., Any], *hooks: str) -> None:
+        for hook in hooks:
+            setattr(self, hook, do)
 
 
 class Recorder(Callback):
@@ -267,9 +303,7 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.trace.append(("batch", (batch_idx, digest(batch))))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.trace.append(("loss", outputs["loss"].item()))
         self.trace.append(("random numbers", digest(random_states())))
         self.trace.append(("gradients", digest([p.grad for p in pl_module.parameters()])))
@@ -344,25 +378,13 @@ def exact_statistics(
     return {name: (r.mean(0), r.var(0, correction=0)) for name, r in rows.items()}
 
 
-def expected(module: TinyNet, batches: Iterable[Any]) -> dict[str, Any]:
+def expected(module: TinyNet, batches: Iterable[Any], together: bool = True) -> dict[str, Any]:
     """Running statistics that ``module`` should have after a pass over ``batches``, by the names of its buffers."""
-    pairs = exact_statistics(module, batches).items()
+    pairs = exact_statistics(module, batches, together).items()
     return {f"{name}.{kind}": s.float() for name, pair in pairs for kind, s in zip(_STATISTICS, pair, strict=True)}
 
 
-class Passes(Callback):
-    """Records the moment and optimizer step of each pass; place it after the callback."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.last, self.seen = callback, None, []
-
-    def look(self, moment: str, trainer: Trainer) -> None:
-        if self.callback.result is not self.last:
-            self.last = self.callback.result
-            self.seen.append((moment, trainer.global_step))
-
-
-for _hook, _moment in {
+MOMENTS = {
     "on_sanity_check_end": "sanity check",
     "on_train_batch_start": "training",
     "on_validation_batch_start": "validation",
@@ -370,8 +392,21 @@ for _hook, _moment in {
     "on_test_batch_start": "test",
     "on_predict_batch_start": "predict",
     "on_train_epoch_end": "epoch end",
-}.items():
-    setattr(Passes, _hook, lambda self, trainer, *_, moment=_moment: self.look(moment, trainer))
+}
+
+
+class Passes(Callback):
+    """Records the moment and optimizer step of each pass; place it after the callback."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.last, self.seen = callback, None, []
+        for hook, moment in MOMENTS.items():
+            setattr(self, hook, functools.partial(self.look, moment))
+
+    def look(self, moment: str, trainer: Trainer, *_: Any) -> None:
+        if self.callback.result is not self.last:
+            self.last = self.callback.result
+            self.seen.append((moment, trainer.global_step))
 
 
 class Evaluated(Callback):
@@ -381,9 +416,7 @@ class Evaluated(Callback):
         self.states: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.states.append({k: v.clone() for k, v in pl_module.state_dict().items()})
 

@@ -1,0 +1,354 @@
+"""Laws of every callback, II: keys, copies and checkpoints, the command line, resuming, fresh fits, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+
+from lightning_bn import (
+    BatchLeakageMonitor,
+    BNStatsMonitor,
+    ForecastBNCallback,
+    FreezeBNCallback,
+    FromLoader,
+    PassConfig,
+    PreciseBNCallback,
+)
+from tests.callbacks import zoo
+from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, At, TinyNet, caught, digest, fit, patterns_of, val_loader
+
+every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+
+
+# -------------------------------------------------------------------------------------- keys, copies and checkpoints
+class Shown:
+    """An object that a pass cannot restore, to record what happens inside a pass."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+
+class Peeking(TinyNet):
+    """Looks at itself in every training step, those of a pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = Shown()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.shown.found.append(looked_at(self))
+        return super().training_step(batch, batch_idx)
+
+
+def at_every_moment(look: Callable[[nn.Module], Any], found: list[Any]) -> Callback:
+    moments = "on_train_batch_start", "on_validation_epoch_end", "on_train_end"
+    return At(lambda trainer, module, *_: found.append(look(module)), *moments)
+
+
+def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(key, value.shape) for key, value in module.state_dict().items()]
+
+
+def pickled(o: Any) -> Any:
+    return pickle.loads(pickle.dumps(o))
+
+
+def looked_at(module: nn.Module) -> Any:
+    """What must equal a plain module's: keys and shapes of the state dict; classes, attributes and values of a copy."""
+    found: list[Any] = [shapes(module)]
+    for copy_of in (pickled, copy.deepcopy):
+        twin = copy_of(module)
+        same = digest(list(twin.parameters())) == digest(list(module.parameters()))
+        found += [[type(m) for m in twin.modules()][1:], same, sorted(vars(twin.bn1))]
+    return found
+
+
+@every_callback
+def test_keys_and_copies_are_always_the_plain_models_and_checkpoints_load_into_it(make: Any, tmp_path: Path) -> None:
+    found, module = [], Peeking()
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    fit(module, [make(), at_every_moment(looked_at, found), saving])
+    plain = looked_at(Peeking())
+    assert plain[0] == shapes(TinyNet())
+    assert len(module.shown.found) > 8 or make not in WITH_A_PASS.values(), "no pass was run"
+    assert all(one == plain for one in found + module.shown.found)
+    checkpoints = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    assert len(checkpoints) == 8
+    assert all(TinyNet().load_state_dict(checkpoint["state_dict"], strict=True) for checkpoint in checkpoints)
+
+
+@every_callback
+def test_the_callback_copies_before_between_and_after(make: Callable[[], Any]) -> None:
+    def copies(_: Any) -> bool:
+        state = digest(callback.state_dict())
+        return all(digest(copy_of(callback).state_dict()) == state for copy_of in (pickled, copy.deepcopy))
+
+    callback: Any = make()
+    found = [copies(None)]
+    fit(TinyNet(), [callback, at_every_moment(copies, found)])
+    assert len(found) > 8 and all(found)
+    fit(TinyNet(), pickled(copy.deepcopy(callback)), max_epochs=1)  # a copy of a used callback works
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+def batches_for_a_pass(trainer: Trainer) -> Any:
+    return zoo.train_loader(16)
+
+
+def run_on(module: LightningModule, batch: Any) -> Any:
+    return module(batch[0])
+
+
+def samples(batch: Any) -> int:
+    return len(batch[0])
+
+
+@every_callback
+def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) -> None:
+    option = patterns_of(make)
+    options = {key: value for key, value in make.keywords.items() if key != "precise"} | {option: ["bn*"]}
+    options = {k: f"{v.__module__}.{v.__name__}" if callable(v) else v for k, v in options.items()}
+    if "batch_size_fn" in inspect.signature(make.func).parameters:
+        options |= {"batch_size_fn": f"{__name__}.samples"}
+    own_pass = {"source": {"fn": f"{__name__}.batches_for_a_pass"}, "forward": f"{__name__}.run_on"}
+    if make.func is PreciseBNCallback:
+        options |= own_pass
+    elif make.func is FreezeBNCallback:
+        options |= {"precise": {"num_samples": 20, **own_pass}}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    quiet = {"logger": logger, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    callbacks = [{"class_path": f"lightning_bn.{make.func.__name__}", "init_args": options}]
+    config = {
+        "model": {"class_path": "tests.callbacks.zoo.TinyNet", "init_args": {"dropout": 0.1}},
+        "data": {"class_path": "tests.callbacks.zoo.TinyData"},
+        "trainer": {**quiet, "max_epochs": 2, "accelerator": "cpu", "callbacks": callbacks},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli = LightningCLI(save_config_callback=None, args=["fit", "--config", str(path)])
+    callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
+    assert getattr(callback, option) == ["bn*"]
+    pickled(callback)
+    if make in WITH_A_PASS.values():
+        used = callback.config if make.func is PreciseBNCallback else callback.precise
+        assert (used.source, used.forward) == (FromLoader(batches_for_a_pass), run_on)
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+class SavesAt(Checkpoint):
+    """Writes ``batch-5.ckpt`` after the fifth batch, and so on: at the three moments of `ModelCheckpoint`."""
+
+    def __init__(self, folder: Path, moments: list[str]) -> None:
+        self.folder, self.moments = folder, moments
+
+    def save(self, moment: str, trainer: Trainer, *_: Any) -> None:
+        if f"{moment}-{trainer.global_step}" in self.moments:
+            trainer.save_checkpoint(self.folder / f"{moment}-{trainer.global_step}.ckpt")
+
+    on_train_batch_end = functools.partialmethod(save, "batch")
+    on_validation_end = functools.partialmethod(save, "validation")
+    on_train_epoch_end = functools.partialmethod(save, "epoch")
+
+
+def freezing(start_step: int, **options: Any) -> FreezeBNCallback:
+    return FreezeBNCallback(start_step=start_step, precise=PassConfig(20), **options)
+
+
+def monitoring(every_n_batches: int, window: int) -> Callable[[], list[Any]]:
+    return lambda: [BNStatsMonitor(every_n_batches, window=window)]
+
+
+RESUMED: dict[str, Callable[[], list[Any]]] = {
+    "PreciseBN": lambda: [PreciseBNCallback(20, every_n_validations=2)],
+    "PreciseBN, skip_below": lambda: [PreciseBNCallback(20, skip_below=0.3)],
+    "FreezeBN before the switch": lambda: [freezing(8, warmup_epochs=1.5)],
+    "FreezeBN after the switch": lambda: [freezing(3, warmup_epochs=1.5)],
+    "FreezeBN, affine, on EMA": lambda: [freezing(3, statistics="ema", affine=True)],
+    "FreezeBN before PreciseBN": lambda: [freezing(4, statistics="ema"), PreciseBNCallback(20)],
+    **{
+        name: lambda name=name: [CALLBACKS[name]()]
+        for name in ("ForecastBN", "BNStatsMonitor", "GhostBN", "SyncBN", "DomainSpecificBN", "RoIShuffle")
+    },
+    "BatchLeakageMonitor": lambda: [BatchLeakageMonitor(24)],
+}
+WITH_A_PHASE: dict[str, Callable[[], list[Any]]] = {
+    "PreciseBN, every third": lambda: [PreciseBNCallback(20, every_n_validations=3)],
+    "ForecastBN, every second": lambda: [ForecastBNCallback(2)],
+    "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), freezing(4, statistics="ema")],
+}
+"""Those whose passes depend on the number of validations."""
+VALIDATING = [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}]
+MOMENTS = ["batch-4", "batch-5", "validation-6", "validation-8", "epoch-8"]
+"""The first is written before the epoch's validation and end, which a resumed fit skips."""
+AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    ("name", "make", "trainer", "moments"),
+    [
+        *((n, make, {"val_check_interval": 2}, MOMENTS) for n, make in RESUMED.items()),
+        *((n, make, validating, AT_BATCH_ENDS) for n, make in WITH_A_PHASE.items() for validating in VALIDATING),
+        *(("BNStatsMonitor", monitoring(*o), {"limit_val_batches": 0}, ["batch-4"]) for o in ((3, 1), (1, 3))),
+    ],
+)
+def test_a_resumed_fit_ends_as_the_uninterrupted_one(
+    name: str, make: Callable[[], list[Any]], trainer: dict[str, Any], moments: list[str], tmp_path: Path
+) -> None:
+    """From a checkpoint of each moment, as if the training had been killed right after it."""
+    module, whole = TinyNet(), make()
+    trainer = {"max_epochs": 3, **trainer}
+    fit(module, [*whole, SavesAt(tmp_path, moments)], zoo.equal_batches(), **trainer)
+    if name == "BatchLeakageMonitor":  # loses the batches of the interrupted epoch
+        moments = moments[1:]
+    for last in moments:
+        checkpoint, resumed, ours = tmp_path / f"{last}.ckpt", TinyNet(), make()
+        at_start: list[Any] = []
+        look = At(lambda *_: at_start.append(digest(ours[0].state_dict())), "on_train_start")  # noqa: B023
+        fit(resumed, [look, *ours], zoo.equal_batches(), ckpt_path=checkpoint, **trainer)
+        saved = torch.load(checkpoint, weights_only=True)["callbacks"].get(ours[0].state_key, {})
+        assert at_start in ([], [digest(saved)]), last
+        assert [digest(c.state_dict()) for c in ours] == [digest(c.state_dict()) for c in whole], last
+        assert digest(resumed.state_dict()) == digest(module.state_dict()), last
+
+
+# ----------------------------------------------------------------------------------------------- fits are independent
+class Keeps(TinyNet):
+    """Has other layers, and stores a tensor between them, so that its micro-batches cannot wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.conv1, self.bn1, self.conv2 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3)
+        self.kept = torch.zeros(())
+
+    def features(self, x: Tensor) -> Tensor:
+        self.kept = x.mean()
+        return super().features(x)
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(self._scaled, found) if name == "conv2" else found
+
+    def _scaled(self, conv: nn.Module, x: Tensor) -> Tensor:
+        return conv(x * (1 + self.kept))  # another micro-batch has overwritten it
+
+
+def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]:
+    with caught() as said:
+        trainer = fit(module, callback, **options)
+    rows = [
+        (step, {k: repr(v) for k, v in row.items() if not k.endswith("seconds")}) for step, row in trainer.logger.rows
+    ]
+    found = digest(module.state_dict()), digest(callback.state_dict()), repr(getattr(callback, "result", None))
+    return dict(zip(("model", "state", "result", "logged", "warnings"), (*found, rows, said), strict=True))
+
+
+@every_callback
+@pytest.mark.parametrize(
+    ("first", "second", "options"),
+    [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})],
+    ids=["from a stateful one", "to a stateful one without validation"],
+)
+def test_one_callback_over_two_models_is_as_two_callbacks(make: Any, first: Any, second: Any, options: Any) -> None:
+    used = make()
+    fit(first(), used)
+    assert outcome_of(used, second(), **options) == outcome_of(make(), second(), **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+class WithoutBatchNorm(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.GroupNorm(2, 4), nn.GroupNorm(2, 6)
+
+
+@every_callback
+def test_what_it_cannot_act_on_is_refused_with_the_names_there_are(make: Callable[..., Any]) -> None:
+    option = patterns_of(make)
+    with pytest.raises(ValueError, match="WithoutBatchNorm has no BatchNorm layer"):
+        fit(WithoutBatchNorm(), make())
+    match = rf"{option}='backbone\.\*' matches no (BatchNorm layer|module) of TinyNet.*bn1.* bn2"
+    with pytest.raises(ValueError, match=match):
+        fit(TinyNet(), make(**{option: "backbone.*"}))
+    with pytest.raises(ValueError, match=r"Two \w+s act on layer 'bn2' \(1 in all\).*do not overlap"):
+        fit(TinyNet(), [make(**{option: patterns}) for patterns in ("bn*", "bn2")])
+
+
+@every_callback
+def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = (make(**{patterns_of(make): patterns}) for patterns in ("bn1", ["bn2"]))
+    fit(TinyNet(), [first, second]).save_checkpoint(tmp_path / "both.ckpt")
+    states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    assert all(digest(states.get(c.state_key, {})) == digest(c.state_dict()) for c in (first, second))
+    assert first.state_key != second.state_key
+
+
+@pytest.mark.parametrize("make", WITH_A_PASS.values(), ids=WITH_A_PASS)
+def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[..., Any]) -> None:
+    module, before = TinyNet(), zoo.statistics_of(TinyNet())
+    module.bn1.eval(), module.bn2.eval()
+    with caught("all of its layers are frozen") as said:
+        fit(module, make())
+    assert len(said) == 1
+    assert digest(zoo.statistics_of(module)) == digest(before)
+
+
+# -------------------------------------------------------------------------------------------------- pytorch_lightning
+class Elsewhere(pytorch_lightning.LightningModule):
+    """A module of pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+        self.shown = Shown()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.shown.found.append(batch_idx)
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@every_callback
+def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tmp_path: Path) -> None:
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    options = {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": tmp_path, **quiet}
+    results = []
+    for callbacks in ([], [make(**{patterns_of(make): "net.*"})]):
+        torch.manual_seed(0)
+        module, trainer = Elsewhere(), pytorch_lightning.Trainer(callbacks=callbacks, **options)
+        if make in zoo.EVALUATING.values():
+            before = digest(module.state_dict())
+            results += trainer.test(module, val_loader())
+            assert digest(module.state_dict()) == before
+    if results:
+        assert results[0] != results[1]
+        unadapted = {f"unadapted/{key}": value for key, value in results[0].items()}
+        assert not getattr(callbacks[0], "log_unadapted", False) or callbacks[0].source_metrics == unadapted
+    trainer.fit(module, zoo.train_loader(), val_loader())
+    # no pass, one or two; the first pass runs its first batch three times
+    assert len(module.shown.found) in (8, 8 + 3, 8 + 5, 8 + 5 + 3, 8 + 2 * 4)
