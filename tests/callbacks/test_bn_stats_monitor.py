@@ -71,7 +71,7 @@ class TruthOfBatches(Callback):
             found.append(((rows_of(x).mean(0) - mean) / var.sqrt()).square().mean().sqrt().item())
 
 
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_the_gap_is_that_of_every_batch_from_the_ema_before_it(trainer: dict[str, Any]) -> None:
     truth = TruthOfBatches()
     logger = fit_with(BNStatsMonitor(1, window=1), truth, **trainer)
@@ -82,7 +82,7 @@ def test_the_gap_is_that_of_every_batch_from_the_ema_before_it(trainer: dict[str
         assert logged == pytest.approx(windows.tolist(), rel=2e-3 if "precision" in trainer else 1e-4)
 
 
-@pytest.mark.parametrize("trainer", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 3}], ids=str)
+@pytest.mark.parametrize("trainer", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 3}])
 def test_a_row_of_all_keys_is_logged_at_a_step_of_the_modules_own_log(trainer: dict[str, Any]) -> None:
     logger = fit_with(BNStatsMonitor(1, window=1), max_epochs=4, **trainer)
     own, found = list(logger.logged("train_loss_step")), [step for step, _ in rows(logger)]
@@ -119,7 +119,6 @@ class Deep(TinyNet):
         (65, {"log_layers": ["norms.3", "norms.1?"]}, 2 * 11),
         (3, {"quantities": ["lag", "noise", "dead", "nonfinite", "var_lag", "var_noise"]}, 6 * 3),
     ],
-    ids=str,
 )
 def test_many_layers_make_few_keys(layers: int, options: dict[str, Any], keys: int) -> None:
     ((_, row),) = rows(fit_with(BNStatsMonitor(1, window=4, **options), module=Deep(layers), max_epochs=1))

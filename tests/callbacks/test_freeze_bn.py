@@ -112,7 +112,6 @@ def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
         ({"start_fraction": 0.5}, {"max_steps": 8}, 4),  # the steps end the fit sooner than the epochs
         ({"start_fraction": 0.5}, {"max_steps": 1000}, 6),  # and here the epochs
     ],
-    ids=str,
 )
 def test_it_freezes_from_exactly_there_on(when: dict[str, Any], trainer: dict[str, Any], batches: int) -> None:
     watch = Watch()
@@ -241,7 +240,6 @@ def test_two_callbacks_freeze_their_own_layers_and_warm_up_once() -> None:
         ({}, {"accumulate_grad_batches": 2}, [1 / 2, 1]),
         ({}, {"accumulate_grad_batches": 3}, [1 / 2, 1]),  # 4 batches: a step of three, a step of one
     ],
-    ids=str,
 )
 def test_the_warm_up_is_counted_in_optimizer_steps(arguments: Any, trainer: Any, factors: list[float]) -> None:
     watch = Watch()

@@ -47,7 +47,7 @@ def run_to_the_end(
     return module, watch, passes
 
 
-@pytest.mark.parametrize("when", [{"start_step": 5}, {"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("when", [{"start_step": 5}, {"last_n_epochs": 1}, {"start_fraction": 0.5}])
 def test_a_resumed_fit_ends_as_the_uninterrupted_one_without_a_second_pass_or_warning(when: Any, tmp_path: Any) -> None:
     """From checkpoints before, at and after the switch, within an epoch and at its end."""
     arguments = {"affine": True, "warmup_steps": 5, **when}
@@ -156,7 +156,7 @@ def test_lbfgs_is_refused_before_training_if_it_holds_the_affine() -> None:
     assert not watch.started
 
 
-@pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}], ids=str)
+@pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}])
 def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="pass start_epoch or start_step"):
         fit(TinyNet(), freeze(**when), max_epochs=-1)

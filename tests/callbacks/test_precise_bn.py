@@ -55,7 +55,6 @@ QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_
         ([("validation", 1)], {}, {"fast_dev_run": True}),
         (TWO_EPOCHS, {}, {"barebones": True, "log_every_n_steps": None, **dict.fromkeys(QUIET)}),
     ],
-    ids=str,
 )
 def test_it_runs_before_validations_and_else_at_an_epochs_last_update(
     moments: list[tuple[str, int]], callback: dict[str, Any], trainer: dict[str, Any]
@@ -173,7 +172,6 @@ def test_statistics_are_those_of_a_forward_in_the_trainers_precision(precision: 
 @pytest.mark.parametrize(
     ("at_train_epoch_end", "trainer"),
     [(True, {}), (False, {"val_check_interval": 2}), (None, {"accumulate_grad_batches": 2})],
-    ids=str,
 )
 def test_checkpoints_reproduce_the_logged_metric_in_the_plain_model(
     at_train_epoch_end: bool | None, trainer: dict[str, Any], tmp_path: Path
@@ -311,7 +309,6 @@ ALWAYS_LOGGED = {"seconds", "num_samples"} | {f"{gap}_{of}" for gap in ("mean_ga
         ({"val": None, "max_steps": 6}, "train_loss_epoch"),
         ({"val": None, "accumulate_grad_batches": 2}, "train_loss_epoch"),
     ],
-    ids=str,
 )
 def test_duration_and_gaps_are_logged_at_the_steps_of_the_modules_metrics(trainer: dict[str, Any], beside: str) -> None:
     logged = fit(TinyNet(), PreciseBNCallback(20), **trainer).logger.logged

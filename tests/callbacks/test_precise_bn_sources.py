@@ -112,7 +112,7 @@ def test_the_function_of_a_loader_is_called_with_the_trainer_once_per_pass() -> 
         fit(TinyNet(), PreciseBNCallback(20, source=FromLoader(lambda _: [])))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"num_workers": 1, "persistent_workers": True}])
 def test_a_function_may_return_the_live_loader(kwargs: dict[str, Any]) -> None:
     traces = []
     for precise in ([], [PreciseBNCallback(20, source=FromLoader(live))]):
