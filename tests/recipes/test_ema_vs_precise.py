@@ -31,36 +31,31 @@ TINY += ["--model.width", "8", "--cloud_batches", "2", "--monitor.window", "2"]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Runs the command; returns its folder, and how it ended."""
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Folder, stdout and stderr of the command."""
     out = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "recipes.ema_vs_precise", *TINY, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return out, subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return out, *run_command("ema_vs_precise", TINY, out)
 
 
 @pytest.fixture(scope="module")
-def report(command: tuple[Path, Any]) -> dict[str, Any]:
+def report(command: tuple[Path, str, str]) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((command[0] / "report.json").read_text(encoding="utf-8"))
     return read
 
 
-def test_both_trainings_have_the_same_weights_and_differ_in_their_errors(report: dict[str, Any]) -> None:
+def test_trainings_have_the_same_weights_and_table_1_the_logged_error_and_every_draw(report: dict[str, Any]) -> None:
     ema, precise = report["runs"]
     assert (ema["arm"], precise["arm"]) == ("EMA", "PreciseBN")
     assert ema["weights"] == precise["weights"] and len(set(ema["weights"])) == 2
     assert ema["errors"] != precise["errors"]
-
-
-def test_table_1_has_the_logged_ema_error_and_every_draw(report: dict[str, Any]) -> None:
-    logged = dict(zip(report["runs"][0]["epochs"], report["runs"][0]["errors"], strict=True))
+    logged = dict(zip(ema["epochs"], ema["errors"], strict=True))
     for row in report["samples"]:
         assert row["ema_error"] == pytest.approx(logged[row["epoch"]], abs=1e-3)
         assert {n: len(errors) for n, errors in row["errors"].items()} == {"10": 2, "100": 2, "200": 1}
 
 
 def test_the_report_has_every_claim_with_a_verdict_and_figures(
-    command: tuple[Path, Any], report: dict[str, Any]
+    command: tuple[Path, str, str], report: dict[str, Any]
 ) -> None:
     markdown = (command[0] / "report.md").read_text(encoding="utf-8")
     assert len(report["claims"]) >= 8
@@ -73,13 +68,17 @@ def test_the_report_has_every_claim_with_a_verdict_and_figures(
         assert imread(command[0] / name).std() > 0.05, "an empty picture"
 
 
-def test_wandb_has_a_run_per_training_with_the_same_keys_and_a_report_with_the_figures(
-    command: tuple[Path, Any],
+def test_it_warns_of_nothing_and_its_wandb_runs_have_the_same_keys_and_the_report_the_figures(
+    command: tuple[Path, str, str],
 ) -> None:
+    folder, out, errors = command
+    assert errors == "" and "lightning_bn.report" in out.splitlines()[-1]
+    commands = [line.split() for line in out.splitlines() if " leet " in line]
+    assert [words[1:3] for words in commands] == [["leet", "inspect"]] * len(commands)
     runs = {}
-    for folder in (command[0] / "wandb").glob("offline-run-*"):
-        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        text = subprocess.check_output(inspect, text=True)
+    for run in (folder / "wandb").glob("offline-run-*"):
+        core = [get_core_path(), "leet", "inspect", "--json", str(next(run.glob("*.wandb")))]
+        text = subprocess.check_output(core, text=True)
         names = {r["run"].get("display_name") for r in map(json.loads, text.splitlines()) if "run" in r}
         runs[str(max(filter(None, names)))] = text
     assert set(runs) == {"EMA, seed 0", "PreciseBN, seed 0", "report"}
@@ -89,14 +88,6 @@ def test_wandb_has_a_run_per_training_with_the_same_keys_and_a_report_with_the_f
     for key in ("figures/ema_vs_precise", "figures/samples", "figures/ema_cloud", "claims/holds"):
         assert key in runs["report"]
     assert all('"ema_vs_precise/smoke"' in text for text in runs.values()), "one group"
-
-
-def test_the_command_warns_of_nothing_and_prints_commands_that_read_its_runs(command: tuple[Path, Any]) -> None:
-    assert command[1].stderr == ""
-    lines = command[1].stdout.splitlines()
-    assert "lightning_bn.report" in lines[-1]
-    program, leet, folder = [line.split() for line in lines if " leet " in line][-1]
-    assert "report" in subprocess.check_output([program, leet, "inspect", "--summary", folder], text=True)
 
 
 def test_its_config_repeats_the_run_and_takes_further_settings(
