@@ -1,9 +1,7 @@
 """The recipe of Fig. 2 to 4 and Table 1: its measurements, and what its command writes and logs."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from recipes.ema_vs_precise.experiment import (
 )
 from recipes.evaluation import copy_of_state, mean_and_spread
 from recipes.images import ImageData
+from tests.recipes.commands import run_command
 
 TINY = ["--preset", "smoke", "--data.train_images", "200", "--data.val_images", "60", "--data.batch_size", "50"]
 TINY += ["--model.width", "8", "--cloud_batches", "2", "--monitor.window", "2"]
@@ -73,12 +72,12 @@ def test_it_warns_of_nothing_and_its_wandb_runs_have_the_same_keys_and_the_repor
 ) -> None:
     folder, out, errors = command
     assert errors == "" and "lightning_bn.report" in out.splitlines()[-1]
-    commands = [line.split() for line in out.splitlines() if " leet " in line]
-    assert [words[1:3] for words in commands] == [["leet", "inspect"]] * len(commands)
+    program, leet, of_report = [line.split() for line in out.splitlines() if " leet " in line][-1]
+    folders = list((folder / "wandb").glob("offline-run-*"))
+    assert Path(of_report).resolve() in {run.resolve() for run in folders}
     runs = {}
-    for run in (folder / "wandb").glob("offline-run-*"):
-        core = [get_core_path(), "leet", "inspect", "--json", str(next(run.glob("*.wandb")))]
-        text = subprocess.check_output(core, text=True)
+    for run in folders:
+        text = subprocess.check_output([program, leet, "inspect", "--json", str(run)], text=True)
         names = {r["run"].get("display_name") for r in map(json.loads, text.splitlines()) if "run" in r}
         runs[str(max(filter(None, names)))] = text
     assert set(runs) == {"EMA, seed 0", "PreciseBN, seed 0", "report"}
@@ -91,7 +90,7 @@ def test_it_warns_of_nothing_and_its_wandb_runs_have_the_same_keys_and_the_repor
 
 
 def test_its_config_repeats_the_run_and_takes_further_settings(
-    command: tuple[Path, Any], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[Path, str, str], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tolerance.NUM_IMAGES", 100)
     monkeypatch.setattr("lightning_bn.plots.any_logs", lambda loggers: False)  # the monitor's figures take seconds
@@ -118,14 +117,11 @@ def untrained() -> tuple[ImageClassifier, Training]:
     return model, Training("EMA", 0, [1.0], errors=[90.0], weights=["-"], states=[copy_of_state(model)], steps=[1])
 
 
-@pytest.mark.parametrize(("network", "layers"), [("resnet8", 9), ("resnet20", 21), ("plain20", 19)])
-def test_networks_have_as_many_bn_layers_as_documented(network: str, layers: int) -> None:
-    assert len(lbn.find_bn(ImageClassifier(network=network, width=8))) == layers
-
-
-def test_a_width_that_corrupts_the_heap_on_some_cpus_is_an_error() -> None:
+def test_networks_have_as_many_bn_layers_as_documented_and_channels_that_cpus_can_normalize() -> None:
+    for network, layers in (("resnet8", 9), ("resnet20", 21), ("plain20", 19)):
+        assert len(lbn.find_bn(ImageClassifier(network=network, width=8))) == layers
     with pytest.raises(ValueError, match="must be at least 8 but is 7"):
-        ImageClassifier(width=7)
+        ImageClassifier(width=7)  # corrupts the heap on some CPUs
 
 
 def test_the_hash_depends_on_every_bit_of_weights_of_any_type_and_on_no_buffer() -> None:
@@ -163,9 +159,8 @@ def test_a_cloud_has_the_means_of_batches_with_the_weights_of_its_step(data: Ima
 
 def test_a_sweep_starts_every_draw_from_the_checkpoint(data: ImageData) -> None:
     model, training = untrained()
-    sweep = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
+    sweep, again = (sweep_samples(model, data, training, 0, [20, 60, 500], 2) for _ in range(2))
     assert {n: tuple(wrong.shape) for n, wrong in sweep.precise.items()} == {20: (2, 30), 60: (1, 30)}
-    again = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
     assert torch.equal(sweep.ema, again.ema)
     assert all(torch.equal(sweep.precise[n], again.precise[n]) for n in sweep.precise)
 

@@ -106,17 +106,3 @@ def test_coco_has_corners_labels_without_gaps_and_masks_but_no_crowds(coco: Path
 def test_a_folder_that_is_not_coco_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the folder of the unpacked COCO 2017"):
         Coco(tmp_path, "train")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"train_images": 0}, "data.train_images must be at least 1"),
-        ({"val_images": -5}, "data.val_images must be at least 1"),
-        ({"images_per_gpu": 0}, "data.images_per_gpu must be at least 1"),
-        ({"object_sizes": (-1, 0.2)}, "data.object_sizes must be fractions"),
-    ],
-)
-def test_impossible_amounts_are_errors_that_name_them(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        SceneData(**settings)
