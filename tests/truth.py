@@ -64,10 +64,7 @@ def assert_stored(model: nn.Module, statistics: PopulationStatistics) -> None:
     """The running statistics of ``model`` are the measured ones, rounded to the buffers' own precision."""
     layers = find_bn(model)
     for name, measured in statistics.items():
-        for buffer, value in (
-            (layers[name].running_mean, measured.mean),
-            (layers[name].running_var, measured.var),
-        ):
+        for buffer, value in ((layers[name].running_mean, measured.mean), (layers[name].running_var, measured.var)):
             assert isinstance(buffer, Tensor)
             assert torch.equal(buffer, value.to(buffer.dtype)), name
 

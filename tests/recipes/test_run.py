@@ -64,11 +64,7 @@ def test_data_root_chooses_the_data_and_the_models_input(tmp_path: Path) -> None
         (PreciseBatchSize(), "--data.batch_size 20 --nbs [32,2]", "nbs 32 is larger than the batch of 20"),
         (PreciseBatchSize(), "--data.train_images 120 --images 200", "images is 200, but there are only 120"),
         (RoIHeadLeakage(), "--trainings [bn-3]", "trainings must be some of bn-1"),
-        (
-            RoIHeadLeakage(),
-            "--trainings [bn-2] --images_per_step 6",
-            "bn-2 has batches of 4 images on 2 ranks",
-        ),
+        (RoIHeadLeakage(), "--trainings [bn-2] --images_per_step 6", "bn-2 has batches of 4 images on 2 ranks"),
         (SharedHead(), "--rows [7]", "rows must be some of 1, 2"),
         (SharedHead(), "--rows []", "rows must be"),
         (SharedHead(), "--ranks 2 --images_per_step 6", "a training has batches of 8 images on 2 ranks"),

@@ -170,10 +170,7 @@ def test_an_error_within_is_raised_and_leaves_no_trace(error: Exception, raised:
     class Probe(Within):
         def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
             before = self.state(trainer, pl_module)
-            with (
-                pytest.raises(raised),
-                evaluation_batches(trainer, pl_module) as batches,
-            ):
+            with pytest.raises(raised), evaluation_batches(trainer, pl_module) as batches:
                 evaluate_isolated(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
             caught.append(self.state(trainer, pl_module) == before)
 

@@ -56,10 +56,7 @@ def change_in_place(m: Any) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "in place": (change_in_place, None),
-    "by growing": (
-        lambda m: (m.tensors.append(1), m.by_name.update(b=1), m.recent.append(1), m.labels.add(1)),
-        None,
-    ),
+    "by growing": (lambda m: (m.tensors.append(1), m.by_name.update(b=1), m.recent.append(1), m.labels.add(1)), None),
     "by assignment": (
         lambda m: vars(m).update(array=1, tensor=1, tensors=[], by_name={}, recent=deque(), labels={2}, new=1),
         KeyboardInterrupt,
