@@ -83,12 +83,10 @@ def test_a_metric_refuses_other_channels_and_parts() -> None:
 
 
 def test_dead_and_nonfinite_channels_are_fractions() -> None:
-    dead, bad = DeadChannels(eps=1e-3), NonFiniteChannels(2)
-    one = torch.ones(2)
-    for var in (torch.tensor([1e-6, 1.0]), torch.tensor([1.0, 1.0])):
+    dead, bad, one = DeadChannels(eps=1e-3), NonFiniteChannels(2), torch.ones(2)
+    for var, ema in ((torch.tensor([1e-6, 1.0]), one), (one, torch.tensor([1.0, torch.nan]))):
         dead.update(one, var, one, one)
-    bad.update(one, one, one, one)
-    bad.update(one, one, torch.tensor([1.0, torch.nan]), one)
+        bad.update(one, one, ema, one)
     assert (dead.compute().item(), bad.compute().item()) == (0.25, 0.5)
 
 
