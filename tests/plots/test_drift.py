@@ -42,10 +42,10 @@ def overview(steps: Any, layers: Any, mean_gap: Any, **options: Any) -> Figure:
 def test_a_heatmap_has_a_row_per_layer_from_the_input_down_and_hatches_what_was_not_measured() -> None:
     gaps = [[0.1, 0.2, np.nan], [0.3, np.inf, 0.6]]
     figure = plots.gap_heatmap([10, 20], layers=["stem", "middle", "head"], gaps=gaps)
-    shown = cells(figure)
-    assert shown.mask.tolist() == [[False, False], [False, False], [True, False]]
-    assert shown[0].tolist() == [0.1, 0.3] and shown[2, 1] == 0.6
-    assert shown[1, 1] == mesh(figure).norm.vmax, "infinite is the darkest, not missing"
+    drawn = cells(figure)
+    assert drawn.mask.tolist() == [[False, False], [False, False], [True, False]]
+    assert drawn[0].tolist() == [0.1, 0.3] and drawn[2, 1] == 0.6
+    assert drawn[1, 1] == mesh(figure).norm.vmax, "infinite is the darkest, not missing"
     axes = figure.axes[0]
     low, high = axes.get_ylim()
     assert low > high, "the first layer is on top"
@@ -53,18 +53,15 @@ def test_a_heatmap_has_a_row_per_layer_from_the_input_down_and_hatches_what_was_
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["not measured"]
 
 
-def test_a_color_is_the_same_gap_in_most_heatmaps() -> None:
+def test_a_color_is_the_same_gap_in_most_heatmaps_and_the_largest_of_every_group_of_steps_is_drawn() -> None:
     for row in ([0.02, 0.3], [0.05, 0.9]):
         norm = mesh(plots.gap_heatmap([1], layers=["a", "b"], gaps=[row])).norm
         assert (norm.vmin, norm.vmax) == (0.01, 1)
-
-
-def test_a_long_run_is_shown_by_the_largest_gap_of_every_group_of_steps() -> None:
     gaps = np.full((5000, 2), 0.1)
     gaps[3333, 1] = 7.0
     gaps[:, 0] = np.nan
-    shown = cells(plots.gap_heatmap(range(5000), layers=["a", "b"], gaps=gaps))
-    assert shown.shape == (2, MAX_COLUMNS) and shown[1].max() == 7.0 and shown.mask[0].all()
+    drawn = cells(plots.gap_heatmap(range(5000), layers=["a", "b"], gaps=gaps))
+    assert drawn.shape == (2, MAX_COLUMNS) and drawn[1].max() == 7.0 and drawn.mask[0].all()
 
 
 @pytest.mark.parametrize("layers", [1, 60, 200])
