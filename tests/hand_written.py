@@ -155,9 +155,8 @@ class Counting(nn.BatchNorm1d):
             self.calls += 1
             self.sizes = [*self.sizes, len(x)]
         momentum = 1 / max(self.calls, 1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
-        )
+        statistics, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(x, *statistics, *affine, self.training, momentum, self.eps)
 
 
 class Uncounted(nn.BatchNorm1d):
@@ -174,17 +173,9 @@ class Uncounted(nn.BatchNorm1d):
 # --------------------------------------------------------- forwards that call it in another way
 class OfTorch(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.training,
-            self.momentum,
-            self.eps,
-            torch.backends.cudnn.enabled,
-        )
+        affine, statistics = (self.weight, self.bias), (self.running_mean, self.running_var)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, *affine, *statistics, self.training, self.momentum, self.eps, cudnn)
 
 
 class Halves(nn.BatchNorm1d):
@@ -194,16 +185,8 @@ class Halves(nn.BatchNorm1d):
         return torch.cat([self.half(x) for x in x.chunk(2)])
 
     def half(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            weight=self.weight,
-            bias=self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
+        named = {name: getattr(self, name) for name in ("weight", "bias", "training", "momentum", "eps")}
+        return F.batch_norm(x, self.running_mean, self.running_var, **named)
 
 
 class Ghost(nn.BatchNorm2d):

@@ -100,8 +100,7 @@ def fitted(kind: str, *callbacks: Any) -> TinyNet:
 @pytest.mark.parametrize("kind", KINDS)
 def test_replayed_batches_of_any_kind_give_the_statistics_of_tensors(kind: str) -> None:
     callback = PreciseBNCallback(num_samples=16, source="replay")
-    module = fitted(kind, callback)
-    truth = TinyNet()
+    module, truth = fitted(kind, callback), TinyNet()
     fit(truth, PreciseBNCallback(num_samples=16, source="replay"), DataLoader(Images(32), 8))
     assert callback.result is not None and callback.result.num_samples == 16
     assert digest(statistics_of(module)) == digest(statistics_of(truth))
