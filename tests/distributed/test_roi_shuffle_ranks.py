@@ -96,8 +96,8 @@ def assert_equal(found: State, expected: State, tolerance: float = 1e-10) -> Non
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def with_and_without(cases: list[tuple[int, int]]) -> None:
-    for counts in cases:
+def without_batchnorm_gradients_are_those_of_no_shuffle() -> None:
+    for counts in ((0, 9), (12, 1), (1, 1)):
         x, model = rows(counts[dist.get_rank()]), Detector(bn=False)
         without = step(copy.deepcopy(model), x)
         with pytest.warns(UserWarning, match="no BatchNorm") if dist.get_rank() == 0 else contextlib.nullcontext():
@@ -105,10 +105,6 @@ def with_and_without(cases: list[tuple[int, int]]) -> None:
         with handle:
             assert_equal(step(model, x), without)
             assert handle.unshuffled == (2 if sum(counts) < 4 else 0)
-
-
-def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle() -> None:
-    run_on_ranks(with_and_without, 2, [(0, 9), (12, 1), (1, 1)])
 
 
 def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
@@ -151,8 +147,8 @@ USES: list[tuple[tuple[int, int], list[tuple[str, ...]], bool]] = [
 """Rows of each rank, outputs that its loss uses, and find_unused_parameters."""
 
 
-def ignoring() -> None:
-    """Gradients where each rank's loss uses other outputs are those with 0 times the outputs it does not use."""
+def a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others() -> None:
+    """It gets the gradients that it gets from 0 times the outputs that it does not use."""
     rank = dist.get_rank()
     for seed, (counts, uses, find_unused) in itertools.product(range(2), USES):
         x, model = rows(counts[rank]), Detector()
@@ -163,11 +159,6 @@ def ignoring() -> None:
         with shuffled(ddp.module, seed):
             sum((name in uses[rank]) * value for name, value in ddp(x).items()).backward()
         assert_equal(found, gradients(twin))
-
-
-def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others() -> None:
-    """And gets the gradients that its rows have through the batches of other ranks."""
-    run_on_ranks(ignoring, 2)
 
 
 class WithoutGradients(Detector):
@@ -185,7 +176,7 @@ class CallsItself(Detector):
         return {**self(x, within=True), "boxes": self.box_head(self.trunk(x))[1].sin().sum()}
 
 
-def one_uses_them() -> None:
+def no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call() -> None:
     for kind in (WithoutGradients, CallsItself):
         model = kind()
         with shuffled(model):
@@ -194,12 +185,8 @@ def one_uses_them() -> None:
         assert gradients(model)["trunk.weight"].isfinite().all()
 
 
-def test_no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call() -> None:
-    run_on_ranks(one_uses_them, 2)
-
-
-def recomputed() -> None:
-    """Gradients of two forwards with checkpointing and without; and of the same rows once more, in another order."""
+def recomputed_rows_take_the_route_they_took() -> None:
+    """In two forwards with checkpointing and without; and for the same rows once more, in another order."""
     x = rows(5 + dist.get_rank())
     for checkpointing in ("head", "head, reentrant", "whole", "whole, reentrant"):
         found = []
@@ -214,10 +201,6 @@ def recomputed() -> None:
                     sum(value for output in outputs for value in output.values()).backward()
             found.append(gradients(model))
         assert_equal(*found)
-
-
-def test_recomputed_rows_take_the_route_they_took() -> None:
-    run_on_ranks(recomputed, 2)
 
 
 class Contrastive(nn.Module):
@@ -235,22 +218,17 @@ class Contrastive(nn.Module):
         return (self.encoder_q(x) * keys).sum(), keys
 
 
-def contrasted() -> tuple[Tensor, bool, bool]:
-    """Rank 1 runs no backward, for which nobody waits."""
+def a_momentum_encoder_is_shuffled_without_gradients() -> None:
+    """Rank 1 runs no backward, for which no rank waits."""
     model, x = Contrastive(), rows(6)
     with roi_shuffle(model, modules="encoder_k"):
         loss, keys = model(x)
         if dist.get_rank() == 0:
             loss.backward()
-    return keys, keys.requires_grad, torch.allclose(keys, model.encoder_k(x))
+    assert keys.shape == (6, 3) and not keys.requires_grad and not torch.allclose(keys, model.encoder_k(x))
 
 
-def test_a_momentum_encoder_is_shuffled_without_gradients() -> None:
-    for keys, has_gradient, own_batch in run_on_ranks(contrasted, 2):
-        assert keys.shape == (6, 3) and not has_gradient and not own_batch
-
-
-def where_nobody_waits() -> None:
+def ranks_wait_for_each_other_only_where_batch_statistics_are_used() -> None:
     """Each rank does it a different number of times."""
     model, x = Detector(), rows(6)
     with shuffled(model):
@@ -272,11 +250,7 @@ def where_nobody_waits() -> None:
         model.train()(x)  # undone
 
 
-def test_ranks_wait_for_each_other_only_where_batch_statistics_are_used() -> None:
-    run_on_ranks(where_nobody_waits, 2)
-
-
-def copied() -> None:
+def copies_are_plain_and_nothing_is_left() -> None:
     made = dist.distributed_c10d._world.pg_names
     there_were = len(made)
     model = Detector()
@@ -296,12 +270,8 @@ def copied() -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_copies_are_plain_and_nothing_is_left() -> None:
-    run_on_ranks(copied, 2)
-
-
-def compiled() -> None:
-    """Gradients where rank 1's loss ignores the heads."""
+def compiled_gradients_are_the_eager_ones() -> None:
+    """Where rank 1's loss ignores the heads."""
     x, found = rows(6), []
     for wrap in (torch.nn.Sequential, lambda model: torch.compile(model, backend="eager")):
         model = Detector()
@@ -313,10 +283,6 @@ def compiled() -> None:
             called(x)  # alone: undone
         found.append(gradients(model))
     assert_equal(*found)
-
-
-def test_it_works_under_compile() -> None:
-    run_on_ranks(compiled, 2)
 
 
 class Strange(Detector):
@@ -337,7 +303,7 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3)])
 
 
-def refusals_on_ranks() -> None:
+def what_cannot_be_exchanged_or_recomputed_and_layers_of_datasets_are_refused() -> None:
     for wrap, words in [
         (lambda x: {"x": x, "where": slice(None)}, "exchange_rows was given a slice"),
         (Tensor.double, "restore_rows was given a Tensor that is no tensor of rows"),
@@ -360,8 +326,22 @@ def refusals_on_ranks() -> None:
         domain_bn(heads, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared")
 
 
-def test_what_cannot_be_exchanged_or_recomputed_and_layers_of_datasets_are_refused() -> None:
-    run_on_ranks(refusals_on_ranks, 2)
+@pytest.mark.parametrize(
+    "check",
+    [
+        without_batchnorm_gradients_are_those_of_no_shuffle,
+        a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others,
+        no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call,
+        recomputed_rows_take_the_route_they_took,
+        a_momentum_encoder_is_shuffled_without_gradients,
+        ranks_wait_for_each_other_only_where_batch_statistics_are_used,
+        copies_are_plain_and_nothing_is_left,
+        compiled_gradients_are_the_eager_ones,
+        what_cannot_be_exchanged_or_recomputed_and_layers_of_datasets_are_refused,
+    ],
+)
+def test_on_two_ranks(check: Callable[[], None]) -> None:
+    run_on_ranks(check, 2)
 
 
 def test_one_process_is_warned_and_keeps_its_modules() -> None:
