@@ -117,21 +117,15 @@ def test_until_two_steps_are_known_it_is_the_running_statistics() -> None:
         assert bool(error.isnan().all()) == (steps == 1) == bool(error.isnan().any())
 
 
-def test_layers_side_by_side_do_not_touch_one_another() -> None:
+def test_other_layers_dead_channels_and_steps_without_a_call_change_nothing() -> None:
     batches = noisy(30, 108)
     apart = torch.cat([of_ema(part, [part.shape[2]]) for part in batches.split([3, 105], 2)], 1)
     torch.testing.assert_close(of_ema(batches, [3, 105]), apart, rtol=1e-10, atol=0)
-
-
-def test_a_dead_channel_teaches_the_others_nothing() -> None:
     batches = noisy(30, 4)
     wild = torch.stack([torch.randn(30, 1), torch.zeros(30, 1)], 1).double()  # no variance, a mean that jumps about
     running = torch.cat([ema_of(batches), torch.tensor([[0.0], [1e-9]]).expand(31, 2, 1)], 2)
     found = torch.stack(forecast(torch.cat([batches, wild], 2), running[:-1], running[-1], [5])[:2])
     torch.testing.assert_close(found[:, :4], of_ema(batches, [4]), rtol=1e-9, atol=0)
-
-
-def test_steps_in_which_a_layer_was_not_called_change_nothing() -> None:
     batches = noisy(32, 3)
     known = (torch.arange(32) % 4 != 0)[:, None].expand(32, 3)
     torch.testing.assert_close(of_ema(batches, [3], known), of_ema(batches[known[:, 0]], [3]), rtol=1e-10, atol=0)
