@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,14 +84,13 @@ def test_only_containers_and_estimated_layers_train_whatever_a_step_sets(
 
 
 @pytest.mark.parametrize("estimated", [(), (1,)])
-def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: Collection[int]) -> None:
+def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: tuple[int, ...]) -> None:
     net, x = by_hand()[:2], torch.randn(8, 3, 4, 4) * 3 + 1
-    layers = [net[i] for i in estimated]
     expected = copy.deepcopy(net).eval()
     for i in estimated:
         expected[i].train()
         expected[i].drop.eval()
-    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, layers):
+    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, [net[i] for i in estimated]):
         net.train()
         assert torch.equal(net(x), expected(x))
     assert net.state_dict().keys() == expected.state_dict().keys()
@@ -100,18 +99,21 @@ def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: 
 def test_flags_that_a_step_sets_hold_for_its_own_forward() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     teacher, other = net
+
+    def flags_of_teacher() -> tuple[Any, ...]:
+        return teacher.training, teacher.momentum, teacher.track_running_stats
+
     with preserve_flags([teacher, other], training=True) as flags:
         for _ in range(2):
             flags.set(flags.initial)
-            assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
+            assert flags_of_teacher() == (True, 0.1, True)
             teacher.eval()
             teacher.momentum, teacher.track_running_stats = 0.0, False
             net(torch.randn(4, 3))
-            assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (False, 0.0, False)
+            assert flags_of_teacher() == (False, 0.0, False)
             assert other.training
             teacher.of_the_step = True
-    assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
-    assert not hasattr(teacher, "of_the_step")
+    assert flags_of_teacher() == (True, 0.1, True) and not hasattr(teacher, "of_the_step")
 
 
 def test_a_detector_returns_its_losses_with_dropout_off() -> None:
