@@ -42,36 +42,29 @@ def log_like_the_monitor(logger: Any) -> None:
     plots.log_table(trainer, key="bn/layers", columns=["index", "layer", "mean gap"], rows=rows, step=STEPS[-1])
 
 
-def csv_run(folder: Path) -> Path:
-    logger = CSVLogger(folder)
+def log(kind: str, folder: Path) -> Path:
+    """Returns the folder of the run."""
+    wandb_settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
+    logger: Any = {
+        "csv": lambda: CSVLogger(folder),
+        "tensorboard": lambda: TensorBoardLogger(folder),
+        "wandb": lambda: WandbLogger(save_dir=folder, project="resnet", settings=wandb_settings),
+    }[kind]()
     log_like_the_monitor(logger)
-    logger.save()
-    return Path(logger.log_dir)
-
-
-def tensorboard_run(folder: Path) -> Path:
-    logger = TensorBoardLogger(folder)
-    log_like_the_monitor(logger)
+    if kind == "wandb":
+        wandb.finish()
+        wandb.teardown()
+        return folder / "wandb" / "latest-run"
     logger.finalize("success")
     return Path(logger.log_dir)
 
 
-def wandb_run(folder: Path) -> Path:
-    settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
-    logger = WandbLogger(save_dir=folder, project="resnet", settings=settings)
-    log_like_the_monitor(logger)
-    wandb.finish()
-    wandb.teardown()
-    return folder / "wandb" / "latest-run"
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = {"csv": csv_run, "tensorboard": tensorboard_run, "wandb": wandb_run}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", str(tmp_path_factory.mktemp("staging")))
         patch.setenv("WANDB_SILENT", "true")
-        return {kind: log(tmp_path_factory.mktemp(kind)) for kind, log in kinds.items()}
+        return {kind: log(kind, tmp_path_factory.mktemp(kind)) for kind in ("csv", "tensorboard", "wandb")}
 
 
 @pytest.fixture(scope="module", params=["csv", "tensorboard", "wandb"])

@@ -89,8 +89,7 @@ def gradient_of(x: Tensor) -> Tensor:
 def steps_on_this_rank(cases: list[Case], device: str) -> list[Outcome]:
     found = []
     for model, shards in cases:
-        model.to(device)
-        with sync_bn(model):
+        with sync_bn(model.to(device)):
             (behavior,) = {b for layer in find_bn(model).values() for b in behaviors_of(layer)}
             assert isinstance(behavior, Synced) and behavior.num_ranks == dist.get_world_size()
             found.append(steps(model, [x.to(device) for x in shards[dist.get_rank()]]))

@@ -273,11 +273,14 @@ def test_suspended_forwards_begin_with_the_same_parameters(trainer: Trainer) -> 
     """In lockstep a forward begins while others are suspended; the step changes them before its first layer."""
     module = Changing()
     before = digest(module.conv2.weight.data)
-    with isolate(trainer, module) as fixed, contextlib.ExitStack() as suspended:
-        for _ in range(3):
-            suspended.enter_context(fixed())
+    with isolate(trainer, module) as fixed:
+        forwards = [fixed() for _ in range(3)]
+        for forward in forwards:
+            forward.__enter__()
             assert digest(module.conv2.weight.data) == before
             in_place_through_data(module)
+        for forward in forwards:
+            forward.__exit__(None, None, None)
 
 
 def test_an_autograd_graph_from_before_stays_valid(trainer: Trainer) -> None:
