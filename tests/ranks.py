@@ -153,7 +153,7 @@ def _end_with_the_tests() -> None:
 def _answer(rank: int, message: Any) -> tuple[str | None, bytes]:
     """Return an error, or the pickled result."""
     try:
-        with warnings.catch_warnings():  # also resets the warnings that are shown once
+        with warnings.catch_warnings():  # also resets the warnings that come once
             return None, pickle.dumps((None, _end_group() if message == _ALL_DONE else _call(rank, *message)))
     except BaseException:
         return traceback.format_exc(), b""

@@ -49,7 +49,7 @@ def test_the_correlation_is_that_of_the_rows_and_the_noise_the_spread_over_rando
 
 
 @pytest.mark.parametrize("shape", [(200, 12), (60, 90)], ids=["tall", "wide"])
-def test_components_are_the_leading_ones_of_standardised_channels(shape: tuple[int, int]) -> None:
+def test_components_are_the_leading_ones_of_standardized_channels(shape: tuple[int, int]) -> None:
     rows = torch.randn(shape) @ torch.randn(shape[1], shape[1]) + 1e4
     x = rows.double()
     theirs = PCA(5, whiten=True).fit_transform(((x - x.mean(0)) / x.std(0)).numpy())
