@@ -88,7 +88,7 @@ def _lazy() -> nn.Module:
 
 
 def _mobilenet() -> nn.Module:
-    import timm  # here: ranks that have no use for it would wait seconds
+    import timm  # here: not all processes that import this need it, and it takes seconds
 
     return timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3).train()
 

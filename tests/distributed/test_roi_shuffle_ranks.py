@@ -276,7 +276,7 @@ def compiled_gradients_are_the_eager_ones() -> None:
     for wrap in (torch.nn.Sequential, lambda model: torch.compile(model, backend="eager")):
         model = Detector()
         called = wrap(model)
-        with shuffled(model):
+        with shuffled(called):
             outputs = called(x)
             (outputs["trunk"] if dist.get_rank() else sum(outputs.values())).backward()
         if dist.get_rank():
