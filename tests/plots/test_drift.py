@@ -129,7 +129,7 @@ def test_the_overview_ranks_layers_by_their_gap_over_the_run_in_the_colors_of_al
     assert cells(figure)[:, 0].tolist()[1:] == list(range(1, 12)), "the variance gap, layer by layer"
 
 
-@pytest.mark.parametrize(("value", "layers"), [(0.0, 1), (np.nan, 3), (np.inf, 1), (np.inf, 3), (1e-30, 3), (1e30, 1)])
+@pytest.mark.parametrize(("value", "layers"), [(0.0, 1), (np.nan, 3), (np.inf, 3), (1e-30, 3), (1e30, 1)])
 def test_the_overview_of_a_single_row_of_anything_can_be_drawn(value: float, layers: int) -> None:
     row, names = np.full(layers, value), [f"bn{i}" for i in range(layers)]
     figure = overview([7], names, row[None], lag=row, noise=row, precise_gap=row, dead=row)
