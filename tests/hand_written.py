@@ -23,6 +23,7 @@ from tests.truth import rows_of
 CHANNELS, LENGTH = 4, 6
 
 
+# --------------------------------------------------------- forwards that do something to their input first
 class Transposed(nn.BatchNorm1d):
     """Of (N, L, C)."""
 
@@ -64,6 +65,7 @@ class Rows(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
+# ---------------------------------------------------- forwards that keep statistics or counters themselves
 class ByHand(nn.BatchNorm1d):
     """Normalizes and keeps statistics itself, by assignment, as tutorials do."""
 
@@ -153,8 +155,8 @@ class Counting(nn.BatchNorm1d):
             self.calls += 1
             self.sizes = [*self.sizes, len(x)]
         momentum = 1 / max(self.calls, 1)
-        options = self.weight, self.bias, self.training, momentum, self.eps
-        return F.batch_norm(x, self.running_mean, self.running_var, *options)
+        statistics, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(x, *statistics, *affine, self.training, momentum, self.eps)
 
 
 class Uncounted(nn.BatchNorm1d):
@@ -168,10 +170,12 @@ class Uncounted(nn.BatchNorm1d):
         return super().forward(x)
 
 
+# --------------------------------------------------------- forwards that call it in another way
 class OfTorch(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
-        options = self.training, self.momentum, self.eps, torch.backends.cudnn.enabled
-        return torch.batch_norm(x, self.weight, self.bias, self.running_mean, self.running_var, *options)
+        affine, statistics = (self.weight, self.bias), (self.running_mean, self.running_var)
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, *affine, *statistics, self.training, self.momentum, self.eps, cudnn)
 
 
 class Halves(nn.BatchNorm1d):
@@ -181,8 +185,8 @@ class Halves(nn.BatchNorm1d):
         return torch.cat([self.half(x) for x in x.chunk(2)])
 
     def half(self, x: Tensor) -> Tensor:
-        options = {"weight": self.weight, "bias": self.bias, "training": self.training, "momentum": self.momentum}
-        return F.batch_norm(x, self.running_mean, self.running_var, **options, eps=self.eps)
+        named = {name: getattr(self, name) for name in ("weight", "bias", "training", "momentum", "eps")}
+        return F.batch_norm(x, self.running_mean, self.running_var, **named)
 
 
 class Ghost(nn.BatchNorm2d):
@@ -221,6 +225,7 @@ class WithChild(nn.BatchNorm1d):
         return super().forward(x + self.child(x * x))
 
 
+# --------------------------------------------------------- forwards of which it cannot be seen
 class MaskedByHand(ByHand):
     """Of rows (N, C) and a mask (N): without padding it does what torch's own would."""
 
@@ -257,6 +262,7 @@ class Sometimes(ByHand):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
+# --------------------------------------------------------- the zoo
 Given = Callable[[Tensor, Tensor], dict[str, list[Tensor]]]
 Use = Callable[[Any, Tensor, Tensor], Tensor]
 

@@ -19,7 +19,7 @@ def growth(run: Callable[[], Any], *, of_its_own: int = 2**20) -> float:
             keeps up to 64 MiB.
     """
     assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, of_its_own)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, starts from now
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before

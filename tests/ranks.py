@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks: real processes with a process group, and a timeout.
 
 The ranks stay alive for the next call, which gets a new process group and fresh global state. They are forked from a
-server process that has imported all of lightning_bn once (8 seconds).
+server process that has imported all of lightning_bn once (8 seconds), and what most tests import.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import torch.distributed as dist
 
 import lightning_bn
 
-PRELOADED = [module.name for module in walk_packages(lightning_bn.__path__, "lightning_bn.")]
+PRELOADED = ["pytest", "timm", *(module.name for module in walk_packages(lightning_bn.__path__, "lightning_bn."))]
 _CONTEXT = multiprocessing.get_context("forkserver")
+_ALL_DONE = "all ranks are done"
 
 
 class _Rank(NamedTuple):
@@ -63,19 +64,14 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     pipes = [rank.pipe for rank in _ranks[:world_size]]
     task = pickle.dumps((fn, args))  # multiprocessing's own pickler would share the memory of tensors
     deadline = time.monotonic() + timeout
-    complete = False
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for pipe in pipes:
-                pipe.send((world_size, folder, timeout, task))
-            outcomes = _collect(pipes, deadline)
-            complete = not any(error for error, _ in outcomes)
-        finally:
-            if not complete:  # some ranks may wait for one that died
-                end_ranks(max(deadline - time.monotonic(), 1))
-    if not complete:
-        raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error))
-    return [result for _, result in outcomes]
+            results = _ask(pipes, (world_size, folder, timeout, task), deadline)
+            _ask(pipes, _ALL_DONE, deadline)
+        except BaseException:  # some ranks may wait for one that died
+            end_ranks(max(deadline - time.monotonic(), 1))
+            raise
+    return results
 
 
 def end_ranks(timeout: float = 10) -> None:
@@ -112,8 +108,10 @@ def _start(rank: int) -> _Rank:
     return _Rank(process, pipe)
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[tuple[str | None, Any]]:
-    """Receive an error or a result from each rank."""
+def _ask(pipes: list[Connection], message: Any, deadline: float) -> list[Any]:
+    """Send ``message`` to the ranks, and receive the result of each."""
+    for pipe in pipes:
+        pipe.send(message)
     outcomes: dict[Connection, tuple[str | None, Any]] = {}
     while missing := [pipe for pipe in pipes if pipe not in outcomes]:
         ready = wait(missing, max(deadline - time.monotonic(), 0))
@@ -122,7 +120,10 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[str | None,
                 outcomes[pipe] = pickle.loads(pipe.recv_bytes()) if ready else ("nothing in time", None)
             except (EOFError, ConnectionError):
                 outcomes[pipe] = ("died", None)
-    return [outcomes[pipe] for pipe in pipes]
+    errors = [f"rank {rank}: {outcomes[pipe][0]}" for rank, pipe in enumerate(pipes) if outcomes[pipe][0]]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    return [outcomes[pipe][1] for pipe in pipes]
 
 
 # ------------------------------------------------------------------------------------------------------ on the ranks
@@ -133,13 +134,13 @@ def _serve(rank: int, pipe: Connection) -> None:
     environment, error = dict(os.environ), None
     while error is None:
         try:
-            world_size, folder, timeout, task = pipe.recv()
+            message = pipe.recv()
         except EOFError:
             return
         os.environ.clear()
         os.environ.update(environment)
-        error, result = _call(rank, world_size, folder, timeout, task)
-        pipe.send_bytes(result if error is None else pickle.dumps((error, None)))
+        error, outcome = _answer(rank, message)
+        pipe.send_bytes(outcome if error is None else pickle.dumps((error, None)))
 
 
 def _end_with_the_tests() -> None:
@@ -149,30 +150,36 @@ def _end_with_the_tests() -> None:
     os._exit(1)
 
 
-def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) -> tuple[str | None, bytes]:
+def _answer(rank: int, message: Any) -> tuple[str | None, bytes]:
     """Return an error, or the pickled result."""
+    try:
+        with warnings.catch_warnings():  # also resets the warnings that come once
+            return None, pickle.dumps((None, _end_group() if message == _ALL_DONE else _call(rank, *message)))
+    except BaseException:
+        return traceback.format_exc(), b""
+
+
+def _call(rank: int, world_size: int, folder: str, timeout: float, task: bytes) -> Any:
     start_anew()
     random.seed(0)
     np.random.seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
-    try:
-        with warnings.catch_warnings():  # also resets the warnings that are shown once
-            dist.init_process_group(
-                "gloo",
-                init_method=(Path(folder) / "store").as_uri(),
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout / 2),
-            )
-            fn, args = pickle.loads(task)
-            outcome = pickle.dumps((None, fn(*args)))
-            dist.barrier()  # the store must exist until all ranks are done
-            dist.destroy_process_group()
-            return None, outcome
-    except BaseException:
-        return traceback.format_exc(), b""
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(folder) / "store").as_uri(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout / 2),
+    )
+    fn, args = pickle.loads(task)
+    return fn(*args)
+
+
+def _end_group() -> None:
+    """Close the sockets. A rank that is still in a collective would fail, so all ranks must be done."""
+    dist.destroy_process_group()
 
 
 def in_a_fresh_process(fn: Callable[[], Any], timeout: float = 120) -> Any:

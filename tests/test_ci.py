@@ -39,19 +39,16 @@ def left(folder: Path) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_run_that_hangs_is_killed_with_all_its_processes(tmp_path: Path) -> None:
-    run = start(tmp_path, "wait", limit="2s")
+@pytest.mark.parametrize(
+    ("last_line", "limit", "returncode"), [("wait", "2s", 137), ("exit 0", "60s", 0), ("exit 2", "60s", 2)]
+)
+def test_a_run_that_ends_or_is_killed_leaves_no_process(
+    tmp_path: Path, last_line: str, limit: str, returncode: int
+) -> None:
+    run = start(tmp_path, last_line, limit)
     output, _ = run.communicate(timeout=60)
-    assert run.returncode == 137 and "killed after 2 s. A whole run may take 2s" in output
-    assert left(tmp_path) == []
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_a_run_that_ends_leaves_no_process_behind_and_keeps_its_status(tmp_path: Path, status: int) -> None:
-    run = start(tmp_path, f"exit {status}", limit="60s")
-    output, _ = run.communicate(timeout=60)
-    assert run.returncode == status and "killed after" not in output
-    assert left(tmp_path) == []
+    assert run.returncode == returncode and left(tmp_path) == []
+    assert ("killed after 2 s. A whole run may take 2s" in output) is ("killed after" in output) is (limit == "2s")
 
 
 def test_a_run_that_is_ended_from_outside_leaves_no_process_behind(tmp_path: Path) -> None:

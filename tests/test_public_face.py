@@ -57,18 +57,15 @@ def test_signatures_are_those_on_record() -> None:
 
 
 @pytest.mark.parametrize(("name", "function"), functions(), ids=lambda value: value if isinstance(value, str) else "")
-def test_arguments_are_keyword_only_after_the_first_and_few(name: str, function: Callable[..., Any]) -> None:
+def test_arguments_are_few_and_keyword_only_and_what_is_returned_or_raised_is_public(
+    name: str, function: Callable[..., Any]
+) -> None:
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
     assert len(parameters) <= 11 or name in POSITIONAL
-    if isinstance(function, type) and (issubclass(function, RESULTS) or dataclasses.is_dataclass(function)):
-        return
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    is_hook = positional[:1] == ["trainer"]  # Lightning passes its arguments by position
-    assert len(positional) <= 1 or is_hook or positional == ["model", "batches"] or name in POSITIONAL, positional
-
-
-@pytest.mark.parametrize(("name", "function"), functions(), ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_returned_or_raised_is_public(name: str, function: Callable[..., Any]) -> None:
+    if not (isinstance(function, type) and (issubclass(function, RESULTS) or dataclasses.is_dataclass(function))):
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        is_hook = positional[:1] == ["trainer"]  # Lightning passes its arguments by position
+        assert len(positional) <= 1 or is_hook or positional == ["model", "batches"] or name in POSITIONAL, positional
     annotation = "" if isinstance(function, type) else str(function.__annotations__.get("return"))
     for word in re.findall(r"\w+", annotation):
         returned = getattr(inspect.getmodule(function), word, None)

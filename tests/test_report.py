@@ -1,4 +1,4 @@
-"""`lightning_bn.report`: what was logged is read back whole from each logger, and shown on one page."""
+"""`lightning_bn.report`: what was logged is read back whole from each logger, and is on one page."""
 
 import io
 import math
@@ -42,42 +42,29 @@ def log_like_the_monitor(logger: Any) -> None:
     plots.log_table(trainer, key="bn/layers", columns=["index", "layer", "mean gap"], rows=rows, step=STEPS[-1])
 
 
-def plots_png() -> bytes:
-    buffer = io.BytesIO()
-    PICTURES[9].savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def csv_run(folder: Path) -> Path:
-    logger = CSVLogger(folder)
+def log(kind: str, folder: Path) -> Path:
+    """Returns the folder of the run."""
+    wandb_settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
+    logger: Any = {
+        "csv": lambda: CSVLogger(folder),
+        "tensorboard": lambda: TensorBoardLogger(folder),
+        "wandb": lambda: WandbLogger(save_dir=folder, project="resnet", settings=wandb_settings),
+    }[kind]()
     log_like_the_monitor(logger)
-    logger.save()
-    return Path(logger.log_dir)
-
-
-def tensorboard_run(folder: Path) -> Path:
-    logger = TensorBoardLogger(folder)
-    log_like_the_monitor(logger)
+    if kind == "wandb":
+        wandb.finish()
+        wandb.teardown()
+        return folder / "wandb" / "latest-run"
     logger.finalize("success")
     return Path(logger.log_dir)
 
 
-def wandb_run(folder: Path) -> Path:
-    settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
-    logger = WandbLogger(save_dir=folder, project="resnet", settings=settings)
-    log_like_the_monitor(logger)
-    wandb.finish()
-    wandb.teardown()
-    return folder / "wandb" / "latest-run"
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = {"csv": csv_run, "tensorboard": tensorboard_run, "wandb": wandb_run}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_DATA_DIR", str(tmp_path_factory.mktemp("staging")))
         patch.setenv("WANDB_SILENT", "true")
-        return {kind: log(tmp_path_factory.mktemp(kind)) for kind, log in kinds.items()}
+        return {kind: log(kind, tmp_path_factory.mktemp(kind)) for kind in ("csv", "tensorboard", "wandb")}
 
 
 @pytest.fixture(scope="module", params=["csv", "tensorboard", "wandb"])
@@ -106,7 +93,7 @@ def test_all_keys_of_a_monitor_are_read_back_and_no_others(run: LoggedRun) -> No
     ]
 
 
-def test_the_page_shows_worst_values_and_layers_and_heatmaps_in_the_models_order(
+def test_the_page_has_worst_values_and_layers_and_heatmaps_in_the_models_order(
     run: LoggedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, tuple[list[str], np.ndarray]] = {}
@@ -137,7 +124,9 @@ def test_without_names_layers_are_sorted_by_the_numbers_in_their_keys(monkeypatc
 
 def test_the_page_loads_nothing_and_runs_nothing() -> None:
     about = {"name": "a <b>run</b>"}
-    html = run_page(LoggedRun(about, {"bn_agg/lag_max": [(1, 0.5)]}, {"bn/heatmap": [(1, plots_png())]}))
+    png = io.BytesIO()
+    PICTURES[9].savefig(png, format="png")
+    html = run_page(LoggedRun(about, {"bn_agg/lag_max": [(1, 0.5)]}, {"bn/heatmap": [(1, png.getvalue())]}))
     sources = re.findall(r"""(?:src|href)=["']([^"']{0,22})""", html)
     assert sources and all(source.startswith("data:") for source in sources)
     assert "<script" not in html and "url(" not in html and "http:" not in html and "https:" not in html
@@ -151,13 +140,6 @@ def test_a_table_shortens_numbers_marks_infinite_ones_and_leaves_texts_alone() -
     assert "nan" not in re.findall(r"<td[^>]*>([^<]*)</td>", html), "not measured is a dash"
 
 
-def test_a_run_without_a_monitor_has_a_page_that_says_it(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    logger.log_metrics({"train_loss": 1.0}, 1)
-    logger.save()
-    assert "no keys of <code>BNStatsMonitor</code>" in run_page(read_run(logger.log_dir))
-
-
 def test_the_command_writes_the_page_and_prints_its_path(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +150,7 @@ def test_the_command_writes_the_page_and_prints_its_path(
     assert (run / "bn_report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_a_folder_without_a_run_is_an_error_with_what_was_looked_for(
+def test_what_cannot_be_read_is_an_error_and_a_run_without_a_monitor_a_page_without_its_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model.ckpt").touch()
@@ -178,9 +160,10 @@ def test_a_folder_without_a_run_is_an_error_with_what_was_looked_for(
         error = capsys.readouterr().err
         for part in (str(path), "run-*.wandb", "events.out.tfevents.*", "metrics.csv", found):
             assert part in error
-
-
-def test_a_wandb_run_that_cannot_be_read_is_an_error_with_wandbs_words(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path / "csv")
+    logger.log_metrics({"train_loss": 1.0}, 1)
+    logger.save()
+    assert "no keys of <code>BNStatsMonitor</code>" in run_page(read_run(logger.log_dir))
     (tmp_path / "run-broken.wandb").write_bytes(b"no run")
     with pytest.raises(ValueError, match=r"W&B cannot read the run at .*: .*incomplete"):
         read_run(tmp_path)
@@ -195,7 +178,7 @@ def test_a_wandb_run_that_was_interrupted_is_read_as_far_as_it_goes(runs: dict[s
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic V1 style")
-def test_the_workspace_shows_every_aggregate_every_layer_and_every_picture() -> None:
+def test_the_workspace_has_every_aggregate_every_layer_and_every_picture() -> None:
     pytest.importorskip("wandb_workspaces")
     view = drift_workspace("someone", "resnet")._to_model()
     assert (view.entity, view.project) == ("someone", "resnet")

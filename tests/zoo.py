@@ -88,7 +88,7 @@ def _lazy() -> nn.Module:
 
 
 def _mobilenet() -> nn.Module:
-    import timm  # here: ranks that have no use for it would wait seconds
+    import timm  # here: not all processes that import this need it, and it takes seconds
 
     return timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3).train()
 
@@ -127,14 +127,8 @@ CASES: dict[str, Callable[[], Case]] = {
         nn.Sequential(nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5), nn.ReLU(), nn.Conv3d(5, 3, 1), nn.BatchNorm3d(3)),
         [torch.randn(n, 2, 6, 6, 6) for n in (3, 1)],
     ),
-    "SyncBatchNorm in one process": lambda: (
-        nn.SyncBatchNorm.convert_sync_batchnorm(cnn()),
-        images(8, 3),
-    ),
-    "timm BatchNormAct2d": lambda: (
-        _mobilenet(),
-        images(6, 4, pixels=32),
-    ),
+    "SyncBatchNorm in one process": lambda: (nn.SyncBatchNorm.convert_sync_batchnorm(cnn()), images(8, 3)),
+    "timm BatchNormAct2d": lambda: (_mobilenet(), images(6, 4, pixels=32)),
     "bf16 model": lambda: (cnn().bfloat16(), [x.bfloat16() for x in images(8, 5)]),
     "bf16 model, mean 100": lambda: (_shifted(cnn(), 100).bfloat16(), [x.bfloat16() for x in images(8, 5)]),
     "bf16 model, channels_last": lambda: (

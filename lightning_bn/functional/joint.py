@@ -38,11 +38,13 @@ class JointBatches:
                 self._warn(first, int(max_batches))
         if max_batches == 1:
             return []
+        start = [first, *(itertools.islice(steps, 1) if not self.fits_memory else ())]
+        is_single = len(start) == 1 and not self.fits_memory  # on all ranks alike, because they fetch together
         group: list[MicroBatch] = []
         shown = 0
 
         def fetched() -> Iterator[MicroBatch]:
-            for step in itertools.chain([first], steps):
+            for step in itertools.chain(start, steps):
                 group.append(step)
                 if step.batch is not MISSING:
                     yield step
@@ -55,7 +57,7 @@ class JointBatches:
             self.advance(done - shown)
             shown = done
 
-        self.pooled.run(fetched(), show)
+        self.pooled.run(fetched(), show, is_single)
         return group
 
     def _warn(self, first: MicroBatch, max_batches: int) -> None:

@@ -6,7 +6,6 @@ samples, but micro-batches may have any size and structure.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -57,7 +56,7 @@ class PooledForward:
         self._snapshot: BatchSnapshot | None = None
         self._positions = RankPositions(self._names, self._device)
         self._calls: list[JointCall] = []
-        self._is_single = False  # a single micro-batch needs no trial: it takes the memory of any forward
+        self._is_single = False
         self.left_out: list[tuple[MicroBatch, str]] = []
 
     @property
@@ -80,19 +79,16 @@ class PooledForward:
         free = free_memory(self._device)
         return free if self._device.type == "cuda" else free // get_world_size()  # ranks share the host
 
-    def run(self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None]) -> None:
+    def run(
+        self, micro_batches: Iterable[MicroBatch], progress: Callable[[float], None], is_single: bool = False
+    ) -> None:
         """Run micro-batches jointly, and accumulate the pooled statistics of every call of a layer.
 
         Every rank needs equally many, or none if it never had a batch. Iterating twice continues where the first time
-        ended. ``progress`` gets the share of the work that is done.
+        ended. ``progress`` gets the share of the work that is done. A single micro-batch needs no runs alone.
         """
         running: list[MicroBatch] = []
-        steps = iter(micro_batches)
-        start = list(itertools.islice(steps, 2))
-        if not self._profile.is_independent:
-            (longest,) = max_over_ranks([len(start)], self._device)
-            self._is_single = longest < 2
-        micro_batches = itertools.chain(start, steps)
+        self._is_single = is_single
         self._run_jointly(micro_batches, running, progress)
         counts, bad = self._check_calls(running)
         while bad is not None:

@@ -49,12 +49,13 @@ def test_what_is_recovered_is_what_went_in(momentum: float | None, calls: int, t
     assert torch.allclose(solve_batch_stats(before, after, kept), batch, rtol=0, atol=1e-11)
 
 
-def test_metrics_are_the_functions_over_all_updates() -> None:
+def test_metrics_are_the_functions_over_all_updates_and_their_forward_gives_the_batchs() -> None:
     seen = batches(5, 3)
     metrics = MetricCollection({part: MeanGap(3, part=part) for part in ("gap", "lag", "noise")} | {"var": VarGap(3)})
-    for batch in seen:
-        metrics.update(*batch)
     offsets = torch.stack([(mean - ema) / var.sqrt() for mean, _, ema, var in seen])
+    for batch, offset in zip(seen, offsets, strict=True):
+        of_batch = metrics(*batch)
+        assert of_batch["gap"].item() == pytest.approx(offset.square().mean().sqrt().item(), rel=1e-12)
     expected = {
         "gap": offsets.square().mean().sqrt(),
         "lag": offsets.mean(0).square().mean().sqrt(),
@@ -65,16 +66,6 @@ def test_metrics_are_the_functions_over_all_updates() -> None:
         assert value.item() == pytest.approx(expected[name].item(), rel=1e-12), name
 
 
-def test_a_metric_s_forward_gives_the_batch_and_keeps_the_whole() -> None:
-    (first, second), metric = batches(2, 3), MeanGap(3)
-    alone = [MeanGap(3), MeanGap(3)]
-    for batch, own in zip((first, second), alone, strict=True):
-        own.update(*batch)
-        assert metric(*batch).item() == pytest.approx(own.compute().item(), rel=1e-12)
-    both = torch.stack([own.compute() for own in alone]).square().mean().sqrt()
-    assert metric.compute().item() == pytest.approx(both.item(), rel=1e-12)
-
-
 def test_a_metric_refuses_other_channels_and_parts() -> None:
     with pytest.raises(ValueError, match=r"MeanGap was made for 3 channels.*\(4,\)"):
         MeanGap(3).update(*batches(1, 4)[0])
@@ -83,12 +74,10 @@ def test_a_metric_refuses_other_channels_and_parts() -> None:
 
 
 def test_dead_and_nonfinite_channels_are_fractions() -> None:
-    dead, bad = DeadChannels(eps=1e-3), NonFiniteChannels(2)
-    one = torch.ones(2)
-    for var in (torch.tensor([1e-6, 1.0]), torch.tensor([1.0, 1.0])):
+    dead, bad, one = DeadChannels(eps=1e-3), NonFiniteChannels(2), torch.ones(2)
+    for var, ema in ((torch.tensor([1e-6, 1.0]), one), (one, torch.tensor([1.0, torch.nan]))):
         dead.update(one, var, one, one)
-    bad.update(one, one, one, one)
-    bad.update(one, one, torch.tensor([1.0, torch.nan]), one)
+        bad.update(one, one, ema, one)
     assert (dead.compute().item(), bad.compute().item()) == (0.25, 0.5)
 
 
@@ -112,15 +101,11 @@ def test_history_keeps_all_of_a_run_at_one_resolution_and_its_exact_mean(rows: i
     assert torch.equal(history["gap"].nan_to_num(9.0), resumed["gap"].nan_to_num(9.0))
 
 
-def test_merging_rows_takes_the_one_that_was_measured() -> None:
-    history = History(["gap"], layers=1)
+def test_merging_rows_takes_the_one_that_was_measured_and_traces_stay_bounded() -> None:
+    history, traces = History(["gap"], layers=1), Traces()
     for step in range(MAX_ROWS + 1):
         history.add(step, {"gap": torch.tensor([torch.nan if step % 2 else 2.0])})
     assert torch.equal(history["gap"], torch.full((MAX_ROWS // 2 + 1, 1), 2.0))
-
-
-def test_traces_stay_bounded() -> None:
-    traces = Traces()
     for step in range(10 * MAX_ROWS):
         traces.add(step, torch.zeros(2, 1))
     assert len(traces.steps) == len(traces.points) <= 4 * MAX_ROWS

@@ -43,7 +43,7 @@ def null_runs(runs: int, batches: int, permutations: int = 19_999) -> tuple[list
 
 
 def test_without_leakage_hardly_a_run_alarms() -> None:
-    of_runs, of_epochs = null_runs(15, batches=16, permutations=999)  # p-values are exact by any number of them
+    of_runs, of_epochs = null_runs(8, batches=16, permutations=499)  # p-values are exact by any number of them
     assert sum(p <= 0.01 for p in of_runs) <= 1
     assert 0.3 < of_epochs.mean() < 0.7 and (of_epochs <= 0.05).float().mean() < 0.15
 

@@ -54,25 +54,42 @@ def assert_as_accurate_as_stated(mean: Tensor, var: Tensor, x: Tensor, kernel: b
     assert ((var.double() - true_var).abs() <= 1e-5 * true_var + (2**-22 * true_mean) ** 2).all()
 
 
-@pytest.mark.parametrize("mean", [0, 1, 2.5, 100, 1e4])
+def kernel_is_trusted_and_accurate(x: Tensor) -> bool:
+    """Whether the kernel's statistics of ``x`` are used; if so, they must be as accurate as stated."""
+    count = x.numel() // x.shape[1]
+    if count == 1 or not may_use_kernel(x):
+        return False
+    running_mean, running_var = torch.zeros(2, x.shape[1])
+    torch.nn.functional.batch_norm(x, running_mean, running_var, training=True, momentum=1.0)
+    if not kernel_was_accurate(x, running_mean, running_var):
+        return False
+    assert_as_accurate_as_stated(running_mean, running_var.double() * (count - 1) / count, x, kernel=True)
+    return True
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_statistics_are_as_accurate_as_stated(layout: str, mean: float) -> None:
-    x = LAYOUTS[layout]() + mean
-    assert_as_accurate_as_stated(*batch_statistics(x), x)
+def test_batch_statistics_and_the_kernel_are_as_accurate_as_stated(layout: str) -> None:
+    for mean in (0, 1, 2.5, 100, 1e4):
+        x = LAYOUTS[layout]() + mean
+        assert_as_accurate_as_stated(*batch_statistics(x), x)
+        usual = {"NCHW": [1e4], "NCHW of many samples": [1], "rows": [0], "channels_last": [1]}  # or read twice
+        assert kernel_is_trusted_and_accurate(x) or mean not in usual.get(layout, [])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_statistics_are_as_accurate_for_other_precisions(layout: str, dtype: torch.dtype) -> None:
-    x = (LAYOUTS[layout]() + 3).to(dtype)
-    mean, var = batch_statistics(x)
-    assert_as_accurate_as_stated(mean, var, x)
-    assert mean.dtype in (torch.float32, torch.float64) and var.dtype in (torch.float32, torch.float64)
+def test_batch_statistics_are_as_accurate_for_other_precisions(layout: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        x = (LAYOUTS[layout]() + 3).to(dtype)
+        mean, var = batch_statistics(x)
+        assert_as_accurate_as_stated(mean, var, x)
+        assert mean.dtype in (torch.float32, torch.float64) and var.dtype in (torch.float32, torch.float64)
 
 
-def test_batch_statistics_hold_when_only_one_channel_has_a_large_mean() -> None:
+def test_batch_statistics_hold_when_only_one_channel_has_a_large_mean_and_leave_their_input_alone() -> None:
     x = torch.randn(5000, 4) * torch.tensor([1, 1e-3, 1e3, 1]) + torch.tensor([0, 1, 0, -1e4])
+    before = x.clone()
     assert_as_accurate_as_stated(*batch_statistics(x), x)
+    assert torch.equal(x, before)
 
 
 @given(
@@ -87,49 +104,16 @@ def test_any_number_of_rows_at_any_mean_is_as_accurate_as_stated(
     """Where float32 begins to lose digits depends on both."""
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)) * scale + mean
     assert_as_accurate_as_stated(*batch_statistics(x), x)
-    if may_use_kernel(x):
-        running = torch.zeros(2, 3)
-        torch.nn.functional.batch_norm(x, running[0], running[1], training=True, momentum=1.0)
-        if kernel_was_accurate(x, running[0], running[1]):
-            assert_as_accurate_as_stated(running[0], running[1].double() * (rows - 1) / rows, x, kernel=True)
+    kernel_is_trusted_and_accurate(x)
 
 
-def test_batch_statistics_leave_their_input_alone() -> None:
-    x = torch.randn(5000, 4) + 100
-    before = x.clone()
-    batch_statistics(x)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "rows"])
-def test_batch_statistics_of_non_finite_values_are_not_finite(layout: str, value: float) -> None:
-    x = LAYOUTS[layout]()
-    x[0, 1] = value
-    mean, var = batch_statistics(x)
-    assert not (mean.isfinite() & var.isfinite())[1]
-    assert (mean.isfinite() & var.isfinite())[[0, 2, 3, 4]].all()
-
-
-@pytest.mark.parametrize("mean", [0, 1, 2.5, 100, 1e4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_kernel_is_trusted_only_where_it_is_accurate(layout: str, mean: float) -> None:
-    """What it says it may and was, checked against what the kernel computes during a normalization."""
-    x = LAYOUTS[layout]() + mean
-    if x.numel() == x.shape[1] or not may_use_kernel(x):
-        return
-    running_mean, running_var = torch.zeros(2, x.shape[1])
-    torch.nn.functional.batch_norm(x, running_mean, running_var, training=True, momentum=1.0)
-    if kernel_was_accurate(x, running_mean, running_var):
-        count = x.numel() // x.shape[1]
-        assert_as_accurate_as_stated(running_mean, running_var.double() * (count - 1) / count, x, kernel=True)
-
-
-def test_the_kernel_is_trusted_in_the_usual_case() -> None:
-    """Or every pass would read its activations twice."""
-    for layout, mean in (("NCHW", 1e4), ("NCHW of many samples", 1), ("rows", 0), ("channels_last", 1)):
-        x = LAYOUTS[layout]() + mean
-        assert may_use_kernel(x) and kernel_was_accurate(x, *truth(x))
+def test_batch_statistics_of_non_finite_values_are_not_finite(layout: str) -> None:
+    for value in (torch.nan, torch.inf):
+        x = LAYOUTS[layout]()
+        x[0, 1] = value
+        mean, var = batch_statistics(x)
+        assert (mean.isfinite() & var.isfinite()).tolist() == [True, False, True, True, True]
 
 
 @given(
@@ -168,11 +152,8 @@ def test_merging_is_associative_and_nothing_is_neutral(sizes: tuple[int, int, in
         torch.testing.assert_close(this.expand(2), that.expand(2), rtol=1e-12, atol=1e-14)
 
 
-def test_moments_of_nothing_have_no_nan() -> None:
+def test_moments_of_nothing_have_no_nan_and_population_variance_is_biased_and_includes_that_of_means() -> None:
     nothing = Moments.empty(3) + Moments.empty(3)
     assert torch.equal(nothing.mean, torch.zeros(3).double()) and torch.equal(nothing.var, torch.zeros(3).double())
-
-
-def test_population_variance_is_biased_and_includes_the_variance_between_batches() -> None:
     sorted_data = Moments.of(torch.tensor([[0.0], [0.0]])) + Moments.of(torch.tensor([[2.0], [2.0]]))
     assert sorted_data.mean.item() == 1 and sorted_data.var.item() == 1

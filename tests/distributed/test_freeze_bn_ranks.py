@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -19,21 +20,17 @@ pytestmark = pytest.mark.ddp
 
 def trained(model: nn.Module, affine: bool) -> list[dict[str, Tensor]]:
     """Weights after two steps before, two during and two after a freeze, each rank with its own data."""
-    ddp = DistributedDataParallel(model)
+    ddp, found = DistributedDataParallel(model.train()), []
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01, weight_decay=0.1)
     torch.manual_seed(dist.get_rank())
-
-    def steps() -> dict[str, Tensor]:
-        for _ in range(2):
-            optimizer.zero_grad()
-            ddp(torch.randn(6, 3, 8, 8) + dist.get_rank()).square().mean().backward()
-            optimizer.step()
-        return copy.deepcopy(dict(model.named_parameters()))
-
-    seen = [steps()]
-    with freeze_bn(model.train(), affine=affine):
-        seen.append(steps())
-    return [*seen, steps()]
+    for phase in ("before", "during", "after"):
+        with freeze_bn(model, affine=affine) if phase == "during" else contextlib.nullcontext():
+            for _ in range(2):
+                optimizer.zero_grad()
+                ddp(torch.randn(6, 3, 8, 8) + dist.get_rank()).square().mean().backward()
+                optimizer.step()
+        found.append(copy.deepcopy(dict(model.named_parameters())))
+    return found
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lightning_bn import precise_bn
-from tests.distributed.test_precise_bn_ranks import Batches, Result, assert_same_bits, measured
+from tests.distributed.test_precise_bn_ranks import Batches, Case, Result, assert_same_bits, measured_on_ranks
 from tests.hand_written import ZOO, Net, batches, truth
 from tests.ranks import run_on_ranks
 from tests.truth import assert_close_to, in_double
@@ -27,7 +27,6 @@ BAD: dict[str, list[tuple[int, int]]] = {
     "all of the first rank, and one": [(0, 0), (0, 1), (0, 2), (1, 1)],
 }
 """Rank and number of the bad batches."""
-CASES = [(name, batch_size) for name in BAD for batch_size in ("loader", "population")]
 
 
 def shards_with(bad: list[tuple[int, int]], value: float = math.nan) -> list[Batches]:
@@ -37,23 +36,19 @@ def shards_with(bad: list[tuple[int, int]], value: float = math.nan) -> list[Bat
     return shards
 
 
-def several(cases: list[tuple[nn.Module, list[Batches], dict[str, Any]]]) -> list[Result]:
-    return [measured(model, shards, False, kwargs) for model, shards, kwargs in cases]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(value: float) -> None:
     model = cnn().double()
-    cases = [(model, shards_with(BAD[name], value), {"normalization_batch_size": size}) for name, size in CASES]
-    results = run_on_ranks(several, 2, cases)
-    for number, (name, size) in enumerate(CASES):
-        of_ranks = [result[number] for result in results]
-        assert_same_bits(of_ranks)
-        good = [x for shard in cases[number][1] for x in shard if x.isfinite().all()]
+    combined = list(product(BAD, ("loader", "population")))
+    cases: list[Case] = [
+        (model, shards_with(BAD[name], value), False, {"normalization_batch_size": size}) for name, size in combined
+    ]
+    for (name, size), (_, shards, _, _), results in zip(combined, cases, measured_on_ranks(cases), strict=True):
+        good = [x for shard in shards for x in shard if x.isfinite().all()]
+        statistics, _ = results[0]
         together = good if size == "loader" else [torch.cat(good)]
-        statistics, _ = of_ranks[0]
         assert_close_to(statistics, in_double(model, together), sigma=1e-10, var=1e-10)
-        assert [s.left_out for s, _ in of_ranks] == [len(BAD[name])] * 2
+        assert [s.left_out for s, _ in results] == [len(BAD[name])] * 2
         assert statistics.num_samples == sum(map(len, good)) and statistics.num_batches == len(good)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ Batches = list[Tensor]
 Result = tuple[PopulationStatistics, dict[str, Tensor]]
 
 
+Case = tuple[nn.Module, list[Batches], bool, dict[str, Any]]
+"""Model, shards, whether DDP wraps the model, and arguments of `precise_bn`."""
+
+
 def measured(model: nn.Module, shards: list[Batches], wrap: bool, kwargs: dict[str, Any]) -> Result:
     """Statistics of this rank's shard and the others', and what is then stored."""
     precise = DistributedDataParallel(model) if wrap else model
@@ -31,7 +36,20 @@ def measured(model: nn.Module, shards: list[Batches], wrap: bool, kwargs: dict[s
     return statistics, model.state_dict()
 
 
-def assert_same_bits(results: list[Result]) -> None:
+def _each_measured(cases: list[Case]) -> list[Result]:
+    return [measured(*case) for case in cases]
+
+
+def measured_on_ranks(cases: list[Case]) -> list[list[Result]]:
+    """For each case the results of all ranks, which have the same bits."""
+    (world_size,) = {len(shards) for _, shards, _, _ in cases}
+    results = list(zip(*run_on_ranks(_each_measured, world_size, cases), strict=True))
+    for of_ranks in results:
+        assert_same_bits(of_ranks)
+    return results
+
+
+def assert_same_bits(results: Sequence[Result]) -> None:
     first, stored = results[0]
     for statistics, others in results[1:]:
         assert list(statistics) == list(first)
@@ -43,39 +61,36 @@ def assert_same_bits(results: list[Result]) -> None:
         assert all(torch.equal(others[key], value) for key, value in stored.items())
 
 
-SHARDS = {
-    "uneven batches": [[8, 8], [8, 3]],
-    "an uneven number of batches": [[8, 8, 8], [4]],
-    "a rank without batches": [[8, 5], []],
-    "four ranks, two without": [[8, 8, 2], [], [6], []],
-}
+UNEVEN = {"batches": [[8, 8], [8, 3]], "number of batches": [[8, 8, 8], [4]]}
+SHARDS = [
+    [*UNEVEN.values(), [[8, 5], []]],  # of two ranks
+    [[[8, 8, 2], [], [6], []]],  # of four
+]
 
 
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("name", SHARDS)
-def test_ranks_measure_what_one_process_measures_on_all_data(name: str, wrap: bool) -> None:
+@pytest.mark.parametrize("sizes", SHARDS)
+def test_ranks_measure_what_one_process_measures_on_all_data(sizes: list[list[list[int]]]) -> None:
     model = cnn()
-    shards = [images(*sizes) for sizes in SHARDS[name]]
-    everything = [batch for shard in shards for batch in shard]
-    truth = in_double(model, everything)
-    results = run_on_ranks(measured, len(shards), model, shards, wrap, {})
-    assert_same_bits(results)
-    statistics, _ = results[0]
-    assert_close_to(statistics, truth, sigma=2e-5, var=1e-4)
-    assert statistics.num_samples == sum(map(len, everything)) and statistics.num_batches == len(everything)
-    alone = precise_bn(model, everything, normalization_batch_size="loader")
-    for layer in alone:
-        assert statistics[layer].calls == alone[layer].calls
-        torch.testing.assert_close(statistics[layer].standard_error, alone[layer].standard_error, rtol=1e-4, atol=0)
+    shards = [[images(*of_rank) for of_rank in of_ranks] for of_ranks in sizes]
+    cases: list[Case] = [(model, of_ranks, wrap, {}) for of_ranks in shards for wrap in (False, True)]
+    for (_, of_ranks, _, _), results in zip(cases, measured_on_ranks(cases), strict=True):
+        everything = [batch for shard in of_ranks for batch in shard]
+        statistics, _ = results[0]
+        assert_close_to(statistics, in_double(model, everything), sigma=2e-5, var=1e-4)
+        assert statistics.num_samples == sum(map(len, everything)) and statistics.num_batches == len(everything)
+        alone = precise_bn(copy.deepcopy(model), everything, normalization_batch_size="loader")
+        for layer in alone:
+            assert statistics[layer].calls == alone[layer].calls
+            torch.testing.assert_close(statistics[layer].standard_error, alone[layer].standard_error, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("num_samples", "rounds"), [(1, 1), (8, 1), (9, 2), (17, 3), (1000, 3)])
-def test_num_samples_counts_those_of_all_ranks(num_samples: int, rounds: int) -> None:
+def test_num_samples_counts_those_of_all_ranks() -> None:
     model, shards = cnn(), [images(4, 4, 4), images(4, 4)]
-    truth = in_double(model, [batch for shard in shards for batch in shard[:rounds]])
-    results = run_on_ranks(measured, 2, model, shards, False, {"num_samples": num_samples})
-    assert_same_bits(results)
-    assert_close_to(results[0][0], truth, sigma=2e-5, var=1e-4)
+    rounds = {1: 1, 8: 1, 9: 2, 17: 3, 1000: 3}
+    cases: list[Case] = [(model, shards, False, {"num_samples": number}) for number in rounds]
+    for read, results in zip(rounds.values(), measured_on_ranks(cases), strict=True):
+        truth = in_double(model, [batch for shard in shards for batch in shard[:read]])
+        assert_close_to(results[0][0], truth, sigma=2e-5, var=1e-4)
 
 
 class Branching(nn.Module):
@@ -90,10 +105,8 @@ class Branching(nn.Module):
 
 
 def test_a_layer_reached_on_one_rank_only_is_estimated_on_all() -> None:
-    model, shards = Branching(), [images(4, 4), images(8, 8)]
-    results = run_on_ranks(measured, 2, model, shards, False, {})
-    assert_same_bits(results)
-    statistics, stored = results[0]
+    shards = [images(4, 4), images(8, 8)]
+    ((statistics, stored), _) = measured_on_ranks([(Branching(), shards, False, {})])[0]
     assert list(statistics) == ["small", "large"]
     for name, shard in zip(("small", "large"), shards, strict=True):
         assert_close_to({name: statistics[name]}, {name: torch.cat([rows_of(x) for x in shard])}, sigma=1e-5, var=1e-5)
@@ -102,34 +115,41 @@ def test_a_layer_reached_on_one_rank_only_is_estimated_on_all() -> None:
 
 def test_a_layer_called_several_times_is_merged_call_by_call() -> None:
     model, shards = Shared(), [images(8, 4), images(3)]
-    truth = in_double(model, [*shards[0], *shards[1]])
-    results = run_on_ranks(measured, 2, model, shards, False, {})
-    assert_same_bits(results)
-    assert results[0][0]["bn"].calls == 6
-    assert_close_to(results[0][0], truth, sigma=2e-5, var=1e-4)
+    ((statistics, _), _) = measured_on_ranks([(model, shards, False, {})])[0]
+    assert statistics["bn"].calls == 6
+    assert_close_to(statistics, in_double(model, [*shards[0], *shards[1]]), sigma=2e-5, var=1e-4)
 
 
-def refused(model: nn.Module, shards: list[Batches]) -> tuple[str, bool]:
-    before = copy.deepcopy(model.state_dict())
-    try:
-        precise_bn(model, shards[dist.get_rank()], normalization_batch_size="loader")
-    except ValueError as error:
-        return str(error), all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    return "", False
+def refusals(model: nn.Module, cases: list[list[Batches]]) -> list[tuple[str, bool]]:
+    """For each case the error, and whether the model is as before."""
+    found = []
+    for shards in cases:
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError) as error:
+            precise_bn(model, shards[dist.get_rank()], normalization_batch_size="loader")
+        untouched = all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        found.append((str(error.value), untouched))
+    return found
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_values_in_all_batches_are_refused_on_all(bad: float) -> None:
+def with_bad_values(value: float) -> list[Batches]:
     shards = [images(4, 4), images(4)]
     for batch in (*shards[0], *shards[1]):
-        batch[0, 0, 0, 0] = bad
-    for message, untouched in run_on_ranks(refused, 2, cnn(), shards):
-        assert message.startswith("Layer '1' received non-finite values") and untouched
+        batch[0, 0, 0, 0] = value
+    return shards
 
 
-def test_no_batches_on_any_rank_are_refused_on_all() -> None:
-    for message, untouched in run_on_ranks(refused, 2, cnn(), [[], []]):
-        assert message.startswith("No batch reached a BatchNorm layer of 1, 5") and untouched
+def test_what_one_process_refuses_is_refused_on_all_ranks() -> None:
+    nonfinite = "Layer '1' received non-finite values"
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(cnn())
+    for model, cases in [
+        (cnn(), {nonfinite: with_bad_values(math.nan), "No batch reached a BatchNorm layer of 1, 5": [[], []]}),
+        (cnn(), {nonfinite: with_bad_values(math.inf)}),
+        (synced, {"Only 1 of 2 ranks have a batch, and SyncBatchNorm layers": [images(4), []]}),
+    ]:
+        for of_rank in run_on_ranks(refusals, 2, model, list(cases.values()), timeout=60):
+            for (message, untouched), expected in zip(of_rank, cases, strict=True):
+                assert message.startswith(expected) and untouched
 
 
 # --- SyncBatchNorm ----------------------------------------------------------------------------------------------------
@@ -142,10 +162,10 @@ def measured_synced(model: nn.Module, shards: list[Batches]) -> tuple[Result, di
     return result, calls
 
 
-@pytest.mark.parametrize("name", ["uneven batches", "an uneven number of batches"])
-def test_synced_layers_normalize_with_the_statistics_of_all_ranks_batches(name: str) -> None:
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_synced_layers_normalize_with_the_statistics_of_all_ranks_batches(uneven: str) -> None:
     model = cnn()
-    shards = [images(*sizes) for sizes in SHARDS[name]]
+    shards = [images(*sizes) for sizes in UNEVEN[uneven]]
     steps = [torch.cat([s[i] for s in shards if len(s) > i]) for i in range(max(map(len, shards)))]
     truth = in_double(model, steps)  # one process, each step's batches concatenated
     oracle = copy.deepcopy(model)
@@ -159,12 +179,3 @@ def test_synced_layers_normalize_with_the_statistics_of_all_ranks_batches(name: 
         for i, (_, together) in enumerate(expected[layer]):
             outputs = [calls[layer][i][1] for (_, calls), s in zip(results, shards, strict=True) if len(s) > i]
             torch.testing.assert_close(torch.cat(outputs), together, rtol=1e-4, atol=1e-4)
-
-
-def refused_synced(model: nn.Module, shards: list[Batches]) -> tuple[str, bool]:
-    return refused(nn.SyncBatchNorm.convert_sync_batchnorm(model), shards)
-
-
-def test_synced_layers_without_company_are_refused_on_all_ranks_before_anything_hangs() -> None:
-    for message, untouched in run_on_ranks(refused_synced, 2, cnn(), [images(4), []]):
-        assert message.startswith("Only 1 of 2 ranks have a batch, and SyncBatchNorm layers") and untouched

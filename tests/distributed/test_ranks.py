@@ -1,4 +1,4 @@
-"""The tests' own runner of ranks: a rank that fails or hangs fails the test, and says so."""
+"""The tests' own runner of ranks: a rank that fails or hangs fails the test with its error."""
 
 from __future__ import annotations
 
@@ -28,46 +28,39 @@ def sum_of_ranks(offset: int) -> int:
     return int(total)
 
 
-def fail_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        raise ValueError("here")
-    dist.barrier()
-
-
-def die_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        os._exit(3)
-
-
-def hang_on_rank_1() -> None:
-    if dist.get_rank() == 1:
-        time.sleep(60)
-
-
 def test_every_rank_returns_its_result() -> None:
     assert run_on_ranks(sum_of_ranks, 2, 10) == [21, 21]
+    assert run_on_ranks(sum_of_ranks, 4, 1) == [10] * 4
 
 
-def test_a_rank_that_raises_fails_the_run_with_its_traceback() -> None:
-    with pytest.raises(RuntimeError, match=r"rank 1: .*\n[^$]*ValueError: here"):
-        run_on_ranks(fail_on_rank_1, 2)
-
-
-def test_a_rank_that_dies_fails_the_run() -> None:
-    with pytest.raises(RuntimeError, match="rank 1: died"):
-        run_on_ranks(die_on_rank_1, 2)
-
-
-def test_a_rank_that_hangs_is_killed_and_the_next_call_has_new_ones() -> None:
-    before = processes_of_ranks()
-    with pytest.raises(RuntimeError, match="rank 1: nothing in time"):
-        run_on_ranks(hang_on_rank_1, 2, timeout=4)
-    assert len(before) == 2 and not any(psutil.pid_exists(pid) for pid in before)
-    assert not before & processes_of_ranks()
+def fail_on_rank_1(how: str) -> None:
+    if dist.get_rank() == 0:
+        return dist.barrier() if how == "raises" else None
+    if how == "raises":
+        raise ValueError("here")
+    if how == "dies":
+        os._exit(3)
+    time.sleep(60)
 
 
 def processes_of_ranks() -> set[int]:
     return set(run_on_ranks(os.getpid, 2))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "timeout"),
+    [
+        ("raises", r"rank 1: .*\n[^$]*ValueError: here", 120),
+        ("dies", "rank 1: died", 120),
+        ("hangs", "rank 1: nothing in time", 2),
+    ],
+)
+def test_a_rank_that_fails_fails_the_run_and_the_next_call_has_new_ones(how: str, error: str, timeout: float) -> None:
+    before = processes_of_ranks()
+    with pytest.raises(RuntimeError, match=error):
+        run_on_ranks(fail_on_rank_1, 2, how, timeout=timeout)
+    assert len(before) == 2 and not any(psutil.pid_exists(pid) for pid in before)
+    assert not before & processes_of_ranks()
 
 
 def change_everything() -> None:
@@ -89,7 +82,7 @@ def state() -> tuple[Any, ...]:
     return os.environ.get("LEFT_BEHIND"), strict, random.random(), len(caught), groups, *torch_state
 
 
-def test_ranks_stay_but_nothing_that_they_were_left_with() -> None:
+def test_ranks_stay_and_every_call_has_the_same_global_state() -> None:
     before, processes = run_on_ranks(state, 2), processes_of_ranks()
     run_on_ranks(change_everything, 2)
     assert run_on_ranks(state, 2) == before

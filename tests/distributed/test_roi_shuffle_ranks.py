@@ -96,21 +96,15 @@ def assert_equal(found: State, expected: State, tolerance: float = 1e-10) -> Non
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def with_and_without(counts: tuple[int, int]) -> tuple[State, State]:
-    x, model = rows(counts[dist.get_rank()]), Detector(bn=False)
-    without = step(copy.deepcopy(model), x)
-    with pytest.warns(UserWarning, match="no BatchNorm") if dist.get_rank() == 0 else contextlib.nullcontext():
-        handle = shuffled(model)
-    with handle:
-        found = step(model, x)
-        assert handle.unshuffled == (2 if sum(counts) < 4 else 0)
-    return found, without
-
-
-@pytest.mark.parametrize("counts", [(0, 9), (12, 1), (1, 1)])
-def test_without_batchnorm_loss_and_gradients_are_those_of_no_shuffle(counts: tuple[int, int]) -> None:
-    for found, without in run_on_ranks(with_and_without, 2, counts):
-        assert_equal(found, without)
+def without_batchnorm_gradients_are_those_of_no_shuffle() -> None:
+    for counts in ((0, 9), (12, 1), (1, 1)):
+        x, model = rows(counts[dist.get_rank()]), Detector(bn=False)
+        without = step(copy.deepcopy(model), x)
+        with pytest.warns(UserWarning, match="no BatchNorm") if dist.get_rank() == 0 else contextlib.nullcontext():
+            handle = shuffled(model)
+        with handle:
+            assert_equal(step(model, x), without)
+            assert handle.unshuffled == (2 if sum(counts) < 4 else 0)
 
 
 def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
@@ -118,66 +112,53 @@ def what_a_head_sees() -> tuple[Tensor, Tensor, dict[str, Tensor], list[str]]:
     x = rows(9)
     with shuffled(model):
         outputs = model(x)
-        shown = [repr(model)]
+        reprs = [repr(model)]
         model.eval()
         model(x)
-    shown.append(repr(model))
+    reprs.append(repr(model))
     moved, in_eval = model.box_head.seen
     features = model.trunk(x).detach()
     assert torch.equal(in_eval, features), "rows moved in eval mode"
     assert all(o.requires_grad for o in outputs.values())
-    return features, moved, dict(model.box_head.bn.named_buffers()), shown
+    return features, moved, dict(model.box_head.bn.named_buffers()), reprs
 
 
 def test_a_head_normalizes_rows_of_both_ranks() -> None:
     first, second = run_on_ranks(what_a_head_sees, 2)
     every = torch.cat([first[0], second[0]])
-    for own, moved, buffers, shown in (first, second):
+    for own, moved, buffers, reprs in (first, second):
         from_here = sum(any(torch.equal(row, o) for o in own) for row in moved)
         assert 0 < from_here < len(moved) == 9, "rows of one rank alone"
         normalized = nn.functional.linear(moved, Detector().box_head.fc.weight, Detector().box_head.fc.bias)
         torch.testing.assert_close(buffers["running_mean"], 0.1 * normalized.mean(0))
-        assert shown[0].count("rows exchanged") == 2 and "exchanged" not in shown[1]
+        assert reprs[0].count("rows exchanged") == 2 and "exchanged" not in reprs[1]
     moved = torch.cat([first[1], second[1]])
     assert torch.equal(moved.sort(0)[0], every.sort(0)[0])
 
 
-def ignoring(counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool) -> list[State]:
-    """Gradients where each rank's loss uses other outputs; and with 0 times the outputs it does not use."""
-    rank, found = dist.get_rank(), []
-    for seed in range(2):
+EVERY_OUTPUT = ("trunk", "boxes", "masks")
+USES: list[tuple[tuple[int, int], list[tuple[str, ...]], bool]] = [
+    ((8, 6), [EVERY_OUTPUT, ("trunk",)], False),
+    ((0, 11), [EVERY_OUTPUT, ("trunk",)], True),
+    ((0, 11), [("trunk",), ("masks", "boxes")], False),
+    ((8, 6), [("trunk", "masks"), ("boxes",)], True),
+    ((8, 6), [("boxes", "masks", "trunk"), EVERY_OUTPUT], False),
+]
+"""Rows of each rank, outputs that its loss uses, and find_unused_parameters."""
+
+
+def a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others() -> None:
+    """It gets the gradients that it gets from 0 times the outputs that it does not use."""
+    rank = dist.get_rank()
+    for seed, (counts, uses, find_unused) in itertools.product(range(2), USES):
         x, model = rows(counts[rank]), Detector()
         twin = copy.deepcopy(model)
         with shuffled(model, seed):
-            found.append(step(model, x, uses[rank], find_unused_parameters=find_unused))
+            found = step(model, x, uses[rank], find_unused_parameters=find_unused)
         ddp = DistributedDataParallel(twin)
         with shuffled(ddp.module, seed):
-            outputs = ddp(x)
-            sum((name in uses[rank]) * value for name, value in outputs.items()).backward()
-        found.append(gradients(twin))
-    return found
-
-
-EVERY_OUTPUT = ("trunk", "boxes", "masks")
-
-
-@pytest.mark.parametrize(
-    ("counts", "uses", "find_unused"),
-    [
-        ((8, 6), [EVERY_OUTPUT, ("trunk",)], False),
-        ((0, 11), [EVERY_OUTPUT, ("trunk",)], True),
-        ((0, 11), [("trunk",), ("masks", "boxes")], False),
-        ((8, 6), [("trunk", "masks"), ("boxes",)], True),
-        ((8, 6), [("boxes", "masks", "trunk"), ("masks", "trunk", "boxes")], False),
-    ],
-)
-def test_a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others(
-    counts: tuple[int, int], uses: list[tuple[str, ...]], find_unused: bool
-) -> None:
-    """And gets the gradients that its rows have through the batches of other ranks."""
-    for found in run_on_ranks(ignoring, 2, counts, uses, find_unused):
-        for ours, expected in zip(found[::2], found[1::2], strict=True):
-            assert_equal(ours, expected)
+            sum((name in uses[rank]) * value for name, value in ddp(x).items()).backward()
+        assert_equal(found, gradients(twin))
 
 
 class WithoutGradients(Detector):
@@ -195,55 +176,31 @@ class CallsItself(Detector):
         return {**self(x, within=True), "boxes": self.box_head(self.trunk(x))[1].sin().sum()}
 
 
-def one_uses_them(kind: type[Detector]) -> State:
-    model = kind()
-    with shuffled(model):
-        outputs = model(rows(6))
-        (outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"])).backward()
-    return gradients(model)
-
-
-@pytest.mark.parametrize("kind", [WithoutGradients, CallsItself])
-def test_no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call(kind: type) -> None:
-    for found in run_on_ranks(one_uses_them, 2, kind):
-        assert found["trunk.weight"].isfinite().all()
-
-
-def recomputed(checkpointing: str) -> tuple[State, State]:
-    """Gradients of two forwards with checkpointing and without; and of the same rows once more, in another order."""
-    x, found = rows(5 + dist.get_rank()), []
-    plain = "whole" if checkpointing.startswith("whole") else ""
-    for kind in (checkpointing, plain):
-        model = Detector(checkpointing=kind)
-        if kind == "whole":
-            model.run = lambda function, x: function(x)  # type: ignore[method-assign]
+def no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call() -> None:
+    for kind in (WithoutGradients, CallsItself):
+        model = kind()
         with shuffled(model):
-            for _ in range(2):
-                model.zero_grad()
-                outputs = [model(x), model(x + 1)]
-                sum(value for output in outputs for value in output.values()).backward()
-        found.append(gradients(model))
-    return found[0], found[1]
+            outputs = model(rows(6))
+            (outputs["trunk"] + (0 if dist.get_rank() else outputs["boxes"])).backward()
+        assert gradients(model)["trunk.weight"].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["head", "head, reentrant", "whole", "whole, reentrant"])
-def test_recomputed_rows_take_the_route_they_took(kind: str) -> None:
-    for found, expected in run_on_ranks(recomputed, 2, kind):
-        assert_equal(found, expected)
-
-
-def recomputed_otherwise() -> None:
-    model, calls = Detector(checkpointing="whole"), itertools.count()
-    heads = model.heads
-    model.heads = lambda features: heads(features + next(calls))  # type: ignore[method-assign]
-    with shuffled(model):
-        loss = sum(model(rows(6)).values())
-        with pytest.raises(RuntimeError, match="Activation checkpointing has to recompute the same numbers"):
-            loss.backward()
-
-
-def test_rows_that_no_forward_exchanged_are_refused_in_backward() -> None:
-    run_on_ranks(recomputed_otherwise, 2)
+def recomputed_rows_take_the_route_they_took() -> None:
+    """In two forwards with checkpointing and without; and for the same rows once more, in another order."""
+    x = rows(5 + dist.get_rank())
+    for checkpointing in ("head", "head, reentrant", "whole", "whole, reentrant"):
+        found = []
+        for kind in (checkpointing, "whole" if "whole" in checkpointing else ""):
+            model = Detector(checkpointing=kind)
+            if kind == "whole":
+                model.run = lambda function, x: function(x)  # type: ignore[method-assign]
+            with shuffled(model):
+                for _ in range(2):
+                    model.zero_grad()
+                    outputs = [model(x), model(x + 1)]
+                    sum(value for output in outputs for value in output.values()).backward()
+            found.append(gradients(model))
+        assert_equal(*found)
 
 
 class Contrastive(nn.Module):
@@ -261,22 +218,17 @@ class Contrastive(nn.Module):
         return (self.encoder_q(x) * keys).sum(), keys
 
 
-def contrasted() -> tuple[Tensor, bool, bool]:
-    """Rank 1 runs no backward, for which nobody waits."""
+def a_momentum_encoder_is_shuffled_without_gradients() -> None:
+    """Rank 1 runs no backward, for which no rank waits."""
     model, x = Contrastive(), rows(6)
     with roi_shuffle(model, modules="encoder_k"):
         loss, keys = model(x)
         if dist.get_rank() == 0:
             loss.backward()
-    return keys, keys.requires_grad, torch.allclose(keys, model.encoder_k(x))
+    assert keys.shape == (6, 3) and not keys.requires_grad and not torch.allclose(keys, model.encoder_k(x))
 
 
-def test_a_momentum_encoder_is_shuffled_without_gradients() -> None:
-    for keys, has_gradient, own_batch in run_on_ranks(contrasted, 2):
-        assert keys.shape == (6, 3) and not has_gradient and not own_batch
-
-
-def where_nobody_waits() -> None:
+def ranks_wait_for_each_other_only_where_batch_statistics_are_used() -> None:
     """Each rank does it a different number of times."""
     model, x = Detector(), rows(6)
     with shuffled(model):
@@ -298,11 +250,7 @@ def where_nobody_waits() -> None:
         model.train()(x)  # undone
 
 
-def test_ranks_wait_for_each_other_only_where_batch_statistics_are_used() -> None:
-    run_on_ranks(where_nobody_waits, 2)
-
-
-def copied() -> None:
+def copies_are_plain_and_nothing_is_left() -> None:
     made = dist.distributed_c10d._world.pg_names
     there_were = len(made)
     model = Detector()
@@ -322,8 +270,19 @@ def copied() -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_copies_are_plain_and_nothing_is_left() -> None:
-    run_on_ranks(copied, 2)
+def compiled_gradients_are_the_eager_ones() -> None:
+    """Where rank 1's loss ignores the heads."""
+    x, found = rows(6), []
+    for wrap in (torch.nn.Sequential, lambda model: torch.compile(model, backend="eager")):
+        model = Detector()
+        called = wrap(model)
+        with shuffled(called):
+            outputs = called(x)
+            (outputs["trunk"] if dist.get_rank() else sum(outputs.values())).backward()
+        if dist.get_rank():
+            called(x)  # alone: undone
+        found.append(gradients(model))
+    assert_equal(*found)
 
 
 class Strange(Detector):
@@ -338,91 +297,74 @@ class Strange(Detector):
         return self.box_head(self.wrap(x))
 
 
-def wrapped(x: Tensor) -> Any:
-    return {"x": x, "where": slice(None)}
-
-
-def strange() -> list[str]:
-    said = []
-    for wrap in (wrapped, Tensor.double):
-        model = Strange(wrap)
-        with shuffled(model), pytest.raises(TypeError) as error:
-            model(rows(5))
-        said.append(str(error.value))
-    return said
-
-
-def test_errors_name_the_module() -> None:
-    for structure, summed in run_on_ranks(strange, 2):
-        assert "Module 'box_head': exchange_rows was given a slice" in structure
-        assert "Module 'box_head': restore_rows was given a Tensor that is no tensor of rows" in summed
-
-
-def compiled() -> tuple[State, State]:
-    """Gradients where rank 1's loss ignores the heads."""
-
-    def backward(model: Callable[..., Any]) -> None:
-        outputs = model(x)
-        (outputs["trunk"] if dist.get_rank() else sum(outputs.values())).backward()
-
-    x, model, plain = rows(6), Detector(), Detector()
-    with shuffled(plain):
-        backward(plain)
-    graphed = torch.compile(model, backend="eager")
-    with shuffled(graphed):
-        backward(graphed)
-    if dist.get_rank():
-        graphed(x)  # alone: undone
-    return gradients(model), gradients(plain)
-
-
-def test_it_works_under_compile() -> None:
-    for found, expected in run_on_ranks(compiled, 2):
-        assert_equal(found, expected)
-
-
-def test_one_process_is_told_that_ghosts_help() -> None:
-    model = Detector()
-    with pytest.warns(UserWarning, match="one process.*Ghost BN") as record, roi_shuffle(model, modules="*head"):
-        assert type(model.box_head) is Head and type(model) is Detector
-    assert len(record) == 1
-    with pytest.raises(ValueError, match=r"modules='roi.\*' matches no module of Detector. There are: trunk, box_head"):
-        roi_shuffle(model, modules="roi.*")
-    for nothing in (3, None, "", ()):
-        with pytest.raises(TypeError, match="modules must be a glob pattern over qualified names"):
-            roi_shuffle(model, modules=nothing)  # type: ignore[arg-type]
-
-
 class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(3)), nn.BatchNorm1d(3)])
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [head(x) for head in self.heads]
+
+def what_cannot_be_exchanged_or_recomputed_and_layers_of_datasets_are_refused() -> None:
+    for wrap, words in [
+        (lambda x: {"x": x, "where": slice(None)}, "exchange_rows was given a slice"),
+        (Tensor.double, "restore_rows was given a Tensor that is no tensor of rows"),
+    ]:
+        model = Strange(wrap)
+        with shuffled(model), pytest.raises(TypeError, match=f"Module 'box_head': {words}"):
+            model(rows(5))
+    model, calls = Detector(checkpointing="whole"), itertools.count()
+    heads = model.heads
+    model.heads = lambda features: heads(features + next(calls))  # type: ignore[method-assign]
+    with shuffled(model):
+        loss = sum(model(rows(6)).values())
+        with pytest.raises(RuntimeError, match="Activation checkpointing has to recompute the same numbers"):
+            loss.backward()
+    heads = Heads()
+    refusal = pytest.raises(
+        ValueError, match=r"cannot have domain-specific BN, because it has RoIShuffle: rows .* domain"
+    )
+    with roi_shuffle(heads, modules="heads.*"), refusal:
+        domain_bn(heads, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared")
 
 
-@pytest.mark.parametrize("modules", ["heads", "heads*"])
-def test_a_container_that_is_never_called_is_refused_with_the_way_out(modules: str) -> None:
-    with pytest.raises(ValueError, match=r"'heads' is a ModuleList, .*select its members \(modules='heads\.\*'\)"):
-        roi_shuffle(Heads(), modules=modules)
+@pytest.mark.parametrize(
+    "check",
+    [
+        without_batchnorm_gradients_are_those_of_no_shuffle,
+        a_rank_whose_loss_ignores_its_rows_runs_the_backward_of_the_others,
+        no_rank_waits_for_one_without_gradients_or_after_a_call_within_a_call,
+        recomputed_rows_take_the_route_they_took,
+        a_momentum_encoder_is_shuffled_without_gradients,
+        ranks_wait_for_each_other_only_where_batch_statistics_are_used,
+        copies_are_plain_and_nothing_is_left,
+        compiled_gradients_are_the_eager_ones,
+        what_cannot_be_exchanged_or_recomputed_and_layers_of_datasets_are_refused,
+    ],
+)
+def test_on_two_ranks(check: Callable[[], None]) -> None:
+    run_on_ranks(check, 2)
+
+
+def test_one_process_is_warned_and_keeps_its_modules() -> None:
+    model = Detector()
+    with pytest.warns(UserWarning, match="one process.*Ghost BN") as record, roi_shuffle(model, modules="*head"):
+        assert type(model.box_head) is Head and type(model) is Detector
+    assert len(record) == 1
     with pytest.warns(UserWarning, match="there is one process"), roi_shuffle(Heads(), modules="heads.*"):
         pass
 
 
-def test_another_object_than_a_generator_is_refused() -> None:
-    with pytest.raises(TypeError, match="generator must be"):
-        roi_shuffle(Heads(), modules="heads.0", generator=0)  # type: ignore[arg-type]
+CONTAINER = r"'heads' is a ModuleList, .*select its members \(modules='heads\.\*'\)"
 
 
-def with_datasets() -> None:
-    model = Heads()
-    with (
-        roi_shuffle(model, modules="heads.*"),
-        pytest.raises(ValueError, match=r"cannot have domain-specific BN, because it has RoIShuffle: rows .* domain"),
-    ):
-        domain_bn(model, num_domains=2, train_statistics="domain", population_statistics="domain", affine="shared")
-
-
-def test_rows_of_datasets_told_apart_are_not_mixed() -> None:
-    run_on_ranks(with_datasets, 2)
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"modules": "roi.*"}, ValueError, r"modules='roi.\*' matches no module of Heads. There are: heads"),
+        *[({"modules": m}, TypeError, "modules must be a glob pattern over qualified") for m in (3, None, "", ())],
+        *[({"modules": modules}, ValueError, CONTAINER) for modules in ("heads", "heads*")],
+        ({"modules": "heads.0", "generator": 0}, TypeError, "generator must be"),
+    ],
+)
+def test_what_is_no_module_or_generator_is_refused(options: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        roi_shuffle(Heads(), **options)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from itertools import product
-from typing import Any
+from itertools import chain, product
 
 import pytest
 import timm.layers
@@ -90,8 +89,7 @@ def gradient_of(x: Tensor) -> Tensor:
 def steps_on_this_rank(cases: list[Case], device: str) -> list[Outcome]:
     found = []
     for model, shards in cases:
-        model.to(device)
-        with sync_bn(model):
+        with sync_bn(model.to(device)):
             (behavior,) = {b for layer in find_bn(model).values() for b in behaviors_of(layer)}
             assert isinstance(behavior, Synced) and behavior.num_ranks == dist.get_world_size()
             found.append(steps(model, [x.to(device) for x in shards[dist.get_rank()]]))
@@ -104,15 +102,15 @@ def assert_one_batch(model: nn.Module, shards: list[list[Tensor]], found: list[O
     together = [torch.cat(batches) for batches in zip(*shards, strict=True)]
     seen, grads, buffers = steps(model, together)
     close = {"rtol": 1e-10, "atol": 1e-10}
-    per_rank = [outcome[0] for outcome in found]
-    for parts, whole in zip(zip(*per_rank, strict=True), seen, strict=True):
+    outputs, shares, states = zip(*found, strict=True)
+    for *parts, whole in zip(*outputs, seen, strict=True):
         torch.testing.assert_close(torch.cat(parts), whole, **close)
-    for shares, whole in zip(zip(*(outcome[1] for outcome in found), strict=True), grads, strict=True):
-        torch.testing.assert_close(sum(shares), whole, **close)
-    for _, _, stored in found:
+    for *parts, whole in zip(*shares, grads, strict=True):
+        torch.testing.assert_close(sum(parts), whole, **close)
+    for stored in states:
         for name, value in buffers.items():
             torch.testing.assert_close(stored[name], value, **close)
-            assert torch.equal(stored[name], found[0][2][name]), "identical bits on every rank"
+            assert torch.equal(stored[name], states[0][name]), "identical bits on every rank"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
@@ -159,40 +157,37 @@ def test_a_gradient_penalty_is_that_of_one_process(device: str) -> None:
     for (model, shards), *found in zip(cases, *results, strict=True):
         whole = penalties(model, [torch.cat([x for (x,) in shards])])
         torch.testing.assert_close(torch.cat([of_rank[0] for of_rank in found]), whole[0], rtol=1e-8, atol=1e-10)
-        for shares, expected in zip(zip(*(of_rank[1:] for of_rank in found), strict=True), whole[1:], strict=True):
+        for *shares, expected in zip(*(of_rank[1:] for of_rank in found), whole[1:], strict=True):
             torch.testing.assert_close(sum(shares), expected, rtol=1e-8, atol=1e-10)
 
 
-def groups(model: nn.Module, shards: list[list[Tensor]]) -> tuple[Outcome, dict[str, bool]]:
-    """Steps in groups of two; and what groups there are while and after."""
+def groups(model: nn.Module, shards: list[list[Tensor]]) -> Outcome:
+    """Steps in groups of two, which are reused and, when no layer needs them, destroyed."""
     made = dist.distributed_c10d._world.pg_names
-    there_were, seen = len(made), {}
+    there_were = len(made)
     second = copy.deepcopy(model)
     with pytest.raises(ValueError, match="group_size=3, but there are 4 ranks"):
         sync_bn(model, group_size=3)
     with sync_bn(model, group_size=2, layers="1"):
         with_one = len(made)
         with sync_bn(model, group_size=2, layers="4"), sync_bn(second, group_size=4):
-            seen["reused"] = len(made) == with_one == there_were + 1
+            assert len(made) == with_one == there_were + 1
             outcome = steps(model, shards[dist.get_rank()])
         steps(model, shards[dist.get_rank()])  # layer 1 is synced still
-    seen["destroyed"] = len(made) == there_were
+    assert len(made) == there_were
     with pytest.warns(UserWarning, match="Ghost BN") if dist.get_rank() == 0 else contextlib.nullcontext():
         sync_bn(model, group_size=1)
     with sync_bn(model), pytest.raises(ValueError, match="'1' already has SyncBN"):
         sync_bn(model, group_size=2)
-    return outcome, seen
+    return outcome
 
 
 def test_groups_of_two_out_of_four_are_two_processes() -> None:
     model = MODELS["BatchNorm2d"]()
-    batches = [x.double() for x in images(10)]
-    shards = [[part] for part in batches[0].split((3, 1, 0, 6))]
+    shards = [[part] for part in images(10)[0].double().split((3, 1, 0, 6))]
     results = run_on_ranks(groups, 4, model, shards)
-    for first in (0, 2):
-        found = [results[rank][0] for rank in (first, first + 1)]
-        assert_one_batch(copy.deepcopy(model), shards[first : first + 2], found)
-    assert all(seen == {"reused": True, "destroyed": True} for _, seen in results)
+    for pair in (slice(0, 2), slice(2, 4)):
+        assert_one_batch(copy.deepcopy(model), shards[pair], results[pair])
 
 
 def ddp_gradients(model: nn.Module, uneven: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -208,30 +203,26 @@ def test_under_ddp_gradients_are_those_of_one_process_averaged_over_ranks() -> N
     model, x = MODELS["BatchNormAct2d"](), images(7)[0].double()
     results = run_on_ranks(ddp_gradients, 2, model, [list(x.split(sizes)) for sizes in ((5, 2), (7, 0))])
     _, expected, _ = steps(model, [x], input_grads=False)
-    for on_rank in results:
-        for found in on_rank:
-            for ours, theirs in zip(found, expected, strict=True):
-                torch.testing.assert_close(ours * 2, theirs, rtol=1e-10, atol=1e-10)
+    for found in chain(*results):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours * 2, theirs, rtol=1e-10, atol=1e-10)
 
 
-def uneven() -> dict[str, Any]:
+def uneven(x: Tensor) -> Tensor | None:
     """What only one rank does, or each differently; a rank that waited for another would fail the test."""
-    rank, seen = dist.get_rank(), {}
-    bn = nn.BatchNorm1d(3).double()
-    x = torch.randn(6, 3, dtype=torch.float64) * 3 + 1
+    rank, bn = dist.get_rank(), nn.BatchNorm1d(3).double()
     with sync_bn(bn):
-        # rank 1 has nothing, made from nothing, of another type; and its loss takes no notice of what came out
+        # rank 1 has no rows, of another type; and its loss ignores the output
         own = x.clone().requires_grad_() if rank == 0 else torch.zeros(0, 3)
         output = bn(own)
         (output.pow(3).sum() if rank == 0 else 0 * output.sum()).backward()
-        seen["gradient of the only rank with rows"] = own.grad
         with torch.no_grad():
             bn(x)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             bn(x[:1] if rank == 0 else x[:0])
         stored = bn.running_mean.clone()
         bn(x[:0])
-        seen["nothing anywhere changes nothing"] = torch.equal(bn.running_mean, stored)
+        assert torch.equal(bn.running_mean, stored)
         bn.eval()
         if rank == 0:
             bn(x)
@@ -244,28 +235,25 @@ def uneven() -> dict[str, Any]:
             bn(x)
     if rank == 0:
         bn(x)  # undone
-    seen["rows"] = x
-    return seen
+    return own.grad
 
 
 def test_ranks_wait_for_each_other_only_where_layers_are_synced_and_in_train_mode() -> None:
-    first, second = run_on_ranks(uneven, 2)
-    assert first["nothing anywhere changes nothing"] and second["nothing anywhere changes nothing"]
-    x = first["rows"].clone().requires_grad_()
+    x = (torch.randn(6, 3, dtype=torch.float64) * 3 + 1).requires_grad_()
+    first, second = run_on_ranks(uneven, 2, x.detach())
     nn.BatchNorm1d(3).double()(x).pow(3).sum().backward()
-    torch.testing.assert_close(first["gradient of the only rank with rows"], x.grad, rtol=1e-10, atol=1e-10)
-    assert second["gradient of the only rank with rows"] is None
+    torch.testing.assert_close(first, x.grad, rtol=1e-10, atol=1e-10)
+    assert second is None
 
 
-def estimated(model: nn.Module, shards: list[list[Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Statistics of a model whose layers are synced, and of a plain one, on ranks with different numbers of batches."""
+def estimated(model: nn.Module, shards: list[list[Tensor]]) -> None:
+    """On ranks with different numbers of batches, synced layers get the statistics of plain ones."""
     plain = copy.deepcopy(model)
     precise_bn(plain, shards[dist.get_rank()], normalization_batch_size="loader")
     with sync_bn(model):
         precise_bn(model, shards[dist.get_rank()], normalization_batch_size="loader")
-    return model.state_dict(), plain.state_dict()
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_a_pass_over_data_neither_waits_nor_syncs() -> None:
-    for synced, plain in run_on_ranks(estimated, 2, cnn(), [images(8, 5, 3), []]):
-        assert all(torch.equal(synced[key], plain[key]) for key in plain)
+    run_on_ranks(estimated, 2, cnn(), [images(8, 5, 3), []])

@@ -37,14 +37,6 @@ def layer() -> nn.BatchNorm1d:
 X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
 
-def test_behaviors_wrap_the_layers_forward_the_last_given_outermost() -> None:
-    bn = layer()
-    plain = bn(X)
-    attach(bn, Adds(1))
-    attach(bn, Adds(2))
-    torch.testing.assert_close(bn(X), ((plain + 1) * 10 + 2) * 10)
-
-
 def test_a_layer_may_be_called_by_keyword() -> None:
     class Renamed(nn.BatchNorm1d):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -65,12 +57,13 @@ def test_handles_undone_in_any_order_end_at_the_original(order: tuple[int, ...])
     behaviors = [Adds(i) for i in range(3)]
     handles = [Handle([bn], behavior) for behavior in behaviors]
     left = behaviors
-    for i in order:
-        handles[i].undo()
-        left = [b for b in left if b is not behaviors[i]]
+    for i in (None, *order):
+        if i is not None:
+            handles[i].undo()
+            left = [b for b in left if b is not behaviors[i]]
         assert list(behaviors_of(bn)) == left
         expected = plain
-        for behavior in left:
+        for behavior in left:  # the last given is outermost
             expected = (expected + behavior.number) * 10
         torch.testing.assert_close(bn(X), expected)
     assert type(bn) is nn.BatchNorm1d and set(vars(bn)) == attributes
@@ -87,13 +80,15 @@ def test_a_handle_undoes_once_and_after_an_error_too() -> None:
     assert type(bn) is nn.BatchNorm1d
 
 
-def test_the_layer_is_an_instance_of_its_class_and_shows_what_it_does() -> None:
-    bn = layer()
+def test_the_layer_is_an_instance_of_its_class_whose_repr_has_the_behavior() -> None:
+    bn, other = layer(), layer()
     attach(bn, Adds(1))
+    attach(other, Adds(2))
+    assert type(bn) is type(other), "torch.compile guards on classes: layers of one class share one derived class"
     assert isinstance(bn, nn.BatchNorm1d) and type(bn).__name__ == "BatchNorm1d"
     assert inspect.getdoc(type(bn)) == inspect.getdoc(nn.BatchNorm1d)
     assert repr(bn).startswith("BatchNorm1d(2, eps=1e-05") and repr(bn).endswith(", adds 1)")
-    detach(bn, bn._behaviors[0])
+    detach(bn, behaviors_of(bn)[0])
     assert "adds" not in repr(bn)
 
 
@@ -135,7 +130,7 @@ class Doubles(ModuleBehavior):
         return 2 * call(*args, **kwargs)
 
 
-def test_a_call_that_was_taken_hold_of_meanwhile_is_the_plain_one_afterwards() -> None:
+def test_a_bound_call_is_the_plain_one_after_undo() -> None:
     """As torch.compile does."""
     module = nn.Identity()
     handle = Handle([module], Doubles())
@@ -145,15 +140,7 @@ def test_a_call_that_was_taken_hold_of_meanwhile_is_the_plain_one_afterwards() -
     assert torch.equal(call(X), X) and type(module) is nn.Identity
 
 
-def test_layers_of_one_class_share_one_derived_class() -> None:
-    """Thousands of layers, a handful of classes: torch.compile guards on classes."""
-    a, b = layer(), layer()
-    attach(a, Adds(1))
-    attach(b, Adds(2))
-    assert type(a) is type(b)
-
-
-def test_online_a_deep_copy_says_that_it_is_not_adapted() -> None:
+def test_online_a_deep_copy_warns_that_it_is_not_adapted() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
     layers = {"0": model[0]}
     with Handle(layers.values(), Adapting(layers, 0)), pytest.warns(UserWarning, match=r"online=True.*not adapted"):

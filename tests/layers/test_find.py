@@ -1,6 +1,8 @@
-"""Layers are found by qualified name; a name that finds nothing is an error that says what there is."""
+"""Layers are found by qualified name; a name that finds nothing is an error that lists the names."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from torch import nn
@@ -40,29 +42,27 @@ def test_glob_patterns_choose_by_qualified_name(layers: str | list[str], names: 
     assert list(find_bn(Backbone(), layers)) == names
 
 
-@pytest.mark.parametrize("layers", [["body.*", "head.*"], "BODY.*", "stem"])
-def test_a_pattern_without_a_match_is_an_error_that_lists_the_names(layers: str | list[str]) -> None:
-    with pytest.raises(
-        ValueError, match=r"matches no BatchNorm layer of Backbone\. There are: stem\.1, body\.a, body\.b, sync\."
-    ):
+@pytest.mark.parametrize(
+    ("layers", "error", "match"),
+    [
+        *[
+            (layers, ValueError, r"no BatchNorm layer of Backbone\. There are: stem\.1, body\.a, body\.b, sync\.")
+            for layers in (["body.*", "head.*"], "BODY.*", "stem")
+        ],
+        *[(layers, TypeError, "glob pattern over qualified names, or a list of them") for layers in ([], 3, [None])],
+    ],
+)
+def test_what_matches_no_layer_or_is_no_pattern_is_refused(layers: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
         find_bn(Backbone(), layers)
 
 
-@pytest.mark.parametrize("layers", [[], 3, [None]])
-def test_layers_that_are_no_patterns_are_refused(layers: object) -> None:
-    with pytest.raises(TypeError, match="layers must be a glob pattern over qualified names, or a list of them"):
-        find_bn(Backbone(), layers)  # type: ignore[arg-type]
-
-
-def test_a_forward_set_on_an_instance_is_refused_by_name() -> None:
+def test_lazy_layers_and_forwards_set_on_the_instance_are_refused_by_name_if_they_are_chosen() -> None:
     model = cnn()
     model[5].forward = model[5].forward
     with pytest.raises(ValueError, match="Layer '5' has a forward set on the instance"):
         storing_layers(model)
     assert list(storing_layers(model, "1")) == ["1"]
-
-
-def test_lazy_layers_must_have_seen_data_if_they_are_chosen() -> None:
     model = nn.Sequential(nn.LazyBatchNorm1d(), nn.BatchNorm1d(2))
     with pytest.raises(ValueError, match="Layer '0' is lazy"):
         find_bn(model)

@@ -57,14 +57,9 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def row_with(key: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = [record["history"]["item"] for record in records if "history" in record]
+    rows: list[dict[str, Any]] = [record["history"]["item"] for record in records if "history" in record]
     (row,) = (row for row in rows if key in row)
-    assert isinstance(row, dict)
     return row
-
-
-def config(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return {k: v for record in records if "config" in record for k, v in record["config"].get("update", {}).items()}
 
 
 @pytest.mark.filterwarnings("error:Experiment logs directory")  # CSVLogger's, if we wrote first
@@ -109,37 +104,26 @@ def test_mlflow_gets_pictures_names_and_tables_as_artifacts(tmp_path: Path, monk
     assert table == {"columns": COLUMNS, "data": [["stem.bn", 0.25], ["a|b", None]]}
 
 
-def test_wandb_gets_an_image_on_the_trainers_step_axis(wandb_run: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_wandb_gets_image_names_table_chart_and_alert(wandb_run: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, records = wandb_run
     row = row_with("bn/curves.filenames", records)
     assert row["trainer/global_step"] == 7
     assert np.array_equal(pixels(folder / "files" / row["bn/curves.filenames"][0]), plots.to_rgb(FIGURE))
-
-
-def test_wandb_gets_names_in_its_config_and_a_table_at_its_step(wandb_run: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, records = wandb_run
-    assert config(records)["bn_layers"] == {"0": NAMES[0], "1": NAMES[1]}
+    updates = [record["config"].get("update", {}) for record in records if "config" in record]
+    config = {key: value for update in updates for key, value in update.items()}
+    assert config["bn_layers"] == {"0": NAMES[0], "1": NAMES[1]}
     row = row_with("bn/layers._type", records)
     assert row["trainer/global_step"] == 3 and row["bn/layers._type"] == "table-file"
     table = json.loads((folder / "files" / row["bn/layers.path"]).read_text())
     assert table["columns"] == COLUMNS and table["data"][0] == ROWS[0]
-
-
-def test_wandb_gets_one_chart_of_all_lines_without_nan_and_within_its_limit(
-    wandb_run: tuple[Path, list[dict[str, Any]]],
-) -> None:
-    folder, records = wandb_run
-    assert "_wandb.visualize.bn/all_layers" in config(records)
+    assert "_wandb.visualize.bn/all_layers" in config
     (path,) = folder.glob("files/media/table/**/all_layers_table*.json")
-    table = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert 0.9 * MAX_CHART_POINTS < len(table["data"]) <= MAX_CHART_POINTS
-    assert {line for _, line, _ in table["data"]} == {f"bn{i}" for i in range(30)}
-
-
-def test_wandb_gets_an_alert_at_most_once_in_ten_minutes(wandb_run: tuple[Path, list[dict[str, Any]]]) -> None:
-    (sent,) = [record["alert"] for record in wandb_run[1] if "alert" in record]
-    assert (sent["title"], sent["text"], sent["level"]) == ("BN drift", "layer1.bn is 3 sigma off", "WARN")
-    assert int(sent["wait_duration"]) == 600_000
+    chart = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert 0.9 * MAX_CHART_POINTS < len(chart["data"]) <= MAX_CHART_POINTS
+    assert {line for _, line, _ in chart["data"]} == {f"bn{i}" for i in range(30)}
+    (alert,) = [record["alert"] for record in records if "alert" in record]
+    assert (alert["title"], alert["text"], alert["level"]) == ("BN drift", "layer1.bn is 3 sigma off", "WARN")
+    assert int(alert["wait_duration"]) == 600_000, "at most once in ten minutes"
 
 
 class Unknown(Logger):
@@ -168,18 +152,14 @@ def test_all_loggers_of_a_trainer_get_everything_unknown_ones_where_they_or_the_
         plots.log_figure(Unknown(None), key="curves", figure=FIGURE, step=1)
 
 
-def test_neither_fast_dev_run_nor_another_rank_than_zero_writes_anything(
+def test_fast_dev_run_other_ranks_than_zero_and_charts_without_wandb_write_nothing_and_an_alert_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_all(SimpleNamespace(loggers=[DummyLogger()], default_root_dir=str(tmp_path)))
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    log_all(Unknown(tmp_path))
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_wandb_an_alert_is_a_warning_and_a_chart_is_nothing(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     with pytest.warns(UserWarning, match="BN drift: layer1"):
         plots.alert(logger, title="BN drift", text="layer1.bn is 3 sigma off")
     plots.log_line_chart(logger, key="chart", steps=[1], lines={"bn": [1.0]}, step=1)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    log_all(Unknown(tmp_path))
     assert not list(tmp_path.rglob("*.*"))

@@ -1,9 +1,7 @@
 """The recipe of Fig. 2 to 4 and Table 1: its measurements, and what its command writes and logs."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +23,38 @@ from recipes.ema_vs_precise.experiment import (
 )
 from recipes.evaluation import copy_of_state, mean_and_spread
 from recipes.images import ImageData
+from tests.recipes.commands import run_command
 
 TINY = ["--preset", "smoke", "--data.train_images", "200", "--data.val_images", "60", "--data.batch_size", "50"]
 TINY += ["--model.width", "8", "--cloud_batches", "2", "--monitor.window", "2"]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Runs the command; returns its folder, and how it ended."""
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Folder, stdout and stderr of the command."""
     out = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "recipes.ema_vs_precise", *TINY, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return out, subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return out, *run_command("ema_vs_precise", TINY, out)
 
 
 @pytest.fixture(scope="module")
-def report(command: tuple[Path, Any]) -> dict[str, Any]:
+def report(command: tuple[Path, str, str]) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((command[0] / "report.json").read_text(encoding="utf-8"))
     return read
 
 
-def test_both_trainings_have_the_same_weights_and_differ_in_their_errors(report: dict[str, Any]) -> None:
+def test_trainings_have_the_same_weights_and_table_1_the_logged_error_and_every_draw(report: dict[str, Any]) -> None:
     ema, precise = report["runs"]
     assert (ema["arm"], precise["arm"]) == ("EMA", "PreciseBN")
     assert ema["weights"] == precise["weights"] and len(set(ema["weights"])) == 2
     assert ema["errors"] != precise["errors"]
-
-
-def test_table_1_has_the_logged_ema_error_and_every_draw(report: dict[str, Any]) -> None:
-    logged = dict(zip(report["runs"][0]["epochs"], report["runs"][0]["errors"], strict=True))
+    logged = dict(zip(ema["epochs"], ema["errors"], strict=True))
     for row in report["samples"]:
         assert row["ema_error"] == pytest.approx(logged[row["epoch"]], abs=1e-3)
         assert {n: len(errors) for n, errors in row["errors"].items()} == {"10": 2, "100": 2, "200": 1}
 
 
 def test_the_report_has_every_claim_with_a_verdict_and_figures(
-    command: tuple[Path, Any], report: dict[str, Any]
+    command: tuple[Path, str, str], report: dict[str, Any]
 ) -> None:
     markdown = (command[0] / "report.md").read_text(encoding="utf-8")
     assert len(report["claims"]) >= 8
@@ -73,13 +67,17 @@ def test_the_report_has_every_claim_with_a_verdict_and_figures(
         assert imread(command[0] / name).std() > 0.05, "an empty picture"
 
 
-def test_wandb_has_a_run_per_training_with_the_same_keys_and_a_report_with_the_figures(
-    command: tuple[Path, Any],
+def test_it_warns_of_nothing_and_its_wandb_runs_have_the_same_keys_and_the_report_the_figures(
+    command: tuple[Path, str, str],
 ) -> None:
+    folder, out, errors = command
+    assert errors == "" and "lightning_bn.report" in out.splitlines()[-1]
+    program, leet, of_report = [line.split() for line in out.splitlines() if " leet " in line][-1]
+    folders = list((folder / "wandb").glob("offline-run-*"))
+    assert Path(of_report).resolve() in {run.resolve() for run in folders}
     runs = {}
-    for folder in (command[0] / "wandb").glob("offline-run-*"):
-        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        text = subprocess.check_output(inspect, text=True)
+    for run in folders:
+        text = subprocess.check_output([program, leet, "inspect", "--json", str(run)], text=True)
         names = {r["run"].get("display_name") for r in map(json.loads, text.splitlines()) if "run" in r}
         runs[str(max(filter(None, names)))] = text
     assert set(runs) == {"EMA, seed 0", "PreciseBN, seed 0", "report"}
@@ -91,16 +89,8 @@ def test_wandb_has_a_run_per_training_with_the_same_keys_and_a_report_with_the_f
     assert all('"ema_vs_precise/smoke"' in text for text in runs.values()), "one group"
 
 
-def test_the_command_warns_of_nothing_and_prints_commands_that_read_its_runs(command: tuple[Path, Any]) -> None:
-    assert command[1].stderr == ""
-    lines = command[1].stdout.splitlines()
-    assert "lightning_bn.report" in lines[-1]
-    program, leet, folder = [line.split() for line in lines if " leet " in line][-1]
-    assert "report" in subprocess.check_output([program, leet, "inspect", "--summary", folder], text=True)
-
-
 def test_its_config_repeats_the_run_and_takes_further_settings(
-    command: tuple[Path, Any], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[Path, str, str], report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.tolerance.NUM_IMAGES", 100)
     monkeypatch.setattr("lightning_bn.plots.any_logs", lambda loggers: False)  # the monitor's figures take seconds
@@ -127,14 +117,11 @@ def untrained() -> tuple[ImageClassifier, Training]:
     return model, Training("EMA", 0, [1.0], errors=[90.0], weights=["-"], states=[copy_of_state(model)], steps=[1])
 
 
-@pytest.mark.parametrize(("network", "layers"), [("resnet8", 9), ("resnet20", 21), ("plain20", 19)])
-def test_networks_have_as_many_bn_layers_as_documented(network: str, layers: int) -> None:
-    assert len(lbn.find_bn(ImageClassifier(network=network, width=8))) == layers
-
-
-def test_a_width_that_corrupts_the_heap_on_some_cpus_is_an_error() -> None:
+def test_networks_have_as_many_bn_layers_as_documented_and_channels_that_cpus_can_normalize() -> None:
+    for network, layers in (("resnet8", 9), ("resnet20", 21), ("plain20", 19)):
+        assert len(lbn.find_bn(ImageClassifier(network=network, width=8))) == layers
     with pytest.raises(ValueError, match="must be at least 8 but is 7"):
-        ImageClassifier(width=7)
+        ImageClassifier(width=7)  # corrupts the heap on some CPUs
 
 
 def test_the_hash_depends_on_every_bit_of_weights_of_any_type_and_on_no_buffer() -> None:
@@ -172,9 +159,8 @@ def test_a_cloud_has_the_means_of_batches_with_the_weights_of_its_step(data: Ima
 
 def test_a_sweep_starts_every_draw_from_the_checkpoint(data: ImageData) -> None:
     model, training = untrained()
-    sweep = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
+    sweep, again = (sweep_samples(model, data, training, 0, [20, 60, 500], 2) for _ in range(2))
     assert {n: tuple(wrong.shape) for n, wrong in sweep.precise.items()} == {20: (2, 30), 60: (1, 30)}
-    again = sweep_samples(model, data, training, 0, [20, 60, 500], 2)
     assert torch.equal(sweep.ema, again.ema)
     assert all(torch.equal(sweep.precise[n], again.precise[n]) for n in sweep.precise)
 

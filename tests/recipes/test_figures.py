@@ -24,11 +24,10 @@ def test_error_curves_show_the_mean_over_seeds_and_their_range() -> None:
 
 
 def test_every_error_lies_inside_the_axes_even_a_perfect_one() -> None:
-    figure = figures.error_curves([1, 2], [[100, 0.0]], [[50, 0.2]])
-    low, high = figure.axes[0].get_ylim()
+    axes = figures.error_curves([1, 2], [[100, 0.0]], [[50, 0.2]]).axes[0]
+    low, high = axes.get_ylim()
     assert 0 < low < 0.2 and high > 100
-    ticks = figure.axes[0].get_yticks()
-    assert ((low <= ticks) & (ticks <= 100)).all(), "no tick above 100 % and none outside"
+    assert all(low <= tick <= 100 for tick in axes.get_yticks()), "no tick above 100 % and none outside"
 
 
 def test_error_against_samples_joins_the_means_and_shows_every_draw() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from recipes.batch_leakage.__main__ import BatchLeakageRecipe
+from recipes.batch_leakage.data import LeakyData
 from recipes.ema_vs_precise.__main__ import EMAVsPrecise
+from recipes.images import ImageData
 from recipes.listing import all_recipes
 from recipes.precise_batch_size.__main__ import PreciseBatchSize
 from recipes.roi_head_leakage.__main__ import RoIHeadLeakage
 from recipes.run import Recipe, start
+from recipes.scenes import SceneData
 from recipes.shared_head.__main__ import SharedHead
 from tests.recipes.test_images import write_idx
 
@@ -54,9 +57,42 @@ def test_data_root_chooses_the_data_and_the_models_input(tmp_path: Path) -> None
     assert made.model.network.head.out_features == 10
 
 
-def test_no_seed_is_an_error_with_an_example(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--seeds \[0\]"):
-        start(EMAVsPrecise(), ["--seeds", "[]", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        (EMAVsPrecise(), "--seeds []", r"--seeds \[0\]"),
+        (PreciseBatchSize(), "--data.batch_size 20 --nbs [32,2]", "nbs 32 is larger than the batch of 20"),
+        (PreciseBatchSize(), "--data.train_images 120 --images 200", "images is 200, but there are only 120"),
+        (RoIHeadLeakage(), "--trainings [bn-3]", "trainings must be some of bn-1"),
+        (RoIHeadLeakage(), "--trainings [bn-2] --images_per_step 6", "bn-2 has batches of 4 images on 2 ranks"),
+        (SharedHead(), "--rows [7]", "rows must be some of 1, 2"),
+        (SharedHead(), "--rows []", "rows must be"),
+        (SharedHead(), "--ranks 2 --images_per_step 6", "a training has batches of 8 images on 2 ranks"),
+    ],
+)
+def test_impossible_settings_are_errors_before_any_training(
+    recipe: Recipe[Any], settings: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe.measure(start(recipe, ["--preset", "smoke", *settings.split(), "--out", str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        (LeakyData, {"classes": 0}, "data.classes must be at least 1"),
+        (LeakyData, {"each": 0}, "data.each must be at least 1"),
+        (LeakyData, {"train_images": -5}, "data.train_images must be at least 1"),
+        (SceneData, {"train_images": 0}, "data.train_images must be at least 1"),
+        (SceneData, {"val_images": -5}, "data.val_images must be at least 1"),
+        (SceneData, {"images_per_gpu": 0}, "data.images_per_gpu must be at least 1"),
+        (SceneData, {"object_sizes": (-1, 0.2)}, "data.object_sizes must be fractions"),
+        (ImageData, {"train_images": 5000}, "only 4,000 images, not 5,000"),
+    ],
+)
+def test_impossible_amounts_are_errors_that_name_them(data: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(**settings)
 
 
 @pytest.mark.parametrize("recipe", [RoIHeadLeakage(), SharedHead()], ids=lambda recipe: recipe.name)

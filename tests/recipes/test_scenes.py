@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from recipes.coco import Coco
-from recipes.scenes import STAMPS, ComposedScenes, SceneData, stamps
+from recipes.scenes import STAMPS, SceneData, stamps
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,14 @@ def data() -> SceneData:
     return SceneData(train_images=40, val_images=10)
 
 
-def test_a_scene_is_the_same_every_time_and_another_in_validation(data: SceneData) -> None:
+def test_a_scene_is_the_same_every_time_and_validation_has_others_with_other_cut_outs(data: SceneData) -> None:
     image, target = data.train_set[3]
     again, same = data.train_set[3]
     assert torch.equal(image, again) and torch.equal(target["boxes"], same["boxes"])
     assert not torch.equal(image, data.val_set[3][0])
+    sets: Any = (data.train_set, data.val_set)
+    train, val = ({one[..., 3].tobytes() for of_class in s.cut_outs for one in of_class} for s in sets)
+    assert len(train) > 3900 and len(val) > 900 and not train & val
 
 
 def test_boxes_are_those_of_the_masks_and_do_not_overlap(data: SceneData) -> None:
@@ -47,15 +50,6 @@ def test_scenes_have_one_class_and_the_default_sizes_unless_set_otherwise(data: 
     assert 0.09 < longer.min() < 0.2 and 0.6 < longer.max() < 0.76, "as large as object_sizes"
 
 
-def test_validation_has_other_cut_outs(data: SceneData) -> None:
-    def contents(scenes: Any) -> set[bytes]:
-        assert isinstance(scenes, ComposedScenes)
-        return {one[..., 3].tobytes() for of_class in scenes.cut_outs for one in of_class}
-
-    train, val = contents(data.train_set), contents(data.val_set)
-    assert len(train) > 3900 and len(val) > 900 and not train & val
-
-
 def test_folders_of_transparent_pngs_are_classes(tmp_path: Path) -> None:
     pixels = np.zeros((20, 30, 4), dtype=np.uint8)
     pixels[5:15, 10:22] = 255
@@ -71,7 +65,9 @@ def test_folders_of_transparent_pngs_are_classes(tmp_path: Path) -> None:
     assert found.train[0][0].shape == (10, 12, 4), "trimmed to the opaque part"
 
 
-def test_missing_stamps_are_an_error_that_names_the_package(tmp_path: Path) -> None:
+def test_missing_data_is_an_error_with_its_source(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder of the unpacked COCO 2017"):
+        Coco(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         stamps(tmp_path / "none")
     if not STAMPS.exists():
@@ -79,8 +75,7 @@ def test_missing_stamps_are_an_error_that_names_the_package(tmp_path: Path) -> N
             stamps(STAMPS)
 
 
-@pytest.fixture
-def coco(tmp_path: Path) -> Path:
+def test_coco_has_corners_labels_without_gaps_and_masks_but_no_crowds(tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / f"{split}2017").mkdir()
@@ -91,32 +86,9 @@ def coco(tmp_path: Path) -> Path:
         images = [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "empty.jpg"}]
         table = {"images": images, "annotations": [found, crowd], "categories": [{"id": 3}, {"id": 90}]}
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(table))
-    return tmp_path
-
-
-def test_coco_has_corners_labels_without_gaps_and_masks_but_no_crowds(coco: Path) -> None:
-    data = SceneData(root=coco)
+    data = SceneData(root=tmp_path)
     assert data.num_classes == 3 and len(data.train_set) == 1  # type: ignore[arg-type]
     image, target = data.train_set[0]
     assert image.shape == (3, 30, 40) and image[0].min() > 0.9
     assert target["boxes"].tolist() == [[5, 6, 15, 18]] and target["labels"].tolist() == [2]
     assert target["masks"].shape == (1, 30, 40) and target["masks"].sum() == 10 * 12
-
-
-def test_a_folder_that_is_not_coco_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="the folder of the unpacked COCO 2017"):
-        Coco(tmp_path, "train")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"train_images": 0}, "data.train_images must be at least 1"),
-        ({"val_images": -5}, "data.val_images must be at least 1"),
-        ({"images_per_gpu": 0}, "data.images_per_gpu must be at least 1"),
-        ({"object_sizes": (-1, 0.2)}, "data.object_sizes must be fractions"),
-    ],
-)
-def test_impossible_amounts_are_errors_that_name_them(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        SceneData(**settings)

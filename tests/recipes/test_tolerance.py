@@ -21,19 +21,15 @@ def stops() -> Stops:
     return stops
 
 
-def test_a_small_tolerance_takes_all_images_and_a_large_one_the_minimum(stops: Stops) -> None:
+def test_a_small_tolerance_takes_all_images_and_a_large_one_the_minimum_and_the_report_has_both(stops: Stops) -> None:
     assert {t: taken.tolist() for t, (taken, _) in stops.at.items()} == {10.0: [800, 800], 1e-9: [1000, 1000]}
-
-
-def test_the_report_has_a_row_for_each_and_one_for_the_reference(stops: Stops) -> None:
     rows = [line for line in tolerance_section([stops]).splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 3 and "| 800 |" in rows[3]
+    assert len(rows) == 2 + 3 and "| 800 |" in rows[3], "and one for the reference"
     assert tolerance_section([]) == ""
     assert stops.as_json()["tolerances"][0]["images"] == [800, 800]
 
 
-@pytest.mark.parametrize(("error", "within"), [(10.15, True), (10.3, False), (9.7, False)])
-def test_the_noise_is_two_standard_deviations_of_one_estimate(error: float, within: bool) -> None:
-    reference = torch.tensor([9.9, 10.0, 10.1])
-    stops = Stops("model", reference, {0.1: (torch.tensor([800] * 3), torch.tensor([error] * 3))})
-    assert stops.within_noise(0.1) == within
+def test_the_noise_is_two_standard_deviations_of_one_estimate() -> None:
+    for error, within in ((10.15, True), (10.3, False), (9.7, False)):
+        at = {0.1: (torch.tensor([800] * 3), torch.tensor([error] * 3))}
+        assert Stops("model", torch.tensor([9.9, 10.0, 10.1]), at).within_noise(0.1) == within

@@ -95,18 +95,9 @@ class Within(Callback):
 
     def state(self, trainer: Trainer, module: Any) -> list[Any]:
         connector = {k: v for k, v in vars(trainer._logger_connector).items() if k != "trainer"}
-        state = [
-            digest(list(random_states())),
-            state_but_statistics(module),
-            digest(module.state_dict()),
-            str(connector),
-        ]
-        return [
-            *state,
-            str(trainer._results),
-            digest(module.outputs),
-            {n: m.training for n, m in module.named_modules()},
-        ]
+        digests = [digest(value) for value in (list(random_states()), module.state_dict(), module.outputs)]
+        modes = {n: m.training for n, m in module.named_modules()}
+        return [*digests, state_but_statistics(module), str(connector), str(trainer._results), modes]
 
 
 def loaders(n: int) -> Any:
@@ -161,26 +152,27 @@ class Breaking(Logging):
         return super().test_step(batch, batch_idx)
 
 
+class Catching(Within):
+    """Catches the error of an evaluation within."""
+
+    def __init__(self, raised: type[Exception]) -> None:
+        super().__init__(mini_batch_inference)
+        self.raised, self.same = raised, []
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        before = self.state(trainer, pl_module)
+        with pytest.raises(self.raised):
+            self.look(trainer, pl_module, *args)
+        self.same.append(self.state(trainer, pl_module) == before)
+
+
 @pytest.mark.parametrize(
     ("error", "raised"), [(ZeroDivisionError(), ZeroDivisionError), (StopIteration(), RuntimeError)]
 )
 def test_an_error_within_is_raised_and_leaves_no_trace(error: Exception, raised: type[Exception]) -> None:
-    module, caught = Breaking(error), []
-
-    class Probe(Within):
-        def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            before = self.state(trainer, pl_module)
-            with (
-                pytest.raises(raised),
-                evaluation_batches(trainer, pl_module) as batches,
-            ):
-                evaluate_isolated(mini_batch_inference(pl_module), trainer, pl_module, batches, "other")
-            caught.append(self.state(trainer, pl_module) == before)
-
-        on_test_batch_start = look
-
-    trainer_with(Probe()).test(module, loaders(1), verbose=False)
-    assert caught == [True] * 3
+    catching = Catching(raised)
+    trainer_with(catching).test(Breaking(error), loaders(1), verbose=False)
+    assert catching.same == [True] * 3
 
 
 def test_outside_of_an_evaluation_it_is_refused() -> None:

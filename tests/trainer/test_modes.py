@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
 from lightning_bn.layers.modes import preserve_flags
@@ -20,8 +23,6 @@ from tests.callbacks.zoo import TinyNet, fit, train_loader
 
 def by_hand() -> nn.Module:
     """Dropout, a layer with children (timm's, with dropout and activation), attention, nested containers."""
-    from timm.layers import BatchNormAct2d
-
     inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), BatchNormAct2d(4))
     return nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, drop_layer=nn.Dropout), inner, nn.Flatten(2), Attends())
 
@@ -36,22 +37,20 @@ class Attends(nn.Module):
 
 
 def of_timm() -> nn.Module:
-    import timm
-
     return timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=3, drop_path_rate=0.5)
 
 
-def train(net: nn.Module) -> None:
-    net.train()
+Step = Callable[[nn.Module], Any]
+train: Step = nn.Module.train
+
+
+def nothing(net: nn.Module) -> None:
+    pass
 
 
 def back_and_forth(net: nn.Module) -> None:
     net.eval()
     net.train()
-
-
-def nothing(net: nn.Module) -> None:
-    pass
 
 
 def modes_when_called(net: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, bool]:
@@ -63,22 +62,12 @@ def modes_when_called(net: nn.Module, run: Callable[[], Any]) -> dict[nn.Module,
     return seen
 
 
-def is_container(m: nn.Module) -> bool:
-    return bool(list(m.children())) and not isinstance(m, (_BatchNorm, nn.MultiheadAttention))
-
-
 @pytest.mark.parametrize(
     ("make", "step", "like_training"),
-    [
-        (by_hand, nothing, True),
-        (by_hand, nothing, False),
-        (by_hand, train, True),
-        (by_hand, back_and_forth, False),
-        (of_timm, train, True),
-    ],
+    [(by_hand, nothing, True), (by_hand, nothing, False), (by_hand, back_and_forth, False), (of_timm, train, True)],
 )
 def test_only_containers_and_estimated_layers_train_whatever_a_step_sets(
-    make: Callable[[], nn.Module], step: Callable[[nn.Module], None], like_training: bool
+    make: Callable[[], nn.Module], step: Step, like_training: bool
 ) -> None:
     net, shape = make(), (2, 3, 4, 4) if make is by_hand else (2, 3, 32, 32)
     estimated = [m for m in net.modules() if isinstance(m, _BatchNorm)][1::2]
@@ -88,21 +77,20 @@ def test_only_containers_and_estimated_layers_train_whatever_a_step_sets(
             assert net.training == like_training
             step(net)
             for m, mode in modes_when_called(net, lambda: net(torch.randn(shape))).items():
-                if not is_container(m):
+                if not list(m.children()) or isinstance(m, (_BatchNorm, nn.MultiheadAttention)):  # no container
                     assert mode == (m in estimated), f"{type(m).__name__} is in the wrong mode"
                 elif step is nothing:
                     assert mode == like_training
 
 
 @pytest.mark.parametrize("estimated", [(), (1,)])
-def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: Collection[int]) -> None:
+def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: tuple[int, ...]) -> None:
     net, x = by_hand()[:2], torch.randn(8, 3, 4, 4) * 3 + 1
-    layers = [net[i] for i in estimated]
     expected = copy.deepcopy(net).eval()
     for i in estimated:
         expected[i].train()
         expected[i].drop.eval()
-    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, layers):
+    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, [net[i] for i in estimated]):
         net.train()
         assert torch.equal(net(x), expected(x))
     assert net.state_dict().keys() == expected.state_dict().keys()
@@ -111,31 +99,24 @@ def test_layers_that_are_not_estimated_normalize_with_the_population(estimated: 
 def test_flags_that_a_step_sets_hold_for_its_own_forward() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     teacher, other = net
+
+    def flags_of_teacher() -> tuple[Any, ...]:
+        return teacher.training, teacher.momentum, teacher.track_running_stats
+
     with preserve_flags([teacher, other], training=True) as flags:
         for _ in range(2):
             flags.set(flags.initial)
-            assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
+            assert flags_of_teacher() == (True, 0.1, True)
             teacher.eval()
             teacher.momentum, teacher.track_running_stats = 0.0, False
             net(torch.randn(4, 3))
-            assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (False, 0.0, False)
+            assert flags_of_teacher() == (False, 0.0, False)
             assert other.training
             teacher.of_the_step = True
-    assert (teacher.training, teacher.momentum, teacher.track_running_stats) == (True, 0.1, True)
-    assert not hasattr(teacher, "of_the_step")
-
-
-def test_a_part_in_eval_mode_in_training_is_so_in_a_pass() -> None:
-    net = nn.Sequential(by_hand(), by_hand())
-    modes = {m: m is net or m in set(net[1].modules()) for m in net.modules()}
-    estimated = [m for m in net[1].modules() if isinstance(m, _BatchNorm)]
-    with set_modes(modes, True, estimated):
-        assert net.training and net[1].training and not any(m.training for m in net[0].modules())
+    assert flags_of_teacher() == (True, 0.1, True) and not hasattr(teacher, "of_the_step")
 
 
 def test_a_detector_returns_its_losses_with_dropout_off() -> None:
-    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
-
     net = fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64, trainable_backbone_layers=6
     )
@@ -150,13 +131,16 @@ def test_a_detector_returns_its_losses_with_dropout_off() -> None:
             assert [m for m in layers if seen[m]] == layers[:1]
 
 
-def test_modes_are_restored_and_copies_are_ordinary_modules() -> None:
-    net = by_hand()
-    with pytest.raises(KeyboardInterrupt), set_modes(dict.fromkeys(net.modules(), True), True, ()):
-        twin = copy.deepcopy(net).train()
+def test_a_part_in_eval_mode_in_training_is_so_in_a_pass_and_modes_are_restored_and_copies_ordinary_modules() -> None:
+    net = nn.Sequential(by_hand(), by_hand())
+    modes = {m: m is net or m in set(net[1].modules()) for m in net.modules()}
+    estimated = [m for m in net[1].modules() if isinstance(m, _BatchNorm)]
+    with pytest.raises(KeyboardInterrupt), set_modes(modes, True, estimated):
+        assert net.training and net[1].training and not any(m.training for m in net[0].modules())
+        twin = copy.deepcopy(net[1]).train()
         raise KeyboardInterrupt
     assert not torch_module._global_forward_pre_hooks
-    for m in (net.train(), twin):
+    for m in (net[1].train(), twin):
         assert all(modes_when_called(m, lambda m=m: m(torch.randn(2, 3, 4, 4))).values())
 
 
@@ -166,10 +150,8 @@ def test_modes_are_restored_and_copies_are_ordinary_modules() -> None:
 class OfTimm(TinyNet):
     """Layers with children, ``bn1`` and ``bn2``, and a step that sets modes."""
 
-    def __init__(self, step: Callable[[nn.Module], None] = nothing) -> None:
+    def __init__(self, step: Step = nothing) -> None:
         super().__init__(dropout=0.5)
-        from timm.layers import BatchNormAct2d
-
         self.bn1, self.bn2, self.step = BatchNormAct2d(4), BatchNormAct2d(6), step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -182,7 +164,7 @@ class OfTimm(TinyNet):
     [(nothing, "training_step", "bn1"), (back_and_forth, "training_step", "bn2"), (train, "forward", "bn2")],
 )
 def test_statistics_of_a_few_layers_are_those_of_a_net_whose_others_use_the_population(
-    step: Callable[[nn.Module], None], forward: Any, layers: str
+    step: Step, forward: Any, layers: str
 ) -> None:
     module, loader = OfTimm(step), train_loader(32, 8)
     precise = PreciseBNCallback(32, layers=layers, forward=forward)
