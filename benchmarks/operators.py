@@ -167,7 +167,7 @@ def verbs(network: str, device: str = "cpu") -> list[Row]:
         # one more is the check, in the first pass of a model, that batches do not influence each other
         of_pass("precise_bn, 4 joint", partial(precise, normalization_batch_size=joint), (None, 3 + groups)),
         of_pass("precise_bn, population", partial(precise, normalization_batch_size="population"), (None, 4)),
-        of_pass("adapt_bn", lambda: lbn.adapt_bn(model, images).undo(), (1.25, 2)),
+        of_pass("adapt_bn and undo", lambda: lbn.adapt_bn(model, images).undo(), (1.4, 2)),
     ]
     step, x = partial(_step, model), images[0]
     plain, plain_waits = _counted(partial(step, x))
@@ -206,7 +206,7 @@ def callbacks(network: str, device: str = "cpu") -> list[Row]:
 _Limits = tuple[float | None, int | None]
 _CALLBACKS: Mapping[str, tuple[Callable[[], Callback], _Limits, _Limits]] = {
     "PreciseBNCallback": (partial(lbn.PreciseBNCallback, SAMPLES * BATCHES), (0, 0), (None, 8)),
-    "ForecastBNCallback": (lbn.ForecastBNCallback, (8, 0), (None, 8)),
+    "ForecastBNCallback": (lbn.ForecastBNCallback, (8, 0), (None, 30)),
     "FreezeBNCallback": (partial(lbn.FreezeBNCallback, start_epoch=0, statistics="ema"), (0, 0), (0, 2)),
     "GhostBNCallback": (partial(lbn.GhostBNCallback, 2), (20 * 53, 0), (0, 0)),
     "BNStatsMonitor": (partial(lbn.BNStatsMonitor, 1), (30, 0), (None, None)),

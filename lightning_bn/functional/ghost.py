@@ -134,21 +134,21 @@ class Ghost(Behavior):
             return call.run()
         rows, larger = divmod(samples, groups)
         wide = x.dtype if x.dtype.itemsize > 2 else torch.float32
-        if self._grouping == "interleaved" and not larger and x.is_contiguous():
-            counts = x.new_full((groups, 1), values // groups, dtype=wide)
-            output, mean, var = _batch_norm_of_view(call, counts)
+        sizes = [rows + 1] * larger + [rows] * (groups - larger)
+        counts = x.new_tensor([[size * (values // samples)] for size in sizes], dtype=wide) if larger else None
+        if self._grouping == "contiguous":
+            output, mean, var = _batch_norm_of_chunks(call, sizes, wide)
+        elif counts is None and x.is_contiguous():
+            output, mean, var = _batch_norm_of_view(call, groups, wide)
         else:
-            sizes = rows + (torch.arange(groups, device=x.device) < larger)
-            counts = (sizes * (values // samples)).to(wide).unsqueeze(1)
+            counts = x.new_full((groups, 1), values / groups, dtype=wide) if counts is None else counts
             function = _differentiable if torch.compiler.is_compiling() else _GroupedBatchNorm.apply
             output, mean, var = function(x, call.weight, call.bias, self.normalization_groups(x), counts, call.eps)
         if call.running_mean is not None and call.running_var is not None:
             with torch.no_grad():
-                share = counts.T / values
-                whole_mean = share @ mean
-                whole_var = share @ (var + (mean - whole_mean).square()) * (values / (values - 1))
-                for running, whole in ((call.running_mean, whole_mean), (call.running_var, whole_var)):
-                    running.copy_(running.to(whole.dtype).lerp(whole[0], call.momentum))
+                whole_mean, whole_var = _whole(mean, var, counts, values)
+                call.running_mean.lerp_(whole_mean.to(call.running_mean.dtype), call.momentum)
+                call.running_var.lerp_(whole_var.to(call.running_var.dtype), call.momentum)
         return output
 
     def _number_of_groups(self, samples: int, values: int) -> int:
@@ -157,19 +157,42 @@ class Ghost(Behavior):
         return max(1, min(wanted, samples, values // 2))
 
 
-def _batch_norm_of_view(call: BatchNormCall, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_of_view(call: BatchNormCall, groups: int, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Interleaved groups of equal size as channels of a view: one call of torch's kernel normalizes all of them."""
     x, _, _, weight, bias, *_ = call
-    groups, channels, dtype = len(counts), x.shape[1], counts.dtype
+    channels = groups * x.shape[1]
+    count = x.numel() / channels
     # 16-bit statistics would be rounded for each group; the kernel takes float32 ones with any input
-    mean, var = x.new_zeros(2, groups * channels, dtype=dtype).unbind()
-    scale, shift = (p if p is None else p.to(dtype).repeat(groups) for p in (weight, bias))
-    view = x.view(-1, groups * channels, *x.shape[2:])
-    y = F.batch_norm(view, mean, var, scale, shift, True, 1.0, call.eps)
+    mean, var = x.new_zeros(2, channels, dtype=wide).unbind()
+    scale, shift = (p if p is None else p.to(mean.dtype).repeat(groups) for p in (weight, bias))
+    y = F.batch_norm(x.view(-1, channels, *x.shape[2:]), mean, var, scale, shift, True, 1.0, call.eps)
     # no view for autograd: behind one, an activation that works in place would copy gradients
     y = torch.ops.aten._unsafe_view(y, x.shape)
-    count = x.numel() / mean.numel()
-    return y, mean.view(groups, channels), var.view(groups, channels) * ((count - 1) / count)
+    return y, mean.view(groups, -1), var.view(groups, -1) * ((count - 1) / count)
+
+
+def _batch_norm_of_chunks(call: BatchNormCall, sizes: list[int], wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous groups one after the other, by torch's kernel."""
+    x, _, _, weight, bias, *_ = call
+    mean, var = x.new_zeros(2, len(sizes), x.shape[1], dtype=wide).unbind()
+    weight, bias = (p if p is None else p.to(mean.dtype) for p in (weight, bias))
+    chunks = [
+        F.batch_norm(chunk, m, v, weight, bias, True, 1.0, call.eps)
+        for chunk, m, v in zip(x.split(sizes), mean, var, strict=True)
+    ]
+    counts = x.new_tensor([[size * (call.values // len(x))] for size in sizes], dtype=mean.dtype)
+    return torch.cat(chunks), mean, var * ((counts - 1) / counts)
+
+
+def _whole(mean: Tensor, var: Tensor, counts: Tensor | None, values: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the whole batch from those of groups, biased; without counts they are equal."""
+    if counts is None:
+        groups = len(mean)  # sum / (groups - groups / values) is the unbiased part of the groups' means
+        between, whole = torch.var_mean(mean, 0, correction=groups / values)
+        return whole, between.add_(var.mean(0), alpha=values / (values - 1))
+    share = counts / values
+    whole = (share * mean).sum(0)
+    return whole, (share * (var + (mean - whole).square())).sum(0) * (values / (values - 1))
 
 
 class _GroupedBatchNorm(torch.autograd.Function):

@@ -222,7 +222,8 @@ def _max_standard_error(statistics: Mapping[str, LayerStatistics]) -> float:
         return inf  # a single call gives no error estimate
     errors = [e for s in statistics.values() for e in (s.standard_error, s.var_standard_error)]
     # a channel without variance has no error either: 0/0
-    return max((float(e.nan_to_num(0.0, posinf=0.0).square().mean().sqrt()) for e in errors), default=inf)
+    squares = [e.nan_to_num(0.0, posinf=0.0).square().mean() for e in errors]
+    return float(torch.stack(squares).amax().sqrt()) if squares else inf
 
 
 def _accumulator(layers: Mapping[str, _BatchNorm]) -> Accumulator:
