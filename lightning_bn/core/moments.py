@@ -57,10 +57,16 @@ class Moments:
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:
         """Merge the moments of all parts, in a fixed number of operators; counts may stay on the CPU."""
-        counts = torch.stack([part.count for part in parts])
-        means, m2s = torch.stack([part.mean for part in parts]), torch.stack([part.m2 for part in parts])
+        counts, means, m2s = (
+            torch.stack(column) for column in zip(*((p.count, p.mean, p.m2) for p in parts), strict=True)
+        )
+        return cls.merge_rows(counts, means, m2s)
+
+    @classmethod
+    def merge_rows(cls, counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
+        """Merge moments that are the rows of three tensors; changes ``m2s``."""
         count = counts.sum(0)
-        weights = counts.reshape(len(parts), -1).to(means.device)
+        weights = counts.reshape(len(means), -1).to(means.device)
         mean = (weights * means).sum(0) / count.clamp(min=1)
         return cls(count, mean, m2s.addcmul_(weights, (means - mean).square_()).sum(0))
 

@@ -92,10 +92,11 @@ def merge_over_ranks(moments: Moments, group: dist.ProcessGroup | None = None) -
 
 def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     """Merge the moments of all ranks in one all-gather, for a single layer, where latency dominates."""
-    own = torch.stack([moments.count.expand_as(moments.mean), moments.mean, moments.m2])
-    gathered = own.new_empty(get_world_size(group), *own.shape)
-    dist.all_gather(list(gathered), own, group=group)
-    return Moments.merge([Moments(*parts) for parts in gathered])
+    own, channels = torch.cat([moments.count.flatten()[:1], moments.mean, moments.m2]), len(moments.mean)
+    gathered = own.new_empty(get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    count, mean, m2 = gathered.view(-1, len(own)).split([1, channels, channels], 1)
+    return Moments.merge_rows(count, mean, m2)
 
 
 class AnotherRankFailedError(RuntimeError):
