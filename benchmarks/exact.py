@@ -26,17 +26,14 @@ from lightning_bn.core.gaps import mean_gap, var_gap
 from tests.layer_by_layer import layer_by_layer
 
 TITLE = "Exact population statistics cost little more than one pass"
-MAX_TIME = {"cpu": 2.0, "cuda": 1.5}
+MAX_TIME = {"micro-batches": 1.3, "a single one": 1.1}
 MIN_SPEEDUP = 10.0
 CLAIM = (
     '`precise_bn(normalization_batch_size="population")`, which is exact, takes at micro-batches of 2 to 32 at most '
-    f"{MAX_TIME['cpu']:.0f} times as long as one pass on a CPU and {MAX_TIME['cuda']} times on a GPU, and is at least "
-    f"{MIN_SPEEDUP:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
+    f"{MAX_TIME['micro-batches']} times as long as one pass, at most {MAX_TIME['a single one']} times if there is a "
+    f"single one, and is at least {MIN_SPEEDUP:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
 )
 THREADS = 2
-CLAIMED = (2, 8, 32)
-"""Micro-batch sizes of the claim; 128 is for comparison."""
-
 Batches = list[Tensor]
 Truth = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -56,7 +53,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": (Setting("resnet50", 128, 64, (2, 8, 32, 128), 3), Setting("mobilenet_v2", 256, 64, (2, 8, 32, 128), 5)),
+    "cpu": (Setting("resnet50", 128, 32, (2, 32, 128), 5), Setting("mobilenet_v2", 128, 64, (2, 32, 128), 5)),
     "cuda": (Setting("resnet50", 512, 224, (2, 8, 32, 128), 5),),
 }
 QUICK = (Setting("resnet50", 8, 32, (2, 8), 2), Setting("mobilenet_v2", 8, 32, (2,), 2))
@@ -115,12 +112,15 @@ class Row:
     estimate: str
     gaps: tuple[float, float]
     to_one_pass: Spread
-    max_time: float
+
+    @property
+    def max_time(self) -> float:
+        return MAX_TIME["a single one" if self.micro_batch == self.setting.samples else "micro-batches"]
 
     @property
     def missed(self) -> bool:
         """Whether the claim is about this row, and is false."""
-        return self.estimate == "exact" and self.micro_batch in CLAIMED and self.to_one_pass.median > self.max_time
+        return self.estimate == "exact" and round(self.to_one_pass.median, 3) > self.max_time
 
     def __str__(self) -> str:
         mean, var = self.gaps
@@ -172,7 +172,7 @@ def _measure(setting: Setting, model: nn.Module, batches: Batches, truth: Truth,
     )
 
     def row(name: str, to_one_pass: Spread) -> Row:
-        return Row(setting, len(batches[0]), name, _worst(model, truth), to_one_pass, MAX_TIME[device])
+        return Row(setting, len(batches[0]), name, _worst(model, truth), to_one_pass)
 
     rows = []
     for name, estimate in ESTIMATES.items():
@@ -230,11 +230,10 @@ def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _verdicts(rows: list[Row]) -> list[str]:
-    claimed = [row for row in rows if row.estimate == "exact" and row.micro_batch in CLAIMED]
-    missed = [row for row in claimed if row.missed]
+    claimed = [row for row in rows if row.estimate == "exact"]
+    met = sum(not row.missed for row in claimed)
     most = max(row.to_one_pass.median for row in claimed)
-    kept = f"{len(claimed) - len(missed)} of {len(claimed)}"
-    first = f"- Exact in at most {claimed[0].max_time} passes: {kept}; {most:.2f} at most."
+    first = f"- Within these times: {met} of {len(claimed)}; at most {most:.2f} passes."
     exact = {(r.setting, r.micro_batch): r.to_one_pass.median for r in claimed}
     faster = [
         row.to_one_pass.median / exact[row.setting, row.micro_batch]

@@ -19,8 +19,8 @@ from lightning_bn.functional.ghost import Grouping
 
 TITLE = "Ghost BN takes as long as plain BatchNorm"
 CLAIM = (
-    "Forward and backward of interleaved groups of one size in an NCHW batch take at most 1.15 times as long as those "
-    "of plain BatchNorm, and less time than a loop over groups. Other batches have no such view; they have no target."
+    "Forward and backward take at most 1.3 times as long as those of plain BatchNorm, 1.15 times if groups are "
+    "interleaved, of one size, and in an NCHW batch; and never longer than a loop over contiguous groups."
 )
 GHOST, CHANNELS, PIXELS = 32, 64, 32
 THREADS = 2
@@ -42,7 +42,7 @@ class Case:
 
     def missed(self, other: str, spread: Spread) -> bool:
         """Whether the printed ratio of our time to another's is above the target."""
-        return self.free and round(spread.median, 3) > (1.15 if other == "plain" else 1.0)
+        return round(spread.median, 3) > (1.0 if other != "plain" else 1.15 if self.free else 1.3)
 
     def __str__(self) -> str:
         return f"{self.samples} | {self.layout} | {self.grouping}"
@@ -95,8 +95,8 @@ def report(device: str, quick: bool) -> str:
             f"**Method.** One BatchNorm2d of {CHANNELS} channels, {PIXELS} x {PIXELS} px, groups of {GHOST}, float32, "
             f"{THREADS} CPU threads; forward, and backward to input, weight and bias. Both loops use contiguous groups "
             "in all rows. In each round all run one after the other, in rotating order; ratios are taken within a "
-            "round. Medians over rounds, with quartiles in brackets. **missed** marks a median above 1.15 (plain) or "
-            f"1.00 (loops) if the groups are a view. {rounds} rounds, after an unmeasured one.{composer}",
+            "round. Medians over rounds, with quartiles in brackets. **missed** marks a median above the claim. "
+            f" {rounds} rounds, after an unmeasured one.{composer}",
         ]
     )
 

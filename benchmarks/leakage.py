@@ -18,10 +18,10 @@ from lightning_bn import BatchLeakageMonitor
 
 TITLE = "What BatchLeakageMonitor costs"
 CLAIM = (
-    "An epoch takes longer by one forward without gradients over num_samples samples, and by the test. There is no "
-    "target, because the share falls with the size of the epoch."
+    "At its defaults it adds at most 1 % to an epoch of ResNet-18 over 50,000 images of 32 px: one forward without "
+    "gradients over num_samples samples, and the test."
 )
-BATCHES, SAMPLES, PIXELS, EPOCHS = 16, 32, 32, 3
+BATCHES, SAMPLES, PIXELS, EPOCHS, IMAGES = 128, 32, 32, 3, 50_000
 
 
 class Timed(Callback):
@@ -57,29 +57,29 @@ def report(device: str, quick: bool) -> str:
     torch.set_num_threads(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     lines = [
-        "| network, batch | samples tested, of an epoch | copies, % of the epoch | pass and test, % of the epoch | s |",
+        f"| network, batch | samples tested | copies, % of the epoch | pass and test, % of an epoch of {IMAGES:,} | s |",
         "|---|---|---|---|---|",
     ]
     epoch = SAMPLES * (8 if quick else BATCHES)
-    for tested in (epoch // 4, epoch):
+    for tested in (epoch // 4, epoch):  # the latter is the default
         timed = _fit(Classifier(torchvision.models.resnet18(weights=None)), tested, epoch, device)
         copies, tests = (
-            Spread.of([100 * a / b for a, b in zip(part[1:], timed.whole[1:], strict=True)])
-            for part in (timed.copies, timed.tests)
+            Spread.of([scale * a / b for a, b in zip(part[1:], timed.whole[1:], strict=True)])
+            for part, scale in ((timed.copies, 100.0), (timed.tests, 100 * epoch / IMAGES))
         )
         lines.append(
-            f"| ResNet-18, {SAMPLES} of {PIXELS} px | {tested} of {epoch} | {copies} | {tests} "
+            f"| ResNet-18, {SAMPLES} of {PIXELS} px | {tested} | {copies} "
+            f"| {tests}{' **missed**' if tests.median > 1 else ''} "
             f"| {Spread.of(timed.tests[1:]).median:.1f} |"
         )
     return "\n".join(
         [
             *lines,
             "",
-            f"**Method.** Random images and weights, SGD at rate 0, {EPOCHS} epochs of {epoch} samples, of which "
-            "the first is not counted. Time in the monitor's hooks, relative to the rest of the same epoch; median and "
-            "quartiles. The data have no leakage, so the test stops early, as in most epochs. For an epoch of n "
-            "samples, "
-            f"multiply by {epoch} / n.",
+            f"**Method.** Random images and weights, SGD at rate 0, {EPOCHS} epochs of {epoch} samples, of which the "
+            "first is not counted. Time in the monitor's hooks, relative to the rest of the same epoch; median and "
+            f"quartiles. That of pass and test is multiplied by {epoch} / {IMAGES}. The data have no leakage, so the "
+            "test stops early, as in most epochs.",
         ]
     )
 

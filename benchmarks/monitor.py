@@ -44,7 +44,7 @@ UNDER = {DEFAULT: 1.0, EVERY: 5.0}
 NETWORKS = ("resnet18", "resnet50")
 SAMPLES = 32
 PIXELS = {"cpu": (32,), "cuda": (32, 224)}  # the smaller the images, the more a callback weighs
-MINUTES = {"cpu": 3.5, "cuda": 1.0}
+MINUTES = {"cpu": 1.0, "cuda": 0.5}
 THREADS = 2
 CYCLE = 50
 """Batches per turn: the Trainer's default ``log_every_n_steps``, so every turn logs one row."""

@@ -62,7 +62,7 @@ def report(device: str, quick: bool) -> str:
     rows = []
     for ranks, even in product(RANKS[:1] if quick else RANKS, (True, False)):
         counts = [64] * ranks if even else list(UNEVEN[:ranks])
-        rows.append(_measure(counts, rounds=2 if quick else 5))
+        rows.append(_measure(counts, rounds=2 if quick else 3))
         print(rows[-1], flush=True)
     return "\n".join(
         [
