@@ -31,7 +31,7 @@ MIN_SPEEDUP = 10.0
 CLAIM = (
     '`precise_bn(normalization_batch_size="population")`, which is exact, takes at micro-batches of 2 to 32 at most '
     f"{MAX_TIME['micro-batches']} times as long as one pass, at most {MAX_TIME['a single one']} times if there is a "
-    f"single one, and is at least {MIN_SPEEDUP:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
+    f"single one. It is at least {MIN_SPEEDUP:.0f} times faster than the paper's layer-by-layer algorithm on ResNet-50."
 )
 THREADS = 2
 Batches = list[Tensor]

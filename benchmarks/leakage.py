@@ -57,7 +57,7 @@ def report(device: str, quick: bool) -> str:
     torch.set_num_threads(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     lines = [
-        f"| network, batch | samples tested | copies, % of the epoch | pass and test, % of an epoch of {IMAGES:,} | s |",
+        f"| network, batch | tested | copies, % of the epoch | pass and test, % of an epoch of {IMAGES:,} | s |",
         "|---|---|---|---|---|",
     ]
     epoch = SAMPLES * (8 if quick else BATCHES)
