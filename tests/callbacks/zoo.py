@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -62,6 +63,10 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
 """Every callback, with arguments that make it act within two epochs of four batches of eight."""
 
 
+every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+every_pass = pytest.mark.parametrize("make", WITH_A_PASS.values(), ids=WITH_A_PASS)
+
+
 def patterns_of(make: Any) -> str:
     return "modules" if "modules" in inspect.signature(make.func).parameters else "layers"
 
@@ -87,9 +92,7 @@ class TinyNet(LightningModule):
         self.accuracy = MulticlassAccuracy(CLASSES)
         self.average_loss = MeanMetric()
         self.register_buffer("queue", torch.zeros(8, 6))
-        self.queue_end = 0
-        self.losses: list[Tensor] = []
-        self.seen = {"batches": 0}
+        self.queue_end, self.losses, self.seen = 0, list[Tensor](), {"batches": 0}
 
     def features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -121,13 +124,12 @@ class TinyNet(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
-        logits = self(x)
-        self.log("val_loss", F.cross_entropy(logits.float(), y), batch_size=len(x))
-        self.log("val_sum", logits.float().square().sum(), batch_size=len(x), reduce_fx="sum")
+        logits = self(x).float()
+        self.log("val_loss", F.cross_entropy(logits, y), batch_size=len(x))
+        self.log("val_sum", logits.square().sum(), batch_size=len(x), reduce_fx="sum")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        x, y = batch
-        self.log("test_loss", F.cross_entropy(self(x), y), batch_size=len(x))
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self(batch[0])
@@ -157,10 +159,6 @@ class MomentumEncoder(TinyNet):
             target = self.teacher(batch[0])
         answer = self.student(batch[0]) if answer is None else answer
         return super().training_step(batch, batch_idx) + F.mse_loss(answer, target)
-
-
-def lerp(own: nn.Parameter, theirs: Tensor) -> None:
-    own.lerp_(theirs, 0.1)
 
 
 def lerp_data(own: nn.Parameter, theirs: Tensor) -> None:
@@ -277,6 +275,13 @@ def fit(module: Any, callbacks: Any = (), train: Any = None, val: Any = "default
     else:
         trainer.fit(module, train, val_loader() if isinstance(val, str) else val, ckpt_path=ckpt_path)
     return trainer
+
+
+def raising(error: Any) -> Any:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
 
 
 def said(about: str, *args: Any, **kwargs: Any) -> list[str]:
