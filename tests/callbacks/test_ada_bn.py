@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
+from lightning_bn import AdaBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from tests.callbacks import zoo
 from tests.callbacks.zoo import At, Images, TinyNet, caught, digest, fit, statistics_of, train_loader, trainer_with
 from tests.functional.test_adapt_bn import adapting
@@ -207,13 +207,6 @@ def test_online_a_nan_batch_affects_its_own_predictions_only_and_warns() -> None
     with pytest.warns(UserWarning, match=r"\d calls of layers got NaN or infinite values, and were left out"):
         logits = evaluate([AdaBNCallback(online=True)], "predict", loader)
     assert [bool(batch.isfinite().all()) for batch in logits] == [True, False, True]
-
-
-def test_it_warns_of_layers_that_were_trained_frozen() -> None:
-    with caught("AdaBNCallback") as said:
-        evaluate([FreezeBNCallback(start_epoch=1), AdaBNCallback()])
-        evaluate([FreezeBNCallback(start_epoch=1, layers="bn1"), AdaBNCallback(layers="bn2")])
-    assert len(said) == 1 and "FreezeBNCallback" in said[0] and "77.9 to 48.5" in said[0]
 
 
 def test_frozen_layers_keep_their_statistics_with_a_warning() -> None:

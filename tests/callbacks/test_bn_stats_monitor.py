@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import re
 import subprocess
@@ -17,9 +16,9 @@ import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import BNStatsMonitor, FreezeBNCallback, PassConfig, PreciseBNCallback
+from tests.callbacks import zoo
 from tests.callbacks.zoo import InMemory, TinyNet, digest, fit, raising, said, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
@@ -251,23 +250,6 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
     assert type(module.bn1) is nn.BatchNorm2d
 
 
-OTHERWISE: dict[str, Any] = {
-    "checkpointed": lambda features: functools.partial(checkpoint, features, use_reentrant=False),
-    "compiled": lambda features: torch.compile(features, backend="eager"),
-}
-
-
-@pytest.mark.parametrize("run", OTHERWISE.values(), ids=OTHERWISE)
-def test_training_is_bit_for_bit_the_same_however_the_module_runs(run: Any) -> None:
-    watched, plain = TinyNet(dropout=0.5), TinyNet(dropout=0.5)
-    for module in (watched, plain):
-        module.bn1.momentum, module.features = 0.0, run(module.features)
-        module.on_train_epoch_start = module.bn2.eval if run is OTHERWISE["compiled"] else module.bn2.train
-    fit(watched, BNStatsMonitor(1, window=2))
-    fit(plain)
-    assert digest(watched.state_dict()) == digest(plain.state_dict())
-
-
 class Skips(TinyNet):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         return -1 if (self.trainer.current_epoch, batch_idx) == (0, 3) else None
@@ -284,18 +266,6 @@ def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
     assert len(values) == 2 * 7 and all(value == value for value in values)
 
 
-class Wider(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = nn.BatchNorm2d(6)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.extra(self.bn2(self.conv2(self.bn1(self.conv1(x))))).mean((2, 3))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["optimizer_states"] = []
-
-
 def test_other_channels_or_layers_after_a_resume_begin_a_record_of_their_own(tmp_path: Path) -> None:
     trainer = fit(TinyNet(), BNStatsMonitor(1, window=2, trace_channels={"bn1": 0}), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
@@ -303,7 +273,7 @@ def test_other_channels_or_layers_after_a_resume_begin_a_record_of_their_own(tmp
     fit(TinyNet(), monitor, ckpt_path=tmp_path / "first.ckpt")
     assert monitor._record is not None
     assert monitor._record.history.steps[0] == 1 and monitor._record.traces.steps[0] == 4
-    wider, monitor = Wider(), BNStatsMonitor(1, window=2)
+    wider, monitor = zoo.Wider(), BNStatsMonitor(1, window=2)
     wider.strict_loading = False
     with pytest.warns(UserWarning, match="begins a new record: The checkpoint's record is one of other layers"):
         fit(wider, monitor, ckpt_path=tmp_path / "first.ckpt")

@@ -58,16 +58,6 @@ def goes_round(module: TinyNet, batch: Any) -> Any:
     return batch if later(module.trainer) else module(batch[0])
 
 
-def cannot_tell(batch: Any) -> int:
-    if batch[0].sum() < 0:
-        raise LookupError("no such sample")
-    return len(batch[0])
-
-
-def uncountable(trainer: Trainer) -> Any:
-    return [(-x.abs() if later(trainer) and i == 2 else x.abs(), y) for i, (x, y) in enumerate(train_loader())]
-
-
 IN_STEP = "batch 1 of the pass failed in training_step: "
 NEEDS_GRADIENTS = RuntimeError("element 0 of tensors does not require grad")
 FAILING: dict[str, tuple[Callable[[], TinyNet], dict[str, Any], str]] = {
@@ -80,7 +70,6 @@ FAILING: dict[str, tuple[Callable[[], TinyNet], dict[str, Any], str]] = {
     "loader's function": (TinyNet, {"source": FromLoader(is_not_there)}, "StopIteration"),
     "no batch": (TinyNet, {"source": FromLoader(is_empty)}, "No batch reached a BatchNorm layer"),
     "no layer": (TinyNet, {"forward": goes_round}, "No batch reached a BatchNorm layer"),
-    "count": (TinyNet, {"source": FromLoader(uncountable), "batch_size_fn": cannot_tell}, "be read: no such sample"),
     "lockstep": (Wanders, {"normalization_batch_size": 32}, "bn1"),
 }
 

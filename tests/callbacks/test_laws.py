@@ -21,7 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
-from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, PassConfig, PreciseBNCallback
+from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
 from tests.callbacks import zoo
 from tests.callbacks.zoo import (
     CALLBACKS,
@@ -38,9 +38,15 @@ from tests.callbacks.zoo import (
 )
 from tests.ranks import run_on_ranks
 
+
+def live(trainer: Trainer) -> Any:
+    return trainer.train_dataloader
+
+
 OBSERVING: dict[str, Callable[[], Any]] = {
     **{n: CALLBACKS[n] for n in ("PreciseBN", "PreciseBN, skip_below", "ForecastBN", "BNStatsMonitor")},
     "PreciseBN, replay": functools.partial(PreciseBNCallback, 20, source="replay"),
+    "PreciseBN, live loader": functools.partial(PreciseBNCallback, 20, source=FromLoader(live)),
     "PreciseBN, forward": functools.partial(PreciseBNCallback, 20, forward="forward"),
     "FreezeBN before its switch": functools.partial(
         FreezeBNCallback, start_step=10**6, warmup_steps=0, precise=PassConfig(source="replay")
@@ -154,7 +160,8 @@ OF_THE_STEP = ["two loaders", "augmentation on the device", "bf16-mixed", "no va
 OF_THE_STEP += [*A_FEW, "momentum encoder", "momentum encoder, other data"]
 RUNNING_THE_STEP = ["PreciseBN, replay", "BNStatsMonitor", "BatchLeakageMonitor"]
 """Those that read no loader: they may only disturb what a training step uses."""
-WAYS = {"PreciseBN": list(SETUPS), **dict.fromkeys(RUNNING_THE_STEP, OF_THE_STEP)}
+READING = {"PreciseBN": list(SETUPS), "PreciseBN, live loader": [*A_FEW, "persistent workers"]}
+WAYS = {**READING, **dict.fromkeys(RUNNING_THE_STEP, OF_THE_STEP)}
 
 
 def trace(name: str, callbacks: list[Any]) -> list[tuple[str, Any]]:
@@ -316,8 +323,8 @@ def test_an_exception_in_an_evaluation_leaves_nothing_of_it(make: Any, stage: st
 
 
 def left_by(n: int, callbacks: list[Any]) -> list[Any]:
-    module, rates = Blows(Blown(), n=n), list[float]()
-    note = At(lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"]), "on_exception", "teardown")
+    module, ends, rates = Blows(Blown(), n=n), ("on_exception", "on_train_end"), list[float]()
+    note = At(lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"]), *ends)
     with contextlib.suppress(Blown):
         fit(module, [*callbacks, note])
     return [rates, modules_of(module)]

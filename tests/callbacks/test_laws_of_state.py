@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from lightning_bn import (
 )
 from tests.callbacks import zoo
 from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, At, TinyNet, caught, digest, every_callback, every_pass, fit
+from tests.ranks import run_on_ranks
 
 IN_STEPS: list[Any] = []
 """What training steps have recorded, outside of the module, whose attributes a pass restores."""
@@ -173,7 +176,6 @@ AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
 def test_a_resumed_fit_ends_as_the_uninterrupted_one(
     name: str, make: Callable[[], list[Any]], trainer: dict[str, Any], moments: list[str], tmp_path: Path
 ) -> None:
-    """From a checkpoint of each moment, as if the training had been killed right after it."""
     module, whole = TinyNet(), make()
     trainer = {"max_epochs": 3, **trainer}
     fit(module, [*whole, SavesAt(tmp_path, moments)], zoo.equal_batches(), **trainer)
@@ -188,6 +190,27 @@ def test_a_resumed_fit_ends_as_the_uninterrupted_one(
         assert at_start in ([], [digest(saved)]), last
         assert [digest(c.state_dict()) for c in ours] == [digest(c.state_dict()) for c in whole], last
         assert digest(resumed.state_dict()) == digest(module.state_dict()), last
+
+
+def kill(trainer: Trainer, *_: Any) -> None:
+    """Kill -9, right before the batch after the fifth optimizer step."""
+    if trainer.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder: Path, killed: bool = False, **kwargs: Any) -> Any:
+    """Two epochs of four equal batches: PreciseBN, then frozen from step 6; a checkpoint per epoch."""
+    module = TinyNet()
+    ours = [PreciseBNCallback(20), FreezeBNCallback(start_step=6, precise=PassConfig(20), warmup_epochs=0.5)]
+    others = [ModelCheckpoint(folder, "{step}", save_top_k=-1), *([At(kill, "on_train_batch_start")] if killed else [])]
+    fit(module, [*ours, *others], zoo.equal_batches(), **kwargs)
+    return digest(module.state_dict()), digest([c.state_dict() for c in ours])
+
+
+def test_a_killed_training_resumes_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 0: died"):
+        run_on_ranks(train, 1, tmp_path / "killed", True)
+    assert train(tmp_path / "resumed", ckpt_path=tmp_path / "killed" / "step=4.ckpt") == train(tmp_path / "whole")
 
 
 class Keeps(TinyNet):
@@ -205,11 +228,8 @@ class Keeps(TinyNet):
         return super().features(x)
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        return functools.partial(self._scaled, found) if name == "conv2" else found
-
-    def _scaled(self, conv: nn.Module, x: Tensor) -> Tensor:
-        return conv(x * (1 + self.kept))  # another micro-batch has overwritten it
+        found = super().__getattr__(name)  # another micro-batch has overwritten what is kept
+        return (lambda x: found(x * (1 + self.kept))) if name == "conv2" else found
 
 
 def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]:
@@ -222,9 +242,7 @@ def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]
 
 @every_callback
 @pytest.mark.parametrize(
-    ("first", "second", "options"),
-    [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})],
-    ids=["from a stateful one", "to a stateful one without validation"],
+    ("first", "second", "options"), [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})], ids=["from", "to"]
 )
 def test_one_callback_over_two_models_is_as_two_callbacks(make: Any, first: Any, second: Any, options: Any) -> None:
     used = make()
@@ -270,7 +288,7 @@ def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[...
 
 
 class Elsewhere(pytorch_lightning.LightningModule):
-    """A module of pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
+    """Of pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -79,11 +79,16 @@ def test_a_batch_that_forward_does_not_take_is_refused_before_any_step(
     fit(Counts(), own, train_loader(collate_fn=dicts), val=None)
 
 
-class WithoutForward(TinyNet):
-    forward = LightningModule.forward
+class WithoutForward(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.features(batch).square().mean()
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 @every_pass
