@@ -44,17 +44,14 @@ def log_like_the_monitor(logger: Any) -> None:
 
 def log(kind: str, folder: Path) -> Path:
     """Returns the folder of the run."""
-    wandb_settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
-    logger: Any = {
-        "csv": lambda: CSVLogger(folder),
-        "tensorboard": lambda: TensorBoardLogger(folder),
-        "wandb": lambda: WandbLogger(save_dir=folder, project="resnet", settings=wandb_settings),
-    }[kind]()
-    log_like_the_monitor(logger)
     if kind == "wandb":
+        settings = wandb.Settings(console="off", x_disable_stats=True, mode="offline")
+        log_like_the_monitor(WandbLogger(save_dir=folder, project="resnet", settings=settings))
         wandb.finish()
         wandb.teardown()
         return folder / "wandb" / "latest-run"
+    logger = CSVLogger(folder) if kind == "csv" else TensorBoardLogger(folder)
+    log_like_the_monitor(logger)
     logger.finalize("success")
     return Path(logger.log_dir)
 
@@ -88,9 +85,8 @@ def test_all_keys_of_a_monitor_are_read_back_and_no_others(run: LoggedRun) -> No
     assert [row[1] for row in run.tables["bn/layers"].rows] == list(LAYERS)
     names = run.tables["bn_layers"]
     columns = [list(names.columns).index(column) for column in ("index", "layer", "key")]
-    assert [[row[c] for c in columns] for row in names.rows] == [
-        [str(index), name, key] for index, (name, key) in enumerate(LAYERS.items())
-    ]
+    found = [[row[c] for c in columns] for row in names.rows]
+    assert found == [[str(index), name, key] for index, (name, key) in enumerate(LAYERS.items())]
 
 
 def test_the_page_has_worst_values_and_layers_and_heatmaps_in_the_models_order(
@@ -140,9 +136,7 @@ def test_a_table_shortens_numbers_marks_infinite_ones_and_leaves_texts_alone() -
     assert "nan" not in re.findall(r"<td[^>]*>([^<]*)</td>", html), "not measured is a dash"
 
 
-def test_the_command_writes_the_page_and_prints_its_path(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_the_page_and_prints_its_path(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     run = runs["csv"]
     main([str(run)])
     main([str(run), "--out", str(tmp_path / "new" / "page.html")])
@@ -217,8 +211,6 @@ def in_chromium(html: str, folder: Path) -> tuple[str, list[str]]:
 def test_a_browser_loads_every_picture_without_a_complaint(runs: dict[str, Path], tmp_path: Path) -> None:
     html = write_report(runs["csv"], out=tmp_path / "report.html").read_text(encoding="utf-8")
     assert in_chromium(html, tmp_path) == ("7/7", [])
-    broken = html.replace("image/png;base64,", "image/png;base64,AAAA", 1).replace(
-        "<body>", "<body><img src=http://a/b>"
-    )
-    loaded, complaints = in_chromium(broken, tmp_path)
+    broken = html.replace("image/png;base64,", "image/png;base64,AAAA", 1)
+    loaded, complaints = in_chromium(broken.replace("<body>", "<body><img src=http://a/b>"), tmp_path)
     assert loaded == "6/8" and complaints, "the check above can fail"

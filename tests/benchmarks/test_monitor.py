@@ -1,11 +1,9 @@
 """What the monitor's benchmark times is what it says."""
 
-from typing import Any
-
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import monitor
 from benchmarks.monitor import CYCLE, DEFAULT, Classifier, Row, Turns, _bytes, _fit
@@ -21,39 +19,25 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
-
-class Network(nn.Linear):
-    """Takes a second a batch."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(2, 10)
-        self.clock = clock
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.clock.now += 1
-        return super().forward(inputs)
+    def take(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class Contestant(Callback):
     """Takes time at every batch's start and end."""
 
     def __init__(self, name: str, seconds: float, clock: Clock, seen: list[str]) -> None:
-        self.name, self.seconds, self.clock, self.seen = name, seconds, clock, seen
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.clock.now += self.seconds
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.now += self.seconds
-        self.seen.append(self.name)
+        self.on_train_batch_start = lambda *_: clock.take(seconds)
+        self.on_train_batch_end = lambda *_: [clock.take(seconds), seen.append(name)]
 
 
 def test_a_contestant_is_charged_for_its_own_turns_and_hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, seen = Clock(), list[str]()
+    clock, seen, network = Clock(), list[str](), nn.Linear(2, 10)
     monkeypatch.setattr(monitor, "time", clock)
+    network.register_forward_hook(lambda *_: clock.take(1))  # a second a batch
     contestants = {"a": Contestant("a", 0.0, clock, seen), "b": Contestant("b", 0.25, clock, seen)}
     turns = Turns(contestants, minutes=0.0, device="cpu")
-    trainer = _fit(Classifier(Network(clock)), torch.randn(1, 4, 2), [turns], [])
+    trainer = _fit(Classifier(network), torch.randn(1, 4, 2), [turns], [])
     assert "".join(seen[::CYCLE]) == "abba" and len(seen) == 4 * CYCLE  # whole cycles; who is first changes
     assert trainer.global_step == CYCLE + 4 * CYCLE + 1  # one warms up; one batch more, at whose start the last ended
     assert turns.hooks == {"a": [0.0, 0.0], "b": [0.5 * CYCLE] * 2}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bn import AdaBNCallback, FreezeBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
+from lightning_bn import AdaBNCallback, FromLoader, MiniBatchInferenceCallback, PreciseBNCallback
 from tests.callbacks import zoo
 from tests.callbacks.zoo import At, Images, TinyNet, caught, digest, fit, statistics_of, train_loader, trainer_with
+from tests.functional.test_adapt_bn import adapting
 from tests.ranks import run_on_ranks
 
 
@@ -52,11 +53,11 @@ class Statistics(Callback):
     def of_batch(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.of_batches.append(statistics_of(pl_module))
 
-    def end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.at_end = statistics_of(pl_module)
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end = of_batch
-    on_validation_end = on_predict_end = on_test_end = end
+    on_validation_end = on_predict_end = on_test_end
 
 
 def evaluate(callbacks: Any, stage: str = "test", loaders: Any = None, module: Any = None, **kwargs: Any) -> Any:
@@ -66,12 +67,8 @@ def evaluate(callbacks: Any, stage: str = "test", loaders: Any = None, module: A
     return results if stage == "predict" else {k: v for result in results for k, v in result.items()}
 
 
-def exact(module: TinyNet, batches: Any) -> dict[str, Tensor]:
-    return zoo.expected(module, batches, together=False)
-
-
-def assert_statistics(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+exact = functools.partial(zoo.expected, together=False)
+assert_statistics = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "prior"), [("validate", 0), ("test", 13), ("predict", 0)])
@@ -130,19 +127,18 @@ def test_combined_loaders_are_one_domain() -> None:
     assert_statistics(seen.of_batches[0], exact(module, together))
 
 
-@pytest.mark.parametrize("forward", ["forward", lambda module, batch: module(batch[0])])
-def test_other_forwards_give_the_same(forward: Any) -> None:
-    assert evaluate(AdaBNCallback(forward=forward)) == evaluate(AdaBNCallback())
+def test_other_forwards_give_the_same() -> None:
+    for forward in ("forward", lambda module, batch: module(batch[0])):
+        assert evaluate(AdaBNCallback(forward=forward)) == evaluate(AdaBNCallback())
+
+
+PERSISTENT = {"num_workers": 1, "persistent_workers": True}
+ONLINE = {"online": True, "log_unadapted": True}
 
 
 @pytest.mark.parametrize(
     ("stage", "workers", "options"),
-    [
-        ("validate", {}, {}),
-        ("predict", {"num_workers": 1}, {}),
-        ("test", {"num_workers": 1, "persistent_workers": True}, {}),
-        ("test", {"num_workers": 1, "persistent_workers": True}, {"online": True, "log_unadapted": True}),
-    ],
+    [("validate", {}, {}), ("predict", {"num_workers": 1}, {}), *(("test", PERSISTENT, o) for o in ({}, ONLINE))],
 )
 def test_the_live_loader_and_random_numbers_are_not_disturbed(stage: str, workers: Any, options: Any) -> None:
     def note(trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
@@ -199,31 +195,9 @@ def test_online_each_batch_is_normalized_with_all_batches_so_far_of_its_domain()
     predictions = evaluate(AdaBNCallback(online=True, prior_samples=4), "predict", module=module)
     assert digest(module.state_dict()) == state
     for loader, logits in zip(domains(), predictions, strict=True):
-        expected = online_logits(Evaluating(), [x for x, _ in loader], 4)
-        for ours, theirs in zip(logits, expected, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4)
-
-
-def online_logits(module: TinyNet, batches: list[Tensor], prior: int) -> Iterator[Tensor]:
-    """Oracle in float64: layer by layer, with all inputs that a layer got so far."""
-    module = module.double().eval()
-    inputs: dict[nn.Module, list[Tensor]] = {}
-    samples = 0
-
-    def normalize(bn: Any, args: Any, output: Tensor) -> Tensor:
-        x, *_ = args
-        inputs.setdefault(bn, []).append(x.movedim(1, -1).reshape(-1, x.shape[1]))
-        rows, share = torch.cat(inputs[bn]), prior / (prior + samples)
-        mean = share * bn.running_mean + (1 - share) * rows.mean(0)
-        var = share * bn.running_var + (1 - share) * rows.var(0, correction=0)
-        return F.batch_norm(x, mean, var, bn.weight, bn.bias, False, 0.0, bn.eps)
-
-    for bn in (module.bn1, module.bn2):
-        bn.register_forward_hook(normalize)
-    for x in batches:
-        samples += len(x)
-        with torch.no_grad():
-            yield module(x.double())
+        expected = adapting(Evaluating().eval(), [x for x, _ in loader], 4)  # held against the formula with adapt_bn
+        for ours, (_, theirs) in zip(logits, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_online_a_nan_batch_affects_its_own_predictions_only_and_warns() -> None:
@@ -233,13 +207,6 @@ def test_online_a_nan_batch_affects_its_own_predictions_only_and_warns() -> None
     with pytest.warns(UserWarning, match=r"\d calls of layers got NaN or infinite values, and were left out"):
         logits = evaluate([AdaBNCallback(online=True)], "predict", loader)
     assert [bool(batch.isfinite().all()) for batch in logits] == [True, False, True]
-
-
-def test_it_warns_of_layers_that_were_trained_frozen() -> None:
-    with caught("AdaBNCallback") as said:
-        evaluate([FreezeBNCallback(start_epoch=1), AdaBNCallback()])
-        evaluate([FreezeBNCallback(start_epoch=1, layers="bn1"), AdaBNCallback(layers="bn2")])
-    assert len(said) == 1 and "FreezeBNCallback" in said[0] and "77.9 to 48.5" in said[0]
 
 
 def test_frozen_layers_keep_their_statistics_with_a_warning() -> None:
@@ -265,25 +232,24 @@ def test_it_adapts_after_precise_bn_and_restores_its_statistics() -> None:
     assert_statistics(seen.at_end, source)
 
 
-class Stream(IterableDataset[Any]):
+def batches_of(sizes: list[int]) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    for size in sizes:
+        yield torch.randn(size, 3, 6, 6, generator=generator) + size, torch.zeros(size, dtype=torch.long)
+
+
+class Batches(IterableDataset[Any]):
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
 
     def __iter__(self) -> Iterator[Any]:
-        generator = torch.Generator().manual_seed(sum(self.sizes))
-        for size in self.sizes:
-            yield torch.randn(size, 3, 6, 6, generator=generator) + size, torch.zeros(size, dtype=torch.long)
+        return batches_of(self.sizes)
 
 
-class Once(Stream):
-    def __next__(self) -> Any:
-        raise StopIteration
-
-
-def test_conflicts_and_loaders_and_forwards_that_cannot_be_used_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"Once is an iterator.*online=True"):
-        evaluate(AdaBNCallback(), loaders=DataLoader(Once([4]), batch_size=None))
-    evaluate(AdaBNCallback(online=True), loaders=DataLoader(Once([4]), batch_size=None))
+def test_loaders_and_forwards_that_cannot_be_used_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"generator is an iterator.*online=True"):
+        evaluate(AdaBNCallback(), loaders=batches_of([4]))
+    evaluate(AdaBNCallback(online=True), loaders=batches_of([4]))
     with pytest.raises(RuntimeError, match="StopIteration"):
         evaluate(AdaBNCallback(forward=lambda module, batch: next(iter([]))))
 
@@ -319,7 +285,7 @@ def evaluate_on_rank(shards: Any, online: bool) -> Any:
     module, seen, callback = Evaluating(), Statistics(), AdaBNCallback(log_unadapted=True, online=online)
     state = digest(module.state_dict())
     trainer = trainer_with([callback, seen], devices=2, strategy="ddp")
-    loaders = [DataLoader(Stream(sizes), batch_size=None) for sizes in shards[rank]]
+    loaders = [DataLoader(Batches(sizes), batch_size=None) for sizes in shards[rank]]
     trainer.test(module, loaders)
     return callback.results, seen.of_batches, digest(module.state_dict()) == state
 
@@ -329,7 +295,7 @@ def evaluate_on_rank(shards: Any, online: bool) -> Any:
 def test_ranks_with_uneven_shards_adapt_to_the_whole_domain(shards: Any) -> None:
     ranks = run_on_ranks(evaluate_on_rank, 2, shards, False)
     for domain in range(2):
-        target = exact(Evaluating(), [batch for shard in shards for batch in Stream(shard[domain])])
+        target = exact(Evaluating(), [batch for shard in shards for batch in batches_of(shard[domain])])
         for shard, (results, of_batches, restored) in zip(shards, ranks, strict=True):
             assert restored
             assert results[domain].num_samples == sum(sum(s[domain]) for s in shards)

@@ -47,18 +47,15 @@ def numbers(trainer: Trainer) -> list[Any]:
 
 
 OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
-    *(("PreciseBN", {"num_samples": n}, "num_samples must be a whole number") for n in (None, 2.5)),
+    ("PreciseBN", {"num_samples": 2.5}, "num_samples must be a whole number"),
     ("PreciseBN", {"num_samples": 0}, "num_samples must be at least 1 but is 0"),
     ("PreciseBN", {"every_n_validations": 0}, "every_n_validations must be at least 1 but is 0"),
     ("PreciseBN", {"source": "val_dataloader"}, "source must be .* but is 'val_dataloader'"),
     ("PreciseBN", {"source": numbers}, r"source=FromLoader\(numbers\)"),
     ("PreciseBN", {"forward": "validation_step"}, "forward must be .* but is 'validation_step'"),
-    ("PreciseBN", {"stages": "validate"}, "stages must be a list .* but is 'validate'"),
     ("PreciseBN", {"stages": ["fit"]}, r"stages must be a list .* but is \['fit'\]"),
     ("PreciseBN", {"normalization_batch_size": 0}, "normalization_batch_size must be at least 1"),
-    ("PreciseBN", {"normalization_batch_size": 2.5}, "normalization_batch_size must be a whole number"),
     ("PreciseBN", {"normalization_batch_size": "all"}, "normalization_batch_size must be .* but is 'all'"),
-    ("PreciseBN", {"normalization_batch_size": None}, "normalization_batch_size must be .* but is None"),
     ("PreciseBN", {"tolerance": 0}, "tolerance must be above 0"),
     ("PreciseBN", {"tolerance": 0.1, "normalization_batch_size": "population"}, "leave one of them out"),
     ("PreciseBN", {"memory_limit": 0}, "memory_limit must be at least 1"),
@@ -71,7 +68,6 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("FreezeBN", {"start_step": -1}, "start_step must be at least 0 but is -1"),
     *(("FreezeBN", {"start_fraction": x}, f"start_fraction must be .* but is {x}") for x in (1.0, -0.1)),
     ("FreezeBN", {"start_epoch": 1, "statistics": "exact"}, "'exact'"),
-    ("FreezeBN", {"start_epoch": 1, "affine": 0}, "affine must be True or False but is 0"),
     ("FreezeBN", {"start_epoch": 1, "warmup_epochs": -1}, "warmup_epochs must be .* but is -1"),
     ("FreezeBN", {"start_epoch": 1, "warmup_steps": -1}, "warmup_steps must be at least 0 but is -1"),
     *(("BatchLeakage", {"alpha": alpha}, "alpha must be") for alpha in (0, 2.0)),
@@ -79,7 +75,6 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("BatchLeakage", {"same_pattern": numbers}, "same_pattern is for log_errors=True"),
     ("BatchLeakage", {"log_errors": True, "same_pattern": "x"}, "same_pattern must be a function .* but is 'x'"),
     ("BNStats", {"every_n_batches": 0}, "^every_n_batches"),
-    ("BNStats", {"window": 1.5}, "^window"),
     *(("BNStats", {"quantities": names}, "^quantities") for names in (["drift"], "lag")),
     *(("BNStats", {"alert_threshold": sigma}, "^alert_threshold") for sigma in (-1.0, True)),
     *(("BNStats", {"trace_channels": channels}, "^trace_channels") for channels in ({}, {"bn1": -1})),
@@ -96,7 +91,6 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str]] = [
     ("AdaBN", {"forward": "training_step"}, "forward must be"),
     *(("MiniBatchInference", {"stages": s}, "stages must be a list of") for s in (["fit"], "test", None)),
     ("MiniBatchInference", {"layers": []}, "layers must be"),
-    ("PassConfig", {"source": numbers}, r"source=FromLoader\(numbers\)"),
     ("Replay", {"max_bytes": 0}, "max_bytes must be at least 1 but is 0"),
 ]
 
@@ -111,17 +105,12 @@ def test_a_value_that_is_not_allowed_is_refused_with_what_is(name: str, options:
 EXAMPLES: dict[Any, list[Any]] = {NoneType: [None], bool: [True, False], int: [3], float: [0.25], str: ["bn*"]}
 
 
-# Functions as people write them, with and without annotations.
-def bare(batch):  # type: ignore[no-untyped-def]
+def bare(batch):  # type: ignore[no-untyped-def]  # as people write it
     return batch["dataset"]
 
 
 def bare_of_two(module, batch):  # type: ignore[no-untyped-def]
     return module(batch)
-
-
-def whole(batch: Any) -> int:
-    return len(batch)
 
 
 def either(batch: Any) -> int | Tensor:
@@ -133,8 +122,8 @@ def tensor(batch: Any) -> Tensor:
 
 
 FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
-    "batch_size_fn": [bare, whole],
-    "domain_fn": [bare, whole, either, tensor],
+    "batch_size_fn": [bare, either],
+    "domain_fn": [bare, either, tensor],
     "forward": [bare_of_two],
     "fn": [bare, numbers],
     "same_pattern": [bare, numbers],

@@ -18,9 +18,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bn import BatchLeakageMonitor, FreezeBNCallback, GhostBNCallback, MiniBatchInferenceCallback
 from lightning_bn.trainer.leakage_pass import BatchReservoir
 from tests.callbacks import zoo
-from tests.callbacks.test_detectors import Detector, Scenes, count_images
-from tests.callbacks.zoo import Passes, TinyNet, caught, digest, fit, loaded, train_loader, trainer_with, val_loader
-from tests.ranks import in_a_fresh_process, run_on_ranks
+from tests.callbacks.zoo import (
+    Passes,
+    TinyNet,
+    caught,
+    digest,
+    fit,
+    loaded,
+    raising,
+    train_loader,
+    trainer_with,
+    val_loader,
+)
+from tests.ranks import run_on_ranks
 
 KINDS = 128
 
@@ -76,18 +86,6 @@ def test_shuffled_batches_do_not_alarm_and_balanced_ones_do_and_are_called_so() 
     assert len(said) == 1 and said[0].startswith("Batches are balanced")
 
 
-def test_one_image_regions_alarm_within_one_epoch_in_a_detectors_head() -> None:
-    class Single(Scenes):
-        def __getitem__(self, index: int) -> Any:
-            image, target = super().__getitem__(index)
-            return image * (0.2 + index), target
-
-    singles = DataLoader(Single(), batch_size=1, collate_fn=lambda items: tuple(zip(*items, strict=True)))
-    monitor = BatchLeakageMonitor(layers="*roi_heads*", batch_size_fn=count_images)
-    _, said = warned(Detector(), monitor, singles, val=None, max_epochs=1)
-    assert monitor.alarmed and list(monitor.result.icc) == ["net.roi_heads.box_head.2"] and len(said) == 1
-
-
 def in_pattern(trainer: Trainer) -> Any:
     return val_loader(batch_size=3)
 
@@ -117,26 +115,6 @@ def test_comparing_beside_mini_batch_inference_is_refused() -> None:
     fit(TinyNet(), [BatchLeakageMonitor(log_errors=True), MiniBatchInferenceCallback(stages=["test"])])
 
 
-def raising(error: Any) -> Any:
-    def function(*_: Any) -> Any:
-        raise error
-
-    return function
-
-
-class Uncopied(Tensor):
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("no copies of this one")
-
-
-class Uncopyable(TinyNet):
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0].as_subclass(Uncopied), batch[1]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step([batch[0].as_subclass(Tensor), batch[1]], batch_idx)
-
-
 class FailsInEval(TinyNet):
     """As one whose training step asks for a gradient."""
 
@@ -155,7 +133,6 @@ TESTS_NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "count raises": (TinyNet, {"batch_size_fn": raising(KeyError("size"))}, "nothing in this epoch: KeyError: 'size'"),
     "count gives no number": (TinyNet, {"batch_size_fn": str}, "batch_size_fn must return a batch's number of samples"),
     "too large": (TinyNet, {"num_samples": 8, "max_bytes": 4000}, r"keeps 4 batches.*Raise max_bytes, or lower"),
-    "no copy": (Uncopyable, {}, "TypeError: no copies of this one"),
     "the step raises": (FailsInEval, {}, "ZeroDivisionError: .*in the step"),
     "forward leaks a StopIteration": (TinyNet, {"forward": raising(StopIteration)}, "StopIteration"),
     "not finite": (NotFinite, {}, "There is nothing to compare"),
@@ -176,14 +153,10 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(make: Any, argu
         assert monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ("batch_size_fn", MemoryError()),
-        ("forward", KeyboardInterrupt()),
-        ("same_pattern", torch.OutOfMemoryError("full")),
-    ],
-)
+ERRORS = {"batch_size_fn": MemoryError(), "forward": KeyboardInterrupt(), "same_pattern": torch.OutOfMemoryError()}
+
+
+@pytest.mark.parametrize(("where", "error"), ERRORS.items())
 def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseException, where: str) -> None:
     module = TinyNet()
     monitor = BatchLeakageMonitor(**{"log_errors": where == "same_pattern", where: raising(error)})
@@ -208,19 +181,6 @@ def test_it_advises_no_callback_that_is_there() -> None:
     for callbacks, ghosts in (([], True), ([GhostBNCallback(size=16, grouping="contiguous")], False)):
         _, said = warned(TinyNet(), [BatchLeakageMonitor(512), *callbacks], loader("in order"), val=None, max_epochs=1)
         assert ("GhostBNCallback" in said[0]) is ghosts and "FreezeBNCallback" in said[0]
-
-
-def fitted_in_a_fork() -> tuple[bool, BatchLeakageMonitor]:
-    monitor = BatchLeakageMonitor()
-    trainer = trainer_with(monitor, strategy="ddp_fork", logger=False)
-    trainer.fit(TinyNet(), train_loader())
-    return bool(trainer.callback_metrics), monitor
-
-
-@pytest.mark.ddp
-def test_after_a_fit_in_another_process_the_parents_callback_knows_nothing() -> None:
-    fitted, monitor = in_a_fresh_process(fitted_in_a_fork)
-    assert fitted and monitor.alarmed is None and math.isnan(monitor.p_value) and monitor.result is None
 
 
 def test_an_epoch_of_one_batch_and_frozen_layers_are_warned_of_once() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import re
 import subprocess
@@ -17,10 +16,10 @@ import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import BNStatsMonitor, FreezeBNCallback, PassConfig, PreciseBNCallback
-from tests.callbacks.zoo import InMemory, TinyNet, digest, fit, said, statistics_of, train_loader
+from tests.callbacks import zoo
+from tests.callbacks.zoo import InMemory, TinyNet, digest, fit, raising, said, statistics_of, train_loader
 from tests.ranks import run_on_ranks
 from tests.truth import recorded, rows_of
 
@@ -43,13 +42,6 @@ def rows(logger: InMemory, prefix: str = "bn_agg/") -> list[tuple[int, dict[str,
 def table(folder: Path) -> dict[str, dict[str, str]]:
     with next(folder.rglob("layers.csv")).open() as file:
         return {row["layer"]: row for row in csv.DictReader(file)}
-
-
-def raising(error: Any) -> Any:
-    def function(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return function
 
 
 class TruthOfBatches(Callback):
@@ -101,6 +93,9 @@ def test_every_nth_batch_is_measured_a_window_waits_until_it_is_full_and_the_end
         fit(TinyNet(), BNStatsMonitor())
 
 
+OTHERS = ["lag", "noise", "dead", "nonfinite", "var_lag", "var_noise"]
+
+
 class Deep(TinyNet):
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -113,12 +108,7 @@ class Deep(TinyNet):
 
 @pytest.mark.parametrize(
     ("layers", "options", "keys"),
-    [
-        (64, {}, 128),
-        (65, {}, 0),
-        (65, {"log_layers": ["norms.3", "norms.1?"]}, 2 * 11),
-        (3, {"quantities": ["lag", "noise", "dead", "nonfinite", "var_lag", "var_noise"]}, 6 * 3),
-    ],
+    [(64, {}, 128), (65, {}, 0), (65, {"log_layers": ["norms.3", "norms.1?"]}, 22), (3, {"quantities": OTHERS}, 18)],
 )
 def test_many_layers_make_few_keys(layers: int, options: dict[str, Any], keys: int) -> None:
     ((_, row),) = rows(fit_with(BNStatsMonitor(1, window=4, **options), module=Deep(layers), max_epochs=1))
@@ -224,20 +214,16 @@ class LosesItsStatistics(TinyNet):
         self.bn1.running_mean = self.kept
 
 
-QUIET, ALARMED = {"alert_threshold": None}, {"alert_threshold": 1e-6}
+ALARMED = {"alert_threshold": 1e-6}
 MEETS: dict[str, tuple[Any, dict[str, Any], Any, str, str]] = {
-    "count raises": (
-        TinyNet, {**QUIET, "batch_size_fn": raising(KeyError("size"))}, InMemory, "", "the samples of a batch: KeyErr"
-    ),
-    "count gives no number": (
-        TinyNet, {**QUIET, "batch_size_fn": str}, InMemory, "", "batch_size_fn must return a batch's number of samples"
-    ),
-    "a logger that raises": (TinyNet, QUIET, Refuses, "", "could not log: OSError: disk full"),
-    "a layer that cannot be read": (LosesItsStatistics, QUIET, InMemory, "", "cannot measure a batch: "),
+    "count raises": (TinyNet, {"batch_size_fn": raising(KeyError("x"))}, InMemory, "", "samples of a batch: KeyError"),
+    "count gives no number": (TinyNet, {"batch_size_fn": str}, InMemory, "", "batch_size_fn must return a batch's"),
+    "a logger that raises": (TinyNet, {}, Refuses, "", "could not log: OSError: disk full"),
+    "a layer that cannot be read": (LosesItsStatistics, {}, InMemory, "", "cannot measure a batch: "),
     "names that cannot be logged": (TinyNet, ALARMED, InMemory, "log_layer_names", "could not .*: OSError: disk full"),
     "figures that fail": (TinyNet, ALARMED, CSVLogger, "pictures_of", "could not .*: OSError: disk full"),
     "an alert that fails": (TinyNet, ALARMED, InMemory, "alert", "could not .*: OSError: disk full"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("make", "options", "logger", "where", "message"), MEETS.values(), ids=MEETS)
@@ -246,7 +232,7 @@ def test_what_it_meets_in_a_fit_is_said_once_and_changes_nothing(
 ) -> None:
     if where:
         monkeypatch.setattr(f"lightning_bn.plots.{where}", raising(OSError("disk full")))
-    module, plain = make(), make()
+    module, plain, options = make(), make(), {"alert_threshold": None, **options}
     loggers = logger(tmp_path) if logger is CSVLogger else logger()
     found = said("BNStatsMonitor", module, BNStatsMonitor(1, window=1, **options), logger=loggers)
     assert len([s for s in found if re.search(message, s)]) == 1
@@ -262,26 +248,6 @@ def test_what_is_not_ours_to_swallow_passes_and_leaves_nothing(error: BaseExcept
         fit(module, BNStatsMonitor(1, window=1, batch_size_fn=raising(error)))
     assert caught.value is error or isinstance(error, KeyboardInterrupt)  # which Lightning makes an exit of
     assert type(module.bn1) is nn.BatchNorm2d
-
-
-def run_otherwise(how: str) -> TinyNet:
-    module = TinyNet(dropout=0.5)
-    module.bn1.momentum = 0.0
-    if how == "checkpointed":
-        module.features = functools.partial(checkpoint, module.features, use_reentrant=False)
-    elif how == "compiled":
-        module.features = torch.compile(module.features, backend="eager")
-    else:
-        module.on_train_epoch_start = lambda: module.bn2.eval()
-    return module
-
-
-@pytest.mark.parametrize("how", ["checkpointed", "compiled", "a layer in eval mode"])
-def test_training_is_bit_for_bit_the_same_however_the_module_runs(how: str) -> None:
-    watched, plain = run_otherwise(how), run_otherwise(how)
-    fit(watched, BNStatsMonitor(1, window=2))
-    fit(plain)
-    assert digest(watched.state_dict()) == digest(plain.state_dict())
 
 
 class Skips(TinyNet):
@@ -300,18 +266,6 @@ def test_a_skipped_batch_is_not_measured_across_what_comes_after() -> None:
     assert len(values) == 2 * 7 and all(value == value for value in values)
 
 
-class Wider(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = nn.BatchNorm2d(6)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.extra(self.bn2(self.conv2(self.bn1(self.conv1(x))))).mean((2, 3))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["optimizer_states"] = []
-
-
 def test_other_channels_or_layers_after_a_resume_begin_a_record_of_their_own(tmp_path: Path) -> None:
     trainer = fit(TinyNet(), BNStatsMonitor(1, window=2, trace_channels={"bn1": 0}), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
@@ -319,7 +273,7 @@ def test_other_channels_or_layers_after_a_resume_begin_a_record_of_their_own(tmp
     fit(TinyNet(), monitor, ckpt_path=tmp_path / "first.ckpt")
     assert monitor._record is not None
     assert monitor._record.history.steps[0] == 1 and monitor._record.traces.steps[0] == 4
-    wider, monitor = Wider(), BNStatsMonitor(1, window=2)
+    wider, monitor = zoo.Wider(), BNStatsMonitor(1, window=2)
     wider.strict_loading = False
     with pytest.warns(UserWarning, match="begins a new record: The checkpoint's record is one of other layers"):
         fit(wider, monitor, ckpt_path=tmp_path / "first.ckpt")
@@ -357,11 +311,6 @@ def test_monitors_of_layers_whose_names_are_alike_have_keys_of_their_own() -> No
     assert len(rows(logger, "bn_norms_a_agg/")) == len(rows(logger, "bn_norms_a_1_agg/")) == 4
 
 
-def inspected(folder: Path, what: str) -> str:
-    """An offline W&B run, as W&B itself reads it."""
-    return subprocess.check_output([sys.executable, "-m", "wandb", "leet", "inspect", what, str(folder)], text=True)
-
-
 def test_pictures_are_logged_after_32_rows_and_at_the_end(tmp_path: Path) -> None:
     fit(TinyNet(), BNStatsMonitor(1, window=1), logger=CSVLogger(tmp_path), max_epochs=9)
     pictures = [f"{name}-{step}" for name in ("channels", "heatmap", "lag_noise") for step in (31, 35)]
@@ -370,13 +319,14 @@ def test_pictures_are_logged_after_32_rows_and_at_the_end(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_scalars_alert_map_and_summary(tmp_path: Path) -> None:
-    """How it gets pictures, tables and charts is tested with the functions that log them."""
     logger = WandbLogger(save_dir=tmp_path, settings=wandb.Settings(console="off", x_disable_stats=True))
     fit(TinyNet(), [BNStatsMonitor(1, window=1, alert_threshold=0.05), PreciseBNCallback(20)], logger=logger)
     folder = Path(logger.experiment.dir).parent
     wandb.finish()
     wandb.teardown()
-    everything = [json.loads(line) for line in inspected(folder, "--json").splitlines()]
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect"]
+    read, summary = (subprocess.check_output([*inspect, f"--{h}", folder], text=True) for h in ("json", "summary"))
+    everything = [json.loads(line) for line in read.splitlines()]
     found = [record["history"]["item"] for record in everything if "history" in record]
     ours = [row for row in found if "bn_agg/mean_gap_max" in row]
     own = {row["trainer/global_step"] for row in found if "train_loss_step" in row}
@@ -384,19 +334,17 @@ def test_wandb_gets_scalars_alert_map_and_summary(tmp_path: Path) -> None:
     for row in ours:
         assert {key for key in row if key.startswith("bn_agg/")} == {f"bn_agg/{name}" for name in AGGREGATES}
         assert row["bn_agg/mean_gap_max"] == max(row["bn_mean_gap/bn1"], row["bn_mean_gap/bn2"])
-    text = json.dumps(everything)
-    assert "bn_layers" in text and "BatchNorm statistics drift" in text and "bn/all_layers_table" in text
-    shown = re.search(r"bn_agg/mean_gap_max\.max\s+([\d.]+)", inspected(folder, "--summary"))
+    assert "bn_layers" in read and "BatchNorm statistics drift" in read and "bn/all_layers_table" in read
+    shown = re.search(r"bn_agg/mean_gap_max\.max\s+([\d.]+)", summary)
     assert shown and float(shown[1]) == pytest.approx(max(row["bn_agg/mean_gap_max"] for row in ours), rel=1e-3)
 
 
 def fit_on_rank() -> tuple[Any, ...]:
     truth, module, without = TruthOfBatches(), TinyNet(), TinyNet()
     options = {"train": train_loader(32, 4), "devices": 2, "strategy": "ddp"}
-    logger = fit_with(BNStatsMonitor(1, window=1), truth, module=module, **options)
+    logged = fit_with(BNStatsMonitor(1, window=1), truth, module=module, **options).logged("bn_mean_gap/bn1")
     fit(without, **options)
-    same = digest(module.state_dict()) == digest(without.state_dict())
-    return list(logger.logged("bn_mean_gap/bn1").values()), truth.gaps["bn1"], same
+    return [*logged.values()], truth.gaps["bn1"], digest(module.state_dict()) == digest(without.state_dict())
 
 
 @pytest.mark.ddp

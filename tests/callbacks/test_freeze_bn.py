@@ -1,8 +1,4 @@
-"""FreezeBNCallback: when it switches, with which statistics, what stays constant, what trains on, and what is refused.
-
-The strongest of these tests compare a whole fit, bit for bit, with a training loop written by hand. An epoch has four
-batches of eight images.
-"""
+"""FreezeBNCallback: when it switches, with which statistics, what stays constant and what trains on, also on ranks."""
 
 from __future__ import annotations
 
@@ -12,22 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 import lightning_bn as lbn
-from lightning_bn import FreezeBNCallback, PassConfig
+from lightning_bn import FreezeBNCallback, PassConfig, PreciseBNCallback
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Stream, TinyNet, digest, first_batches, fit, statistics_of, train_loader
+from tests.callbacks.zoo import At, Stream, TinyNet, digest, first_batches, fit, said, statistics_of, train_loader
+from tests.ranks import run_on_ranks
 
-pytestmark = [  # these are the subject of the tests that ask for them, and noise in the others
-    pytest.mark.filterwarnings("ignore:FreezeBNCallback freezes statistics that were never trained"),
-    pytest.mark.filterwarnings("ignore:.*when using `ckpt_path`"),
-    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:FreezeBNCallback freezes statistics that were never trained")
 
 EPOCH = 4
 """Batches in an epoch."""
@@ -78,13 +71,6 @@ def rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def is_thawed(module: nn.Module) -> bool:
-    layer = module.get_submodule("bn1").train()
-    before = layer.running_mean.clone()
-    layer(torch.randn(8, 4, 3, 3))
-    return type(layer) is nn.BatchNorm2d and not torch.equal(before, layer.running_mean)
-
-
 def assert_exact(module: TinyNet, batches: list[Any]) -> None:
     for name, (mean, var) in zoo.exact_statistics(module, batches).items():
         layer = module.get_submodule(name)
@@ -92,12 +78,12 @@ def assert_exact(module: TinyNet, batches: list[Any]) -> None:
         torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
 
 
-def freeze(start_epoch: int | None = 1, **kwargs: Any) -> FreezeBNCallback:
+def freeze(**kwargs: Any) -> FreezeBNCallback:
     """The callback, by default from the second epoch on; arguments of the pass may be given directly."""
-    if {"last_n_epochs", "start_step", "start_fraction"} & set(kwargs):
-        start_epoch = None
+    if not {"last_n_epochs", "start_epoch", "start_step", "start_fraction"} & set(kwargs):
+        kwargs["start_epoch"] = 1
     config = {key: kwargs.pop(key) for key in ("num_samples", "source", "forward") if key in kwargs}
-    return FreezeBNCallback(start_epoch=start_epoch, precise=PassConfig(**{"num_samples": 20, **config}), **kwargs)
+    return FreezeBNCallback(precise=PassConfig(**{"num_samples": 20, **config}), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -161,24 +147,25 @@ def adamw(module: nn.Module) -> Optimizer:
     return AdamW(module.parameters(), lr=0.02, weight_decay=0.5)
 
 
+def cosine(optimizer: Optimizer) -> Any:
+    return schedulers.CosineAnnealingLR(optimizer, T_max=3 * EPOCH)
+
+
 class Configured(TinyNet):
-    def __init__(self, optimizer: Any = sgd, scheduler: Any = None, interval: str = "step") -> None:
+    def __init__(self, optimizer: Any = sgd) -> None:
         super().__init__()
-        self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
+        self.optimizer = optimizer
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self)
-        if self.scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": "train_loss"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine(optimizer), "interval": "step"}}
 
 
-def train_by_hand(module: Configured, switch: int, factors: list[float], affine: bool, clip: Any, epochs: int) -> None:
+def train_by_hand(module: Configured, switch: int, factors: list[float], affine: bool, clip: Any) -> None:
     """The truth: from the switch on BatchNorm in eval mode, rates scaled one by one, affine gradients left out."""
     optimizer = module.optimizer(module)
-    scheduler = module.scheduler(optimizer) if module.scheduler else None
-    batches = list(train_loader()) * epochs
+    scheduler = cosine(optimizer)
+    batches = list(train_loader()) * 3
     layers = [module.bn1, module.bn2]
     for number, (x, y) in enumerate(batches):
         frozen = number >= switch
@@ -194,27 +181,21 @@ def train_by_hand(module: Configured, switch: int, factors: list[float], affine:
         if clip is not None:
             nn.utils.clip_grad_norm_(module.parameters(), clip)
         own = rates(optimizer)
-        for group, rate in zip(optimizer.param_groups, own, strict=True):
-            group["lr"] = rate * (factors[number - switch] if 0 <= number - switch < len(factors) else 1.0)
+        (group,), (rate,) = optimizer.param_groups, own
+        group["lr"] = rate * (factors[number - switch] if 0 <= number - switch < len(factors) else 1.0)
         optimizer.step()
-        for group, rate in zip(optimizer.param_groups, own, strict=True):
-            group["lr"] = rate
-        if scheduler is not None:
-            scheduler.step()
+        group["lr"] = rate
+        scheduler.step()
 
 
 @pytest.mark.parametrize(
     ("optimizer", "affine", "clip"), [(sgd, False, None), (sgd, True, 0.05), (adamw, True, None), (adamw, False, 0.05)]
 )
 def test_a_fit_is_bit_for_bit_the_loop_by_hand(optimizer: Any, affine: bool, clip: float | None) -> None:
-    def cosine(o: Optimizer) -> Any:
-        return schedulers.CosineAnnealingLR(o, T_max=3 * EPOCH)
-
-    ours, truth = Configured(optimizer, cosine), Configured(optimizer, cosine)
+    ours, truth = Configured(optimizer), Configured(optimizer)
     fit(ours, freeze(start_step=5, affine=affine), max_epochs=3, gradient_clip_val=clip)
-    train_by_hand(truth.train(), 5, [0.25, 0.5, 0.75, 1.0], affine, clip, epochs=3)
-    for (key, a), b in zip(ours.named_parameters(), truth.parameters(), strict=True):
-        assert torch.equal(a, b), key
+    train_by_hand(truth.train(), 5, [0.25, 0.5, 0.75, 1.0], affine, clip)
+    assert digest(dict(ours.named_parameters())) == digest(dict(truth.named_parameters()))
     assert digest(statistics_of(ours)) == digest(statistics_of(truth))
 
 
@@ -249,25 +230,6 @@ def test_the_warm_up_is_counted_in_optimizer_steps(arguments: Any, trainer: Any,
     expected = [1.0] * steps + factors
     assert seen == pytest.approx(expected + [1.0] * (3 * steps - len(expected)))
     assert all(rate == 0.5 for (rate,) in watch.rates_between)
-
-
-def test_the_schedule_and_its_monitor_are_unchanged() -> None:
-    """Those of a schedule by steps are in the loop by hand."""
-
-    def step(optimizer: Optimizer) -> Any:
-        return schedulers.StepLR(optimizer, step_size=1, gamma=0.3)
-
-    def run(*callbacks: Callback) -> Any:
-        watch, module = Watch(), Configured(sgd, step, "epoch")
-        trainer = fit(module, [*callbacks, LearningRateMonitor("step"), watch], max_epochs=3)
-        return watch.rates_between, trainer.logger.logged("lr-SGD"), watch.rates_in_step
-
-    between, monitored, in_step = run(freeze())
-    plain_between, plain_monitored, plain_in_step = run()
-    assert between == plain_between
-    assert monitored == plain_monitored and len(monitored) == 3 * EPOCH
-    factors = [1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    assert in_step == [pytest.approx([rate * f for rate in own]) for own, f in zip(plain_in_step, factors, strict=True)]
 
 
 @pytest.mark.parametrize(("val_check_interval", "accumulate"), [(1.0, 1), (0.5, 2)])
@@ -309,16 +271,15 @@ def test_with_manual_optimization_each_optimizer_warms_up_in_its_own_steps(raw: 
     watch = Watch()
     fit(TwoOptimizers(raw), [freeze(forward="forward", affine=True), watch], max_epochs=4)
     in_order = iter(watch.rates_in_step)
-    seen: dict[str, list[float]] = {"features": [], "head": []}
+    features, head = list[float](), list[float]()
     for batch in range(4 * EPOCH):
-        seen["features"].append(next(in_order)[0] / 0.1)
-        if batch % 2 == 1:
-            seen["head"].append(next(in_order)[0] / 0.5)
-    assert seen["features"] == pytest.approx([1.0] * 4 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 8)
-    assert seen["head"] == pytest.approx([1.0] * 2 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 2)
+        features.append(next(in_order)[0] / 0.1)
+        head += [next(in_order)[0] / 0.5] if batch % 2 == 1 else []
+    assert features == pytest.approx([1.0] * 4 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 8)
+    assert head == pytest.approx([1.0] * 2 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 2)
     assert all(watch.frozen[EPOCH:])
-    affine = [(batch["bn1.weight"], batch["bn2.bias"]) for batch in watch.ended[EPOCH:]]
-    assert all(torch.equal(a, affine[0][0]) and torch.equal(b, affine[0][1]) for a, b in affine)
+    affine = [digest([batch["bn1.weight"], batch["bn2.bias"]]) for batch in watch.ended[EPOCH:]]
+    assert affine == [affine[0]] * len(affine)
 
 
 def test_epochs_of_unknown_length_need_warmup_steps() -> None:
@@ -331,3 +292,91 @@ def test_epochs_of_unknown_length_need_warmup_steps() -> None:
     watch = Watch()
     fit(TinyNet(), [freeze(warmup_epochs=0), watch], train=DataLoader(Stream(), 8), val=None)
     assert watch.frozen == [False] * 4 + [True] * 4
+
+
+class CallsModes(TinyNet):
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.bn1.training  # each layer reports the mode that the user has set
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.eval(), self.train(), self.bn1.eval(), self.bn1.train()
+
+    def on_validation_model_train(self) -> None:
+        self.train()
+
+    def on_validation_model_eval(self) -> None:
+        self.eval()
+
+
+def assert_kept(statistics: dict[str, Tensor], watch: Watch) -> None:
+    """Every statistic is that of the switch."""
+    assert all(torch.equal(watch.started[EPOCH][k], v) for k, v in statistics.items() if is_statistic(k))
+
+
+def test_train_and_eval_calls_do_not_thaw() -> None:
+    watch, module = Watch(), CallsModes()
+    fit(module, [freeze(), watch], max_epochs=3, val_check_interval=0.5)
+    assert watch.frozen == [False] * 4 + [True] * 8
+    assert_kept(snapshot(module), watch)
+
+
+def test_batches_that_cannot_be_counted_do_not_end_a_fit_without_a_pass() -> None:
+    class FromLists(TinyNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(torch.tensor(batch)).square().mean()
+
+    watch = Watch()
+    batches = DataLoader([x.tolist() for x, _ in train_loader()], batch_size=None)
+    fit(FromLists(), [freeze(statistics="ema"), watch], train=batches, val=None)
+    assert watch.frozen == [False] * 4 + [True] * 4
+
+
+def test_lbfgs_is_refused_before_training_if_it_holds_the_affine() -> None:
+    module, watch = Configured(lambda m: torch.optim.LBFGS(m.parameters())), Watch()
+    with pytest.raises(TypeError, match="LBFGS"):
+        fit(module, [freeze(affine=True), watch])
+    assert not watch.started
+
+
+@pytest.mark.parametrize("when", [{"last_n_epochs": 1}, {"start_fraction": 0.5}])
+def test_an_endless_fit_has_no_last_epochs(when: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="pass start_epoch or start_step"):
+        fit(TinyNet(), freeze(**when), max_epochs=-1)
+
+
+@pytest.mark.parametrize("freeze_first", [True, False])
+def test_precise_bn_runs_until_the_switch_and_then_warns_once(freeze_first: bool) -> None:
+    watch, module, precise = Watch(), TinyNet(), PreciseBNCallback(20)
+    ours: list[Callback] = [freeze(), precise] if freeze_first else [precise, freeze()]
+    found = said("all of its layers are frozen", module, [*ours, watch], max_epochs=4, val_check_interval=0.5)
+    assert watch.frozen == [False] * 4 + [True] * 12
+    assert_kept(snapshot(module), watch)
+    assert precise.result is not None and len(found) == 1, "a pass in the first epoch"
+
+
+def test_with_weight_averaging_the_trained_weights_keep_their_frozen_statistics() -> None:
+    watch, module = Watch(), TinyNet()
+    fit(module, [WeightAveraging(), freeze(), watch], max_epochs=3)
+    assert watch.frozen == [False] * 4 + [True] * 8
+    assert_kept(watch.ended[-1], watch)
+
+
+def _fit_on_ranks() -> tuple[Any, ...]:
+    """Each rank has two of the four batches of an epoch; the switch comes at the second epoch."""
+    watch, batches, module = Watch(), [], TinyNet()
+    callback = freeze(start_step=2, num_samples=32, affine=True)
+    note = At(lambda trainer, module, batch, _: batches.append(batch), "on_train_batch_start")
+    fit(module, [callback, watch, note], max_epochs=3, devices=2, strategy="ddp")
+    return [snapshot(module), watch.started[2], watch.frozen], watch.rates_in_step, batches[2:4]
+
+
+@pytest.mark.ddp
+def test_ranks_freeze_together_with_the_statistics_of_all_ranks_data() -> None:
+    (found, in_step, batches), (found_there, _, batches_there) = run_on_ranks(_fit_on_ranks, 2)
+    assert digest(found_there) == digest(found)
+    _, at_switch, frozen = found
+    assert frozen == [False] * 2 + [True] * 4
+    assert [rate / 0.1 for (rate,) in in_step] == pytest.approx([1, 1, 0.5, 1, 1, 1])
+    module = TinyNet()
+    module.load_state_dict(at_switch)
+    assert_exact(module, batches + batches_there)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
+import os
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import pytorch_lightning
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
@@ -24,17 +25,13 @@ from lightning_bn import (
     BNStatsMonitor,
     ForecastBNCallback,
     FreezeBNCallback,
-    FromLoader,
     PassConfig,
     PreciseBNCallback,
 )
 from tests.callbacks import zoo
-from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, At, TinyNet, caught, digest, fit, patterns_of, val_loader
+from tests.callbacks.zoo import CALLBACKS, WITH_A_PASS, At, TinyNet, caught, digest, every_callback, every_pass, fit
+from tests.ranks import run_on_ranks
 
-every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
-
-
-# -------------------------------------------------------------------------------------- keys, copies and checkpoints
 IN_STEPS: list[Any] = []
 """What training steps have recorded, outside of the module, whose attributes a pass restores."""
 
@@ -98,31 +95,12 @@ def test_the_callback_copies_before_between_and_after(make: Callable[[], Any]) -
     fit(TinyNet(), pickled(copy.deepcopy(callback)), max_epochs=1)  # a copy of a used callback works
 
 
-# --------------------------------------------------------------------------------------------------- the command line
-def batches_for_a_pass(trainer: Trainer) -> Any:
-    return zoo.train_loader(16)
-
-
-def run_on(module: LightningModule, batch: Any) -> Any:
-    return module(batch[0])
-
-
-def samples(batch: Any) -> int:
-    return len(batch[0])
-
-
 @every_callback
-def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) -> None:
-    option = patterns_of(make)
+def test_the_command_line_trains_with_it(make: Any, tmp_path: Path) -> None:
+    """What it makes of every value of every argument is in test_arguments.py."""
+    option = zoo.patterns_of(make)
     options = {key: value for key, value in make.keywords.items() if key != "precise"} | {option: ["bn*"]}
     options = {k: f"{v.__module__}.{v.__name__}" if callable(v) else v for k, v in options.items()}
-    if "batch_size_fn" in inspect.signature(make.func).parameters:
-        options |= {"batch_size_fn": f"{__name__}.samples"}
-    own_pass = {"source": {"fn": f"{__name__}.batches_for_a_pass"}, "forward": f"{__name__}.run_on"}
-    if make.func is PreciseBNCallback:
-        options |= own_pass
-    elif make.func is FreezeBNCallback:
-        options |= {"precise": {"num_samples": 20, **own_pass}}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
     quiet = {"logger": logger, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     callbacks = [{"class_path": f"lightning_bn.{make.func.__name__}", "init_args": options}]
@@ -137,12 +115,8 @@ def test_the_command_line_makes_it_with_every_option(make: Any, tmp_path: Path) 
     callback = next(c for c in cli.trainer.callbacks if type(c) is make.func)
     assert getattr(callback, option) == ["bn*"]
     pickled(callback)
-    if make in WITH_A_PASS.values():
-        used = callback.config if make.func is PreciseBNCallback else callback.precise
-        assert (used.source, used.forward) == (FromLoader(batches_for_a_pass), run_on)
 
 
-# ----------------------------------------------------------------------------------------------------------- resuming
 class SavesAt(Checkpoint):
     """Writes ``batch-5.ckpt`` after the fifth batch, and so on: at the three moments of `ModelCheckpoint`."""
 
@@ -158,31 +132,30 @@ class SavesAt(Checkpoint):
     on_train_epoch_end = functools.partialmethod(save, "epoch")
 
 
-def freezing(start_step: int, **options: Any) -> FreezeBNCallback:
-    return FreezeBNCallback(start_step=start_step, precise=PassConfig(20), **options)
+freezing = functools.partial(FreezeBNCallback, precise=PassConfig(20))
 
 
 def monitoring(every_n_batches: int, window: int) -> Callable[[], list[Any]]:
     return lambda: [BNStatsMonitor(every_n_batches, window=window)]
 
 
+AS_THEY_ARE = ("ForecastBN", "BNStatsMonitor", "GhostBN", "SyncBN", "DomainSpecificBN", "RoIShuffle")
 RESUMED: dict[str, Callable[[], list[Any]]] = {
     "PreciseBN": lambda: [PreciseBNCallback(20, every_n_validations=2)],
     "PreciseBN, skip_below": lambda: [PreciseBNCallback(20, skip_below=0.3)],
-    "FreezeBN before the switch": lambda: [freezing(8, warmup_epochs=1.5)],
-    "FreezeBN after the switch": lambda: [freezing(3, warmup_epochs=1.5)],
-    "FreezeBN, affine, on EMA": lambda: [freezing(3, statistics="ema", affine=True)],
-    "FreezeBN before PreciseBN": lambda: [freezing(4, statistics="ema"), PreciseBNCallback(20)],
-    **{
-        name: lambda name=name: [CALLBACKS[name]()]
-        for name in ("ForecastBN", "BNStatsMonitor", "GhostBN", "SyncBN", "DomainSpecificBN", "RoIShuffle")
-    },
+    "FreezeBN before the switch": lambda: [freezing(start_step=8, warmup_epochs=1.5)],
+    "FreezeBN after the switch": lambda: [freezing(start_step=3, warmup_epochs=1.5)],
+    "FreezeBN, last epochs": lambda: [freezing(last_n_epochs=1, warmup_steps=5, affine=True)],
+    "FreezeBN, from a fraction on": lambda: [freezing(start_fraction=0.5, warmup_steps=5)],
+    "FreezeBN, affine, on EMA": lambda: [freezing(start_step=3, statistics="ema", affine=True)],
+    "FreezeBN before PreciseBN": lambda: [freezing(start_step=4, statistics="ema"), PreciseBNCallback(20)],
+    **{name: lambda name=name: [CALLBACKS[name]()] for name in AS_THEY_ARE},
     "BatchLeakageMonitor": lambda: [BatchLeakageMonitor(24)],
 }
 WITH_A_PHASE: dict[str, Callable[[], list[Any]]] = {
     "PreciseBN, every third": lambda: [PreciseBNCallback(20, every_n_validations=3)],
     "ForecastBN, every second": lambda: [ForecastBNCallback(2)],
-    "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), freezing(4, statistics="ema")],
+    "PreciseBN before FreezeBN": lambda: [PreciseBNCallback(20), freezing(start_step=4, statistics="ema")],
 }
 """Those whose passes depend on the number of validations."""
 VALIDATING = [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}]
@@ -203,7 +176,6 @@ AT_BATCH_ENDS = ["batch-4", "batch-6", "batch-12"]
 def test_a_resumed_fit_ends_as_the_uninterrupted_one(
     name: str, make: Callable[[], list[Any]], trainer: dict[str, Any], moments: list[str], tmp_path: Path
 ) -> None:
-    """From a checkpoint of each moment, as if the training had been killed right after it."""
     module, whole = TinyNet(), make()
     trainer = {"max_epochs": 3, **trainer}
     fit(module, [*whole, SavesAt(tmp_path, moments)], zoo.equal_batches(), **trainer)
@@ -220,7 +192,27 @@ def test_a_resumed_fit_ends_as_the_uninterrupted_one(
         assert digest(resumed.state_dict()) == digest(module.state_dict()), last
 
 
-# ----------------------------------------------------------------------------------------------- fits are independent
+def kill(trainer: Trainer, *_: Any) -> None:
+    """Kill -9, right before the batch after the fifth optimizer step."""
+    if trainer.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder: Path, killed: bool = False, **kwargs: Any) -> Any:
+    """Two epochs of four equal batches: PreciseBN, then frozen from step 6; a checkpoint per epoch."""
+    module = TinyNet()
+    ours = [PreciseBNCallback(20), FreezeBNCallback(start_step=6, precise=PassConfig(20), warmup_epochs=0.5)]
+    others = [ModelCheckpoint(folder, "{step}", save_top_k=-1), *([At(kill, "on_train_batch_start")] if killed else [])]
+    fit(module, [*ours, *others], zoo.equal_batches(), **kwargs)
+    return digest(module.state_dict()), digest([c.state_dict() for c in ours])
+
+
+def test_a_killed_training_resumes_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 0: died"):
+        run_on_ranks(train, 1, tmp_path / "killed", True)
+    assert train(tmp_path / "resumed", ckpt_path=tmp_path / "killed" / "step=4.ckpt") == train(tmp_path / "whole")
+
+
 class Keeps(TinyNet):
     """Has other layers, and stores a tensor between them, so that its micro-batches cannot wait for each other."""
 
@@ -236,28 +228,21 @@ class Keeps(TinyNet):
         return super().features(x)
 
     def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        return functools.partial(self._scaled, found) if name == "conv2" else found
-
-    def _scaled(self, conv: nn.Module, x: Tensor) -> Tensor:
-        return conv(x * (1 + self.kept))  # another micro-batch has overwritten it
+        found = super().__getattr__(name)  # another micro-batch has overwritten what is kept
+        return (lambda x: found(x * (1 + self.kept))) if name == "conv2" else found
 
 
 def outcome_of(callback: Any, module: TinyNet, **options: Any) -> dict[str, Any]:
     with caught() as said:
         trainer = fit(module, callback, **options)
-    rows = [
-        (step, {k: repr(v) for k, v in row.items() if not k.endswith("seconds")}) for step, row in trainer.logger.rows
-    ]
+    rows = [(at, {k: repr(v) for k, v in row.items() if "seconds" not in k}) for at, row in trainer.logger.rows]
     found = digest(module.state_dict()), digest(callback.state_dict()), repr(getattr(callback, "result", None))
     return dict(zip(("model", "state", "result", "logged", "warnings"), (*found, rows, said), strict=True))
 
 
 @every_callback
 @pytest.mark.parametrize(
-    ("first", "second", "options"),
-    [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})],
-    ids=["from a stateful one", "to a stateful one without validation"],
+    ("first", "second", "options"), [(Keeps, TinyNet, {}), (TinyNet, Keeps, {"val": None})], ids=["from", "to"]
 )
 def test_one_callback_over_two_models_is_as_two_callbacks(make: Any, first: Any, second: Any, options: Any) -> None:
     used = make()
@@ -265,7 +250,6 @@ def test_one_callback_over_two_models_is_as_two_callbacks(make: Any, first: Any,
     assert outcome_of(used, second(), **options) == outcome_of(make(), second(), **options)
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
 class WithoutBatchNorm(TinyNet):
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +258,7 @@ class WithoutBatchNorm(TinyNet):
 
 @every_callback
 def test_what_it_cannot_act_on_is_refused_with_the_names_there_are(make: Callable[..., Any]) -> None:
-    option = patterns_of(make)
+    option = zoo.patterns_of(make)
     with pytest.raises(ValueError, match="WithoutBatchNorm has no BatchNorm layer"):
         fit(WithoutBatchNorm(), make())
     match = rf"{option}='backbone\.\*' matches no (BatchNorm layer|module) of TinyNet.*bn1.* bn2"
@@ -286,14 +270,14 @@ def test_what_it_cannot_act_on_is_refused_with_the_names_there_are(make: Callabl
 
 @every_callback
 def test_two_on_different_layers_work_and_keep_their_own_state(make: Callable[..., Any], tmp_path: Path) -> None:
-    first, second = (make(**{patterns_of(make): patterns}) for patterns in ("bn1", ["bn2"]))
+    first, second = (make(**{zoo.patterns_of(make): patterns}) for patterns in ("bn1", ["bn2"]))
     fit(TinyNet(), [first, second]).save_checkpoint(tmp_path / "both.ckpt")
     states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
     assert all(digest(states.get(c.state_key, {})) == digest(c.state_dict()) for c in (first, second))
     assert first.state_key != second.state_key
 
 
-@pytest.mark.parametrize("make", WITH_A_PASS.values(), ids=WITH_A_PASS)
+@every_pass
 def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[..., Any]) -> None:
     module, before = TinyNet(), zoo.statistics_of(TinyNet())
     module.bn1.eval(), module.bn2.eval()
@@ -303,9 +287,8 @@ def test_with_nothing_to_do_it_warns_once_and_changes_nothing(make: Callable[...
     assert digest(zoo.statistics_of(module)) == digest(before)
 
 
-# -------------------------------------------------------------------------------------------------- pytorch_lightning
 class Elsewhere(pytorch_lightning.LightningModule):
-    """A module of pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
+    """Of pytorch_lightning, whose classes are no subclasses of lightning.pytorch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -331,18 +314,18 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(make: Callable[..., Any], tm
     quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     options = {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": tmp_path, **quiet}
     results = []
-    for callbacks in ([], [make(**{patterns_of(make): "net.*"})]):
+    for callbacks in ([], [make(**{zoo.patterns_of(make): "net.*"})]):
         torch.manual_seed(0)
         module, trainer = Elsewhere(), pytorch_lightning.Trainer(callbacks=callbacks, **options)
         if make in zoo.EVALUATING.values():
             before = digest(module.state_dict())
-            results += trainer.test(module, val_loader())
+            results += trainer.test(module, zoo.val_loader())
             assert digest(module.state_dict()) == before
     if results:
         assert results[0] != results[1]
         unadapted = {f"unadapted/{key}": value for key, value in results[0].items()}
         assert not getattr(callbacks[0], "log_unadapted", False) or callbacks[0].source_metrics == unadapted
     IN_STEPS.clear()
-    trainer.fit(module, zoo.train_loader(), val_loader())
+    trainer.fit(module, zoo.train_loader(), zoo.val_loader())
     # no pass, one or two; the first pass runs its first batch three times
     assert len(IN_STEPS) in (8, 8 + 3, 8 + 5, 8 + 5 + 3, 8 + 2 * 4)

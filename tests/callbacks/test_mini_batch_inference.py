@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import MiniBatchInferenceCallback
-from tests.callbacks.zoo import Evaluated, TinyNet, caught, digest, fit, loaded, trainer_with, val_loader
+from tests.callbacks.zoo import At, TinyNet, caught, digest, fit, trainer_with, val_loader
 
 
 def with_batch_statistics(module: TinyNet, x: Tensor, layers: tuple[str, ...] = ("bn1", "bn2")) -> Tensor:
@@ -48,26 +48,13 @@ def test_it_acts_in_the_chosen_stages_only(stage: str) -> None:
 
 
 def test_in_a_fit_the_validation_does_it_and_neither_training_nor_the_sanity_check() -> None:
-    active: dict[str, set[bool]] = {}
+    def look(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        active.add((trainer.state.stage.value, "mini-batch" in repr(pl_module.bn1)))
 
-    class Active(Callback):
-        def look(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            active.setdefault(str(trainer.state.stage), set()).add("mini-batch" in repr(pl_module.bn1))
-
-        on_train_batch_start = on_validation_batch_start = look
-
-    fit(TinyNet(), [MiniBatchInferenceCallback(), Active()], num_sanity_val_steps=1)
-    assert {str(stage): found for stage, found in active.items()} == {
-        "RunningStage.SANITY_CHECKING": {False}, "RunningStage.TRAINING": {False}, "RunningStage.VALIDATING": {True}
-    }  # fmt: skip
-
-
-def test_a_validation_in_a_fit_gives_the_loss_of_batch_statistics() -> None:
-    evaluated, module = Evaluated(), TinyNet()
-    fit(module, [MiniBatchInferenceCallback(), evaluated])
-    for state, metrics in zip(evaluated.states, evaluated.metrics, strict=True):
-        losses = [nn.functional.cross_entropy(with_batch_statistics(loaded(state), x), y) for x, y in val_loader()]
-        assert metrics["val_loss"] == pytest.approx(float(torch.stack(losses).mean()), 1e-5)
+    active: set[tuple[str, bool]] = set()
+    looking = At(look, "on_train_batch_start", "on_validation_batch_start")
+    fit(TinyNet(), [MiniBatchInferenceCallback(), looking], num_sanity_val_steps=1)
+    assert active == {("sanity_check", False), ("train", False), ("validate", True)}
 
 
 def test_it_warns_once_that_predictions_depend_on_their_batch() -> None:
@@ -117,11 +104,10 @@ class Rows(LightningModule):
         super().__init__()
         self.bn = nn.BatchNorm1d(4)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test_mean", self.bn(batch[0]).mean())
-
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.bn(batch[0])
+
+    test_step = predict_step
 
 
 def test_a_batch_with_one_value_per_channel_takes_the_population_and_is_reported() -> None:

@@ -101,12 +101,8 @@ def test_outside_of_a_fit_a_layer_in_eval_counts_as_frozen_unless_the_whole_mode
 
 
 class SetUpForFit(zoo.TinyData):
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.images = zoo.Images(32)
-
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.images, batch_size=8)
+        return self.made_by_setup_in_a_fit
 
 
 def test_without_training_data_a_pass_before_a_verb_is_refused_and_a_loader_of_the_user_supplies_the_batches() -> None:
@@ -132,9 +128,7 @@ def test_each_validation_metric_is_that_of_exact_statistics_of_the_weights_at_th
 
 
 @pytest.mark.parametrize(("num_samples", "shown"), [(8, 8), (9, 16), (10**6, 29)])
-def test_whole_batches_are_shown_until_they_hold_enough_and_the_result_is_what_is_written(
-    num_samples: int, shown: int
-) -> None:
+def test_whole_batches_are_shown_until_enough_and_the_result_is_what_is_written(num_samples: int, shown: int) -> None:
     precise, module = PreciseBNCallback(num_samples), TinyNet()
     fit(module, precise, train_loader(29))
     batches = -(-shown // 8)
@@ -173,9 +167,7 @@ def test_statistics_are_those_of_a_forward_in_the_trainers_precision(precision: 
     ("at_train_epoch_end", "trainer"),
     [(True, {}), (False, {"val_check_interval": 2}), (None, {"accumulate_grad_batches": 2})],
 )
-def test_checkpoints_reproduce_the_logged_metric_in_the_plain_model(
-    at_train_epoch_end: bool | None, trainer: dict[str, Any], tmp_path: Path
-) -> None:
+def test_checkpoints_reproduce_the_logged_metric(at_train_epoch_end: Any, trainer: Any, tmp_path: Path) -> None:
     evaluated, when = Evaluated(), {"save_on_train_epoch_end": at_train_epoch_end}
     saving = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True, save_top_k=-1, **when)
     fit(TinyNet(), [PreciseBNCallback(20), evaluated, saving], **trainer)
@@ -228,25 +220,10 @@ def test_training_under_weight_averaging_is_bit_for_bit_the_same_and_its_place_i
 
 
 class ScheduleFree(TinyNet):
-    """Switches its optimizer in ``hook`` to the weights that are evaluated, and back afterwards."""
-
-    def __init__(self, hook: str = "") -> None:
-        super().__init__()
-        self.hook = hook
+    """Evaluates other weights than it trains, if one of the hooks below switches its optimizer to these."""
 
     def configure_optimizers(self) -> Any:
         return SGDScheduleFree(self.parameters(), lr=0.5)
-
-    def switch(self, hook: str) -> None:
-        if hook == self.hook:
-            self.optimizers().optimizer.eval()
-
-    def on_validation_model_eval(self) -> None:
-        super().on_validation_model_eval()
-        self.switch("with the model")
-
-    def on_validation_epoch_start(self) -> None:
-        self.switch("at the epoch's start")
 
     def on_validation_model_train(self) -> None:
         super().on_validation_model_train()
@@ -256,10 +233,21 @@ class ScheduleFree(TinyNet):
         self.optimizers().optimizer.train()
 
 
-@pytest.mark.parametrize("hook", ["with the model", "at the epoch's start"])
-def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(hook: str) -> None:
+class WithTheModel(ScheduleFree):
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.optimizers().optimizer.eval()
+
+
+class AtTheEpochsStart(ScheduleFree):
+    def on_validation_epoch_start(self) -> None:
+        self.optimizers().optimizer.eval()
+
+
+@pytest.mark.parametrize("module", [WithTheModel, AtTheEpochsStart])
+def test_schedule_free_optimizers_get_statistics_of_the_weights_they_evaluate(module: type[ScheduleFree]) -> None:
     evaluated, trained = Evaluated(), Evaluated()
-    fit(ScheduleFree(hook), [PreciseBNCallback(20), evaluated])
+    fit(module(), [PreciseBNCallback(20), evaluated])
     fit(ScheduleFree(), [trained])
     assert len(evaluated.states) == 2
     for state, not_switched in zip(evaluated.states, trained.states, strict=True):
@@ -301,16 +289,12 @@ def test_a_pass_has_a_line_in_the_rich_bar(val: Any, monkeypatch: pytest.MonkeyP
 ALWAYS_LOGGED = {"seconds", "num_samples"} | {f"{gap}_{of}" for gap in ("mean_gap", "var_gap") for of in ("p50", "max")}
 
 
-@pytest.mark.parametrize(
-    ("trainer", "beside"),
-    [
-        ({}, "val_loss"),
-        ({"val_check_interval": 2}, "val_loss"),
-        ({"val": None, "max_steps": 6}, "train_loss_epoch"),
-        ({"val": None, "accumulate_grad_batches": 2}, "train_loss_epoch"),
-    ],
-)
-def test_duration_and_gaps_are_logged_at_the_steps_of_the_modules_metrics(trainer: dict[str, Any], beside: str) -> None:
+AT_STEPS = [{}, {"val_check_interval": 2}, {"val": None, "max_steps": 6}, {"val": None, "accumulate_grad_batches": 2}]
+
+
+@pytest.mark.parametrize("trainer", AT_STEPS)
+def test_duration_and_gaps_are_logged_at_the_steps_of_the_modules_metrics(trainer: dict[str, Any]) -> None:
+    beside = "train_loss_epoch" if "val" in trainer else "val_loss"
     logged = fit(TinyNet(), PreciseBNCallback(20), **trainer).logger.logged
     assert len(logged(beside)) >= 2
     for key in ALWAYS_LOGGED:
@@ -353,13 +337,10 @@ def fit_precisely(world_size: int, num_samples: int, source: Any) -> Any:
 
 def precise_on_ranks(world_size: int, num_samples: int, source: Any) -> tuple[TinyNet, Any]:
     """The trained module and the result, after checking that all ranks ended with the same."""
-    (state, result), *others = run_on_ranks(fit_precisely, world_size, world_size, num_samples, source)
-    for other, measured in others:
-        assert digest(other) == digest(state)
-        assert digest([(s.mean, s.var) for s in measured.values()]) == digest(
-            [(s.mean, s.var) for s in result.values()]
-        )
-    return zoo.loaded(state), result
+    found = run_on_ranks(fit_precisely, world_size, world_size, num_samples, source)
+    first, *others = (digest([state, [(s.mean, s.var) for s in result.values()]]) for state, result in found)
+    assert all(other == first for other in others)
+    return zoo.loaded(found[0][0]), found[0][1]
 
 
 @pytest.mark.ddp
@@ -372,20 +353,18 @@ def test_ranks_end_with_the_statistics_of_all_ranks_data(world_size: int, source
 
 @pytest.mark.ddp
 @pytest.mark.parametrize(
-    ("world_size", "source", "shard", "samples", "batches"),
+    ("world_size", "source", "shard", "batches"),
     [
-        (4, uneven_loader, True, 37, first_batches(5, size=37)),
-        (2, shuffled_with_workers, True, 37, first_batches(5, size=37)),
-        (2, uneven_loader, False, 2 * 37, first_batches(5, size=37) * 2),
-        (2, own_on_each_rank, False, 37 + 29, first_batches(5, size=37) + first_batches(5, size=37)[1:]),
-        (2, nothing_on_rank_1, False, 24, first_batches(3)),
+        (4, uneven_loader, True, first_batches(5, size=37)),
+        (2, shuffled_with_workers, True, first_batches(5, size=37)),
+        (2, uneven_loader, False, first_batches(5, size=37) * 2),
+        (2, own_on_each_rank, False, first_batches(5, size=37) + first_batches(5, size=37)[1:]),
+        (2, nothing_on_rank_1, False, first_batches(3)),
     ],
 )
-def test_ranks_share_the_batches_of_a_loader_or_each_takes_its_own(
-    world_size: int, source: Any, shard: bool, samples: int, batches: list[Any]
-) -> None:
+def test_ranks_share_batches_or_each_takes_its_own(world_size: int, source: Any, shard: bool, batches: Any) -> None:
     module, result = precise_on_ranks(world_size, 10**6, FromLoader(source, shard=shard))
-    assert (result.num_samples, result.num_batches) == (samples, len(batches))
+    assert (result.num_samples, result.num_batches) == (sum(len(x) for x, _ in batches), len(batches))
     assert_close(statistics_of(module), expected(module, batches), rtol=1e-5, atol=1e-5)
 
 

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-import lightning_bn.lockstep.pooled as pooled
-import lightning_bn.lockstep.trial as trial
 from lightning_bn import PreciseBNCallback
-from tests.callbacks.zoo import At, TinyNet, digest, exact_statistics, fit, said, statistics_of, train_loader
+from tests.callbacks.zoo import TinyNet, digest, exact_statistics, fit, said, statistics_of, train_loader
 
 SAMPLES = 232  # 29 batches of 8: two groups of 104 samples and one of 24
 
@@ -45,16 +43,6 @@ def test_whole_batches_are_normalized_together_until_they_hold_enough(size: Any,
     assert not fitted(TinyNet(), precise, group, batch_size)
 
 
-def test_auto_takes_what_fits_into_half_of_the_free_memory_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs: list[trial.MemoryEstimate] = []
-    look = trial.Trial.memory
-    monkeypatch.setattr(trial.Trial, "memory", lambda self, own: needs.append(look(self, own)) or needs[-1])
-    fitted(TinyNet(), PreciseBNCallback(SAMPLES), 13)
-    monkeypatch.setattr(pooled, "free_memory", lambda device: 2 * 4 * needs[0].num_bytes + 10)  # 4 batches in half
-    (found,) = fitted(TinyNet(), PreciseBNCallback(SAMPLES), 4)
-    assert "of 32 samples, not of 100" in found and "memory_limit=" in found
-
-
 class Diverging(TinyNet):
     """Skips a layer for some batches."""
 
@@ -71,15 +59,6 @@ def test_auto_takes_the_batches_alone_with_one_warning_if_they_cannot_wait_for_e
     assert ("bn2" in found and "their end" in found) or "had ended" in found
     fit(plain, alone, train_loader(64))
     assert digest(statistics_of(module)) == digest(statistics_of(plain))
-
-
-def test_a_chosen_size_that_is_not_possible_is_an_error_that_leaves_everything_as_it_was() -> None:
-    module, before = Diverging(), []
-    note = At(lambda trainer, module, *_: before.append(digest(module.state_dict())), "on_train_batch_end")
-    with pytest.raises(RuntimeError, match=r"diverge.*bn2.*layers="):
-        fit(module, [PreciseBNCallback(64, normalization_batch_size=64), note], train_loader(64))
-    assert digest(module.state_dict()) == before[-1]
-    assert type(module.bn1) is torch.nn.BatchNorm2d
 
 
 def test_a_memory_limit_changes_no_number_and_a_tolerance_stops_a_pass() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -17,20 +17,16 @@ import lightning_bn
 from lightning_bn import FreezeBNCallback, FromLoader, PassConfig, PreciseBNCallback
 from tests.callbacks.zoo import TinyNet, fit, in_a_pass, said, train_loader
 
+
+def freezing(start_epoch: int = 1, statistics: Any = "precise", layers: Any = None, **own: Any) -> FreezeBNCallback:
+    precise = PassConfig(**{"num_samples": 20, **own})
+    return FreezeBNCallback(start_epoch=start_epoch, statistics=statistics, layers=layers, precise=precise)
+
+
 PASSES: dict[str, Callable[..., Any]] = {
-    "PreciseBNCallback": lambda **kwargs: PreciseBNCallback(**{"num_samples": 20, **kwargs}),
-    "FreezeBNCallback": lambda **kwargs: freezing(**kwargs),
+    "PreciseBNCallback": functools.partial(PreciseBNCallback, num_samples=20),
+    "FreezeBNCallback": freezing,
 }
-
-
-def freezing(**kwargs: Any) -> FreezeBNCallback:
-    names = {f.name for f in dataclasses.fields(PassConfig)}
-    own = {"start_epoch": 1, **{k: v for k, v in kwargs.items() if k not in names}}
-    return FreezeBNCallback(
-        precise=PassConfig(**{"num_samples": 20} | {k: kwargs[k] for k in names & set(kwargs)}), **own
-    )
-
-
 every_pass = pytest.mark.parametrize("name", PASSES)
 
 
@@ -160,7 +156,6 @@ class Teacher(TinyNet):
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [("PreciseBNCallback", {}, 1), ("FreezeBNCallback", {}, 1), ("FreezeBNCallback", {"statistics": "ema"}, 0)],
-    ids=["PreciseBN", "FreezeBN", "FreezeBN, ema"],
 )
 def test_a_layer_that_no_pass_reaches_is_named_once_if_training_changes_it(name: str, options: Any, named: int) -> None:
     found = said("BNCallback", Teacher(averages=True), PASSES[name](**options), max_epochs=3)
@@ -172,8 +167,8 @@ def test_a_layer_that_no_pass_reaches_is_named_once_if_training_changes_it(name:
 def test_layers_that_training_reaches_and_has_never_trained_are_named_at_the_switch(statistics: Any) -> None:
     never = PASSES["FreezeBNCallback"](start_epoch=0, statistics=statistics)
     (found,) = said("never trained", Teacher(averages=False), never)
-    named = "3 layers" if statistics == "ema" else "2 layers"  # before the first step nobody knows what is called
-    assert f"{named}, 'bn1' first" in found
+    named = 3 if statistics == "ema" else 2  # before the first step nobody knows what is called
+    assert f"{named} layers, 'bn1' first" in found
 
 
 def test_more_last_epochs_than_there_are_is_refused_with_both_numbers() -> None:

@@ -10,14 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader
 
 from lightning_bn import FromLoader, PreciseBNCallback, Replay
 from tests.callbacks import zoo
-from tests.callbacks.zoo import Images, Stream, TinyNet, caught, first_batches, fit, lerp, statistics_of, train_loader
+from tests.callbacks.zoo import Images, Stream, TinyNet, caught, first_batches, fit, statistics_of, train_loader
 
 
 def assert_stored(module: TinyNet, shown: list[Any]) -> None:
@@ -38,14 +37,6 @@ def test_a_replay_that_cannot_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=refused):
         fit(TinyNet(), PreciseBNCallback(1000, source=Replay(max_bytes=needed - 1)))
     fit(TinyNet(), PreciseBNCallback(1000, source=Replay(max_bytes=needed)), max_epochs=1)
-
-
-def test_a_replay_reports_its_samples_until_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    messages: list[str] = []
-    monkeypatch.setattr(rank_zero.log, "info", lambda message, **_: messages.append(message))
-    fit(TinyNet(), PreciseBNCallback(16, source="replay"), val_check_interval=1)
-    messages = [message for message in messages if "replay" in message]
-    assert messages == ["PreciseBNCallback: the replay holds 8 of 16 samples so far, and uses those."]
 
 
 def test_an_empty_replay_warns() -> None:
@@ -112,64 +103,21 @@ def test_the_function_of_a_loader_is_called_with_the_trainer_once_per_pass() -> 
         fit(TinyNet(), PreciseBNCallback(20, source=FromLoader(lambda _: [])))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_workers": 1, "persistent_workers": True}])
-def test_a_function_may_return_the_live_loader(kwargs: dict[str, Any]) -> None:
-    traces = []
-    for precise in ([], [PreciseBNCallback(20, source=FromLoader(live))]):
-        recorder = zoo.Recorder()
-        loader = train_loader(shuffle=True, augment=zoo.torch_noise, **kwargs)
-        fit(TinyNet(), [*precise, recorder], loader, val_check_interval=2)
-        traces.append(recorder.trace)
-    assert traces[0] == traces[1]
-    assert precise[0].result.num_samples == 24
-
-
 @pytest.mark.parametrize(
-    ("mode", "batches", "kind", "source"),
+    ("mode", "kind", "source", "last"),
     [
-        ("min_size", 3, dict, "train_dataloader"),
-        ("max_size", 4, list, "train_dataloader"),
-        ("max_size_cycle", 4, dict, "train_dataloader"),
-        ("max_size_cycle", 4, dict, FromLoader(live)),
+        ("min_size", dict, "train_dataloader", []),
+        ("max_size", list, "train_dataloader", first_batches(4)[3:]),
+        *(("max_size_cycle", dict, s, first_batches(1, size=24)) for s in ("train_dataloader", FromLoader(live))),
     ],
 )
-def test_several_train_loaders_come_as_in_training(mode: Any, batches: int, kind: type, source: Any) -> None:
+def test_several_train_loaders_come_as_in_training(mode: Any, kind: type, source: Any, last: list[Any]) -> None:
     loaders = {"a": train_loader(24), "b": train_loader(32)}
     combined = CombinedLoader(loaders if kind is dict else list(loaders.values()), mode)
     module, precise = Several(), PreciseBNCallback(10**6, source=source)
     fit(module, precise, combined, max_epochs=1)
-    assert precise.result.num_batches == batches
-    last = {"min_size": [], "max_size": first_batches(4)[3:], "max_size_cycle": first_batches(1, size=24)}[mode]
+    assert precise.result.num_batches == 3 + len(last)
     assert_stored(module, first_batches(4, size=24) + last)
-
-
-class Moved:
-    """A batch that only its author knows."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def to(self, device: Any) -> Moved:
-        return Moved(self.x.to(device), self.y.to(device))
-
-    @classmethod
-    def collate(cls, items: list[Any]) -> Moved:
-        return cls(*default_collate(items))
-
-
-class OfMoved(TinyNet):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step((batch.x, batch.y), batch_idx)
-
-
-def test_a_batch_may_have_any_structure_and_asks_for_count_if_its_samples_cannot_be_counted() -> None:
-    """How a replay keeps batches of each structure is tested with the Trainer's parts."""
-    module, precise = OfMoved(), PreciseBNCallback(32, batch_size_fn=lambda batch: len(batch.x))
-    fit(module, precise, train_loader(collate_fn=Moved.collate))
-    assert precise.result.num_samples == 32
-    assert_stored(module, first_batches(4))
-    with pytest.raises(ValueError, match=r"a batch that is a Moved.*batch_size_fn="):
-        fit(OfMoved(), PreciseBNCallback(20), train_loader(collate_fn=Moved.collate))
 
 
 def test_an_iterable_dataset_is_read_from_its_start_and_no_more_than_an_epoch_may_read() -> None:
@@ -195,14 +143,11 @@ class NeedsGradients(TinyNet):
         return loss + torch.autograd.grad(loss, self.conv1.weight, create_graph=True)[0].square().sum()
 
 
-WITH_OTHER_FORWARD = {
-    FetchesItself: r"FetchesItself\.training_step takes a dataloader_iter.*forward='forward' or a function",
-    NeedsGradients: r"NeedsGradients\.training_step needs gradients itself.*forward='forward' or a function",
-}
-
-
-@pytest.mark.parametrize(("module", "refused"), WITH_OTHER_FORWARD.items())
-def test_an_unusable_training_step_is_refused_and_the_alternatives_work(module: type[TinyNet], refused: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "does"), [(FetchesItself, "takes a dataloader_iter"), (NeedsGradients, "needs gradients itself")]
+)
+def test_an_unusable_training_step_is_refused_and_the_alternatives_work(module: type[TinyNet], does: str) -> None:
+    refused = rf"{module.__name__}\.training_step {does}.*forward='forward' or a function"
     with pytest.raises((ValueError, RuntimeError), match=refused):
         fit(module(), PreciseBNCallback(20))
     source = {"source": FromLoader(lambda _: first_batches(3))} if module is FetchesItself else {}
@@ -215,7 +160,7 @@ def test_an_unusable_training_step_is_refused_and_the_alternatives_work(module: 
     assert list(precise.result) == ["bn1"]
 
 
-@pytest.mark.parametrize("update", [lerp, zoo.other_data])
+@pytest.mark.parametrize("update", [zoo.lerp_data, zoo.other_data])
 def test_a_momentum_encoder_is_measured_as_the_next_step_will_use_it(update: Callable[..., Any]) -> None:
     module, precise = zoo.MomentumEncoder(update), PreciseBNCallback(20)
     fit(module, precise)
@@ -244,17 +189,11 @@ class Resets(DataLoader[Any]):
         return super().__iter__()
 
 
-class UsedUp(IterableDataset[Any]):
-    """An iterator: whoever reads it takes from the others."""
-
-    def __init__(self) -> None:
-        self.images = iter([Images(32)[i] for i in range(32)] * 3)
-
-    def __iter__(self) -> UsedUp:
-        return self
+class UsedUp(Stream):
+    """Looks like an iterator: whoever reads it takes from the others."""
 
     def __next__(self) -> Any:
-        return next(self.images)
+        raise StopIteration
 
 
 class Own:

@@ -17,10 +17,6 @@ from tests.callbacks.zoo import At, TinyNet, fit, statistics_of, train_loader, t
 from tests.ranks import run_on_ranks
 
 
-def numbers(module: TinyNet) -> dict[str, Tensor]:
-    return {**{k: v.detach().clone() for k, v in module.named_parameters()}, **statistics_of(module)}
-
-
 def trained(world_size: int, callbacks: list[Any]) -> dict[str, Any]:
     """Two epochs in float64: 8 images a rank and step on two ranks, 4 on four, 16 in one process; the same ones."""
     module, glimpses = TinyNet(), []
@@ -36,7 +32,8 @@ def trained(world_size: int, callbacks: list[Any]) -> dict[str, Any]:
     options["strategy"] = "ddp" if world_size > 1 else "auto"
     fit(module, [*callbacks, At(glimpse, "on_train_batch_start")], loader, **options)
     left = [(type(m), sorted(vars(m))) for m in (module.bn1, module.bn2)]
-    return {"numbers": numbers(module), "glimpses": glimpses, "left": left}
+    numbers = {**{k: v.detach() for k, v in module.named_parameters()}, **statistics_of(module)}
+    return {"numbers": numbers, "glimpses": glimpses, "left": left}
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -65,33 +62,12 @@ def test_layers_and_groups_of_ranks_are_those_chosen() -> None:
         assert "synced over 2 ranks" in after and "synced" not in before
 
 
-def refusals() -> list[str]:
-    sync, ghosts, found = SyncBNCallback, GhostBNCallback, []
-    for callbacks in ([sync(), ghosts(2)], [ghosts(2), sync()], [sync(3)]):
-        module = TinyNet()
-        with pytest.raises((ValueError, TypeError)) as error:
-            fit(module, callbacks, devices=2, strategy="ddp")
-        assert type(module.bn1) is nn.BatchNorm2d, "something is left"
-        found.append(str(error.value))
-    return found
-
-
-@pytest.mark.ddp
-def test_refusals_on_ranks_name_the_layer_and_the_reason_in_both_orders() -> None:
-    for first, second, third in run_on_ranks(refusals, 2):
-        assert "SyncBNCallback and GhostBNCallback act on layer 'bn1'" in first
-        assert "GhostBNCallback and SyncBNCallback act on layer 'bn1'" in second
-        assert "group_size=3, but there are 2 ranks" in third
-
-
 def judged() -> dict[str, str]:
     """How the monitor gets at each layer's batches, with momentum 0 in the first."""
     monitor, module, found = BNStatsMonitor(1, window=2), TinyNet(), {}
     module.bn1.momentum = 0.0
-    look = At(
-        lambda *_: found.update((monitor._record and monitor._record.last and monitor._record.last.direct) or {}),
-        "on_train_batch_end",
-    )
+    seen = lambda: (monitor._record and monitor._record.last and monitor._record.last.direct) or {}  # noqa: E731
+    look = At(lambda *_: found.update(seen()), "on_train_batch_end")
     fit(module, [SyncBNCallback(), monitor, look], devices=2, strategy="ddp", max_epochs=1)
     return found
 

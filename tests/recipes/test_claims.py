@@ -127,17 +127,12 @@ REVERSED_SEED = curve("EMA", 1, [20, 10, 5, 4]), curve("PreciseBN", 1, [40, 20, 
         (of_leakage, "worse with mini-batch, random than", {"pattern": (51.1, 20.0, 23.3)}, "does not hold"),
         (of_leakage, "population than with mini-batch, random", {"pattern": (25.0, 30.9, 23.3)}, "does not hold"),
         (of_leakage, "rises", {"pattern": (35.0, 30.9, 23.3)}, "does not hold"),
-        (of_leakage, "rises", {"pattern": (40.0, 40.0, 40.0)}, "within noise"),
         (of_leakage, "higher with the pattern than with random", {"pattern": (20.0, 30.9, 23.3)}, "does not hold"),
-        (of_leakage, "Ghost BN", {"ghosts": 60.0}, "does not hold"),
         (of_leakage, "Ghost BN", {"ghosts": 51.1}, "within noise"),
         (of_leakage, "alarms", {"alarm": None}, "does not hold"),
         (of_leakage, "is silent", {"false_alarm": 2}, "does not hold"),
         (of_batch_size, "NBS 32: B = 2 is worse", {"usual": {2: 20.0}}, "does not hold"),
-        (of_batch_size, "NBS 32: B = 10 is worse", {"usual": {10: 20.0}}, "does not hold"),
-        (of_batch_size, "NBS 2: B = 2 is worse", {"small": {2: 20.0}}, "does not hold"),
         (of_batch_size, "NBS 32: B = 100 suffices", {"usual": {100: 27.0}}, "does not hold"),
-        (of_batch_size, "NBS 2: B = 1,000 suffices", {"small": {1000: 27.0}}, "does not hold"),
         (of_batch_size, "NBS 2: PreciseBN with B = 100 beats the EMA", {"small": {0: 27.0}}, "does not hold"),
         (of_batch_size, "the NBS 2 model is still worse", {"small": {2000: 20.0}}, "does not hold"),
         (of_batch_size, "NBS 32: the error of small B grows", {"last": 0.001}, "does not hold"),
@@ -147,7 +142,6 @@ def test_contrary_numbers_decide(judged: Callable[..., list[Claim]], words: str,
     assert [claim.verdict for claim in judged(**contrary) if words in claim.claim] == [verdict]
 
 
-# ------------------------------------------------------------------------------------------------------------- by AP
 def of_roi_head(box_ap: Any, spread: float, seeds: int = 3) -> RoIHeadResults:
     """Seeds and four parts, whose APs spread around these."""
     rows = [RoIHeadRow(*cell, seed, ap, None, 1.0) for seed, cell, ap in spread_out(box_ap, spread, seeds)]
@@ -170,17 +164,17 @@ def spread_out(box_ap: Any, spread: float, seeds: int = 3) -> Iterable[tuple[int
 BOX = {cell: box for cell, (box, _) in roi_head.PAPER.items()}
 
 
-@pytest.mark.parametrize(
-    ("module", "results", "paper", "ordered"),
-    [(roi_head, of_roi_head, BOX, 8), (shared_head, of_shared_head, shared_head.PAPER, 6)],
-)
-def test_the_papers_aps_hold_reversed_ones_do_not_and_a_wide_spread_decides_nothing(
-    module: Any, results: Callable[..., Any], paper: dict[Any, float], ordered: int
+BY_AP = [(roi_head, of_roi_head, BOX, 8), (shared_head, of_shared_head, shared_head.PAPER, 6)]
+
+
+@pytest.mark.parametrize(("module", "results", "paper", "ordered"), BY_AP)
+def test_the_papers_aps_hold_reversed_do_not_and_a_wide_spread_decides_nothing(
+    module: Any, results: Any, paper: Any, ordered: int
 ) -> None:
     assert {claim.verdict for claim in module.judge(results(paper, 0.02))} == {"holds"}
     turned = module.judge(results({row: 80 - ap for row, ap in paper.items()}, 0.02))
-    verdicts = [claim.verdict for claim in turned if "as good" not in claim.claim]
-    assert verdicts == ["does not hold"] * ordered
+    found = [claim.verdict for claim in turned if "as good" not in claim.claim]
+    assert found == ["does not hold"] * ordered
     assert {claim.verdict for claim in module.judge(results(paper, 200.0))} == {"within noise"}
 
 
@@ -218,7 +212,6 @@ def test_an_ordering_is_decided_by_the_spread(row: list[float], other: list[floa
     assert ordering("", unlike, Measured([AP(20.0, [0.0, 0.0])], 39.1), larger).verdict == "within noise"
 
 
-# ---------------------------------------------------------------------------------------------------------- the rules
 @pytest.mark.parametrize(
     ("mean", "half", "is_larger", "is_equal"),
     [

@@ -23,13 +23,6 @@ def test_error_curves_show_the_mean_over_seeds_and_their_range() -> None:
     assert len(bands) == 2 and heights.min() == pytest.approx(3.4) and heights.max() == 90
 
 
-def test_every_error_lies_inside_the_axes_even_a_perfect_one() -> None:
-    axes = figures.error_curves([1, 2], [[100, 0.0]], [[50, 0.2]]).axes[0]
-    low, high = axes.get_ylim()
-    assert 0 < low < 0.2 and high > 100
-    assert all(low <= tick <= 100 for tick in axes.get_yticks()), "no tick above 100 % and none outside"
-
-
 def test_error_against_samples_joins_the_means_and_shows_every_draw() -> None:
     sweep = figures.SampleSweep("epoch 3", 15.4, {10: [9.0, 13.0], 100: [7.0, 7.4], 4000: [6.6]})
     figure = figures.error_against_samples([sweep, sweep], xlabel="N")

@@ -1,5 +1,6 @@
 """The recipe of Table 2: its measurements, its verdicts, and what its command writes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,13 @@ def test_small_b_is_further_from_exact_than_large_b(estimates: dict[int, Estimat
 def test_the_exact_statistics_are_those_of_one_forward_of_all_images(
     estimates: dict[int, Estimate], model: ImageClassifier, data: ImageData
 ) -> None:
-    state = copy_of_state(model)
-    images = torch.cat([batch[0] for batch in data.training_sample(60, torch.Generator())])
-    model.train()
-    for bn in lbn.find_bn(model).values():
+    one_forward = copy.deepcopy(model).train()
+    for bn in lbn.find_bn(one_forward).values():
         bn.momentum = 1.0
     with torch.no_grad():
-        model(images)
-        model.eval()
-        logits = torch.cat([model(batch[0]) for batch in data.val_dataloader()])
-    labels = torch.cat([batch[1] for batch in data.val_dataloader()])
-    model.load_state_dict(state)
+        one_forward(torch.cat([images for images, _ in data.training_sample(60, torch.Generator())]))
+        logits = torch.cat([one_forward.eval()(images) for images, _ in data.val_dataloader()])
+    labels = torch.cat([labels for _, labels in data.val_dataloader()])
     assert torch.equal(estimates[60].wrong[0], (logits.argmax(1) != labels).double())
 
 
@@ -88,16 +85,12 @@ class NoteNBS(L.Callback):
             self.notes.append((sizes, torch.cat([p.detach().flatten() for p in pl_module.parameters()])))
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smoke")
+def test_the_command_writes_table_figures_and_wandb_runs_of_models_that_differ_in_their_nbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     NoteNBS.notes = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "PrintErrors", NoteNBS)
-        return main([*TINY, "--out", str(folder)])
-
-
-def test_the_command_writes_table_figures_and_wandb_runs_of_models_that_differ_in_their_nbs(command: Path) -> None:
+    monkeypatch.setattr(experiment, "PrintErrors", NoteNBS)
+    command = main([*TINY, "--out", str(tmp_path)])
     report = json.loads((command / "report.json").read_text())
     rows = [(row["nbs"], list(row["batch_sizes"])) for row in report["rows"]]
     assert rows == [(20, ["2", "40", "60"]), (2, ["2", "40", "60"])]

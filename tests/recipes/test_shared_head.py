@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.error import URLError
 
 import pytest
-import torch
 from torch import Tensor, hub, nn
 
 import lightning_bn as lbn
@@ -15,6 +14,7 @@ from recipes.shared_head import experiment
 from recipes.shared_head.__main__ import SharedHead, main
 from recipes.shared_head.detector import HEADS, Detector
 from recipes.shared_head.experiment import ROWS, TRAININGS
+from tests.callbacks.zoo import raising
 
 TINY = ["--preset", "smoke", "--data.train_images", "8", "--data.val_images", "1", "--model.warmup_steps", "1"]
 TINY += ["--rows", "[1,2,3,4,5,6]", "--parts", "1"]
@@ -39,16 +39,13 @@ def data() -> SceneData:
     return SceneData(**{**config, "train_images": 40, "val_images": 4})
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    Recorded.seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "Detector", Recorded)
-        return main([*TINY, "--out", str(tmp_path_factory.mktemp("smoke"))])
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_two_rows_are_one_training_with_the_statistics_of_each_row_and_the_report_has_the_papers(command: Path) -> None:
+def test_two_rows_are_one_training_with_the_statistics_of_each_row_and_the_report_has_the_papers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorded.seen = []
+    monkeypatch.setattr(experiment, "Detector", Recorded)
+    command = main([*TINY, "--out", str(tmp_path)])
     report = json.loads((command / "report.json").read_text())
     assert [row["row"] for row in report["rows"]] == list(ROWS)
     assert report["rows"][0]["seconds"] == report["rows"][1]["seconds"], "trained once"
@@ -61,8 +58,7 @@ def test_two_rows_are_one_training_with_the_statistics_of_each_row_and_the_repor
     mean = Recorded.seen[1][0]["domain_mean"]
     assert mean.shape[0] == 4 and (mean[0] - mean[2]).abs().max() > 0.5 * mean.abs().max(), "levels differ"
 
-    markdown = (command / "report.md").read_text()
-    assert "| 3 | domain | shared | shared | 34.1 |" in markdown and "**" in markdown
+    assert "| 3 | domain | shared | shared | 34.1 |" in (command / "report.md").read_text()
     assert (command / "ap.png").stat().st_size > 5000 and list((command / "wandb").glob("offline-run-*"))
 
 
@@ -73,9 +69,7 @@ def test_two_rows_of_a_training_differ_in_the_population_statistics_alone() -> N
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "fcos"])
-def test_only_the_head_has_batch_norm_which_runs_on_every_level(
-    detector: Literal["retinanet", "fcos"], data: SceneData
-) -> None:
+def test_only_the_head_has_batch_norm_which_runs_on_every_level(detector: Any, data: SceneData) -> None:
     model = Detector(detector=detector, pretrained=False)
     layers = lbn.find_bn(model)
     assert len(layers) == 8 and list(lbn.find_bn(model, f"{HEADS}.*")) == list(layers)
@@ -88,27 +82,10 @@ def test_only_the_head_has_batch_norm_which_runs_on_every_level(
     assert all(layer.weight.grad is not None for layer in layers.values())
 
 
-def test_three_levels_have_objects(data: SceneData) -> None:
-    """A level has an object if its anchors overlap it most."""
-    from torchvision.ops import box_iou
-
-    net: Any = Detector(pretrained=False).model
-    images = torch.zeros(1, 3, 128, 128)
-    pyramid = list(net.backbone(images).values())
-    anchors = net.anchor_generator(net.transform(list(images))[0], pyramid)[0]
-    level = torch.repeat_interleave(torch.arange(4), torch.tensor([9 * x.shape[-1] ** 2 for x in pyramid]))
-    boxes = torch.cat([data.train_set[index][1]["boxes"] for index in range(40)])
-    best = level[box_iou(boxes, anchors).argmax(1)].bincount(minlength=4) / len(boxes)
-    assert (best[:3] > 0.1).all(), best
-
-
 def test_weights_that_cannot_be_downloaded_are_an_error_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unreachable(*args: Any, **kwargs: Any) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setattr(hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(hub, "download_url_to_file", raising(URLError("no network")))
     monkeypatch.setattr(hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"mobilenet_v2-.* cannot be downloaded .*{tmp_path}/checkpoints"):
         Detector(pretrained=True)
