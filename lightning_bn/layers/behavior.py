@@ -91,7 +91,8 @@ def attach(layer: nn.Module, behavior: Behavior) -> None:
     """Add a behavior around those that the layer or module has."""
     behaviors = behaviors_of(layer)
     if not behaviors:
-        layer.__class__ = _behaving_class(type(layer))  # type: ignore[arg-type]  # mypy: a Module is not Hashable
+        # bypasses the slow `nn.Module.__setattr__`
+        object.__setattr__(layer, "__class__", _behaving_class(type(layer)))  # type: ignore[arg-type]  # is hashable
     vars(layer)[_LIST] = tuple(sorted((*behaviors, behavior), key=lambda b: b.outermost - b.innermost))
 
 
@@ -101,7 +102,7 @@ def detach(layer: nn.Module, behavior: Behavior) -> None:
     vars(layer)[_LIST] = left
     if not left:
         del vars(layer)[_LIST]
-        layer.__class__ = type(layer).__bases__[1]
+        object.__setattr__(layer, "__class__", type(layer).__bases__[1])
 
 
 class Handle:
