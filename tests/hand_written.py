@@ -4,8 +4,6 @@ Every one stands in the same small `Net`, between two convolutions and in front 
 what it makes of its input.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from tests.truth import rows_of
 CHANNELS, LENGTH = 4, 6
 
 
-# --------------------------------------------------------- forwards that do something to their input first
 class Transposed(nn.BatchNorm1d):
     """Of (N, L, C)."""
 
@@ -65,7 +62,6 @@ class Rows(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
-# ---------------------------------------------------- forwards that keep statistics or counters themselves
 class ByHand(nn.BatchNorm1d):
     """Normalizes and keeps statistics itself, by assignment, as tutorials do."""
 
@@ -127,17 +123,8 @@ class CallsInPlace(Calls, InPlace):
     pass
 
 
-class CallsBiased(Calls, Biased):
-    pass
-
-
 class CallsInverted(Calls, Inverted):
     pass
-
-
-class MeanOnly(Calls):
-    def keep(self, mean: Tensor, var: Tensor, n: float) -> None:
-        self.running_mean = self.running_mean.lerp(mean, self.momentum)
 
 
 class Counting(nn.BatchNorm1d):
@@ -159,18 +146,6 @@ class Counting(nn.BatchNorm1d):
         return F.batch_norm(x, *statistics, *affine, self.training, momentum, self.eps)
 
 
-class Uncounted(nn.BatchNorm1d):
-    """Has no counter."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.num_batches_tracked = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-# --------------------------------------------------------- forwards that call it in another way
 class OfTorch(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         affine, statistics = (self.weight, self.bias), (self.running_mean, self.running_var)
@@ -198,7 +173,7 @@ class Ghost(nn.BatchNorm2d):
         self.register_buffer("running_mean", torch.zeros(channels * splits))
         self.register_buffer("running_var", torch.ones(channels * splits))
 
-    def train(self, mode: bool = True) -> Ghost:
+    def train(self, mode: bool = True) -> nn.Module:
         if self.training and not mode:
             for key in ("running_mean", "running_var"):
                 setattr(self, key, getattr(self, key).view(self.splits, -1).mean(0).repeat(self.splits))
@@ -225,7 +200,6 @@ class WithChild(nn.BatchNorm1d):
         return super().forward(x + self.child(x * x))
 
 
-# --------------------------------------------------------- forwards of which it cannot be seen
 class MaskedByHand(ByHand):
     """Of rows (N, C) and a mask (N): without padding it does what torch's own would."""
 
@@ -233,11 +207,6 @@ class MaskedByHand(ByHand):
         y = torch.zeros_like(x)
         y[mask] = super().forward(x[mask][..., None])[..., 0]
         return y
-
-
-class TransposedByHand(ByHand):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class Activated(ByHand):
@@ -262,7 +231,6 @@ class Sometimes(ByHand):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
-# --------------------------------------------------------- the zoo
 Given = Callable[[Tensor, Tensor], dict[str, list[Tensor]]]
 Use = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -300,10 +268,6 @@ def masked(bn: Any, h: Tensor, x: Tensor) -> Tensor:
     return bn(h.transpose(1, 2), mask_of(x)).transpose(1, 2)
 
 
-def mask_by_name(bn: Any, h: Tensor, x: Tensor) -> Tensor:
-    return bn(mask=mask_of(x), x=h.transpose(1, 2)).transpose(1, 2)
-
-
 def masked_rows(bn: Any, h: Tensor, x: Tensor) -> Tensor:
     y = bn(h.transpose(1, 2).reshape(-1, CHANNELS), mask_of(x).reshape(-1))
     return y.view(len(h), -1, CHANNELS).transpose(1, 2)
@@ -322,21 +286,9 @@ def as_image(bn: Any, h: Tensor, x: Tensor) -> Tensor:
     return bn(h[..., None])[..., 0]
 
 
-def padded(h: Tensor, x: Tensor) -> dict[str, list[Tensor]]:
-    return {"": [rows_of(F.pad(h, (1, 1)))]}
-
-
-def halves(h: Tensor, x: Tensor) -> dict[str, list[Tensor]]:
-    return {"": [rows_of(half) for half in h.chunk(2)]}
-
-
 def splits(h: Tensor, x: Tensor) -> dict[str, list[Tensor]]:
     first, second = h.chunk(2)
     return {"": [rows_of(first)], ".aux_bn.0": [rows_of(second)]}
-
-
-def ghosts(h: Tensor, x: Tensor) -> dict[str, list[Tensor]]:
-    return {"": [rows_of(torch.cat([h[::2], h[1::2]], 1))]}
 
 
 def squared(h: Tensor, x: Tensor) -> dict[str, list[Tensor]]:
@@ -350,9 +302,11 @@ ZOO: dict[str, HandWritten] = {
     "BatchNorm2d": HandWritten(nn.BatchNorm2d, as_image),
     "transposed": HandWritten(Transposed, last),
     "masked": HandWritten(Masked, masked, unpadded),
-    "masked, arguments by name": HandWritten(Masked, mask_by_name, unpadded),
+    "masked, arguments by name": HandWritten(
+        Masked, lambda bn, h, x: bn(mask=mask_of(x), x=h.transpose(1, 2)).transpose(1, 2), unpadded
+    ),
     "container": HandWritten(OfSparse, sparse),
-    "padded": HandWritten(Padded, given=padded),
+    "padded": HandWritten(Padded, given=lambda h, x: {"": [rows_of(F.pad(h, (1, 1)))]}),
     "rows": HandWritten(Rows, last),
     "by hand, by assignment": HandWritten(ByHand, is_seen=False),
     "by hand, in place": HandWritten(InPlace, is_seen=False),
@@ -361,21 +315,19 @@ ZOO: dict[str, HandWritten] = {
     "by hand, in data": HandWritten(InData, is_seen=False),
     "own statistics, by assignment": HandWritten(Calls),
     "own statistics, in place": HandWritten(CallsInPlace),
-    "own statistics, biased": HandWritten(CallsBiased),
     "own statistics, inverted momentum": HandWritten(CallsInverted),
-    "own statistics, mean only": HandWritten(MeanOnly),
     "counts itself": HandWritten(Counting),
-    "no counter": HandWritten(Uncounted),
     "torch.batch_norm": HandWritten(OfTorch),
-    "two halves": HandWritten(Halves, given=halves, parts=2),
-    "DAWNBench's ghost": HandWritten(Ghost, as_image, ghosts, None),
+    "two halves": HandWritten(Halves, given=lambda h, x: {"": list(map(rows_of, h.chunk(2)))}, parts=2),
+    "DAWNBench's ghost": HandWritten(
+        Ghost, as_image, lambda h, x: {"": [rows_of(torch.cat([h[::2], h[1::2]], 1))]}, None
+    ),
     "timm BatchNormAct2d": HandWritten(timm.layers.BatchNormAct2d, as_image),
     "timm SplitBatchNorm2d": HandWritten(timm.layers.SplitBatchNorm2d, as_image, splits, "BatchNorm2d", parts=2),
     "timm SyncBatchNormAct": HandWritten(SyncBatchNormAct, as_image),
     "SyncBatchNorm, no momentum": HandWritten(lambda c: nn.SyncBatchNorm(c, momentum=None)),
     "a child": HandWritten(WithChild, given=squared),
     "by hand, masked": HandWritten(MaskedByHand, masked_rows, None, None, is_seen=False),
-    "by hand, transposed": HandWritten(TransposedByHand, last, None, None, is_seen=False),
     "by hand, activated": HandWritten(Activated, given=None, in_eval=None, is_seen=False),
     "by hand, unbiased": HandWritten(Unbiased, given=None, in_eval="plain", is_seen=False),
     "by hand, sometimes": HandWritten(Sometimes, given=None, in_eval=None, is_seen=False),
@@ -409,12 +361,7 @@ def together(entry: HandWritten, group: Sequence[Tensor]) -> Tensor:
 
 
 def oracle(net: Net, in_eval: bool = False) -> Net:
-    """A copy in float64 that normalizes with the statistics of each batch.
-
-    Args:
-        net: The net.
-        in_eval: And else does what it does in eval mode.
-    """
+    """A copy in float64 that normalizes with the statistics of each batch, and else as in eval mode if asked for."""
     twin = copy.deepcopy(net).double()
     if in_eval and twin.entry.in_eval != "itself":
         twin.entry = ZOO[str(twin.entry.in_eval)]

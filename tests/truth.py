@@ -1,7 +1,5 @@
 """The truth about BatchNorm layers: float64 statistics over everything a layer was given, all calls concatenated."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping

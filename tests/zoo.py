@@ -1,8 +1,7 @@
 """The zoo: one small model, with batches, for each kind of BatchNorm layer and use of it that is out there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +9,10 @@ from torch import Tensor, nn
 Case = tuple[nn.Module, list[Tensor]]
 
 
-def cnn(first: nn.Module | None = None) -> nn.Sequential:
+def cnn(first: nn.Module | None = None, dropout: float = 0.5) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU, dropout, and the same again; ``first`` takes the place of the first BatchNorm."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        first or nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.Conv2d(8, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-    )
+    begin = [nn.Conv2d(3, 8, 3, padding=1), first or nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return nn.Sequential(*begin, nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
 
 
 def images(*sizes: int, mean: float = 0.0, pixels: int = 8) -> list[Tensor]:
@@ -51,11 +43,11 @@ def _shifted(model: nn.Module, mean: float) -> nn.Module:
     return model
 
 
-def _trained(model: nn.Module) -> nn.Module:
+def trained(model: nn.Module, affine: bool = True) -> Any:
     """Scales, shifts and stored statistics that are not the identity."""
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for parameter in layer.parameters():
+            for parameter in layer.parameters() if affine else ():
                 nn.init.uniform_(parameter, 0.5, 1.5)
             if layer.running_mean is not None and layer.running_var is not None:
                 nn.init.normal_(layer.running_mean)
@@ -87,6 +79,14 @@ def _lazy() -> nn.Module:
     return model.train()
 
 
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4), nn.BatchNorm1d(4))
+
+
+def _to(model: nn.Module, batches: list[Tensor], *to: torch.dtype, **layout: torch.memory_format) -> Case:
+    return model.to(*to, **layout), [x.to(*to, **layout) for x in batches]
+
+
 def _mobilenet() -> nn.Module:
     import timm  # here: not all processes that import this need it, and it takes seconds
 
@@ -102,21 +102,12 @@ def _without_bias() -> nn.Module:
 CASES: dict[str, Callable[[], Case]] = {
     "ragged batches": lambda: (cnn(), images(8, 8, 3, 1)),
     "mean 1e4 std 1": lambda: (_shifted(cnn(), 1e4), images(8, 8, 3)),
-    "channels_last": lambda: (
-        cnn().to(memory_format=torch.channels_last),
-        [x.to(memory_format=torch.channels_last) for x in images(8, 5)],
-    ),
-    "channels_last, mean 1e4 std 1": lambda: (
-        _shifted(cnn(), 1e4).to(memory_format=torch.channels_last),
-        [x.to(memory_format=torch.channels_last) for x in images(8, 5)],
-    ),
+    "channels_last": lambda: _to(cnn(), images(8, 5), memory_format=torch.channels_last),
+    "channels_last, mean 1e4 std 1": lambda: _to(_shifted(cnn(), 1e4), images(8, 5), memory_format=torch.channels_last),
     "called several times": lambda: (Shared(), images(8, 4)),
-    "BatchNorm1d, rows": lambda: (
-        nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4), nn.BatchNorm1d(4)),
-        [torch.randn(n, 6) * 3 + 2 for n in (40, 40, 7)],
-    ),
+    "BatchNorm1d, rows": lambda: (_mlp(), [torch.randn(n, 6) * 3 + 2 for n in (40, 40, 7)]),
     "BatchNorm1d, rows, mean 1e4 std 1": lambda: (
-        _shifted(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4), nn.BatchNorm1d(4)), 1e4),
+        _shifted(_mlp(), 1e4),
         [torch.randn(n, 6) * 3 + 2 for n in (40, 40, 7)],
     ),
     "BatchNorm1d, sequences": lambda: (
@@ -129,31 +120,27 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "SyncBatchNorm in one process": lambda: (nn.SyncBatchNorm.convert_sync_batchnorm(cnn()), images(8, 3)),
     "timm BatchNormAct2d": lambda: (_mobilenet(), images(6, 4, pixels=32)),
-    "bf16 model": lambda: (cnn().bfloat16(), [x.bfloat16() for x in images(8, 5)]),
-    "bf16 model, mean 100": lambda: (_shifted(cnn(), 100).bfloat16(), [x.bfloat16() for x in images(8, 5)]),
-    "bf16 model, channels_last": lambda: (
-        cnn().bfloat16().to(memory_format=torch.channels_last),
-        [x.bfloat16().to(memory_format=torch.channels_last) for x in images(8, 5, mean=3)],
+    "bf16 model": lambda: _to(cnn(), images(8, 5), torch.bfloat16),
+    "bf16 model, mean 100": lambda: _to(_shifted(cnn(), 100), images(8, 5), torch.bfloat16),
+    "bf16 model, channels_last": lambda: _to(
+        cnn(), images(8, 5, mean=3), torch.bfloat16, memory_format=torch.channels_last
     ),
-    "fp16 model": lambda: (cnn().half(), [x.half() for x in images(8, 5)]),
+    "fp16 model": lambda: _to(cnn(), images(8, 5), torch.float16),
     "bf16 model with float32 layers": lambda: (
         _layers_in_float32(cnn().bfloat16()),
         [x.bfloat16() for x in images(8, 5)],
     ),
     "float32 and float64 layers": lambda: (_Mixed(), images(8, 5)),
-    "float64 model": lambda: (cnn().double(), [x.double() for x in images(8, 5)]),
+    "float64 model": lambda: _to(cnn(), images(8, 5), torch.float64),
     "no affine": lambda: (cnn(nn.BatchNorm2d(8, affine=False)), images(8, 5)),
     "no bias": lambda: (_without_bias(), images(8, 5)),
     "momentum None": lambda: (cnn(nn.BatchNorm2d(8, momentum=None)), images(8, 5)),
     "lazy layer that has seen data": lambda: (_lazy(), images(8, 5)),
-    "one value per channel": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
-        [torch.randn(1, 3) for _ in range(3)],
-    ),
+    "one value per channel": lambda: (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), [*torch.randn(3, 1, 3)]),
 }
 
 
 def case(name: str) -> Case:
     """A model of the zoo in train mode with stored statistics of its own, and batches for it."""
     model, batches = CASES[name]()
-    return _trained(model), batches
+    return trained(model), batches

@@ -1,7 +1,5 @@
 """Windows of offsets split into lag and noise, add up, and are the same as torchmetrics."""
 
-from __future__ import annotations
-
 from functools import reduce
 
 import pytest
@@ -38,7 +36,6 @@ def test_gap_lag_and_noise_are_those_of_each_layer_alone(steps: int, sizes: list
 
 @given(st.sampled_from([0.01, 0.1, 0.5, 1.0, None]), st.integers(1, 4), st.integers(0, 50))
 def test_what_is_recovered_is_what_went_in(momentum: float | None, calls: int, tracked: int) -> None:
-    """Equal calls, by torch's own update."""
     batch = torch.randn(6, dtype=torch.float64)
     before = after = torch.randn(6, dtype=torch.float64)
     for number in range(calls):

@@ -1,7 +1,5 @@
 """Forecasts on made-up traces with a known truth, compared with the EMA, with single averages, and with the formula."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable
@@ -74,7 +72,6 @@ WALKS = [(0.0, 0.1, 0.1), (0.001, 0.5, 0.01), (0.01, 0.01, 0.1), (0.01, 0.5, 0.1
 
 @pytest.mark.parametrize(("drift", "noise", "momentum"), WALKS)
 def test_it_is_nowhere_worse_than_the_ema(drift: float, noise: float, momentum: float) -> None:
-    """On random walks, from hardly any drift to hardly any noise."""
     walk = torch.cumsum(drift * torch.randn(301, generator=torch.Generator().manual_seed(1)), 0).tolist()
     found, ema, last = rms(errors(walk.__getitem__, noise, steps=300, start=50, momentum=momentum))
     assert found < (1.05 if momentum == 0.1 else 1.25) * ema  # ten steps hardly tell 32 steps' average from 199's
@@ -143,7 +140,6 @@ def test_a_nan_batch_is_left_out_and_poisoned_running_statistics_as_well() -> No
     assert (mean - batches[-1, 0]).abs().max() < 1
 
 
-# ---------------------------------------------------------------------------------------------------- the formula
 def by_formula(batches: Tensor, before: Tensor, now: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance of the next batch of one layer of at most 32 channels, a step at a time."""
     decay = 1 - 1 / torch.tensor(SPANS).double().view(-1, 1)

@@ -98,10 +98,7 @@ def test_batch_statistics_hold_when_only_one_channel_has_a_large_mean_and_leave_
     scale=st.floats(-3, 3).map(lambda exponent: 10**exponent),
     seed=st.integers(0, 2**31),
 )
-def test_any_number_of_rows_at_any_mean_is_as_accurate_as_stated(
-    rows: int, mean: float, scale: float, seed: int
-) -> None:
-    """Where float32 begins to lose digits depends on both."""
+def test_any_number_of_rows_at_any_mean_is_accurate(rows: int, mean: float, scale: float, seed: int) -> None:
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)) * scale + mean
     assert_as_accurate_as_stated(*batch_statistics(x), x)
     kernel_is_trusted_and_accurate(x)
@@ -141,15 +138,6 @@ def test_partitions_of_one_population_merge_to_the_same_moments(
     assert merged.count.item() == len(exact)
     assert abs(Fraction(merged.mean.item()) - exact_mean) <= tolerance * scale
     assert abs(Fraction(merged.m2.item()) - exact_m2) <= tolerance * max(float(exact_m2), scale * sigma)
-
-
-@given(sizes=st.tuples(*[st.integers(0, 5)] * 3))
-def test_merging_is_associative_and_nothing_is_neutral(sizes: tuple[int, int, int]) -> None:
-    parts = [Moments.of(torch.randn(n, 2, dtype=torch.float64)) if n else Moments.empty(2) for n in sizes]
-    a, b, c = parts
-    left, right = (a + b) + c, a + (b + c)
-    for this, that in zip((left.count, left.mean, left.m2), (right.count, right.mean, right.m2), strict=True):
-        torch.testing.assert_close(this.expand(2), that.expand(2), rtol=1e-12, atol=1e-14)
 
 
 def test_moments_of_nothing_have_no_nan_and_population_variance_is_biased_and_includes_that_of_means() -> None:

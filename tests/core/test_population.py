@@ -59,13 +59,6 @@ def test_standard_error_of_equal_batches_is_the_textbook_one_and_of_a_single_cal
     assert filled([x[0]]).statistics()[0]["bn"].standard_error.isnan().all()
 
 
-def test_standard_error_predicts_the_spread_of_the_mean_over_draws_of_unequal_batches() -> None:
-    draws = [filled([torch.randn(size, 50) for size in (4, 64, 16, 128, 4, 32)]).statistics()[0] for _ in range(100)]
-    spread = torch.stack([found["bn"].mean for found in draws]).std()
-    rms = torch.stack([found["bn"].standard_error for found in draws]).square().mean().sqrt()
-    assert 0.75 < rms / spread < 1.2
-
-
 def test_statistics_are_a_mapping_that_does_not_change_when_more_is_added() -> None:
     seen = filled([torch.ones(4, 1)])
     statistics = PopulationStatistics(seen.statistics()[0], num_samples=4, num_batches=1, batch_size=4)

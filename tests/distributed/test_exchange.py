@@ -1,7 +1,5 @@
 """Rows exchanged among ranks: each is sent once and returns, and gradients are those of one process."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -27,7 +25,6 @@ def seeded(seed: int) -> torch.Generator:
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_routes_send_every_row_once_and_fill_every_index(counts: list[int], seed: int) -> None:
-    """The routes of all ranks, without ranks."""
     order = torch.randperm(sum(counts), generator=seeded(seed))
     routes = [Route.of(rank, counts, order) for rank in range(len(counts))]
     rows = torch.arange(sum(counts)).split(counts)
@@ -122,40 +119,6 @@ def test_the_order_changes_each_time_and_is_the_same_for_the_same_seed() -> None
         for ids in itertools.chain(first, other, *more):
             counts[ids, rank] += 1
     assert (counts.sum(1) == 120).all() and (counts > 35).all(), "of 120 times each row is on each rank about 60 times"
-
-
-def messages(sizes: list[int]) -> tuple[list[int], bool]:
-    """Bytes of each all-to-all, and whether rows without history require a gradient."""
-    sent = []
-    original = dist.all_to_all_single
-
-    def counted(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(input.numel() * input.element_size())
-        return original(output, input, *args, **kwargs)
-
-    dist.all_to_all_single = counted
-    try:
-        x, generator = torch.randn(sizes[dist.get_rank()], 10, requires_grad=True), torch.Generator()
-        structure = {"x": x, "y": x[:, :2].half(), "ids": torch.arange(len(x))}
-        rows, exchange = exchange_rows(structure, generator=generator)
-        restore_rows(rows["x"] * 2, exchange=exchange).sum().backward()
-        with torch.no_grad():
-            momentum, exchange = exchange_rows(x, generator=generator)
-            plain = restore_rows(momentum, exchange=exchange)
-        frozen, exchange = exchange_rows(x.detach(), generator=generator)
-        needs = any(t.requires_grad for t in (frozen, plain, restore_rows(frozen, exchange=exchange)))
-    finally:
-        dist.all_to_all_single = original
-    return sent, needs
-
-
-@pytest.mark.ddp
-def test_one_all_to_all_per_direction_moves_a_structure_and_without_gradients_backward_has_none() -> None:
-    sizes = [40, 24]
-    for rows, (sent, needs) in zip(sizes, run_on_ranks(messages, 2, sizes), strict=True):
-        there, back, back_again, there_again, *without_gradients = sent
-        assert (there, back, back_again, there_again) == (rows * 52, 32 * 40, rows * 40, 32 * 44)
-        assert len(without_gradients) == 4 and not needs
 
 
 class Pair(NamedTuple):

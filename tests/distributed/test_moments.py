@@ -1,7 +1,5 @@
 """What ranks hold is merged to the same bits on every one of them, whether or not a rank holds anything."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

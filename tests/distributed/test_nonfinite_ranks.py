@@ -1,7 +1,5 @@
 """Batches with non-finite activations on some rank: the others count, and all ranks end with the same statistics."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from typing import Any
@@ -55,16 +53,15 @@ def test_good_batches_of_all_ranks_count_and_the_left_out_are_counted(value: flo
 HAND_WRITTEN = ("by hand, by assignment", "own statistics, in place", "timm SplitBatchNorm2d")
 
 
-def of_hand_written(net: Net, shards: list[Batches], batch_size: Any) -> Result:
-    before = {k: v.clone() for k, v in net.state_dict().items() if "running_" not in k}
-    statistics = precise_bn(net, shards[dist.get_rank()], normalization_batch_size=batch_size)
-    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
-    return statistics, net.state_dict()
-
-
 def all_hand_written(cases: list[tuple[str, list[Batches], Any]]) -> list[Result]:
     torch.manual_seed(0)
-    return [of_hand_written(Net(ZOO[name]), shards, size) for name, shards, size in cases]
+    found = []
+    for net, (_, shards, size) in [(Net(ZOO[case[0]]), case) for case in cases]:
+        before = {k: v.clone() for k, v in net.state_dict().items() if "running_" not in k}
+        statistics = precise_bn(net, shards[dist.get_rank()], normalization_batch_size=size)
+        assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+        found.append((statistics, net.state_dict()))
+    return found
 
 
 def test_hand_written_layers_leave_the_same_out() -> None:

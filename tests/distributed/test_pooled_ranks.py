@@ -1,7 +1,5 @@
 """A normalization batch over several ranks is that of all their samples, and what goes wrong on one ends all."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from itertools import product
@@ -80,9 +78,6 @@ def with_at_most(model: nn.Module, shards: list[Batches], share: float) -> tuple
 def test_ranks_agree_on_a_b_that_fits_on_all_of_them_even_without_batches(share: float, fits: int) -> None:
     for batch_size, warned in run_on_ranks(with_at_most, 2, cnn().eval(), [images(2, 2, 2), []], share):
         assert batch_size == fits and bool(warned) is (fits == 2)
-
-
-# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 class Trouble(Exception):

@@ -1,10 +1,9 @@
 """PreciseBN on several ranks equals one process on all their data, with identical bits everywhere, and never hangs."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,8 +21,6 @@ pytestmark = pytest.mark.ddp
 
 Batches = list[Tensor]
 Result = tuple[PopulationStatistics, dict[str, Tensor]]
-
-
 Case = tuple[nn.Module, list[Batches], bool, dict[str, Any]]
 """Model, shards, whether DDP wraps the model, and arguments of `precise_bn`."""
 
@@ -70,10 +67,9 @@ SHARDS = [
 
 @pytest.mark.parametrize("sizes", SHARDS)
 def test_ranks_measure_what_one_process_measures_on_all_data(sizes: list[list[list[int]]]) -> None:
-    model = cnn()
     shards = [[images(*of_rank) for of_rank in of_ranks] for of_ranks in sizes]
-    cases: list[Case] = [(model, of_ranks, wrap, {}) for of_ranks in shards for wrap in (False, True)]
-    for (_, of_ranks, _, _), results in zip(cases, measured_on_ranks(cases), strict=True):
+    cases: list[Case] = [(*case, {}) for case in product((cnn(), Shared()), shards, (False, True))]
+    for (model, of_ranks, _, _), results in zip(cases, measured_on_ranks(cases), strict=True):
         everything = [batch for shard in of_ranks for batch in shard]
         statistics, _ = results[0]
         assert_close_to(statistics, in_double(model, everything), sigma=2e-5, var=1e-4)
@@ -113,13 +109,6 @@ def test_a_layer_reached_on_one_rank_only_is_estimated_on_all() -> None:
     assert stored["neither.running_var"].eq(1).all() and stored["neither.running_mean"].eq(0).all()
 
 
-def test_a_layer_called_several_times_is_merged_call_by_call() -> None:
-    model, shards = Shared(), [images(8, 4), images(3)]
-    ((statistics, _), _) = measured_on_ranks([(model, shards, False, {})])[0]
-    assert statistics["bn"].calls == 6
-    assert_close_to(statistics, in_double(model, [*shards[0], *shards[1]]), sigma=2e-5, var=1e-4)
-
-
 def refusals(model: nn.Module, cases: list[list[Batches]]) -> list[tuple[str, bool]]:
     """For each case the error, and whether the model is as before."""
     found = []
@@ -150,9 +139,6 @@ def test_what_one_process_refuses_is_refused_on_all_ranks() -> None:
         for of_rank in run_on_ranks(refusals, 2, model, list(cases.values()), timeout=60):
             for (message, untouched), expected in zip(of_rank, cases, strict=True):
                 assert message.startswith(expected) and untouched
-
-
-# --- SyncBatchNorm ----------------------------------------------------------------------------------------------------
 
 
 def measured_synced(model: nn.Module, shards: list[Batches]) -> tuple[Result, dict[str, list[tuple[Tensor, Tensor]]]]:

@@ -1,15 +1,9 @@
 """The tests' own runner of ranks: a rank that fails or hangs fails the test with its error."""
 
-from __future__ import annotations
-
-import contextlib
 import os
 import random
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,17 +14,6 @@ import torch.distributed as dist
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.ddp
-
-
-def sum_of_ranks(offset: int) -> int:
-    total = torch.tensor(dist.get_rank() + offset)
-    dist.all_reduce(total)
-    return int(total)
-
-
-def test_every_rank_returns_its_result() -> None:
-    assert run_on_ranks(sum_of_ranks, 2, 10) == [21, 21]
-    assert run_on_ranks(sum_of_ranks, 4, 1) == [10] * 4
 
 
 def fail_on_rank_1(how: str) -> None:
@@ -87,21 +70,3 @@ def test_ranks_stay_and_every_call_has_the_same_global_state() -> None:
     run_on_ranks(change_everything, 2)
     assert run_on_ranks(state, 2) == before
     assert processes_of_ranks() == processes
-
-
-KILLED = """
-import os
-from tests import ranks
-ranks.PRELOADED[:] = ["torch"]  # less than Lightning
-print(*ranks.run_on_ranks(os.getpid, 2), flush=True)
-os.kill(os.getpid(), 9)
-"""
-
-
-def test_ranks_end_if_the_tests_are_killed() -> None:
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ran = subprocess.run([sys.executable, "-c", KILLED], env=env, stdout=subprocess.PIPE, text=True, timeout=120)
-    first, second = map(int, ran.stdout.split())
-    for rank in (first, second):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(rank).wait(60)

@@ -1,7 +1,5 @@
 """Modules whose rows change ranks: their inputs, outputs and gradients, and that no rank waits forever."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

@@ -1,7 +1,5 @@
 """SyncBN on several ranks is one process on all their batches: outputs, gradients, running statistics, to 1e-10."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable
@@ -116,7 +114,6 @@ def assert_one_batch(model: nn.Module, shards: list[list[Tensor]], found: list[O
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_all_ranks_are_one_process_on_their_batches_as_one(world_size: int, device: str) -> None:
-    """On one GPU, too, the ranks of which gloo lets share it."""
     cases: list[Case] = []
     for name, sizes in product(MODELS, SIZES[world_size]):
         batches = [x.double() for x in images(sum(sizes), sum(sizes))]

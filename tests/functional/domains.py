@@ -1,8 +1,7 @@
 """References for domain-specific BN: torchvision's heads, and each row of Table 5 written out by hand."""
 
-from __future__ import annotations
-
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.retinanet import RetinaNetHead
+
+from lightning_bn import domain_bn
 
 CHANNELS = 4
 LEVEL_MODULES = ["classification_head", "regression_head"]
@@ -31,15 +32,22 @@ def choices(row: int) -> dict[str, Any]:
     return dict(zip(("train_statistics", "population_statistics", "affine"), EVERY[row], strict=True))
 
 
+def add_domains(model: nn.Module, row: int, **options: Any) -> Any:
+    """Without the warning of inconsistent rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return domain_bn(model, **{"num_domains": 3, **choices(row), **options})
+
+
 def retinanet_head() -> RetinaNetHead:
     return _with_large_weights(RetinaNetHead(CHANNELS, 2, 3, norm_layer=nn.BatchNorm2d))
 
 
-def fcos_head(channels: int = CHANNELS, anchors: int = 2) -> FCOSHead:
-    head = FCOSHead(32, anchors, 3)  # its own GroupNorm wants 32 channels
+def fcos_head() -> FCOSHead:
+    head = FCOSHead(32, 2, 3)  # its own GroupNorm wants 32 channels
     kwargs: dict[str, Any] = {"num_convs": 2, "norm_layer": nn.BatchNorm2d}
-    head.classification_head = FCOSClassificationHead(channels, anchors, 3, **kwargs)
-    head.regression_head = FCOSRegressionHead(channels, anchors, **kwargs)
+    head.classification_head = FCOSClassificationHead(CHANNELS, 2, 3, **kwargs)
+    head.regression_head = FCOSRegressionHead(CHANNELS, 2, **kwargs)
     return _with_large_weights(head)
 
 

@@ -1,7 +1,5 @@
 """adapt_bn stores the target's statistics, mixed with a prior as stated, and puts the original bits back."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 from typing import Any
@@ -14,14 +12,7 @@ from lightning_bn import adapt_bn, find_bn, freeze_bn
 from lightning_bn.functional.adapt import Adapting
 from lightning_bn.layers.behavior import Handle
 from tests.truth import in_double, recorded, rows_of
-from tests.zoo import CASES, Shared, case, cnn, images
-
-
-def trained(model: nn.Module) -> Any:
-    for layer in find_bn(model).values():
-        nn.init.normal_(layer.running_mean)
-        nn.init.uniform_(layer.running_var, 0.5, 2)
-    return model
+from tests.zoo import CASES, Shared, case, cnn, images, trained
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -74,7 +65,6 @@ def test_a_failed_measurement_changes_nothing(batches: list[Tensor]) -> None:
 
 
 def test_it_survives_inference_mode_and_a_change_of_dtype_and_the_model_trains_on_afterwards() -> None:
-    """A change of dtype replaces buffers, as moving to another device does."""
     model = trained(cnn())
     before = buffers_of(model)
     with torch.inference_mode():
@@ -152,8 +142,7 @@ def test_a_first_value_alone_takes_the_stored_statistics_and_an_empty_batch_what
 
 
 def test_while_training_and_frozen_nothing_changes() -> None:
-    model, x = trained(cnn()), images(8)[0]
-    model[3].p = 0.0
+    model, x = trained(cnn(dropout=0.0)), images(8)[0]
     plain = copy.deepcopy(model)
     with Handle(find_bn(model).values(), Adapting(find_bn(model), 0)):
         assert torch.equal(model.train()(x), plain.train()(x))

@@ -1,7 +1,5 @@
 """`batch_leakage` sees what each layer normalizes together in training, on the model with population statistics."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
@@ -69,7 +67,6 @@ def test_the_model_is_as_before_and_frozen_layers_are_left_out() -> None:
 
 @pytest.mark.parametrize(("grouping", "rows"), [("interleaved", 13), ("contiguous", 13), ("contiguous", 3)])
 def test_the_groups_of_ghosts_are_those_that_are_normalized_together(grouping: Any, rows: int) -> None:
-    """Oracle: rows of one ghost, and no others, share a mean of zero in the output."""
     layer = nn.BatchNorm1d(1, affine=False)
     x = torch.randn(rows, 1).exp()
     with ghost_bn(layer, size=4, grouping=grouping):
@@ -177,7 +174,6 @@ def rows_of_samples(samples: int, rows: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_rows_of_a_sample_are_one_sample_however_they_come(layout: Any) -> None:
-    """A shuffled loader does not alarm, a sorted one does, and the correlation is that of the samples' means."""
     net, x = nn.Sequential(nn.BatchNorm1d(4)), rows_of_samples(384)
     found = batch_leakage(net, x.split(16), forward=lambda m, b: m(layout(b)))
     groups = torch.arange(24).repeat_interleave(16)
@@ -246,14 +242,6 @@ def test_count_says_what_a_sample_is() -> None:
     assert batch_leakage(net, x.split(32)).p_value < 0.001, "each row counts as a sample"
     with pytest.raises(ValueError, match="32 rows cannot be assigned to 2 samples"):
         batch_leakage(net, x.split(32), batch_size_fn=lambda batch: len(batch) // 16)
-
-
-@pytest.mark.parametrize(("rows", "runs"), [(lambda x: x.flatten(0, 1), 9), (lambda x: x.mean(1), 8)])
-def test_one_batch_is_run_once_more_without_gradients_and_none_if_rows_are_samples(rows: Any, runs: int) -> None:
-    shown: list[bool] = []
-    forward = lambda net, x: shown.append(net(rows(x)).requires_grad)  # noqa: E731
-    batch_leakage(nn.BatchNorm1d(4), rows_of_samples(128).split(16), forward=forward)
-    assert shown == [False] * runs
 
 
 def spread_over_ranks() -> list[list[Tensor]]:

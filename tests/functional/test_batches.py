@@ -1,12 +1,10 @@
 """Samples are counted as people count them; batches are copied as ``copy.deepcopy`` does, whatever holds them."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import UserDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import numpy as np
@@ -25,18 +23,7 @@ from lightning_bn.core.batch_copy import HostCopy, bytes_of, copied
 from lightning_bn.core.batch_sizes import as_batch_size_fn, infer_batch_size
 
 Pair = namedtuple("Pair", "x y")
-
-
-@dataclass
-class Plain:
-    x: Any
-    y: Any = None
-
-
-@dataclass(slots=True)
-class Slots:
-    x: Any
-    y: Any = None
+Plain, Slots = (make_dataclass("Sample", ["x", ("y", Any, None)], slots=slots) for slots in (False, True))
 
 
 class Graphs:
@@ -74,51 +61,39 @@ COLLATED: dict[str, Callable[[int], Any]] = {
     "tensor": stacked,
     "array": lambda n: np.zeros((n, 3)),
     "(x, y)": lambda n: (stacked(n), labels(n)),
-    "(x, y), both with features": lambda n: (stacked(n, 8), stacked(n, 1)),
     "two views": lambda n: [stacked(n), stacked(n)],
     "two views and labels": lambda n: [[stacked(n), stacked(n)], labels(n)],
-    "two sequences as views": lambda n: ([stacked(n, 9, 2), stacked(n, 9, 2)], labels(n)),
     "crops of two sizes": lambda n: ([stacked(n, 3, 8, 8)] * 2 + [stacked(n)] * 6, labels(n), ["name"] * n),
     "dict": lambda n: {"pixel_values": stacked(n), "labels": labels(n), "size": (640, 480)},
-    "dict of dicts": lambda n: {"inputs": {"ids": stacked(n, 7)}, "labels": labels(n)},
     "UserDict": lambda n: UserDict(input_ids=stacked(n, 9), labels=labels(n)),
     "named tuple": lambda n: Pair(stacked(n), labels(n)),
     "dataclass": lambda n: Plain(stacked(n), labels(n)),
     "scalars before the data": lambda n: {"scale": torch.tensor(0.5), "mode": "train", "x": stacked(n)},
-    "weights after the data": lambda n: (stacked(n), labels(n), torch.zeros(7)),
     "boxes of all images in one tensor": lambda n: (stacked(n), torch.zeros(11, 6)),
-    "texts and labels": lambda n: (["text"] * n, labels(n)),
     "texts": lambda n: ["text"] * n,
     "two loaders": lambda n: {"a": [stacked(n), labels(n)], "b": [stacked(n + 3), labels(n + 3)]},
     "two loaders in a list": lambda n: [[stacked(n), labels(n)], [stacked(n + 3), labels(n + 3)]],
     "two loaders of dicts": lambda n: [{"x": stacked(n, 8), "y": labels(n)}, {"x": stacked(2, 8), "y": labels(2)}],
-    "two loaders of images": lambda n: [{"x": stacked(n)}, {"x": stacked(n + 3)}],
     "inputs and targets": lambda n: [{"x": stacked(n, 8)}, {"y": labels(n)}],
     "inputs and targets as dataclasses": lambda n: (Pair(stacked(n, 8), None), Slots(labels(n)), Graphs(n)),
     "batches in a tuple": lambda n: {"meta": ["a", None], "data": (Plain("b", stacked(n)), Plain("c", stacked(n)))},
     "loader of one tensor": lambda n: [stacked(n, 9)],
     "graphs": Graphs,
-    "graphs and labels": lambda n: (Graphs(n), labels(n)),
 }
 """Kind of batch -> one of n samples that were put together."""
 LISTED: dict[str, Callable[[int], Any]] = {
     "images": images,
     "images and targets": lambda n: (images(n), boxes(n)),
     "images and as many boxes as channels": lambda n: (images(n), boxes(n, 3)),
-    "tuples, as torchvision collates": lambda n: (tuple(images(n)), tuple(boxes(n))),
     "images of 13 bands and targets": lambda n: [images(n, 13), boxes(n)],
-    "images of 13 bands and labels": lambda n: (images(n, 13), labels(n)),
     "images and labels": lambda n: (images(n), labels(n)),
-    "images and labels in a list": lambda n: (images(n, 5), list(labels(n))),
     "images and masks": lambda n: (images(n), [image[0] for image in images(n)]),
     "images and boxes in one tensor": lambda n: (images(n), torch.zeros(2 * n, 6)),
     "images and names": lambda n: {"names": ["name"] * n, "images": images(n, 2)},
     "videos and targets": lambda n: (boxes(n), [torch.zeros(3, 8, 6, 6)] * n),
     "equal point clouds and targets": lambda n: ([torch.zeros(100, 3)] * n, boxes(n)),
     "dicts": lambda n: [{"image": image, "height": 6, "id": i} for i, image in enumerate(images(n))],
-    "dicts with targets": lambda n: [{"image": image, "boxes": torch.zeros(2, 4)} for image in images(n)],
     "dict of lists": lambda n: {"inputs": images(n), "data_samples": [Opaque()] * n},
-    "dict of lists, other channels": lambda n: {"inputs": images(n, 13), "data_samples": [None] * n},
     "pairs as the dataset gives them": lambda n: [(image, 5) for image in images(n)],
     "dataclasses": lambda n: [Plain(image, 1) for image in images(n)],
     "dataclass of lists": lambda n: Slots(images(n), boxes(n)),
@@ -233,7 +208,7 @@ class Graph:
         self.store = {"x": x}
         self.device = x.device
 
-    def to(self, device: Any) -> Graph:
+    def to(self, device: Any) -> Any:
         return Graph(self.store["x"].to(device))
 
 

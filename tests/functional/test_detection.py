@@ -1,25 +1,24 @@
 """Whole torchvision detectors, unmodified: frozen parts, lists of images, a head that gets RoIs or none, levels."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from lightning_bn import domain_bn, find_bn, precise_bn
-from tests.functional.domains import choices, fcos_head
+from tests.functional.domains import choices
 from tests.layer_by_layer import layer_by_layer
 from tests.truth import assert_close_to, assert_measured, assert_stored, recorded
 
+of_images = partial(precise_bn, forward=nn.Module.__call__)
 SIZES = [[(64, 64), (48, 90)], [(70, 64)]]
 HEAD = "roi_heads.box_head.0.1"
 
@@ -55,10 +54,6 @@ def detector() -> Any:
     return model
 
 
-def detect(model: nn.Module, batch: list[Tensor]) -> Any:
-    return model(batch)
-
-
 def batches() -> list[list[Tensor]]:
     return [[torch.rand(3, *size) * (1 + i) for size in sizes] for i, sizes in enumerate(SIZES)]
 
@@ -66,9 +61,7 @@ def batches() -> list[list[Tensor]]:
 def test_trained_layers_are_measured_and_frozen_ones_left_alone(detector: Any) -> None:
     before = copy.deepcopy(detector.state_dict())
     with recorded(detector) as calls:
-        statistics = precise_bn(
-            detector, batches(), forward=detect, batch_size_fn=len, normalization_batch_size="loader"
-        )
+        statistics = of_images(detector, batches(), batch_size_fn=len, normalization_batch_size="loader")
     assert list(statistics) == ["backbone.1.1", HEAD] and statistics.num_samples == 3
     assert_measured(statistics, {name: calls[name] for name in statistics}, sigma=2e-6, var=2e-5)
     assert_stored(detector, statistics)
@@ -98,22 +91,17 @@ def test_images_without_rois_count_for_nothing_in_the_head(detector: Any, withou
 
 
 def test_in_lockstep_a_detector_is_run_with_its_own_proposals(detector: Any) -> None:
-    """Which depend on the statistics of layers before them: the same ones, then, as layer by layer."""
     scenes = [[x.double() for x in batch] for batch in batches()]
-    expected = layer_by_layer(detector.double().train(), scenes, detect)
-    statistics = precise_bn(detector, scenes, forward=detect, batch_size_fn=len, normalization_batch_size="population")
+    expected = layer_by_layer(detector.double().train(), scenes, nn.Module.__call__)
+    statistics = of_images(detector, scenes, batch_size_fn=len, normalization_batch_size="population")
     assert_close_to(statistics, expected, sigma=1e-9, var=1e-9)
 
 
-@pytest.mark.parametrize(("kind", "row"), [("RetinaNet", 4), ("FCOS", 1)])
-def test_a_detector_with_levels_trains_is_measured_and_evaluates(kind: str, row: int) -> None:
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_detector_with_levels_trains_is_measured_and_evaluates(row: int) -> None:
     anchors = AnchorGenerator(tuple((s,) for s in (8, 16, 32, 64, 128)), ((1.0,),) * 5)
     options: Any = {"num_classes": 3, "anchor_generator": anchors, "min_size": 64, "max_size": 80}
-    if kind == "RetinaNet":
-        model: Any = RetinaNet(Pyramid(5), head=RetinaNetHead(8, 1, 3, norm_layer=nn.BatchNorm2d), **options)
-    else:
-        head: FCOSHead = fcos_head(channels=8, anchors=1).float()
-        model = FCOS(Pyramid(5), head=head, **options)
+    model = RetinaNet(Pyramid(5), head=RetinaNetHead(8, 1, 3, norm_layer=nn.BatchNorm2d), **options)
     handle = domain_bn(model.train(), num_domains=5, level_modules="head.*_head", **choices(row))
     images = [torch.rand(3, 64, 64), torch.rand(3, 50, 80)]
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 45.0]]), "labels": torch.tensor([1])}] * 2
@@ -123,7 +111,7 @@ def test_a_detector_with_levels_trains_is_measured_and_evaluates(kind: str, row:
     assert layers and all(int(layer.num_batches_tracked) == 1 for layer in layers.values())
     shapes: list[int] = []
     looking = model.head.register_forward_pre_hook(lambda _, args: shapes.extend(x[:, 0].numel() for x in args[0]))
-    statistics = precise_bn(model, [images], forward=detect, layers="head.*", normalization_batch_size="loader")
+    statistics = of_images(model, [images], layers="head.*", normalization_batch_size="loader")
     looking.remove()
     assert len(shapes) == 5
     for measured in statistics.values():

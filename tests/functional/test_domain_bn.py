@@ -1,8 +1,5 @@
 """domain_bn on feature levels: torchvision's heads as they are, against Table 5's rows written out by hand."""
 
-from __future__ import annotations
-
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,24 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import domain_bn, find_bn, freeze_bn, precise_bn
-from tests.functional.domains import (
-    EVERY,
-    HEADS,
-    LEVEL_MODULES,
-    ROWS,
-    Unrolled,
-    as_rows,
-    choices,
-    levels,
-    outputs_and_gradients,
-    retinanet_head,
-)
+from tests.functional import domains
+from tests.functional.domains import EVERY, HEADS, LEVEL_MODULES, ROWS, Unrolled, as_rows, choices, levels
 
 
 def add_domains(model: nn.Module, row: int, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return domain_bn(model, **{"num_domains": 3, "level_modules": LEVEL_MODULES, **choices(row), **options})
+    return domains.add_domains(model, row, **{"level_modules": LEVEL_MODULES, **options})
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -45,7 +30,10 @@ def test_a_head_trains_and_evaluates_as_its_row_of_table_5(kind: str, row: int) 
     by_hand = Unrolled(head, row, 3)
     for step in range(3):
         inputs = levels(seed=step)
-        assert_same(outputs_and_gradients(head, head, inputs), outputs_and_gradients(by_hand, by_hand.head, inputs))
+        assert_same(
+            domains.outputs_and_gradients(head, head, inputs),
+            domains.outputs_and_gradients(by_hand, by_hand.head, inputs),
+        )
     for name, layer in find_bn(head).items():
         truth = by_hand.head.get_submodule(name)
         assert_same((layer.running_mean, layer.running_var), by_hand.bn.running[truth])
@@ -99,7 +87,7 @@ def model_with(row: int | None, call: Any = plainly, norm: Any = nn.BatchNorm2d,
 
 
 def run(model: nn.Module) -> list[Tensor]:
-    return outputs_and_gradients(model, model, levels())
+    return domains.outputs_and_gradients(model, model, levels())
 
 
 def everything(model: nn.Module) -> dict[str, Tensor]:
@@ -118,7 +106,6 @@ def checkpointed_in_parts(tower: Tower, x: Tensor) -> Any:
 @pytest.mark.parametrize("call", [checkpointed, checkpointed_in_parts])
 @pytest.mark.parametrize("row", [4, 6])
 def test_checkpointed_blocks_are_recomputed_as_the_level_they_are(call: Any, row: int) -> None:
-    """Two forwards before the backwards, levels of equal shape, and statistics that are counted once."""
     plain, parts = model_with(row), model_with(row, call)
     inputs = [[i + (i + 1) * levels(seed=10 * s + i)[0] for i in range(3)] for s in (0, 1)]
     for model in (plain, parts):
@@ -145,9 +132,7 @@ def reentrant(tower: nn.Module, x: Tensor) -> Any:
         (1, checkpointed, r"normalized together \(train_statistics='shared'\).*train_statistics='domain'"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused_by_name(
-    row: int, call: Any, message: str
-) -> None:
+def test_a_checkpoint_that_hides_the_level_or_parts_levels_is_refused(row: int, call: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         sum(y.sum() for y in model_with(row, call)(levels())).backward()
 
@@ -234,16 +219,6 @@ def test_levels_may_be_asked_for_in_any_order_or_by_name_and_towers_be_in_contai
         assert_same(run(scaled.train(row == 4)), run(plain.train(row == 4)))  # more, where levels are apart
 
 
-def test_a_layer_that_does_not_track_statistics_moves_none() -> None:
-    """As Lightning's BaseFinetuning leaves it: it still normalizes each level by itself."""
-    model = model_with(4)
-    for layer in find_bn(model).values():
-        layer.track_running_stats = False
-    before = {k: v.clone() for k, v in everything(model).items()}
-    assert_same(run(model), run(model_with(4)))
-    assert_same(everything(model).values(), before.values())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -254,13 +229,13 @@ def test_a_layer_that_does_not_track_statistics_moves_none() -> None:
     ],
 )  # fmt: skip
 def test_level_modules_that_match_nothing_or_too_much_are_refused(options: Any, message: str) -> None:
-    head = retinanet_head()
+    head = domains.retinanet_head()
     with pytest.raises(ValueError, match=message):
         add_domains(head, 4, **options)
     handle = add_domains(head, 4, level_modules="*_head", layers="*.0.1")
     assert list(handle.layers) == ["classification_head.conv.0.1", "regression_head.conv.0.1"]
     handle.undo()
-    assert [type(m) for m in head.modules()] == [type(m) for m in retinanet_head().modules()]
+    assert [type(m) for m in head.modules()] == [type(m) for m in domains.retinanet_head().modules()]
 
 
 @pytest.mark.parametrize(
@@ -308,16 +283,6 @@ def test_a_scripted_module_in_a_tower_and_a_layer_that_counts_no_batches_are_tak
     assert_same(*found)
 
 
-@pytest.mark.parametrize("row", [1, 6])
-def test_frozen_layers_use_the_population_that_evaluation_uses(row: int) -> None:
-    head = retinanet_head()
-    add_domains(head, row)
-    head(levels())
-    evaluated = head.eval()(levels(seed=1))
-    with freeze_bn(head.train()):
-        assert_same(head(levels(seed=1)).values(), evaluated.values())
-
-
 def test_the_affine_of_domains_is_frozen_with_the_layer() -> None:
     model = model_with(6)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -340,7 +305,6 @@ def test_a_layer_with_an_activation_of_its_own_keeps_it(row: int) -> None:
 
 @pytest.mark.parametrize(("row", "shape"), [(1, ()), (1, (5,)), (4, (5,))])
 def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int, shape: tuple[int, ...]) -> None:
-    """A layer that averages all batches (momentum=None), against moments by hand."""
     layer = nn.BatchNorm1d(4, momentum=None, affine=False).double()
     root = nn.Sequential(LevelModule(plainly, nn.Sequential(layer)))
     handle = add_domains(root, row, level_modules="0")
@@ -357,15 +321,6 @@ def test_levels_may_be_rows_and_may_hold_unequally_many_samples(row: int, shape:
     for d in range(3) if row == 4 else ():
         mean = handle.state()["0.tower.0"]["domain_mean"][d]
         torch.testing.assert_close(mean, (rows[0][d].mean(0) + rows[1][d].mean(0)) / 2)
-
-
-def test_levels_in_lockstep_keep_autocast_and_grad_mode() -> None:
-    model, inputs = model_with(1).float(), [x.float() for x in levels()]
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(inputs)
-    assert all(o.dtype == torch.bfloat16 and o.requires_grad for o in outputs)
-    with torch.no_grad():
-        assert not any(o.requires_grad for o in model(inputs))
 
 
 def test_16_bit_layers_work_and_round_statistics_once() -> None:

@@ -1,8 +1,5 @@
 """domain_bn on datasets: a domain for each batch, or for each sample of it, against Table 5's rows by hand."""
 
-from __future__ import annotations
-
-import warnings
 from typing import Any
 
 import pytest
@@ -10,20 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import domain_bn, find_bn, precise_bn
-from tests.functional.domains import EVERY, ReferenceBN, as_images, as_rows, choices
+from lightning_bn import find_bn, precise_bn
+from tests.functional.domains import EVERY, ReferenceBN, add_domains, as_images, as_rows
 
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     first, second = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 2)
     return nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(inplace=True), second, nn.BatchNorm2d(4)).double()
-
-
-def add_domains(model: nn.Module, row: int, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return domain_bn(model, num_domains=3, **choices(row), **options)
 
 
 def batch(seed: int, ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,7 +88,6 @@ def test_datasets_train_and_evaluate_as_their_row_of_table_5(row: int, per: str)
 
 @pytest.mark.parametrize("row", [1, 2, 4])
 def test_a_pass_measures_each_domain_of_mixed_batches_as_one(row: int) -> None:
-    """In lockstep, of batches that hold different domains, one of them none of some."""
     model, by_hand = net(), ByHand(net(), row)
     handle = add_domains(model, row)
 
@@ -131,7 +121,6 @@ def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
 
 @pytest.mark.parametrize("row", [2, 3, 6])
 def test_a_domain_of_one_value_is_refused_by_name_or_moves_no_statistics_of_its_own(row: int) -> None:
-    """Before any is normalized; it has no variance."""
     model, x = nn.Sequential(nn.BatchNorm1d(2)), torch.randn(4, 2)
     handle = add_domains(model, row)
     before = {k: v.clone() for k, v in model.named_buffers()}

@@ -1,7 +1,5 @@
 """FrozenBN is the constant affine map of the stored statistics, also in training, until its handle is undone."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +15,6 @@ from lightning_bn import find_bn, freeze_bn
 from tests.zoo import CASES, case, cnn, images
 
 
-def net(layer: nn.Module | None = None) -> nn.Sequential:
-    model = cnn(layer)
-    model[3].p = 0.0
-    return model
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_training_mode_equals_eval_mode_bit_by_bit(name: str) -> None:
     model, batches = case(name)
@@ -31,7 +23,7 @@ def test_training_mode_equals_eval_mode_bit_by_bit(name: str) -> None:
             module.p = 0.0
     buffers = copy.deepcopy(dict(model.named_buffers()))
     expected = [copy.deepcopy(model).eval()(x) for x in batches]
-    with freeze_bn(model):
+    with freeze_bn(model, affine=True):
         for x, y in zip(batches, expected, strict=True):
             for mode in (True, False):
                 assert torch.equal(model.train(mode)(x), y)
@@ -40,7 +32,7 @@ def test_training_mode_equals_eval_mode_bit_by_bit(name: str) -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_mode_set_while_frozen_holds_after_thawing_and_an_exception_changes_none(mode: bool) -> None:
-    model = net().train(not mode)
+    model = cnn(dropout=0.0).train(not mode)
     with freeze_bn(model):
         model.train(mode)
         with pytest.raises(ValueError, match="expected 4D"):
@@ -70,7 +62,7 @@ def test_layers_are_frozen_until_the_last_handle_is_undone() -> None:
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)])
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_a_compiled_model_is_frozen_and_one_graph(layer: nn.Module, compiled_before: bool) -> None:
-    model, (x,) = net(layer), images(4, mean=3)
+    model, (x,) = cnn(layer, dropout=0.0), images(4, mean=3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     if compiled_before:
         compiled(x)
@@ -139,7 +131,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> None:
     ],
 )
 def test_affine_parameters_do_not_move_and_all_others_do(name: str, how: str) -> None:
-    model, _ = case("ragged batches")
+    model, hooks = case("ragged batches")[0], len(_global_optimizer_pre_hooks)
     optimizers = OPTIMIZERS[name](model)
     for optimizer in optimizers:
         step(model, optimizer, how)  # its momentum must not move them later
@@ -151,6 +143,7 @@ def test_affine_parameters_do_not_move_and_all_others_do(name: str, how: str) ->
         assert all(p.requires_grad for p in model.parameters())
         for key, value in model.named_parameters():
             assert torch.equal(value, before[key]) is (key in frozen), key
+    assert len(_global_optimizer_pre_hooks) == hooks
     for optimizer in optimizers:
         step(model, optimizer, how)
     assert not any(torch.equal(value, before[key]) for key, value in model.named_parameters()), "thawed"
@@ -169,14 +162,6 @@ def test_a_parameter_shared_with_another_layer_is_frozen_with_it_and_another_mod
     assert other[0].bias.abs().max() > 0 and other[0].bias.grad is not None
 
 
-@pytest.mark.parametrize("name", ["no affine", "no bias"])
-def test_layers_without_weight_or_bias_can_be_frozen_too(name: str) -> None:
-    model, batches = case(name)
-    with freeze_bn(model, affine=True):
-        model(batches[0]).sum().backward()
-        SGD(model.parameters(), lr=0.1).step()
-
-
 def test_lbfgs_is_refused_only_with_frozen_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with freeze_bn(model, affine=True):
@@ -193,12 +178,3 @@ def test_lbfgs_is_refused_only_with_frozen_parameters() -> None:
 
         optimizer.step(closure)
         assert not torch.equal(before, model[0].weight)
-
-
-def test_undo_removes_the_optimizer_hook() -> None:
-    before = len(_global_optimizer_pre_hooks)
-    handle = freeze_bn(cnn(), affine=True)
-    assert len(_global_optimizer_pre_hooks) == before + 1
-    handle.undo()
-    handle.undo()
-    assert len(_global_optimizer_pre_hooks) == before

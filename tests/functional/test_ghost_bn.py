@@ -1,7 +1,5 @@
 """Ghost BN is plain BatchNorm of each group; the running statistics are those of plain BatchNorm of the batch."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -15,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_bn import find_bn, ghost_bn
-from tests.zoo import CASES, case, cnn, images
+from lightning_bn import ghost_bn
+from tests.zoo import cnn, images
 
 GROUPINGS = ["interleaved", "contiguous"]
 LAYERS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -80,7 +78,6 @@ def assert_ghosts(bn: Any, x: Tensor, groups: list[list[int]], **tolerance: floa
 def test_size_is_the_most_samples_in_a_group_splits_their_number_and_every_group_is_plain_batchnorm(
     samples: int, number: int, how: Any, space: int, pixels: int, grouping: str, momentum: Any, lacks: str, layout: str
 ) -> None:
-    """Though groups hold two values at least; whatever the layer lacks and however its input lies in memory."""
     x = torch.randn(samples, 3, *[pixels] * space, 2, dtype=torch.float64)[..., 0] * 2 + 1
     x = {"dense": x.contiguous(), "channels last": x.movedim(1, -1).contiguous().movedim(-1, 1), "with gaps": x}[layout]
     bn = layer(space, momentum=momentum, **{lacks: False} if lacks in ("affine", "track_running_stats") else {})
@@ -97,18 +94,6 @@ def test_size_is_the_most_samples_in_a_group_splits_their_number_and_every_group
         if layout == "channels last" and space > 1:
             of_torch = {2: torch.channels_last, 3: torch.channels_last_3d}[space]
             assert bn(x).is_contiguous(memory_format=of_torch)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("samples", [8, 7])
-def test_an_activation_in_place_is_as_cheap_as_behind_plain_batchnorm(
-    samples: int, layout: torch.memory_format
-) -> None:
-    """On a view, autograd clones the gradient in the backward of whatever works in place."""
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
-    with ghost_bn(model, splits=2):
-        y = model(torch.randn(samples, 3, 2, 2).contiguous(memory_format=layout).requires_grad_())
-    assert type(y.grad_fn).__name__ == "ReluBackward0" and not y._is_view()
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -144,44 +129,11 @@ def test_a_batch_of_one_value_or_none_is_what_it_is_without_ghosts() -> None:
         assert bn(torch.zeros(0, 2)).shape == (0, 2)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "SyncBatchNorm in one process"])
-def test_a_model_of_every_kind_trains_and_evaluates_as_before(name: str) -> None:
-    model, batches = case(name)
-    x = batches[0] if name != "one value per channel" else torch.cat(batches)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    plain, keys = copy.deepcopy(model), list(model.state_dict())
-    with ghost_bn(model, size=2):
-        model.train()(x).float().sum().backward()
-        plain.train()(x)
-        first = next(iter(find_bn(plain)))
-        near = {"rtol": 2e-2, "atol": 1e-3} if "16" in name else {"rtol": 2e-3, "atol": 1e-4}
-        for ours, theirs in zip(
-            model.get_submodule(first).buffers(), plain.get_submodule(first).buffers(), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, **near)
-        assert list(model.state_dict()) == keys
-        plain.load_state_dict(model.state_dict())
-        assert torch.equal(model.eval()(x), plain.eval()(x)), "eval"
-
-
-def test_only_chosen_layers_have_it() -> None:
-    model, x = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).double(), torch.randn(6, 2, dtype=torch.float64)
-    with ghost_bn(model, size=2, layers="1"):
-        first = model[0](x)
-        torch.testing.assert_close(first, F.batch_norm(x, None, None, training=True))
-        torch.testing.assert_close(model[1](first), one_by_one(first, model[1], members(6, 3, "interleaved")))
-        assert "ghosts of 2" in repr(model[1]) and "ghost" not in repr(model[0])
-
-
 @pytest.mark.parametrize(
-    ("make", "samples"),
-    [(nn.BatchNorm2d, 6), (lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU), 5)],
+    ("make", "samples"), [(nn.BatchNorm2d, 6), (lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU), 5)]
 )
 def test_a_compiled_model_is_one_graph_and_has_ghosts_too(make: Callable[[int], nn.Module], samples: int) -> None:
-    model, x = cnn(make(8)), images(samples)[0]
-    model[3].p = 0.0
+    model, x = cnn(make(8), dropout=0.0), images(samples)[0]
     eager = copy.deepcopy(model)
     with ghost_bn(model, size=2), ghost_bn(eager, size=2):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -1,9 +1,5 @@
 """The law of BatchNorm layers that people write themselves: the right number, or a refusal by name with a way out."""
 
-from __future__ import annotations
-
-import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import adapt_bn, batch_leakage, domain_bn, ghost_bn, mini_batch_inference, precise_bn
+from lightning_bn import adapt_bn, batch_leakage, ghost_bn, mini_batch_inference, precise_bn
+from tests import zoo
+from tests.functional.domains import add_domains
 from tests.hand_written import CHANNELS, LENGTH, TRUE, UNTOLD, ZOO, ByHand, Net, batches, oracle, state, truth
 from tests.truth import assert_close_to, assert_stored, rows_of
 
@@ -28,13 +25,7 @@ WAY_OUT = r"'bn'.*layers="
 
 
 def trained(name: str) -> Net:
-    """A net of the zoo whose stored statistics are its own."""
-    net = Net(ZOO[name]).train()
-    for layer in net.modules():
-        if isinstance(layer, _BatchNorm):
-            for key in ("running_mean", "running_var"):
-                getattr(layer, key).uniform_(0.5, 1.5)
-    return net
+    return zoo.trained(Net(ZOO[name]).train(), affine=False)
 
 
 @contextmanager
@@ -137,9 +128,7 @@ def plain_leakage() -> tuple[Net, list[Tensor], float]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_the_leakage_test_reads_what_batch_norm_is_given_or_leaves_the_layer_out(
-    name: str, plain_leakage: tuple[Net, list[Tensor], float]
-) -> None:
+def test_the_leakage_test_reads_what_batch_norm_is_given_or_leaves_the_layer_out(name: str, plain_leakage: Any) -> None:
     net, (plain, data, expected) = trained(name).eval(), plain_leakage
     net.inside.load_state_dict(plain.inside.state_dict())
     with unchanged(net):
@@ -159,7 +148,7 @@ RESHAPED = [
 """Layers of one call, which keep torch's conventions or have us keep them."""
 MIXED = ["plain", "transposed", "padded", "BatchNorm2d", "timm BatchNormAct2d", "torch.batch_norm"]
 """Those that a batch of several domains goes into, sample by sample."""
-either = pytest.mark.parametrize("sgd", ["shared", "domain"])
+either = pytest.mark.parametrize("row", [2, 4])
 
 
 class Single(nn.Module):
@@ -169,13 +158,6 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.entry.use(self.bn, self.inside(x), x)
-
-
-def add_domains(model: nn.Module, sgd: Any, **options: Any) -> Any:
-    rest: Any = {"num_domains": 2, "population_statistics": "domain", "affine": "shared", **options}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return domain_bn(model, train_statistics=sgd, **rest)
 
 
 def train(model: nn.Module, data: list[tuple[Tensor, int]], handle: Any) -> None:
@@ -191,47 +173,44 @@ def rows_given(net: Single, data: list[Tensor]) -> Tensor:
     return torch.cat([rows for calls in found for rows in calls]).detach()
 
 
-def assert_own(handle: Any, domain: int, mean: Tensor, var: Tensor | None, layer: str = "bn") -> None:
-    own = handle.state()[layer]
-    torch.testing.assert_close(own["domain_mean"][domain].double(), mean.double(), rtol=1e-4, atol=1e-5)
-    if var is not None:
-        torch.testing.assert_close(own["domain_var"][domain].double(), var, rtol=1e-4, atol=1e-5)
+def assert_own(handle: Any, domain: int, mean: Tensor, var: Tensor) -> None:
+    for key, expected in (("domain_mean", mean), ("domain_var", var)):
+        found = handle.state()["bn"][key][domain].double()
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5)
 
 
 @either
 @pytest.mark.parametrize("name", RESHAPED)
-def test_a_domains_statistics_are_those_of_what_its_calls_were_given(name: str, sgd: str) -> None:
+def test_a_domains_statistics_are_those_of_what_its_calls_were_given(name: str, row: int) -> None:
     net = Single(ZOO[name]).train()
     data = [(x, i % 2) for i, x in enumerate(batches([4, 6, 4, 6, 8]))]
     truth = {d: (torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()) for d in (0, 1)}
     for x, d in data:
         rows, (mean, var) = rows_given(net, [x]), truth[d]
         truth[d] = mean.lerp(rows.mean(0), 0.1), var.lerp(rows.var(0), 0.1)
-    handle = add_domains(net, sgd)
+    handle = add_domains(net, row)
     train(net, data, handle)
     for domain, moments in truth.items():
         assert_own(handle, domain, *moments)
-    assert handle.state()["bn"]["domain_batches"].tolist() == [3, 2]
+    assert handle.state()["bn"]["domain_batches"].tolist() == [3, 2, 0]
 
 
 @either
 @pytest.mark.parametrize("name", MIXED)
-def test_samples_of_several_domains_are_told_apart_at_the_call(name: str, sgd: str) -> None:
+def test_samples_of_several_domains_are_told_apart_at_the_call(name: str, row: int) -> None:
     net = Single(ZOO[name]).train()
     domain, (x,) = torch.tensor([0, 1, 1, 0, 0, 1]), batches([6])
-    handle = add_domains(net, sgd)
+    handle = add_domains(net, row)
     train(net, [(x, domain)], handle)
     for d in (0, 1):
         rows = rows_given(net, [x[domain == d]])
         assert_own(handle, d, 0.1 * rows.mean(0), 0.9 + 0.1 * rows.var(0))
 
 
-@pytest.mark.parametrize(
-    ("sgd", "name"), [("shared", "rows"), ("shared", "masked"), ("shared", "container"), ("domain", "container")]
-)
-def test_what_is_mixed_up_before_the_call_is_refused_by_name(sgd: str, name: str) -> None:
+@pytest.mark.parametrize(("row", "name"), [(2, "rows"), (2, "masked"), (2, "container"), (4, "container")])
+def test_what_is_mixed_up_before_the_call_is_refused_by_name(row: int, name: str) -> None:
     net, (x,) = Single(ZOO[name]).train(), batches([4])
-    handle = add_domains(net, sgd)
+    handle = add_domains(net, row)
     with pytest.raises((TypeError, ValueError), match=r"'bn'.*layers="):
         train(net, [(x, torch.tensor([0, 1, 1, 0]))], handle)
     train(net, [(x, 1)], handle)
@@ -239,31 +218,10 @@ def test_what_is_mixed_up_before_the_call_is_refused_by_name(sgd: str, name: str
 
 @either
 @pytest.mark.parametrize("name", [name for name in [*TRUE, *UNTOLD] if not ZOO[name].is_seen])
-def test_a_hand_written_layer_is_refused_by_name_and_the_way_out_works(name: str, sgd: str) -> None:
+def test_a_hand_written_layer_is_refused_by_name_and_the_way_out_works(name: str, row: int) -> None:
     net, data = Net(ZOO[name]).train(), [(batches([4])[0], 0)]
-    with add_domains(net, sgd) as handle, pytest.raises(TypeError, match=r"'bn' does not call .*layers="):
+    with add_domains(net, row) as handle, pytest.raises(TypeError, match=r"'bn' does not call .*layers="):
         train(net, data, handle)
-    handle = add_domains(net, sgd, layers="last")
+    handle = add_domains(net, row, layers="last")
     train(net, data, handle)
-    assert handle.state()["last"]["domain_batches"].tolist() == [1, 0]
-
-
-@either
-def test_a_call_in_eval_mode_within_a_pass_uses_the_domains_statistics_and_counts_for_nothing(sgd: str) -> None:
-    net = nn.Sequential(nn.BatchNorm1d(3)).train()
-    handle = add_domains(net, sgd)
-    data = [(torch.randn(16, 3) + 5 * d, d) for d in (0, 1)]
-    train(net, data, handle)
-    before, outputs = copy.deepcopy(handle.state()["0"]), []
-
-    def forward(model: Any, batch: tuple[Tensor, int]) -> None:
-        train(model, [batch], handle)
-        with handle.use_domain(batch[1]):
-            outputs.append(model[0].eval()(batch[0] * 100))
-        model[0].train()
-
-    precise_bn(net, data, forward=forward, normalization_batch_size="loader")
-    for (x, d), output in zip(data, outputs, strict=True):
-        assert_own(handle, d, x.mean(0), None, layer="0")
-        expected = (x * 100 - before["domain_mean"][d]) / (before["domain_var"][d] + 1e-5).sqrt()
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert handle.state()["last"]["domain_batches"].tolist() == [1, 0, 0]

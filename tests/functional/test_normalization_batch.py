@@ -1,7 +1,5 @@
 """`normalization_batch_size`: the number of samples behind a layer's batch statistics, in and outside a Trainer."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any
@@ -84,7 +82,6 @@ def test_it_is_the_largest_number_of_samples_that_one_sample_changes(options: An
 
 
 def test_domains_of_samples_are_as_large_as_the_largest() -> None:
-    """One domain per class; with one domain per batch it is the whole batch."""
     largest = [both(int(y.bincount().max())) for _, y in train_loader()]
     apart, together = (
         DomainSpecificBNCallback(3, domain_fn=lambda batch: batch[1], train_statistics=s, population_statistics=s)
@@ -106,7 +103,6 @@ def test_it_is_nan_for_frozen_layers_and_layers_in_eval_mode() -> None:
 
 
 def test_a_plain_model_needs_no_trainer() -> None:
-    """Frozen layers have no size; those that BaseFinetuning left in train mode normalize with the batch."""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     with freeze_bn(model, layers="0"), ghost_bn(model, splits=2, layers="1"):
         for mode in (True, False):

@@ -1,16 +1,14 @@
 """An observer says what the batches were, without having looked at them, and how far the EMA was off."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import find_bn
@@ -19,12 +17,7 @@ from lightning_bn.tracking.observer import Observer
 from tests.truth import recorded, rows_of
 from tests.zoo import Shared, cnn, images
 
-
-def net(first: nn.Module | None = None) -> nn.Sequential:
-    """Without dropout, so that two runs see the same."""
-    model = cnn(first)
-    model[3].p = 0.0
-    return model
+net = partial(cnn, dropout=0.0)  # two runs see the same
 
 
 def observe(model: nn.Module, batches: Iterable[Tensor], observer: Observer | None = None) -> Observation:
@@ -102,7 +95,6 @@ def test_gap_lag_and_noise_are_those_of_the_batches_that_were_never_looked_at(na
 
 
 def test_a_layer_called_twice_counts_with_the_average_of_its_calls() -> None:
-    """Weighted as the EMA weighs them: the second call a little more."""
     model, (batch,) = Shared(), images(6)
     observer = Observer(find_bn(model), range(5))
     with recorded(model) as calls:
@@ -138,7 +130,7 @@ def test_a_momentum_that_changes_to_0_during_a_batch_gives_no_figure_and_no_alar
 
 
 @pytest.mark.parametrize(("mean", "loaded", "before"), [(1e6, True, 0), (3e4, False, 59)])
-def test_a_mean_of_many_sigma_is_measured_directly_where_it_was_loaded_or_seen_before(
+def test_a_mean_of_many_sigma_is_measured_directly_if_loaded_or_seen_before(
     mean: float, loaded: bool, before: int
 ) -> None:
     layer, batches = nn.BatchNorm2d(3), images(*[16] * (before + 2), mean=mean)
@@ -172,7 +164,6 @@ def test_a_nan_batch_is_counted_and_named_and_spoils_no_other_layer() -> None:
 
 
 def test_a_layer_without_a_call_has_no_gap_and_the_others_have_theirs() -> None:
-    """Nothing measured gives NaN and no error."""
     model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "idle": nn.BatchNorm1d(3)})
     observer = Observer(find_bn(model))
     aggregates = observer.take().aggregates()
@@ -184,44 +175,10 @@ def test_a_layer_without_a_call_has_no_gap_and_the_others_have_theirs() -> None:
     assert observation.aggregates()["worst_layer"] == 0
 
 
-def test_an_abandoned_batch_leaves_no_trace() -> None:
-    layer = nn.BatchNorm1d(3, momentum=0.0)
-    observer = Observer({"bn": layer})
-    observer.before_batch()
-    assert type(layer) is not nn.BatchNorm1d
-    observer.abandon()
-    assert type(layer) is nn.BatchNorm1d and not observer.after_batch() and observer.batches == 0
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_measured_step_takes_few_operators_and_waits_for_nothing() -> None:
-    """The arithmetic comes with the row."""
-    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(50)))
-    observer, own = Observer(find_bn(model)), Operators()
-    for first in (True, False, False):
-        own.names.clear()
-        with own:
-            observer.before_batch()
-        model(torch.randn(8, 3))
-        with own:
-            observer.after_batch()
-        assert first or (len(own.names) <= 4 and "aten::_local_scalar_dense" not in own.names)
-
-
 def test_it_is_invisible_in_compiled_models() -> None:
-    """Nothing is measured where it would change what is compiled; the layer that would need it has no figure."""
     plain = net(nn.BatchNorm2d(8, momentum=0.0))
     observed, (batch,) = copy.deepcopy(plain), images(4)
-    expected = torch.compile(plain, backend="aot_eager")(batch)
-    compiled, observer = torch.compile(observed, backend="aot_eager"), Observer(find_bn(observed))
+    expected = torch.compile(plain, backend="eager")(batch)
+    compiled, observer = torch.compile(observed, backend="eager"), Observer(find_bn(observed))
     step(observer, lambda x: torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0), batch)
     assert observer.take().means.gap.isnan().tolist() == [True, False]

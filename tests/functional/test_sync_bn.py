@@ -1,9 +1,8 @@
 """SyncBN in one process: nothing to synchronize, and what is computed, all of it on one rank."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm.layers
@@ -76,9 +75,7 @@ def test_over_one_rank_every_kind_of_layer_computes_what_it_does_without(one_ran
         *((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)),
     ],
 )
-def test_16_bit_inputs_are_computed_in_float32_and_rounded_once(
-    one_rank: None, dtype: torch.dtype, layer_dtype: torch.dtype
-) -> None:
+def test_16_bit_inputs_are_computed_in_float32_and_rounded_once(one_rank: None, dtype: Any, layer_dtype: Any) -> None:
     layer, oracle = nn.BatchNorm2d(3, momentum=1.0).to(layer_dtype), nn.BatchNorm2d(3, momentum=1.0).double()
     x = (torch.randn(64, 3, 8, 8) + 30).to(dtype).requires_grad_()
     dy = torch.randn(64, 3, 8, 8).to(dtype)
@@ -96,26 +93,8 @@ def test_16_bit_inputs_are_computed_in_float32_and_rounded_once(
     assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (dtype, dtype, layer_dtype)
 
 
-@pytest.mark.parametrize(
-    ("shape", "affine"),
-    [((5, 3), "weight and bias"), ((4, 3, 2), "weight"), ((2, 3, 2, 2), ""), ((2, 3, 2, 2), "weight")],
-)
-def test_derivatives_agree_with_finite_differences(one_rank: None, shape: tuple[int, ...], affine: str) -> None:
-    bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3, affine=bool(affine)).double()
-    if affine == "weight":
-        bn.bias = None
-    for parameter in bn.parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    with synced(bn):
-        assert torch.autograd.gradcheck(lambda x, *_: bn(x), (x, *bn.parameters()))
-        assert torch.autograd.gradgradcheck(lambda x, *_: bn(x), (x, *bn.parameters()))
-
-
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_gradients_to_be_differentiated_are_the_others_and_of_the_same_type(
-    one_rank: None, dtype: torch.dtype, rounding: float
-) -> None:
+def test_gradients_to_be_differentiated_are_the_others(one_rank: None, dtype: Any, rounding: float) -> None:
     bn, x = nn.BatchNorm2d(3).to(dtype), (torch.randn(8, 3, 4, 4) + 30).to(dtype).requires_grad_()
     with synced(bn):
         first, second = (
@@ -141,7 +120,6 @@ def test_one_value_is_refused_as_torch_does_and_in_eval_mode_the_layer_is_a_plai
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compiled_it_gives_what_it_gives_eagerly(one_rank: None, fullgraph: bool) -> None:
-    """In train mode the graph breaks at the layer; in eval mode it does not."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), timm.layers.BatchNormAct2d(4))
     model.train(not fullgraph)
     (x,) = images(4)
@@ -150,16 +128,3 @@ def test_compiled_it_gives_what_it_gives_eagerly(one_rank: None, fullgraph: bool
     with synced(model):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
         torch.testing.assert_close(outcome(compiled, [x, x]), eager, rtol=1e-4, atol=1e-4)
-
-
-class OwnMaths(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return (input - input.mean((0, 2, 3), keepdim=True)) * self.weight.view(1, -1, 1, 1)
-
-
-def test_a_layer_that_calls_no_batch_norm_is_refused_by_name(one_rank: None) -> None:
-    model = cnn(OwnMaths(8))
-    with synced(model):
-        with pytest.raises(TypeError, match="forward of layer '1' does not call"):
-            model(*images(4))
-        model.eval()(*images(4))

@@ -1,7 +1,5 @@
 """What a network enters inside its forward, around layers where it waits, stays its own and is left by nobody else."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -140,9 +138,7 @@ class Inside(nn.Module):
 @pytest.mark.parametrize(
     ("name", "memory_limit"), [*((name, None) for name in CONTEXTS), ("autocast", 1), ("dispatch mode", 1)]
 )
-def test_a_network_that_enters_a_context_around_its_layers_is_run_as_if_alone(
-    name: str, memory_limit: int | None
-) -> None:
+def test_a_network_that_enters_a_context_around_its_layers_is_run_as_if_alone(name: str, memory_limit: Any) -> None:
     log: list[Any] = []
     model = Inside(CONTEXTS[name], log)
     autocast = name.startswith("autocast")

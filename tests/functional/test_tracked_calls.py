@@ -3,8 +3,6 @@
 Random programs of calls stand for training steps. The truth runs the same program by its definition, in float64.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """What all verbs have in common: what an undo leaves, what untracked calls move, what a deep copy computes."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings
@@ -19,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn import (
     adapt_bn,
     domain_bn,
-    find_bn,
     freeze_bn,
     ghost_bn,
     mini_batch_inference,
@@ -28,9 +25,9 @@ from lightning_bn import (
     sync_bn,
 )
 from lightning_bn.functional.domain.tensors import STATISTICS
-from lightning_bn.functional.sync import Synced
 from lightning_bn.layers.behavior import Handle
-from tests.functional.domains import EVERY, choices
+from tests.functional.domains import EVERY, add_domains, choices
+from tests.functional.test_sync_bn import synced
 from tests.zoo import images
 
 
@@ -73,9 +70,7 @@ def domains(row: int, samples: bool) -> Verb:
     """A row of Table 5, shown samples of several domains or batches of one."""
 
     def verb(model: nn.Module) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            handle = domain_bn(model, num_domains=2, **choices(row))
+        handle = add_domains(model, row, num_domains=2)
         if not samples:
             handle.set_domain(1)
         else:  # whatever the batch: the first two samples are of one domain
@@ -84,12 +79,6 @@ def domains(row: int, samples: bool) -> Verb:
         return handle
 
     return verb
-
-
-def synced(model: nn.Module) -> Handle:
-    """What sync_bn does, past its refusal to do it for one rank."""
-    layers = find_bn(model)
-    return Handle(layers.values(), Synced(layers, None))
 
 
 ghost_bn_of_2 = partial(ghost_bn, size=2)
@@ -229,7 +218,6 @@ def test_frozen_layers_are_those_of_evaluation_in_either_order(name: str, frozen
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if "domain" not in name])
 def test_a_population_is_estimated_from_whole_batches(name: str) -> None:
-    """Also where the model's own forward asks for train mode."""
     model, plain = net(), net()
     with given(name, model):
         ours = precise_bn(model, BATCHES, forward=lambda m, x: m.train()(x), normalization_batch_size="loader")
@@ -309,7 +297,6 @@ def test_a_copy_of_domains_takes_other_domains_and_other_verbs_as_a_plain_model(
 
 
 def test_a_layer_that_holds_itself_is_copied_once() -> None:
-    """As one does by a hook that is a method of its own."""
     model = net()
     layer = model.layers[0]
     layer.itself = [layer]

@@ -3,8 +3,6 @@
 The reference is a loop that scales the scheduler's learning rates by hand.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -96,10 +94,7 @@ def failing_step(optimizer: Optimizer) -> None:
 )
 @example("AdamW", "OneCycleLR", ["begin 4", *["step"] * 8])
 @example("SGD, momentum and decay", "none", ["begin 2", "step", "begin 4", "step", "failing step", "step", "undo"])
-def test_steps_are_those_of_rates_scaled_by_hand_and_rates_between_them_the_schedulers(
-    name: str, schedule: str, events: list[str]
-) -> None:
-    """Also with several on one optimizer, of which the smallest factor applies, and after steps that raise."""
+def test_steps_are_those_of_rates_that_are_scaled_by_hand(name: str, schedule: str, events: list[str]) -> None:
     ours, truth = OPTIMIZERS[name](weights()), OPTIMIZERS[name](weights())
     scheduler, by_hand = SCHEDULERS[schedule](ours), SCHEDULERS[schedule](truth)
     active: list[tuple[WarmUp, int]] = []

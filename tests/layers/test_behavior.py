@@ -1,7 +1,5 @@
 """A layer with behaviors stays the layer it is, and loses them in any order."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -96,9 +94,7 @@ def test_the_layer_is_an_instance_of_its_class_whose_repr_has_the_behavior() -> 
     "copied", [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in (2, 4, 5))]
 )
 @pytest.mark.parametrize("make", [nn.BatchNorm1d, timm.layers.BatchNormAct2d, nn.SyncBatchNorm])
-def test_copies_and_pickles_are_plain_and_the_original_stays_as_it_is(
-    make: Callable[..., nn.Module], copied: Callable[[nn.Module], nn.Module]
-) -> None:
+def test_copies_and_pickles_are_plain_and_the_original_stays_as_it_is(make: Any, copied: Any) -> None:
     bn = make(2)
     original = type(bn)
     attributes = set(vars(bn))
@@ -131,7 +127,6 @@ class Doubles(ModuleBehavior):
 
 
 def test_a_bound_call_is_the_plain_one_after_undo() -> None:
-    """As torch.compile does."""
     module = nn.Identity()
     handle = Handle([module], Doubles())
     call = module.__call__

@@ -1,12 +1,9 @@
-"""Batches of any kind that Lightning trains on can be kept and run again."""
+"""Batches can be kept and run again, whatever holds them; `tests.functional.test_batches` has all kinds."""
 
-from __future__ import annotations
-
-from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -30,17 +27,6 @@ class Validating:
         super().__setattr__(name, value)
 
 
-@dataclass(slots=True)
-class Slots:
-    image: Tensor
-    label: Tensor
-
-
-class Named(NamedTuple):
-    image: Tensor
-    label: Tensor
-
-
 class Graphs:
     """As torch-geometric's: no collection, has a `to` method, and more rows than graphs."""
 
@@ -48,24 +34,16 @@ class Graphs:
         self.store = {"nodes": torch.zeros(99, 2), "image": image, "label": label}
         self.num_graphs = len(image)
 
-    def to(self, device: Any) -> Graphs:
+    def to(self, device: Any) -> Any:
         return Graphs(self.store["image"].to(device), self.store["label"].to(device))
 
 
 KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
-    "dict": (lambda x, y: {"image": x, "label": y}, lambda b: (b["image"], b["label"])),
-    "UserDict": (lambda x, y: UserDict(image=x, label=y), lambda b: (b["image"], b["label"])),
-    "named tuple": (Named, lambda b: (b.image, b.label)),
     "dataclass that validates": (Validating, lambda b: (b.image, b.label)),
-    "dataclass with slots": (Slots, lambda b: (b.image, b.label)),
     "graphs": (Graphs, lambda b: (b.store["image"], b.store["label"])),
     "images and targets": (
         lambda x, y: (list(x), [{"label": label} for label in y]),
         lambda b: (torch.stack(b[0]), torch.stack([t["label"] for t in b[1]])),
-    ),
-    "list of dicts": (
-        lambda x, y: [{"image": image, "label": label} for image, label in zip(x, y, strict=True)],
-        lambda b: (torch.stack([d["image"] for d in b]), torch.stack([d["label"] for d in b])),
     ),
 }
 """Kind -> how it is made of images and labels, and how these are read from it."""

@@ -1,7 +1,5 @@
 """What a step collects in containers and objects, at any depth, is as before a pass, and so is each object itself."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque

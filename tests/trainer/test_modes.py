@@ -1,7 +1,5 @@
 """Modes of a pass, for models of all kinds and steps that set modes themselves."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +11,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
+from lightning_bn import PreciseBNCallback
 from lightning_bn.layers.modes import preserve_flags
 from lightning_bn.trainer.context import set_modes
 from tests.callbacks.zoo import TinyNet, fit, train_loader
@@ -66,9 +63,7 @@ def modes_when_called(net: nn.Module, run: Callable[[], Any]) -> dict[nn.Module,
     ("make", "step", "like_training"),
     [(by_hand, nothing, True), (by_hand, nothing, False), (by_hand, back_and_forth, False), (of_timm, train, True)],
 )
-def test_only_containers_and_estimated_layers_train_whatever_a_step_sets(
-    make: Callable[[], nn.Module], step: Step, like_training: bool
-) -> None:
+def test_only_containers_and_estimated_layers_train_whatever_is_set(make: Any, step: Step, like_training: bool) -> None:
     net, shape = make(), (2, 3, 4, 4) if make is by_hand else (2, 3, 32, 32)
     estimated = [m for m in net.modules() if isinstance(m, _BatchNorm)][1::2]
     with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), like_training, estimated) as begin:
@@ -116,21 +111,6 @@ def test_flags_that_a_step_sets_hold_for_its_own_forward() -> None:
     assert flags_of_teacher() == (True, 0.1, True) and not hasattr(teacher, "of_the_step")
 
 
-def test_a_detector_returns_its_losses_with_dropout_off() -> None:
-    net = fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64, trainable_backbone_layers=6
-    )
-    images = [torch.rand(3, 64, 64)]
-    targets = [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}]
-    layers = [m for m in net.modules() if isinstance(m, _BatchNorm)]
-    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, layers[:1]) as begin:
-        for step in (nothing, train):
-            begin()
-            step(net)
-            seen = modes_when_called(net.backbone, lambda: net(images, targets)["loss_classifier"])
-            assert [m for m in layers if seen[m]] == layers[:1]
-
-
 def test_a_part_in_eval_mode_in_training_is_so_in_a_pass_and_modes_are_restored_and_copies_ordinary_modules() -> None:
     net = nn.Sequential(by_hand(), by_hand())
     modes = {m: m is net or m in set(net[1].modules()) for m in net.modules()}
@@ -142,9 +122,6 @@ def test_a_part_in_eval_mode_in_training_is_so_in_a_pass_and_modes_are_restored_
     assert not torch_module._global_forward_pre_hooks
     for m in (net[1].train(), twin):
         assert all(modes_when_called(m, lambda m=m: m(torch.randn(2, 3, 4, 4))).values())
-
-
-# --- in the callbacks -------------------------------------------------------------------------------------------------
 
 
 class OfTimm(TinyNet):
@@ -163,9 +140,7 @@ class OfTimm(TinyNet):
     ("step", "forward", "layers"),
     [(nothing, "training_step", "bn1"), (back_and_forth, "training_step", "bn2"), (train, "forward", "bn2")],
 )
-def test_statistics_of_a_few_layers_are_those_of_a_net_whose_others_use_the_population(
-    step: Step, forward: Any, layers: str
-) -> None:
+def test_statistics_of_some_layers_have_the_others_use_the_population(step: Step, forward: Any, layers: str) -> None:
     module, loader = OfTimm(step), train_loader(32, 8)
     precise = PreciseBNCallback(32, layers=layers, forward=forward)
     fit(module, precise, loader)
@@ -180,13 +155,3 @@ def test_statistics_of_a_few_layers_are_those_of_a_net_whose_others_use_the_popu
     measured = precise.result[layers]
     torch.testing.assert_close(measured.mean.double(), mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(measured.var.double(), var, rtol=1e-5, atol=0)
-
-
-def test_the_leakage_pass_normalizes_with_the_population() -> None:
-    module = OfTimm(train)
-    layers = {module.bn1, module.bn2}
-    seen: set[bool] = set()
-    for layer in layers:
-        layer.register_forward_hook(lambda m, *_: None if torch.is_grad_enabled() else seen.add(m.training))
-    fit(module, BatchLeakageMonitor(24), val=None)
-    assert seen == {False}
