@@ -11,8 +11,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from lightning_bn import PreciseBNCallback
+from lightning_bn import BatchLeakageMonitor, PreciseBNCallback
 from lightning_bn.layers.modes import preserve_flags
 from lightning_bn.trainer.context import set_modes
 from tests.callbacks.zoo import TinyNet, fit, train_loader
@@ -111,6 +112,23 @@ def test_flags_that_a_step_sets_hold_for_its_own_forward() -> None:
     assert flags_of_teacher() == (True, 0.1, True) and not hasattr(teacher, "of_the_step")
 
 
+def test_a_detector_returns_its_losses_with_dropout_off() -> None:
+    net = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64, trainable_backbone_layers=6
+    )
+    images, targets = (
+        [torch.rand(3, 64, 64)],
+        [{"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}],
+    )
+    layers = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    with torch.no_grad(), set_modes(dict.fromkeys(net.modules(), True), True, layers[:1]) as begin:
+        for step in (nothing, train):
+            begin()
+            step(net)
+            seen = modes_when_called(net.backbone, lambda: net(images, targets)["loss_classifier"])
+            assert [m for m in layers if seen[m]] == layers[:1]
+
+
 def test_a_part_in_eval_mode_in_training_is_so_in_a_pass_and_modes_are_restored_and_copies_ordinary_modules() -> None:
     net = nn.Sequential(by_hand(), by_hand())
     modes = {m: m is net or m in set(net[1].modules()) for m in net.modules()}
@@ -155,3 +173,11 @@ def test_statistics_of_some_layers_have_the_others_use_the_population(step: Step
     measured = precise.result[layers]
     torch.testing.assert_close(measured.mean.double(), mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(measured.var.double(), var, rtol=1e-5, atol=0)
+
+
+def test_the_leakage_pass_normalizes_with_the_population() -> None:
+    module, seen = OfTimm(train), set[bool]()
+    for layer in (module.bn1, module.bn2):
+        layer.register_forward_hook(lambda m, *_: None if torch.is_grad_enabled() else seen.add(m.training))
+    fit(module, BatchLeakageMonitor(24), val=None)
+    assert seen == {False}
