@@ -110,5 +110,5 @@ class FitScopedCallback(BatchNormCallback, ABC):
 def as_stages(argument: str, given: Any) -> tuple[str, ...]:
     """Return the evaluation stages as a tuple; refuse others than ``"validate"``, ``"test"`` and ``"predict"``."""
     if not isinstance(given, (list, tuple)) or any(stage not in ("validate", "test", "predict") for stage in given):
-        raise ValueError(f"{argument} must be a list of 'validate', 'test' and 'predict' but is {given!r}.")
+        raise ValueError(f"{argument} must be a list of some of 'validate', 'test' and 'predict' but is {given!r}.")
     return tuple(given)

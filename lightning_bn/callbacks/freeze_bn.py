@@ -94,7 +94,7 @@ class FreezeBNCallback(BatchNormCallback):
         if warmup_steps is not None:
             check_int("warmup_steps", warmup_steps, at_least=0)
         if not isinstance(precise, PassConfig):
-            raise TypeError(f"precise must be a PassConfig but is {precise!r}.")
+            raise TypeError(f"precise must be a PassConfig, such as PassConfig(num_samples=1000), but is {precise!r}.")
         self.switch_point = SwitchPoint(last_n_epochs, start_epoch, start_step, start_fraction)
         self.statistics = statistics
         self.affine = affine

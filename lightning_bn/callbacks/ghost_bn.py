@@ -83,5 +83,5 @@ class GhostBNCallback(FitScopedCallback):
         reason = "all of its layers are frozen, or in eval mode"
         if any(size == samples for size in sizes):
             divisor = f"size={self.size}" if self.size else f"splits={self.splits}"
-            reason = f"the batch of a device holds {samples} samples, which {divisor} does not divide"
+            reason = f"with {divisor}, the {samples} samples of a device's batch are one group"
         rank_zero_warn(f"GhostBNCallback changes nothing: {reason}.")

@@ -91,5 +91,7 @@ def match_names(names: Iterable[str], patterns: Sequence[str], option: str, kind
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{option}={pattern!r} matches no {kind}. There are: {', '.join(names)}.")
+            inside = any(name.startswith(f"{pattern}.") for name in names)
+            hint = f"Did you mean {pattern + '.*'!r}? " if inside else ""
+            raise ValueError(f"{option}={pattern!r} matches no {kind}. {hint}There are: {', '.join(names)}.")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -106,8 +106,8 @@ class LeakagePass:
         needed = num_bytes * reservoir.num_batches
         if needed > self.max_bytes:
             raise ValueError(
-                f"it keeps {reservoir.num_batches} batches of an epoch on each rank. Of {num_bytes:,} bytes, they take "
-                f"{needed:,}, more than max_bytes={self.max_bytes:,}. Raise max_bytes, or lower num_samples."
+                f"it would keep up to {reservoir.num_batches} batches of {num_bytes:,} bytes on each rank, {needed:,} "
+                f"bytes, which is more than max_bytes={self.max_bytes:,}. Raise max_bytes, or lower num_samples."
             )
         reservoir.keep(batch)
 

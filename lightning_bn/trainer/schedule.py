@@ -43,7 +43,7 @@ class SwitchPoint:
         if self.last_n_epochs is not None and epochs is not None and self.last_n_epochs > epochs and not debugging:
             raise ValueError(
                 f"{owner}(last_n_epochs={self.last_n_epochs}) is more than the Trainer's max_epochs={epochs}: pass "
-                f"fewer than {epochs}, or start_epoch=0 to freeze from the first step on."
+                f"at most {epochs}; start_epoch=0 freezes from the first step on."
             )
 
     def reached(self, trainer: Trainer, batch_idx: int) -> bool:

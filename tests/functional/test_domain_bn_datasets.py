@@ -120,7 +120,7 @@ def test_a_checkpointed_block_is_recomputed_as_its_domains() -> None:
 
 
 @pytest.mark.parametrize("row", [2, 3, 6])
-def test_a_domain_of_one_value_is_refused_by_name_or_moves_no_statistics_of_its_own(row: int) -> None:
+def test_a_domain_of_one_value_uses_stored_statistics_and_moves_none(row: int) -> None:
     model, x = nn.Sequential(nn.BatchNorm1d(2)), torch.randn(4, 2)
     handle = add_domains(model, row)
     before = {k: v.clone() for k, v in model.named_buffers()}
@@ -130,9 +130,16 @@ def test_a_domain_of_one_value_is_refused_by_name_or_moves_no_statistics_of_its_
             own = handle.state()["0"]
             assert own["domain_batches"].tolist() == [1, 0, 0] and own["domain_var"][1:].eq(1).all()
         else:
-            with pytest.raises(ValueError, match="Layer '0' gets one value per channel of domain 1"):
-                model(x)
-            assert all(v.equal(before[k]) for k, v in model.named_buffers())
+            with pytest.warns(UserWarning, match="Layer '0' gets one value per channel of domain 1"):
+                output = model(x)
+            if "0.domain_mean" in before:  # the domain's initial mean 0 and variance 1
+                torch.testing.assert_close(output[2], x[2] / (1 + 1e-5) ** 0.5)
+            stored = {k: v for k, v in model.named_buffers() if k.startswith("0.domain_")}
+            assert all(v[1:].equal(before[k][1:]) for k, v in stored.items())
+            whole = nn.BatchNorm1d(2)
+            whole(x[[0, 1, 3]])
+            torch.testing.assert_close(model[0].running_var, whole.running_var)
+            model(x)  # warns once
         model.eval()(x)  # which needs no second value
 
 

@@ -127,7 +127,7 @@ def domain_bn(
     Raises:
         ValueError: For an invalid choice, a pattern without a match, a layer outside of every level module, nested
             level modules, layers without running statistics, a conflicting feature, ``affine="domain"`` for a layer
-            without affine. In a forward: for a domain with one value per channel if ``train_statistics="domain"``.
+            without affine.
         TypeError: For a SyncBatchNorm. In a forward: for a tower input that is not in the level module's input.
         RuntimeError: In a forward: for another number of levels, or if no domain is set.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.core.compiler import disable_compile
+from lightning_bn.core.ranks import get_rank
 from lightning_bn.functional.domain.specific import DomainAssignment, DomainSource, record_empty, uses_batch_stats
 from lightning_bn.functional.domain.tensors import Choices
 from lightning_bn.layers.behavior import Behavior, has_behavior
@@ -32,6 +35,7 @@ class Datasets(Behavior, DomainSource):
     def __init__(self, layers: dict[_BatchNorm, str], choices: Choices) -> None:
         super().__init__(layers, choices)
         self.default: DomainAssignment | None = None
+        self._has_warned = False
 
     def behaviors(self) -> Sequence[tuple[nn.Module, Behavior]]:
         return [(layer, self) for layer in self.layers]
@@ -78,22 +82,23 @@ class Datasets(Behavior, DomainSource):
                 return forward(input)
 
         in_pass = uses_batch and has_behavior(layer, "batch mode")
-        present, rows = [0], []
+        present, rows, alone = [0], [], list[int]()
         if isinstance(domain, int):
             present = [domain]
         elif len(domain):
             if uses_batch and not in_pass:
-                self._check_counts(layer, input, domain)
+                alone = self._with_one_value(layer, input, domain)
             present = domain.unique().tolist()
             if len(present) > 1:
                 rows = [torch.eq(domain, d).nonzero().flatten().to(input.device) for d in present]
-        assignment = DomainAssignment(0, parts=len(present))
+        assignment = DomainAssignment(0, parts=len(present) - len(alone))
         outputs: list[Tensor] = []
         for d in range(choices.num_domains):
             if d in present:
                 assignment.domain = d
-                with self.use(assignment):
-                    outputs.append(forward(input[rows[len(outputs)]] if rows else input))
+                part = input[rows[len(outputs)]] if rows else input
+                with self.use(assignment), _in_eval(layer) if d in alone else nullcontext():
+                    outputs.append(forward(part))
             elif in_pass:
                 record_empty(layer, d if choices.population_statistics == "domain" else None)
         return torch.cat(outputs)[torch.cat(rows).argsort()] if rows else outputs[0]
@@ -106,11 +111,25 @@ class Datasets(Behavior, DomainSource):
             rows = f"{len(input)} rows, but the domains are those of {len(domain)} samples"
             raise ValueError(f"Layer {name!r} gets {rows}. {advice}")
 
-    def _check_counts(self, layer: _BatchNorm, input: Tensor, domain: Tensor) -> None:
-        """Raise before any domain's statistics are updated."""
-        for d, count in enumerate(domain.bincount().tolist()):
-            if count * input[0].numel() == layer.num_features:
-                raise ValueError(
-                    f"Layer {self.layers[layer]!r} gets one value per channel of domain {d}, which has no "
-                    "variance. Give each domain of a batch two samples or more, or pass train_statistics='shared'."
-                )
+    def _with_one_value(self, layer: _BatchNorm, input: Tensor, domain: Tensor) -> list[int]:
+        """The domains with one value per channel, which has no variance."""
+        counts = enumerate(domain.bincount().tolist())
+        alone = [d for d, count in counts if count * input[0].numel() == layer.num_features]
+        if alone and not self._has_warned and get_rank() == 0:
+            warnings.warn(
+                f"Layer {self.layers[layer]!r} gets one value per channel of domain {alone[0]}, which has no variance, "
+                "and normalizes it with the stored statistics. Give each domain of a batch two samples or more, pass "
+                "train_statistics='shared', or leave the layer out by layers=.",
+                stacklevel=2,
+            )
+            self._has_warned = True
+        return alone
+
+
+@contextmanager
+def _in_eval(layer: _BatchNorm) -> Iterator[None]:
+    mode, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = mode
