@@ -39,8 +39,12 @@ class Checked:
     batch_size_fn: BatchSizeFn
 
     def __call__(self, batch: Any) -> int:
-        with NoStopIteration("batch_size_fn"):
-            result = self.batch_size_fn(batch)
+        try:
+            with NoStopIteration("batch_size_fn"):
+                result = self.batch_size_fn(batch)
+        except (LookupError, AttributeError) as error:  # usually the wrong key
+            message = f"batch_size_fn fails on {described(batch)}: {type(error).__name__}: {error}"
+            raise ValueError(message) from error
         number = result.item() if isinstance(result, Tensor) and result.numel() == 1 else result
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(

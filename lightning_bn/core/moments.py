@@ -60,15 +60,7 @@ class Moments:
         counts, means, m2s = (
             torch.stack(column) for column in zip(*((p.count, p.mean, p.m2) for p in parts), strict=True)
         )
-        return cls.merge_rows(counts, means, m2s)
-
-    @classmethod
-    def merge_rows(cls, counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
-        """Merge moments that are the rows of three tensors; changes ``m2s``."""
-        count = counts.sum(0)
-        weights = counts.reshape(len(means), -1).to(means.device)
-        mean = (weights * means).sum(0) / count.clamp(min=1)
-        return cls(count, mean, m2s.addcmul_(weights, (means - mean).square_()).sum(0))
+        return merge_rows(counts, means, m2s)
 
     @property
     def var(self) -> Tensor:
@@ -80,6 +72,14 @@ class Moments:
         share = other.count / count.clamp(min=1)  # of no values at all: 0, not NaN
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * self.count * share)
+
+
+def merge_rows(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
+    """Merge moments that are the rows of three tensors; changes ``m2s``."""
+    count = counts.sum(0)
+    weights = counts.reshape(len(means), -1).to(means.device)
+    mean = (weights * means).sum(0) / count.clamp(min=1)
+    return Moments(count, mean, m2s.addcmul_(weights, (means - mean).square_()).sum(0))
 
 
 def may_use_kernel(x: Tensor) -> bool:

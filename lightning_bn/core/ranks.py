@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_bn.core.moments import Moments
+from lightning_bn.core.moments import Moments, merge_rows
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # never caught: the next steps would fail as well
 
@@ -96,7 +96,7 @@ def merge_at_once(moments: Moments, group: dist.ProcessGroup | None = None) -> M
     gathered = own.new_empty(get_world_size(group) * len(own))
     dist.all_gather_into_tensor(gathered, own, group=group)
     count, mean, m2 = gathered.view(-1, len(own)).split([1, channels, channels], 1)
-    return Moments.merge_rows(count, mean, m2)
+    return merge_rows(count, mean, m2)
 
 
 class AnotherRankFailedError(RuntimeError):
