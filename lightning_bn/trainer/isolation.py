@@ -71,7 +71,8 @@ class _MutedLogger(DummyLogger):
 
 @contextmanager
 def _preserve_modules(trainer: Trainer, module: LightningModule, may_log: bool) -> Iterator[Iterable[nn.Module]]:
-    before = HeldState(module.modules(), [getattr(trainer, "datamodule", None)])
+    rates = [*(o.param_groups for o in trainer.optimizers), *(c.scheduler for c in trainer.lr_scheduler_configs)]
+    before = HeldState(module.modules(), [getattr(trainer, "datamodule", None), *rates])
     kinds = {m: (type(m), _hooks_of(m)) for m in before.modules}
     try:
         for m in before.modules:
@@ -79,8 +80,7 @@ def _preserve_modules(trainer: Trainer, module: LightningModule, may_log: bool) 
                 vars(m).update(log=_noop, log_dict=_noop)
         yield before.modules
     finally:
-        _warn_of(before.changed(), module)
-        before.restore()
+        _warn_of(before.restore(), module)
         for m, (kind, hooks) in kinds.items():
             if type(m) is not kind:  # a lazy module becomes another class at its first call
                 m.__class__ = kind
@@ -103,8 +103,8 @@ def _warn_of(places: Sequence[str], module: nn.Module) -> None:
     if places and module not in _WARNED:
         _WARNED.add(module)
         rank_zero_warn(
-            f"A pass changed tensors in place that it cannot restore: {', '.join(places[:5])}. Hold them in a list, a "
-            "dict or an attribute instead of a tuple, or replace them instead of changing them in place."
+            f"A pass may have changed what it cannot restore: {', '.join(places[:5])}. Hold tensors in a list, a dict "
+            "or an attribute instead of a tuple, or replace them instead of changing them in place."
         )
 
 

@@ -210,9 +210,10 @@ def _has_default_iter(loader: Any) -> bool:
 
 @contextmanager
 def _preserve_loader_state(loaders: Sequence[Any]) -> Iterator[None]:
-    parts = ("generator", "sampler", "dataset", "collate_fn")
-    samplers = [sampler for loader in loaders for sampler in unwrap_batch_sampler(loader)]
-    held = HeldState(others=[*(getattr(loader, part, None) for loader in loaders for part in parts), *samplers])
+    samplers = [getattr(loader, "sampler", None) for loader in loaders]
+    samplers += [sampler for loader in loaders for sampler in unwrap_batch_sampler(loader)]
+    parts = [getattr(loader, part, None) for loader in loaders for part in ("generator", "dataset", "collate_fn")]
+    held = HeldState(samplers, parts)
     try:
         yield
     finally:

@@ -2,10 +2,12 @@
 
 import queue
 import threading
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +42,10 @@ class Named(NamedTuple):
 
 
 class Tracker:
-    """A helper object, with a lock and a queue that other threads use."""
+    """A helper object with a lock."""
 
     def __init__(self) -> None:
-        self.lock, self.queue, self.count = threading.Lock(), queue.Queue[int](), 0
+        self.lock, self.count = threading.Lock(), 0
         self.log = Log([torch.zeros(2)], {0: Counter(a=1)})
 
 
@@ -128,12 +130,20 @@ def test_state_at_any_depth_is_restored(change: Callable[[Collecting], None], er
     assert isinstance(module.outputs, defaultdict) and module.outputs["other"] == []
 
 
-def test_what_other_threads_use_is_left_alone() -> None:
-    module = Collecting()
+def test_what_other_threads_or_files_use_is_left_alone(tmp_path: Path) -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.queue, self.file, self.number = queue.Queue[int](), (tmp_path / "0").open("w"), 0
+
+    module = TinyNet()
+    module.writer = Writer()
     with isolate(trainer_with(), module):
-        module.tracker.queue.put(1)
-        assert module.tracker.lock.acquire(blocking=False)
-    assert module.tracker.queue.get_nowait() == 1 and module.tracker.lock.locked()
+        module.writer.queue.put(1)
+        module.writer.file.close()
+        module.writer.file, module.writer.number = (tmp_path / "1").open("w"), 1
+    module.writer.file.write("still open")
+    module.writer.file.close()
+    assert module.writer.queue.get_nowait() == 1 and module.writer.number == 1
 
 
 def test_a_data_module_is_restored_without_copies_of_its_data() -> None:
@@ -156,7 +166,7 @@ def test_a_tensor_that_cannot_be_protected_is_named_once() -> None:
     module, trainer = TinyNet(), trainer_with()
     module.pair = (torch.zeros(1), 0)
     with (
-        pytest.warns(UserWarning, match=r"cannot restore: TinyNet\.pair\[0\]\. Hold them in a list"),
+        pytest.warns(UserWarning, match=r"cannot restore: TinyNet\.pair\[0\]\. Hold tensors in a list"),
         isolate(trainer, module),
     ):
         module.pair[0].add_(1)
@@ -171,3 +181,98 @@ def test_objects_that_refer_to_a_trainer_or_to_each_other_end() -> None:
     with isolate(trainer, module):
         module.tracker.count += 1
     assert module.tracker.count == 0
+
+
+class Odd(dict):  # type: ignore[type-arg]
+    """Converts what it is given, has attributes, and does not tell the truth about its keys."""
+
+    step = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, [value])
+
+    def items(self) -> Any:
+        raise RuntimeError("not now")
+
+
+class Alike:
+    """A key whose comparison returns no bool, as those of tensors and arrays do."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> Any:
+        return np.zeros(2)
+
+
+class Pushy:
+    __slots__ = ("number",)
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_objects_that_do_not_behave_as_their_class_do_not_end_a_pass() -> None:
+    module, target = TinyNet(), Odd()
+    module.odd, module.keyed, module.pushy = Odd(a=1), {Alike(): 1}, Pushy()
+    module.odd.step, module.hidden = 0, [1]
+    module.mapping, module.kind, module.proxy = vars(Odd), list, weakref.proxy(target)
+    module.alias = list[int]
+    del target
+    with isolate(trainer_with(), module):
+        module.odd["a"], module.odd.step = 2, 1
+        module.keyed[Alike()] = 2
+        module.pushy.number = 3
+        module.hidden.append(2)
+    assert dict.__getitem__(module.odd, "a") == 1 and module.odd.step == 0
+    assert len(module.keyed) == 1 and module.hidden == [1]
+
+
+def test_what_is_being_iterated_over_stays_valid() -> None:
+    module = TinyNet()
+    module.memory, module.by_name = deque([torch.zeros(1)] * 3), OrderedDict(a=torch.zeros(1), b=torch.zeros(1))
+    iterators = iter(module.memory), iter(module.by_name)
+    [next(i) for i in iterators]
+    with isolate(trainer_with(), module):
+        module.memory[1].add_(1)
+    assert [len(list(i)) for i in iterators] == [2, 1]
+
+
+def test_a_module_of_the_data_is_restored_as_well() -> None:
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.calls, self.bn = torch.Generator(), 0, nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.bn(x + torch.randn(x.shape, generator=self.generator))
+
+    trainer, data = trainer_with(), LightningDataModule()
+    data.noise = Noise()
+    trainer.datamodule = data
+    before = digest([data.noise.state_dict(), data.noise.generator.get_state()])
+    with isolate(trainer, TinyNet()):
+        data.noise(torch.randn(4, 2))
+    assert data.noise.calls == 0
+    assert digest([data.noise.state_dict(), data.noise.generator.get_state()]) == before
+
+
+def test_views_of_one_tensor_are_views_in_a_pass_and_large_data_are_not_copied() -> None:
+    module = TinyNet()
+    module.flat = torch.zeros(6)
+    module.parts = [module.flat[:2], module.flat[2:]]
+    module.wide = torch.zeros(1).expand(10**9)
+    with isolate(trainer_with(), module):
+        module.flat.add_(1)
+        assert module.parts[1].sum() == 4
+    assert module.flat.sum() == 0 and module.parts[0].data_ptr() == module.flat.data_ptr()
+
+
+def test_rates_that_a_step_changes_are_restored() -> None:
+    trainer, module = trainer_with(), TinyNet()
+    trainer.strategy.connect(module)
+    trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), 0.1)]
+    with isolate(trainer, module):
+        trainer.optimizers[0].param_groups[0]["lr"] = 0.5
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
