@@ -1,7 +1,5 @@
 """Real images of many classes: MNIST's digits in eight orientations, and a network's features of them."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -5,8 +5,6 @@ them, and what it is given is measured. So each batch is run once for every laye
 in a forward normalizes each call with that call's statistics, as it does in training, and stores those of all.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

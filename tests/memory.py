@@ -1,7 +1,5 @@
 """By how much a process grows; to be asked of a rank, for it changes how the process takes its memory."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from pathlib import Path

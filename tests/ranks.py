@@ -4,8 +4,6 @@ The ranks stay alive for the next call, which gets a new process group and fresh
 server process that has imported all of lightning_bn once (8 seconds), and what most tests import.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The house has floors, and what is above is not needed below."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

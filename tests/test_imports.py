@@ -1,7 +1,5 @@
 """Names are imported lazily: each step of a new process imports only the optional packages that it needs."""
 
-from __future__ import annotations
-
 import ast
 import json
 import pickle

@@ -3,8 +3,6 @@
 After a change, `python -m tests.test_public_face` writes the new signatures to public_face.txt.
 """
 
-from __future__ import annotations
-
 import builtins
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """Short walks: few frames and functions of the package between a call and its arithmetic."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

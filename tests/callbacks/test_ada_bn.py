@@ -1,7 +1,5 @@
 """AdaBN evaluates each dataloader with its own statistics, and restores those of the model."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any

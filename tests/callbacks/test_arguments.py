@@ -1,7 +1,5 @@
 """Every value of every argument of every callback survives LightningCLI, and wrong ones are refused by name."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """BatchLeakageMonitor alarms on batches that were put together by a pattern, on no others, and logs what it finds."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """BNStatsMonitor logs the right values, in time, under safe names; read back from the loggers' own files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """DomainSpecificBNCallback: levels and datasets through whole fits, checkpoints, averages, passes and ranks."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

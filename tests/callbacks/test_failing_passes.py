@@ -3,8 +3,6 @@
 Each failure is compared, bit for bit, with a fit without that pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

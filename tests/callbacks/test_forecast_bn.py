@@ -1,7 +1,5 @@
 """ForecastBNCallback: what it writes and refuses; and `skip_below` of PreciseBNCallback, which uses the forecast."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """FreezeBNCallback: when it switches, with which statistics, what stays constant and what trains on, also on ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """GhostBNCallback: a training whose groups are normalized one by one, held against one written out by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

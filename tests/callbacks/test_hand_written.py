@@ -1,7 +1,5 @@
 """Layers that people write themselves, in a fit: the statistics of every pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any

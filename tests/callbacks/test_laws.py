@@ -3,8 +3,6 @@
 A new callback joins by one line in `tests.callbacks.zoo.CALLBACKS`. The other laws are in test_laws_of_state.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

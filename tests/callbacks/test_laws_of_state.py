@@ -1,7 +1,5 @@
 """Laws of every callback, II: keys, copies and checkpoints, the command line, resuming, fresh fits, and refusals."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

@@ -1,7 +1,5 @@
 """Mini-batch inference: the chosen layers normalize with the evaluated batch, in the chosen stages only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

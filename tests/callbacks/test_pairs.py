@@ -1,7 +1,5 @@
 """Every pair of callbacks on one layer does what the table in the docs says."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

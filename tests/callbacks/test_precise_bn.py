@@ -1,7 +1,5 @@
 """PreciseBNCallback: when it runs, on which weights, what it writes, shows and logs, and on several ranks."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path

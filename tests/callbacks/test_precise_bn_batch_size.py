@@ -3,8 +3,6 @@
 What `lightning_bn.precise_bn` makes of B, a tolerance and a memory limit is tested with the function.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """PreciseBN and FreezeBN refuse or warn before training begins, and the code that their messages show works."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """PreciseBNCallback: which batches a pass is shown, from loaders, replays and functions, and which are refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """RoIShuffleCallback: fits on two ranks, torchvision's detectors as they are, and resuming."""
 
-from __future__ import annotations
-
 import copy
 import os
 import signal

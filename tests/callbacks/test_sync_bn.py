@@ -1,7 +1,5 @@
 """SyncBNCallback: a training on several ranks is one process that trains on all their batches as one."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """All callbacks, and tiny LightningModules and data for their tests: a fit of two epochs takes a tenth of a second."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

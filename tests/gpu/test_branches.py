@@ -1,7 +1,5 @@
 """The list of places that act differently on a GPU, in docs/how-it-is-built.md, is complete."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The branches that only run on a GPU; docs/how-it-is-built.md lists them. `make gpu` runs these tests."""
 
-from __future__ import annotations
-
 import copy
 import random
 import warnings
