@@ -114,15 +114,24 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if _is_channel_contiguous(x):
         return _chunked(x.split(1) if x.element_size() == 2 else (x,))  # 16-bit: widened sample by sample
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+    if len(rows) <= 16:
+        return _chunked((rows,))
     chunks = rows.split(_CHUNK_ROWS) if len(rows) > _CHUNK_ROWS else (rows,)
-    mean, var = _chunked(chunks)
-    # measured: means up to 1000/rows sigma are harmless, and any mean up to 16 rows; several chunks average it out
-    harmless = 2.0 if len(rows) > _CHUNK_ROWS else 1000 / len(rows)
-    if len(rows) > 16 and bool((mean.square() - harmless**2 * var).amax() > 0):
-        origin = mean.to(torch.promote_types(x.dtype, torch.float32))
+    # measured: means up to 1000/rows sigma are harmless; several chunks average the error out
+    harmless = 2.0 if len(chunks) > 1 else 1000 / len(rows)
+    origin = None
+    if len(chunks) > 1:  # the mean of the first chunk is near enough that others are read once
+        mean, var = _chunked(chunks[:1])
+        origin = mean.to(torch.promote_types(x.dtype, torch.float32)) if _is_far(mean, var, harmless) else None
+    mean, var = _chunked(chunks, origin)
+    if _is_far(mean, var, harmless):
+        origin = mean.to(torch.promote_types(x.dtype, torch.float32)) + (0.0 if origin is None else origin)
         mean, var = _chunked(chunks, origin)
-        mean = mean + origin
-    return mean, var
+    return (mean if origin is None else mean + origin), var
+
+
+def _is_far(mean: Tensor, var: Tensor, sigmas: float) -> bool:
+    return bool((mean.square() - sigmas**2 * var).amax() > 0)
 
 
 def _is_channel_contiguous(x: Tensor) -> bool:
