@@ -217,6 +217,6 @@ class BNStatsMonitor(ObservingCallback):
 
     def _prefix(self, trainer: Trainer) -> str:
         monitors = [c for c in trainer.callbacks if isinstance(c, BNStatsMonitor)]  # type: ignore[attr-defined]
-        if len(monitors) == 1:
+        if len(monitors) < 2:  # none, if another callback calls this one's hooks
             return "bn"
         return "bn_" + list(safe_keys("_".join(as_patterns(m.layers)) for m in monitors).values())[monitors.index(self)]
