@@ -61,7 +61,7 @@ def test_a_whole_training_is_that_of_groups_normalized_by_hand(callback: Any, gr
 def test_it_warns_once_where_a_batch_is_no_larger_than_a_ghost(batch_size: int, options: Any) -> None:
     loader, ghosts = train_loader(12, batch_size), GhostBNCallback(**options)
     (message,) = said("changes nothing", TinyNet(), ghosts, loader, accumulate_grad_batches=4)
-    assert f"holds {batch_size} samples" in message
+    assert f"the {batch_size} samples" in message
 
 
 def test_it_warns_of_frozen_layers_and_not_where_it_divides() -> None:
