@@ -17,7 +17,7 @@ import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 from lightning_bn.functional.ghost import Grouping
 
-TITLE = "Ghost BN takes as long as plain BatchNorm"
+TITLE = "The cost of Ghost BN"
 CLAIM = (
     "Forward and backward take at most 1.3 times as long as those of plain BatchNorm, 1.15 times if groups are "
     "interleaved, of one size, and in an NCHW batch; and never longer than a loop over contiguous groups."

@@ -193,13 +193,16 @@ def verbs(network: str, device: str = "cpu") -> list[Row]:
 def callbacks(network: str, device: str = "cpu") -> list[Row]:
     """Count for the callbacks, in fits of two epochs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    plain = _fit(network, device, [])
+    plain, layers = _fit(network, device, []), len(lbn.find_bn(_network(network, device)))
     rows = []
     for what, (make, of_step, of_epoch) in _CALLBACKS.items():
         counted = _fit(network, device, [make()])
         for when, limits in (("step", of_step), ("epoch's end", of_epoch)):
-            operators, waits = (a - b for a, b in zip(counted[when], plain[when], strict=True))
-            rows.append(Row(what, when, operators, waits, *limits))
+            operators, waits = _difference(counted[when], plain[when])
+            if what == "GhostBNCallback":
+                rows.append(Row(what, f"{when}, a layer", operators / layers, waits, *limits))
+            else:
+                rows.append(Row(what, when, operators, waits, *limits))
     return rows
 
 
@@ -208,7 +211,7 @@ _CALLBACKS: Mapping[str, tuple[Callable[[], Callback], _Limits, _Limits]] = {
     "PreciseBNCallback": (partial(lbn.PreciseBNCallback, SAMPLES * BATCHES), (0, 0), (None, 8)),
     "ForecastBNCallback": (lbn.ForecastBNCallback, (8, 0), (None, 30)),
     "FreezeBNCallback": (partial(lbn.FreezeBNCallback, start_epoch=0, statistics="ema"), (0, 0), (0, 2)),
-    "GhostBNCallback": (partial(lbn.GhostBNCallback, 2), (20 * 53, 0), (0, 0)),
+    "GhostBNCallback": (partial(lbn.GhostBNCallback, 2), (20, 0), (0, 0)),
     "BNStatsMonitor": (partial(lbn.BNStatsMonitor, 1), (30, 0), (None, None)),
     "BatchLeakageMonitor": (partial(lbn.BatchLeakageMonitor, num_samples=16), (8, 0), (None, None)),
     "MiniBatchInferenceCallback": (lbn.MiniBatchInferenceCallback, (0, 0), (0, 0)),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 
-TITLE = "A PreciseBN pass takes as long as its forward"
+TITLE = "The cost of a PreciseBN pass"
 CLAIM = (
     "`lightning_bn.precise_bn` takes no longer than a bare train-mode forward without gradients over the same "
     "batches, nor than fvcore's `update_bn_stats`."

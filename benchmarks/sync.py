@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 import lightning_bn as lbn
 from benchmarks.timing import Spread, ratio, take_turns
 
-TITLE = "SyncBN takes as long as plain BatchNorm and its exchanges"
+TITLE = "The cost of SyncBN"
 CLAIM = (
     "Forward and backward under `lightning_bn.sync_bn` take at most 1.10 times as long as under plain BatchNorm, "
     "together with bare exchanges of the bytes that SyncBN has to move; at most 1.30 times at 32 px."

@@ -12,8 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_bn.callbacks.base import BatchNormCallback
-from lightning_bn.core.batch_sizes import described
-from lightning_bn.core.checks import NoStopIteration
+from lightning_bn.core.batch_sizes import call_on_batch
 from lightning_bn.functional.domain.bn import DomainHandle, check_choices, domain_bn
 from lightning_bn.functional.domain.tensors import AFFINE, Choice, State, get_state, load_state
 from lightning_bn.layers.find import Layers, as_patterns, find_bn
@@ -199,12 +198,7 @@ class DomainSpecificBNCallback(BatchNormCallback):
     def _domain(self, batch: Any, dataloader_idx: int) -> int | Tensor:
         if self.domain_fn is None:
             return dataloader_idx
-        try:
-            with NoStopIteration("domain_fn"):
-                domain: int | Tensor | None = self.domain_fn(batch)
-        except (LookupError, AttributeError) as error:  # usually the wrong key
-            message = f"domain_fn fails on {described(batch)}: {type(error).__name__}: {error}"
-            raise ValueError(message) from error
+        domain: int | Tensor | None = call_on_batch("domain_fn", self.domain_fn, batch)
         if domain is None:
             raise TypeError("domain_fn(batch) is None: return an int, or a tensor (N,) with one int per sample.")
         return domain

@@ -143,6 +143,7 @@ class RecomputeCallback(BatchNormCallback, ABC):
         reason = self._skip_reason(context) if context.layers else "all of its layers are frozen"
         if not reason:
             return self._recompute(context)
+        # a switch to frozen statistics is no news
         is_planned = any(isinstance(c, FreezeBNCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if reason != self._last_reason and (context.layers or not is_planned):
             rank_zero_warn(f"{type(self).__name__} leaves the running statistics as they are: {reason}.")

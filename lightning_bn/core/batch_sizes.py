@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Number, Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_bn.core.checks import NoStopIteration
 
+T = TypeVar("T")
 BatchSizeFn: TypeAlias = Callable[[Any], int]
 """Returns the number of samples in a batch."""
 _ARRAYS = (Tensor, np.ndarray)
@@ -39,12 +40,7 @@ class Checked:
     batch_size_fn: BatchSizeFn
 
     def __call__(self, batch: Any) -> int:
-        try:
-            with NoStopIteration("batch_size_fn"):
-                result = self.batch_size_fn(batch)
-        except (LookupError, AttributeError) as error:  # usually the wrong key
-            message = f"batch_size_fn fails on {described(batch)}: {type(error).__name__}: {error}"
-            raise ValueError(message) from error
+        result = call_on_batch("batch_size_fn", self.batch_size_fn, batch)
         number = result.item() if isinstance(result, Tensor) and result.numel() == 1 else result
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(
@@ -55,6 +51,15 @@ class Checked:
                 f"batch_size_fn must return a batch's number of samples but returned {result!r} for {described(batch)}."
             )
         return int(number)
+
+
+def call_on_batch(name: str, function: Callable[[Any], T], batch: Any) -> T:
+    """Call the user's function ``name`` on a batch; the error of a failed lookup describes the batch."""
+    try:
+        with NoStopIteration(name):
+            return function(batch)
+    except (LookupError, AttributeError) as error:  # usually the wrong key
+        raise ValueError(f"{name} fails on {described(batch)}: {type(error).__name__}: {error}") from error
 
 
 def infer_batch_size(batch: Any) -> int:

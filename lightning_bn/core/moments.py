@@ -119,13 +119,13 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     chunks = rows.split(_CHUNK_ROWS) if len(rows) > _CHUNK_ROWS else (rows,)
     # measured: means up to 1000/rows sigma are harmless; several chunks average the error out
     harmless = 2.0 if len(chunks) > 1 else 1000 / len(rows)
-    origin = None
+    origin, wide = None, torch.promote_types(x.dtype, torch.float32)
     if len(chunks) > 1:  # the mean of the first chunk is near enough that others are read once
         mean, var = _chunked(chunks[:1])
-        origin = mean.to(torch.promote_types(x.dtype, torch.float32)) if _is_far(mean, var, harmless) else None
+        origin = mean.to(wide) if _is_far(mean, var, harmless) else None
     mean, var = _chunked(chunks, origin)
     if _is_far(mean, var, harmless):
-        origin = mean.to(torch.promote_types(x.dtype, torch.float32)) + (0.0 if origin is None else origin)
+        origin = mean.to(wide) + (0.0 if origin is None else origin)
         mean, var = _chunked(chunks, origin)
     return (mean if origin is None else mean + origin), var
 

@@ -38,8 +38,8 @@ class JointBatches:
                 self._warn(first, int(max_batches))
         if max_batches == 1:
             return []
-        start = [first, *(itertools.islice(steps, 1) if not self.fits_memory else ())]
-        is_single = len(start) == 1 and not self.fits_memory  # on all ranks alike, because they fetch together
+        start = [first] if self.fits_memory else [first, *itertools.islice(steps, 1)]
+        is_single = not self.fits_memory and len(start) == 1  # on all ranks alike, because they fetch together
         group: list[MicroBatch] = []
         shown = 0
 

@@ -114,8 +114,8 @@ class Synced(Behavior):
     def __init__(self, layers: Mapping[str, _BatchNorm], group: ProcessGroup | None) -> None:
         self._names = {layer: name for name, layer in layers.items()}
         self.group = group
-        self.num_ranks = get_world_size(group)
-        self.name = f"synced over {self.num_ranks} ranks"
+        self.world_size = get_world_size(group)
+        self.name = f"synced over {self.world_size} ranks"
 
     def forward(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:
         if not layer.training or has_behavior(layer, "batch mode"):
@@ -123,7 +123,7 @@ class Synced(Behavior):
         return self._over_ranks(layer, forward, input)
 
     def normalization_batch(self, samples: float) -> float:
-        return samples * self.num_ranks
+        return samples * self.world_size
 
     @disable_compile
     def _over_ranks(self, layer: _BatchNorm, forward: Callable[[Any], Any], input: Any) -> Any:

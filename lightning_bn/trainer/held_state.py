@@ -46,7 +46,7 @@ _Found = list[tuple[str, Any, bool]]
 
 
 class HeldState:
-    """Saves what is reachable from roots: attributes, contents of containers, generators.
+    """Saves what roots refer to, at any depth: attributes, contents of containers, generators.
 
     Args:
         copied: Modules and samplers. Tensors in what they hold are replaced by copies; parameters stay.
@@ -112,7 +112,7 @@ class HeldState:
         elif issubclass(kind, (dict, list, deque)):
             return self._save_items(place, o, copies) + self._save_object(place, o, copies)
         elif issubclass(kind, set):
-            self._restores.append(partial(_refill_set, o, set(o)))
+            self._restores.append(partial(_restore_set, o, set(o)))
         elif issubclass(kind, (tuple, frozenset)):
             return [(f"{place}[{i}]", item, copies) for i, item in enumerate(o)] if len(o) <= _MAX_ITEMS else []
         elif issubclass(kind, partial):
@@ -148,7 +148,7 @@ class HeldState:
     def _save_items(self, place: str, o: Any, copies: bool, leave: Collection[str] = ()) -> _Found:
         kind = _base_of(o)
         items = list(kind.items(o)) if issubclass(kind, dict) else list(enumerate(kind.__iter__(o)))
-        self._restores.append(partial(_refill_mapping if issubclass(kind, dict) else _refill_sequence, o, items))
+        self._restores.append(partial(_restore_mapping if issubclass(kind, dict) else _restore_sequence, o, items))
         if len(items) > _MAX_ITEMS:
             return []
         found: _Found = []
@@ -212,7 +212,7 @@ def _base_of(o: Any) -> Any:
     return next(kind for kind in (OrderedDict, dict, list, deque) if issubclass(type(o), kind))
 
 
-def _refill_mapping(o: Any, saved: list[tuple[Any, Any]]) -> None:
+def _restore_mapping(o: Any, saved: list[tuple[Any, Any]]) -> None:
     kind = _base_of(o)
     kept = {id(key) for key, _ in saved}
     for key in [key for key in list(kind.__iter__(o)) if id(key) not in kept]:
@@ -223,12 +223,13 @@ def _refill_mapping(o: Any, saved: list[tuple[Any, Any]]) -> None:
     if [key for key, _ in now] != [id(key) for key, _ in saved]:
         kind.clear(o)  # the order of keys has changed
         now = []
+    unchanged = set(now)
     for key, value in saved:
-        if (id(key), id(value)) not in now:
+        if (id(key), id(value)) not in unchanged:
             kind.__setitem__(o, key, value)
 
 
-def _refill_sequence(o: Any, saved: list[tuple[int, Any]]) -> None:
+def _restore_sequence(o: Any, saved: list[tuple[int, Any]]) -> None:
     kind, now = _base_of(o), list(_base_of(o).__iter__(o))
     while kind is deque and len(now) > len(saved):  # an iterator over a deque does not survive clear()
         now.pop()
@@ -245,7 +246,7 @@ def _refill_sequence(o: Any, saved: list[tuple[int, Any]]) -> None:
             kind.__setitem__(o, index, value)
 
 
-def _refill_set(o: set[Any], saved: set[Any]) -> None:
+def _restore_set(o: set[Any], saved: set[Any]) -> None:
     if {id(item) for item in set.__iter__(o)} != {id(item) for item in saved}:
         set.intersection_update(o, saved)
         set.update(o, saved)

@@ -34,8 +34,8 @@ def isolate(
     """Run forwards of ``module`` without gradients, as in a stage of the Trainer, and restore everything.
 
     That includes parameters, gradients, modes, buffers, submodules, hooks, torchmetrics, random number generators, and
-    what attributes hold at any depth. Loggers are muted, and so is `self.log` unless ``may_log``. The
-    Trainer reports ``stage``, because augmentation on the device asks for training.
+    what attributes hold at any depth. Loggers are muted, and so is `self.log` unless ``may_log``. The Trainer reports
+    ``stage``, because augmentation on the device asks for training.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_rng_state())

@@ -89,7 +89,7 @@ def steps_on_this_rank(cases: list[Case], device: str) -> list[Outcome]:
     for model, shards in cases:
         with sync_bn(model.to(device)):
             (behavior,) = {b for layer in find_bn(model).values() for b in behaviors_of(layer)}
-            assert isinstance(behavior, Synced) and behavior.num_ranks == dist.get_world_size()
+            assert isinstance(behavior, Synced) and behavior.world_size == dist.get_world_size()
             found.append(steps(model, [x.to(device) for x in shards[dist.get_rank()]]))
         assert not any(behaviors_of(layer) for layer in find_bn(model).values())
     return found

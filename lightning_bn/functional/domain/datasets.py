@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -17,6 +16,7 @@ from lightning_bn.core.ranks import get_rank
 from lightning_bn.functional.domain.specific import DomainAssignment, DomainSource, record_empty, uses_batch_stats
 from lightning_bn.functional.domain.tensors import Choices
 from lightning_bn.layers.behavior import Behavior, has_behavior
+from lightning_bn.layers.frozen import Frozen
 
 Domain: TypeAlias = "int | Tensor"
 """The domain of a batch; or of each of its samples, ``(N,)``."""
@@ -82,23 +82,23 @@ class Datasets(Behavior, DomainSource):
                 return forward(input)
 
         in_pass = uses_batch and has_behavior(layer, "batch mode")
-        present, rows, alone = [0], [], list[int]()
+        present, rows, single_valued = [0], [], list[int]()
         if isinstance(domain, int):
             present = [domain]
         elif len(domain):
             if uses_batch and not in_pass:
-                alone = self._with_one_value(layer, input, domain)
+                single_valued = self._with_one_value(layer, input, domain)
             present = domain.unique().tolist()
             if len(present) > 1:
                 rows = [torch.eq(domain, d).nonzero().flatten().to(input.device) for d in present]
-        assignment = DomainAssignment(0, parts=len(present) - len(alone))
+        assignment = DomainAssignment(0, parts=len(present) - len(single_valued))
         outputs: list[Tensor] = []
         for d in range(choices.num_domains):
             if d in present:
                 assignment.domain = d
                 part = input[rows[len(outputs)]] if rows else input
-                with self.use(assignment), _in_eval(layer) if d in alone else nullcontext():
-                    outputs.append(forward(part))
+                with self.use(assignment):
+                    outputs.append(Frozen().forward(layer, forward, part) if d in single_valued else forward(part))
             elif in_pass:
                 record_empty(layer, d if choices.population_statistics == "domain" else None)
         return torch.cat(outputs)[torch.cat(rows).argsort()] if rows else outputs[0]
@@ -114,22 +114,13 @@ class Datasets(Behavior, DomainSource):
     def _with_one_value(self, layer: _BatchNorm, input: Tensor, domain: Tensor) -> list[int]:
         """The domains with one value per channel, which has no variance."""
         counts = enumerate(domain.bincount().tolist())
-        alone = [d for d, count in counts if count * input[0].numel() == layer.num_features]
-        if alone and not self._has_warned and get_rank() == 0:
+        single_valued = [d for d, count in counts if count * input[0].numel() == layer.num_features]
+        if single_valued and not self._has_warned and get_rank() == 0:
             warnings.warn(
-                f"Layer {self.layers[layer]!r} gets one value per channel of domain {alone[0]}, which has no variance, "
-                "and normalizes it with the stored statistics. Give each domain of a batch two samples or more, pass "
-                "train_statistics='shared', or leave the layer out by layers=.",
+                f"Layer {self.layers[layer]!r} gets one value per channel of domain {single_valued[0]}, which has no "
+                "variance, and normalizes it with the stored statistics. Give each domain of a batch two samples or "
+                "more, pass train_statistics='shared', or leave the layer out by layers=.",
                 stacklevel=2,
             )
             self._has_warned = True
-        return alone
-
-
-@contextmanager
-def _in_eval(layer: _BatchNorm) -> Iterator[None]:
-    mode, layer.training = layer.training, False
-    try:
-        yield
-    finally:
-        layer.training = mode
+        return single_valued
